@@ -1,0 +1,109 @@
+"""The Arrow schemas that tie the jobs together: one row a sample in shards, one row a sample in scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+SPLITS = ("train", "val", "test")
+NORMAL, ANOMALOUS = 0, 1
+
+STATUSES = ("ok", "corrupt", "too_large", "missing", "unsupported")
+"""What became of an image: read and scored, or why not."""
+
+_text = pa.dictionary(pa.int32(), pa.string())
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("dataset", _text, nullable=False),
+        pa.field("category", _text, nullable=False),
+        pa.field("split", _text, nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("defect", _text),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("format", _text, nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("mask", pa.binary()),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+"""One sample. `image` holds the original encoded bytes; `mask` a one-channel PNG of 0 and 255 with the size of
+the image as it is shown (EXIF orientation applied); `label` 0 normal, 1 anomalous, null unknown."""
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("defect", pa.string()),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)
+"""One sample that ingest could not take, and why."""
+
+SCORE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("dataset", _text, nullable=False),
+        pa.field("category", _text, nullable=False),
+        pa.field("split", _text, nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("defect", _text),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("score", pa.float32()),
+        pa.field("calibrated_score", pa.float32()),
+        pa.field("decision", pa.string()),
+        pa.field("anomaly_map", pa.binary()),
+        pa.field("map_offset", pa.float32()),
+        pa.field("map_scale", pa.float32()),
+        pa.field("status", _text, nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("model", _text, nullable=False),
+    ]
+)
+"""One scored sample. `score` is raw: never clipped, never rescaled by what else was scored. `anomaly_map` is a
+16-bit grey PNG at the model's input resolution; a pixel v stands for `map_offset + map_scale * v`."""
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """One sample as a layout finds it, before any image is opened.
+
+    Attributes:
+        sample_id: unique and stable: data set name + "/" + path of the image relative to the source's root.
+        dataset: name of the data set.
+        category: object class, e.g. "bottle".
+        split: "train", "val" or "test".
+        label: 0 normal, 1 anomalous, None unknown.
+        defect: defect type ("good" for normal samples), None unknown.
+        uri: path or URI of the image file.
+        mask_uri: path or URI of the mask file; None where there is none (a normal sample's mask is all zero).
+        mask_threshold: mask values above this are anomalous (0 unless the data set's masks are anti-aliased).
+        size: bytes of the image file where the listing told, else None.
+        data: the encoded image itself where images do not lie in files of their own (CIFAR's binary form).
+    """
+
+    sample_id: str
+    dataset: str
+    category: str
+    split: str
+    label: int | None
+    defect: str | None
+    uri: str
+    mask_uri: str | None = None
+    mask_threshold: int = 0
+    size: int | None = None
+    data: bytes | None = None

@@ -1,0 +1,152 @@
+"""Files on local disks and object stores, named by path or URI, through fsspec.
+
+Every output appears whole or not at all: local files are written beside their name, synced and renamed; object
+stores commit an upload when it is closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from unianom.errors import DataError
+
+
+def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Split a path or URI into its file system and the path inside it.
+
+    Raises:
+        DataError: unknown URI scheme, or its fsspec package is not installed.
+    """
+    text = os.fspath(uri)
+    try:
+        return url_to_fs(text)
+    except (ValueError, ImportError) as error:
+        scheme = text.split("://", 1)[0]
+        raise DataError(
+            f"cannot open {text}: no file system for '{scheme}://' is installed ({error}); "
+            f"install its fsspec package (s3fs, gcsfs, adlfs …)"
+        ) from error
+
+
+def is_local(uri: str | os.PathLike[str]) -> bool:
+    """Whether `uri` lies on this machine's file system."""
+    return isinstance(resolve(uri)[0], LocalFileSystem)
+
+
+def full_uri(uri: str | os.PathLike[str]) -> str:
+    """The same place named absolutely, so that a process with another working directory finds it."""
+    fs, path = resolve(uri)
+    return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+
+
+def join(uri: str | os.PathLike[str], *parts: str) -> str:
+    """Path or URI of something below `uri`."""
+    return posixpath.join(os.fspath(uri).rstrip("/") or "/", *parts)
+
+
+def exists(uri: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = resolve(uri)
+    fs.invalidate_cache()
+    return bool(fs.exists(path))
+
+
+def list_names(uri: str | os.PathLike[str]) -> list[str]:
+    """Sorted names of what lies directly in a folder; empty if the folder does not exist."""
+    fs, path = resolve(uri)
+    fs.invalidate_cache()
+    if not fs.isdir(path):
+        return []
+    return sorted(posixpath.basename(name.rstrip("/")) for name in fs.ls(path, detail=False))
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    fs, path = resolve(uri)
+    return bytes(fs.cat_file(path))
+
+
+def read_json(uri: str | os.PathLike[str]) -> Any:
+    """The parsed content of a JSON file."""
+    return json.loads(read_bytes(uri))
+
+
+@contextmanager
+def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when the block ends without an error."""
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # noqa: PTH103, PTH120
+        beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(beside, "wb") as handle:  # noqa: PTH123
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, path)  # noqa: PTH105
+        except BaseException:
+            if os.path.exists(beside):  # noqa: PTH110
+                os.remove(beside)  # noqa: PTH107
+            raise
+        return
+    handle = fs.open(path, "wb")
+    try:
+        yield handle
+    except BaseException:
+        handle.discard()
+        raise
+    handle.close()
+
+
+def write_bytes(uri: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with open_atomic(uri) as handle:
+        handle.write(content)
+
+
+def write_json(uri: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON whole or not at all; keys keep their order, so equal content gives equal bytes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(uri, text.encode() + b"\n")
+
+
+def remove(uri: str | os.PathLike[str]) -> None:
+    """Remove a file or a whole folder if it is there."""
+    fs, path = resolve(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def sha256_of(content: bytes) -> str:
+    """Hexadecimal SHA-256 of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(uri: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    fs, path = resolve(uri)
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_of(content: Any) -> str:
+    """Hexadecimal SHA-256 of anything JSON can hold, independent of the order of keys."""
+    return sha256_of(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
