@@ -1,0 +1,319 @@
+"""timm encoders: where their weights come from, and their taps.
+
+`VitBackbone` gives the tokens of chosen blocks and the attention of a chosen block in one forward pass;
+`CnnBackbone` gives feature maps by timm's `features_only` indices.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
+from torch import Tensor, nn
+
+from unianom import files
+from unianom.errors import OptionError, WeightsError
+
+THREE_WAYS = (
+    "weights take 'pretrained' (downloaded by timm), a file or URI (.safetensors, .pth, .pt), "
+    "or 'random', asked for by name"
+)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which encoder, and its weights.
+
+    Args:
+        name: timm model, with its weights tag where it matters (e.g. "wide_resnet50_2.tv_in1k").
+        weights: "pretrained", a file or URI, or "random". Nothing is substituted for missing weights.
+        options: further arguments of `timm.create_model` (e.g. {"pad_type": "same"}).
+        random_seed: seed of "random" weights.
+        precision: "fp32", or autocast to "bf16" or "fp16" in the forward pass.
+        channels_last: memory format of images and convolutions; faster for convolutions on GPUs.
+        compile: run the encoder through torch.compile.
+    """
+
+    name: str
+    weights: str = "pretrained"
+    options: dict[str, Any] = field(default_factory=dict)
+    random_seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.name):
+            near = timm.list_models(f"*{self.name.split('.')[0][:6]}*")[:5]
+            raise OptionError(f"backbone.name={self.name}: timm has no such model; near: {', '.join(near) or 'none'}")
+
+
+def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images that timm names for this model's weights."""
+    settings = timm.get_pretrained_cfg(config.name)
+    if settings is None:
+        raise OptionError(f"timm names no mean and std for {config.name}; set input.mean and input.std")
+    return tuple(settings.mean), tuple(settings.std)
+
+
+def read_state(uri: str) -> dict[str, Tensor]:
+    """Read a state dict from safetensors or a torch file (weights only, no code is run).
+
+    Wrappers that training scripts add ("state_dict", "model", "teacher"; prefixes "module.", "backbone.") are
+    taken off.
+
+    Raises:
+        WeightsError: the file is missing or holds no state dict.
+    """
+    try:
+        content = files.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise WeightsError(f"no weights file at {uri}; {THREE_WAYS}") from error
+    try:
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(content)
+        state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail in the parser, each in its own way
+        raise WeightsError(f"cannot read weights from {uri}: {error}") from error
+    for wrapper in ("state_dict", "teacher", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{uri} holds no state dict of tensors")
+    stripped = {}
+    for key, value in state.items():
+        for prefix in ("module.", "backbone."):
+            key = key.removeprefix(prefix)
+        stripped[key] = value
+    return stripped
+
+
+def _create(config: BackboneConfig, **arguments: Any) -> Any:
+    """Make the timm model and give it its weights."""
+    arguments = {**config.options, **arguments}
+    if config.weights == "pretrained":
+        try:
+            return timm.create_model(config.name, pretrained=True, **arguments)
+        except Exception as error:  # network, cache and hub errors come in many types
+            raise WeightsError(
+                f"cannot get the pretrained weights of {config.name}: {error}; {THREE_WAYS}"
+            ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.random_seed)
+        model = timm.create_model(config.name, pretrained=False, **arguments)
+    if config.weights != "random":
+        _load_file(model, config, arguments)
+    return model
+
+
+def _load_file(model: nn.Module, config: BackboneConfig, arguments: dict[str, Any]) -> None:
+    """Load weights strictly, but for parts of the whole network that its encoder lacks (head, later stages)."""
+    state = read_state(config.weights)
+    if isinstance(model, VisionTransformer):
+        state = vit_filter(state, model)
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(state))
+    with torch.device("meta"):
+        whole = {k: v for k, v in arguments.items() if k not in ("features_only", "out_indices", "num_classes")}
+        known = set(timm.create_model(config.name, pretrained=False, **whole).state_dict())
+    # self-supervised checkpoints carry projection heads, and classifiers may be named "fc" or "head"
+    heads = ("head", "fc", "classifier", "norm.", "fc_norm.", "mask_token")
+    strange = sorted(k for k in set(state) - set(wanted) if k not in known and not k.startswith(heads))
+    shapes = sorted(k for k in set(wanted) & set(state) if wanted[k].shape != state[k].shape)
+    if missing or strange or shapes:
+        faults = [
+            f"{label}: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''} ({len(keys)})"
+            for label, keys in (("missing", missing), ("unknown", strange), ("of another shape", shapes))
+            if keys
+        ]
+        raise WeightsError(
+            f"the weights in {config.weights} do not fit {config.name}; {'; '.join(faults)}; "
+            f"name the model they were saved from, with backbone.options as it was made"
+        )
+    model.load_state_dict({key: state[key] for key in wanted})
+
+
+class _Backbone(nn.Module):
+    """What both kinds share: frozen or trainable, precision, memory format."""
+
+    def __init__(self, config: BackboneConfig, trainable: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.trainable = trainable
+
+    def _finish(self) -> None:
+        if not self.trainable:
+            self.requires_grad_(False)
+        if self.config.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if self.config.compile:
+            self.compile()
+        self.train(False)
+
+    def train(self, mode: bool = True) -> _Backbone:
+        """A frozen backbone stays in evaluation mode: batch norm keeps its running statistics."""
+        super().train(mode and self.trainable)
+        return self
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16 if self.config.precision == "bf16" else torch.float16)
+
+    def _format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+
+class VitFeatures(NamedTuple):
+    """Taps of a vision transformer.
+
+    Attributes:
+        tokens: one B×N×D float32 tensor per tapped block, raw block outputs, prefix tokens (CLS, registers) dropped.
+        attention: B×h×w float32, post-softmax attention of CLS to the patches, mean over heads; None if not asked
+            for. For "rollout" the attention rolled out over all blocks.
+    """
+
+    tokens: list[Tensor]
+    attention: Tensor | None
+
+
+class VitBackbone(_Backbone):
+    """A timm `VisionTransformer` tapped at blocks.
+
+    Args:
+        config: encoder and weights.
+        image_size: input height and width in pixels; position embeddings are resampled to it.
+        blocks: 0-based indices of the blocks whose outputs are wanted.
+        attention_block: block whose CLS attention is wanted; negative counts from the last; None for none.
+        rollout: give attention rollout over blocks 0…attention_block instead.
+        trainable: whether gradients are kept.
+
+    Raises:
+        OptionError: not a VisionTransformer, or a block that it does not have.
+        WeightsError: weights missing or not fitting.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        image_size: int,
+        blocks: Sequence[int],
+        attention_block: int | None = None,
+        rollout: bool = False,
+        trainable: bool = False,
+    ) -> None:
+        super().__init__(config, trainable)
+        if "vit" not in config.name:
+            raise OptionError(f"backbone.name={config.name}: this method needs a plain vision transformer (vit_…)")
+        model = _create(config, num_classes=0, img_size=image_size)
+        if not isinstance(model, VisionTransformer):
+            raise OptionError(f"backbone.name={config.name} is not of timm's VisionTransformer class")
+        depth = len(model.blocks)
+        if attention_block is not None and attention_block < 0:
+            attention_block += depth
+        wrong = [b for b in [*blocks, *([] if attention_block is None else [attention_block])] if not 0 <= b < depth]
+        if wrong or not blocks:
+            raise OptionError(f"{config.name} has blocks 0…{depth - 1}; asked for {list(blocks)}, {attention_block}")
+        if attention_block is not None and model.cls_token is None:
+            raise OptionError(f"{config.name} has no CLS token, so there is no CLS attention; choose mask=off")
+        self.vit: Any = model
+        self.blocks = tuple(blocks)
+        self.attention_block = attention_block
+        self.rollout = rollout
+        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
+        self.dimension: int = model.embed_dim
+        last_whole = max(blocks) if attention_block is None else max(max(blocks), attention_block - 1)
+        # what is never run is not kept, so that model folders hold no dead weights
+        keep = last_whole + 1 if attention_block is None else max(last_whole, attention_block) + 1
+        model.blocks = model.blocks[:keep]
+        model.norm = nn.Identity()
+        self._whole_blocks = last_whole + 1
+        self._finish()
+
+    def forward(self, images: Tensor) -> VitFeatures:
+        """Taps of B×3×H×W images in one pass."""
+        with self._precision(images.device):
+            tokens, attention = self._taps(self._format(images))
+        return VitFeatures([t.float() for t in tokens], None if attention is None else attention.float())
+
+    def _taps(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        vit = self.vit
+        x = vit.patch_embed(images)
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))  # B T D
+        tapped: dict[int, Tensor] = {}
+        attention: Tensor | None = None
+        rolled: Tensor | None = None
+        for index, block in enumerate(vit.blocks):
+            if self.rollout and self.attention_block is not None and index <= self.attention_block:
+                weights = _attention(block.attn, block.norm1(x), all_queries=True).mean(1)  # B T T
+                rolled = _roll_out(rolled, weights)
+            elif index == self.attention_block:
+                attention = _attention(block.attn, block.norm1(x), all_queries=False).mean(1)[:, 0]  # B T
+            if index < self._whole_blocks:
+                x = block(x)  # B T D
+            if index in self.blocks:
+                tapped[index] = x[:, vit.num_prefix_tokens :]  # B N D
+        if rolled is not None:
+            attention = rolled[:, 0]
+        if attention is not None:
+            attention = attention[:, vit.num_prefix_tokens :].unflatten(1, self.grid)  # B h w
+        return [tapped[index] for index in self.blocks], attention
+
+
+def _attention(attn: Any, x: Tensor, all_queries: bool) -> Tensor:
+    """Post-softmax attention weights B×heads×Q×T; Q = T, or 1 (CLS only). timm's own forward does not give them."""
+    batch, count, _ = x.shape
+    qkv = attn.qkv
+    width = attn.num_heads * attn.head_dim
+    queries = x if all_queries else x[:, :1]
+    bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width : 2 * width])
+    q = nn.functional.linear(queries, qkv.weight[:width], bias[0])
+    k = nn.functional.linear(x, qkv.weight[width : 2 * width], bias[1])
+    q = attn.q_norm(q.reshape(batch, -1, attn.num_heads, attn.head_dim).transpose(1, 2))
+    k = attn.k_norm(k.reshape(batch, count, attn.num_heads, attn.head_dim).transpose(1, 2))
+    return (q @ k.transpose(-2, -1) * attn.scale).float().softmax(-1)
+
+
+def _roll_out(rolled: Tensor | None, weights: Tensor) -> Tensor:
+    """One step of attention rollout (Abnar and Zuidema 2020): half attention, half identity, after the others."""
+    mixed = 0.5 * weights + 0.5 * torch.eye(weights.shape[-1], device=weights.device)
+    return mixed if rolled is None else mixed @ rolled
+
+
+class CnnBackbone(_Backbone):
+    """A timm encoder tapped by `features_only` index.
+
+    Args:
+        config: encoder and weights.
+        taps: feature indices, e.g. (1, 2, 3) for strides 4, 8, 16 of a ResNet.
+        trainable: whether gradients are kept and batch norm may train.
+
+    Attributes:
+        channels: channel count of each tap.
+        strides: stride of each tap.
+    """
+
+    def __init__(self, config: BackboneConfig, taps: Sequence[int], trainable: bool = False) -> None:
+        super().__init__(config, trainable)
+        try:
+            self.encoder: Any = _create(config, features_only=True, out_indices=tuple(taps))
+        except (IndexError, AssertionError) as error:
+            raise OptionError(f"{config.name} has no feature maps {tuple(taps)}: {error}") from error
+        info = self.encoder.feature_info
+        self.channels: list[int] = info.channels()
+        self.strides: list[int] = info.reduction()
+        self._finish()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps B×C×h×w float32 of B×3×H×W images, fine to coarse."""
+        with self._precision(images.device):
+            maps = self.encoder(self._format(images))
+        return [m.float() for m in maps]

@@ -1,0 +1,314 @@
+"""From encoded bytes to what a network sees, the same way in training, scoring, serving and export.
+
+`decode_image` and `decode_mask` open bytes safely, `prepare_image` and `prepare_mask` bring them to the model's
+input size, `normalise` makes the tensor. Nothing else in the project decodes, resizes or normalises images.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from unianom.errors import ImageError, OptionError
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+"""What is opened. Vector, scripted and layered formats are not, since their decoders run far more code."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_INTERPOLATION = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may cost before it is refused unopened.
+
+    Args:
+        max_pixels: height times width, read from the header.
+        max_bytes: size of the encoded file.
+    """
+
+    max_pixels: int = 100_000_000
+    max_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1 or self.max_bytes < 1:
+            raise OptionError("image limits: max_pixels and max_bytes must be positive")
+
+
+@dataclass(frozen=True)
+class InputPolicy:
+    """How an image becomes the network's input.
+
+    Args:
+        resize: "short_side" scales the shorter side to `size` and cuts the centre `crop`; "stretch" scales both
+            sides to `size`, whatever the aspect. A centre crop hides what lies at the border.
+        size: pixels after scaling.
+        crop: pixels of the centre crop, for "short_side".
+        pad: zero-pad to this many pixels on each side (black before normalisation), for small images.
+        interpolation: filter for images; "bilinear", "bicubic" or "lanczos", antialiased.
+        mask_resize: "nearest" keeps every value, any non-zero pixel is anomalous. The others follow published
+            code: bilinear, then ">0" ("bilinear_any"), ">0.5" ("bilinear_half") or full white only
+            ("bilinear_full").
+        mean, std: per channel, on a 0…1 scale; null takes those of the backbone's weights.
+    """
+
+    resize: Literal["short_side", "stretch"] = "short_side"
+    size: int = 256
+    crop: int | None = 224
+    pad: int | None = None
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    mask_resize: Literal["nearest", "bilinear_any", "bilinear_half", "bilinear_full"] = "nearest"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize == "short_side" and self.crop is None:
+            raise OptionError("input.resize=short_side needs input.crop, since images of a batch must be of one size")
+        if self.size < 1 or (self.crop is not None and not 1 <= self.crop <= self.size):
+            raise OptionError(f"input.size={self.size} and input.crop={self.crop}: need 1 <= crop <= size")
+        if self.pad is not None and self.pad < self._cut:
+            raise OptionError(f"input.pad={self.pad} is smaller than the image of {self._cut} pixels it should hold")
+        if self.std is not None and min(self.std) <= 0:
+            raise OptionError("input.std must be positive")
+
+    @property
+    def _cut(self) -> int:
+        return self.size if self.resize == "stretch" or self.crop is None else self.crop
+
+    @property
+    def side(self) -> int:
+        """Height and width of the network's input, in pixels."""
+        return self.pad or self._cut
+
+
+# Pillow's own limit is one figure for the whole process and only warns below its double, so ours, read from the
+# header before anything is decoded, takes its place while a file is being opened.
+_pillow_limit = threading.Lock()
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    if not data:
+        raise ImageError("corrupt", "the file is empty")
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes; the limit is {limits.max_bytes} (--limits.max_bytes)")
+    try:
+        with _pillow_limit:
+            default, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(io.BytesIO(data), formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = default
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("corrupt", f"not an image of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # a decoder raises whatever its parser stumbled over
+        raise ImageError("corrupt", f"unreadable image header: {error}") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            "too_large",
+            f"{width} x {height} = {width * height} pixels; the limit is {limits.max_pixels} (--limits.max_pixels)",
+        )
+    return image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """Decode the pixels and turn them upright."""
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a decoder raises whatever its parser stumbled over
+        raise ImageError("corrupt", f"cannot decode: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any colour mode to 8-bit RGB; alpha is dropped, 16 bits are scaled to 8 (Pillow would clip them)."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        return Image.fromarray(_sixteen_to_eight(image)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("unsupported", "32-bit float pixels have no agreed range; convert the file to 8 or 16 bits")
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError("unsupported", f"colour mode {image.mode} cannot be converted to RGB") from error
+
+
+def _sixteen_to_eight(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError("unsupported", "32-bit pixels beyond 0…65535; convert the file to 8 or 16 bits")
+    return ((values + 128) // 257).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image and what its file said.
+
+    Attributes:
+        pixels: H×W×3 uint8 RGB, upright.
+        format: one of `FORMATS`.
+    """
+
+    pixels: np.ndarray
+    format: str
+
+
+def decode_image(data: bytes, limits: ImageLimits | None = None) -> DecodedImage:
+    """Decode PNG, JPEG, BMP, TIFF or WebP of any colour mode to upright 8-bit RGB.
+
+    Grey is repeated, palettes are resolved, alpha is dropped, CMYK converted, 16 bits scaled to 8, the EXIF
+    orientation applied; of several frames the first is taken.
+
+    Raises:
+        ImageError: status "corrupt" (unreadable, truncated, empty), "too_large" (over `limits`, told from the
+            header) or "unsupported" (pixels without an agreed range).
+    """
+    image = _open(data, limits or ImageLimits())
+    file_format = str(image.format)
+    return DecodedImage(np.asarray(_to_rgb(_load(image))), file_format)
+
+
+def decode_mask(data: bytes, threshold: int = 0, limits: ImageLimits | None = None) -> np.ndarray:
+    """Decode a mask file to H×W uint8 of 0 and 255.
+
+    Args:
+        data: encoded image; of a colour mask any channel counts, alpha does not.
+        threshold: values above this are anomalous. 0 suits 0/255 masks and masks of small class numbers alike.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    image = _load(_open(data, limits or ImageLimits()))
+    if image.mode == "P" or image.mode.startswith("I"):
+        values = np.asarray(image)  # palette indices and 16-bit values are class numbers, not shades
+    elif image.mode in ("1", "L"):
+        values = np.asarray(image.convert("L"))
+    else:
+        values = np.asarray(_to_rgb(image)).max(axis=2)
+    return np.where(values > threshold, 255, 0).astype(np.uint8)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode H×W or H×W×3 uint8, or H×W uint16, as PNG; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _scaled_size(width: int, height: int, policy: InputPolicy) -> tuple[int, int]:
+    if policy.resize == "stretch":
+        return policy.size, policy.size
+    if width <= height:
+        return policy.size, max(policy.size, policy.size * height // width)
+    return max(policy.size, policy.size * width // height), policy.size
+
+
+def _cut_and_pad(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
+    if policy.resize == "short_side" and policy.crop is not None:
+        top = round((pixels.shape[0] - policy.crop) / 2)
+        left = round((pixels.shape[1] - policy.crop) / 2)
+        pixels = pixels[top : top + policy.crop, left : left + policy.crop]
+    if policy.pad is not None:
+        before = (policy.pad - pixels.shape[0]) // 2
+        after = policy.pad - pixels.shape[0] - before
+        pixels = np.pad(pixels, [(before, after)] * 2 + [(0, 0)] * (pixels.ndim - 2))
+    return pixels
+
+
+def prepare_image(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
+    """Scale, crop and pad an upright RGB image.
+
+    Args:
+        pixels: H×W×3 uint8.
+        policy: the model's input policy.
+
+    Returns:
+        S×S×3 uint8 with S = `policy.side`.
+    """
+    height, width = pixels.shape[:2]
+    size = _scaled_size(width, height, policy)
+    if size != (width, height):
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, _INTERPOLATION[policy.interpolation]))
+    return np.ascontiguousarray(_cut_and_pad(pixels, policy))
+
+
+def prepare_mask(mask: np.ndarray, policy: InputPolicy) -> np.ndarray:
+    """Bring a mask where `prepare_image` brings its image.
+
+    Args:
+        mask: H×W uint8 of 0 and 255, of the image's size.
+        policy: the model's input policy.
+
+    Returns:
+        S×S bool.
+    """
+    size = _scaled_size(mask.shape[1], mask.shape[0], policy)
+    nearest = policy.mask_resize == "nearest"
+    resampling = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+    values = _cut_and_pad(np.asarray(Image.fromarray(mask).resize(size, resampling)), policy)
+    above = {"nearest": 0, "bilinear_any": 0, "bilinear_half": 127, "bilinear_full": 254}[policy.mask_resize]
+    return values > above
+
+
+def normalise(images: Sequence[np.ndarray], policy: InputPolicy) -> torch.Tensor:
+    """Stack prepared images into the network's input.
+
+    Args:
+        images: B arrays of S×S×3 uint8.
+        policy: the model's input policy, with mean and std.
+
+    Returns:
+        B×3×S×S float32.
+    """
+    if policy.mean is None or policy.std is None:
+        raise OptionError("input.mean and input.std are not set; a method fills them in from its backbone")
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()  # B 3 S S
+    mean = torch.tensor(policy.mean).view(1, 3, 1, 1)
+    std = torch.tensor(policy.std).view(1, 3, 1, 1)
+    return batch.div_(255).sub_(mean).div_(std).contiguous()
+
+
+def encode_map(anomaly_map: np.ndarray) -> tuple[bytes, float, float]:
+    """Pack an anomaly map into a 16-bit PNG: 65,536 even steps between its own minimum and maximum.
+
+    Args:
+        anomaly_map: H×W float32.
+
+    Returns:
+        PNG bytes, offset and scale: value = offset + scale · pixel, off by at most scale / 2.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    low, high = float(anomaly_map.min()), float(anomaly_map.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("the anomaly map holds NaN or infinite values")
+    offset, scale = float(np.float32(low)), float(np.float32((high - low) / 65535))
+    if scale == 0:
+        steps = np.zeros(anomaly_map.shape, np.uint16)
+    else:
+        steps = np.clip(np.rint((anomaly_map.astype(np.float64) - offset) / scale), 0, 65535).astype(np.uint16)
+    return encode_png(steps), offset, scale
+
+
+def decode_map(data: bytes, offset: float, scale: float) -> np.ndarray:
+    """Unpack what `encode_map` packed, as H×W float32."""
+    steps = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",))).astype(np.float64)
+    return (offset + scale * steps).astype(np.float32)

@@ -1,0 +1,355 @@
+"""What every layout stands on: a source folder that is listed but never opened, and the options all layouts share."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import posixpath
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from unianom.data.schema import SampleRef
+from unianom.errors import DataError, OptionError
+from unianom.files import resolve
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp")
+"""Endings of an image's name, in any case."""
+
+_LITTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """Options of every layout.
+
+    Args:
+        dataset: name of the data set, the first part of every sample_id; empty takes the layout's own choice.
+    """
+
+    dataset: str = ""
+
+    def __post_init__(self) -> None:
+        if "/" in self.dataset or self.dataset != self.dataset.strip():
+            raise OptionError(f"dataset='{self.dataset}' must be a plain name without '/' and outer blanks")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a data set lies in folders or files.
+
+    Attributes:
+        name: name in `LAYOUTS`.
+        options: options dataclass, a `LayoutOptions`.
+        samples: yields the samples of a source lazily, in an order that is always the same.
+        description: one line for lists and help texts.
+    """
+
+    name: str
+    options: type[LayoutOptions]
+    samples: Callable[[Source, Any], Iterator[SampleRef]]
+    description: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a listing says of one file or folder.
+
+    Attributes:
+        path: path relative to the source's root.
+        size: bytes of a file, None where the file system does not tell.
+        is_folder: whether it is a folder.
+    """
+
+    path: str
+    size: int | None
+    is_folder: bool
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return posixpath.basename(self.path)
+
+    @property
+    def stem(self) -> str:
+        """Name without its last ending."""
+        return posixpath.splitext(self.name)[0]
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the name ends like an image's. A folder may: it is listed as a sample, for ingest to reject."""
+        return posixpath.splitext(self.name)[1].lower() in IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Source:
+    """A root folder on any file system. All paths in and out are relative to the root, "" being the root itself.
+
+    Attributes:
+        fs: file system.
+        root: path of the root on it.
+        dataset: data set name that sample_ids begin with.
+    """
+
+    fs: fsspec.AbstractFileSystem
+    root: str
+    dataset: str
+
+    @classmethod
+    def open(cls, uri: str | os.PathLike[str], dataset: str = "") -> Source:
+        """The source at a local path or URI; `dataset` is the root's name if empty.
+
+        Raises:
+            DataError: unknown URI scheme, or a chained URI ("zip://…::file.zip").
+        """
+        text = os.fspath(uri)
+        if "::" in text:
+            raise DataError(f"cannot list {text}: chained URIs are not supported; unpack the archive and name its folder")
+        fs, path = resolve(text)
+        fs.invalidate_cache()
+        root = posixpath.normpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
+        return cls(fs, root, dataset or posixpath.splitext(posixpath.basename(root))[0] or "data")
+
+    def at(self, folder: str) -> Source:
+        """A folder below the root as the root; ".." is the folder above."""
+        root = posixpath.dirname(self.root) if folder == ".." else self._inside(folder)
+        return Source(self.fs, root, self.dataset)
+
+    @property
+    def name(self) -> str:
+        """Name of the root."""
+        return posixpath.basename(self.root)
+
+    def _inside(self, path: str) -> str:
+        return posixpath.join(self.root, path) if path else self.root
+
+    def uri(self, path: str = "") -> str:
+        """Absolute path or URI of something below the root."""
+        inside = self._inside(path)
+        return inside if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(inside)
+
+    def sample_id(self, path: str) -> str:
+        """Name of the sample whose image lies at `path`."""
+        return f"{self.dataset}/{path}"
+
+    def sample(
+        self,
+        image: Entry,
+        *,
+        category: str,
+        split: str,
+        label: int | None,
+        defect: str | None,
+        mask: str | None = None,
+        mask_threshold: int = 0,
+    ) -> SampleRef:
+        """The sample of a listed image; `mask` is the path of its mask, if it has one."""
+        return SampleRef(
+            sample_id=self.sample_id(image.path),
+            dataset=self.dataset,
+            category=category,
+            split=split,
+            label=label,
+            defect=defect,
+            uri=self.uri(image.path),
+            mask_uri=None if mask is None else self.uri(mask),
+            mask_threshold=mask_threshold,
+            size=image.size,
+        )
+
+    def entries(self, folder: str = "") -> list[Entry]:
+        """Files and folders directly in `folder`, sorted by name, without dot files and other litter.
+
+        Raises:
+            DataError: the folder is not there, is a file or cannot be listed, or a name is not valid UTF-8.
+        """
+        inside = self._inside(folder)
+        try:
+            listing = self.fs.ls(inside, detail=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"no folder {self.uri(folder)}") from error
+        except Exception as error:  # a remote file system raises whatever its client library does
+            raise DataError(f"cannot list {self.uri(folder)}: {error}") from error
+        entries = []
+        for info in listing:
+            if info["name"] == inside and info["type"] == "file":
+                raise DataError(f"{self.uri(folder)} is a file; a folder is expected")
+            path = info["name"].rstrip("/")
+            name = posixpath.basename(path)
+            if path == inside or name.startswith(".") or name in _LITTER:
+                continue  # object stores list a folder's own placeholder in it
+            if not name.isascii():
+                _check_name(name, self.uri(folder))
+            is_folder = info["type"] == "directory" or (info.get("islink", False) and self.fs.isdir(path))
+            size = None if is_folder else info.get("size")
+            entries.append(Entry(posixpath.join(folder, name), size, is_folder))
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Sorted names of the folders in `folder`, without those named like images."""
+        return [entry.name for entry in self.entries(folder) if entry.is_folder and not entry.is_image]
+
+    def has_folder(self, path: str) -> bool:
+        """Whether there is such a folder."""
+        return bool(self.fs.isdir(self._inside(path)))
+
+    def images(self, folder: str) -> list[Entry]:
+        """Images directly in `folder`, sorted.
+
+        Raises:
+            DataError: there are none.
+        """
+        images = [entry for entry in self.entries(folder) if entry.is_image]
+        if not images:
+            raise DataError(f"no images in {self.uri(folder)}; found: {self.found(folder)}")
+        return images
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        """All images in and below `folder`, lazily, each folder sorted."""
+        for entry in self.entries(folder):
+            if entry.is_image:
+                yield entry
+            elif entry.is_folder:
+                yield from self.walk(entry.path)
+
+    def all_images(self, folder: str) -> list[Entry]:
+        """Images in and below `folder`.
+
+        Raises:
+            DataError: there are none.
+        """
+        images = list(self.walk(folder))
+        if not images:
+            raise DataError(f"no images in or below {self.uri(folder)}; found: {self.found(folder)}")
+        return images
+
+    def require(self, folder: str, below: str, expected: str) -> str:
+        """Path of the folder `below` in `folder`.
+
+        Raises:
+            DataError: it is not there; says what is, and the layout that was `expected`.
+        """
+        reached = folder
+        for part in below.split("/"):
+            if part not in self.folders(reached):
+                inside = "" if reached == folder else f" in {posixpath.relpath(reached, folder or '.')}"
+                raise DataError(
+                    f"no {below} under {self.uri(folder)}; found{inside}: {self.found(reached)}; expected {expected}"
+                )
+            reached = posixpath.join(reached, part)
+        return reached
+
+    def found(self, folder: str = "") -> str:
+        """What lies in a folder, for error messages."""
+        return listed(entry.name + "/" * entry.is_folder for entry in self.entries(folder))
+
+
+def _check_name(name: str, where: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the file name {name!r} in {where} is not valid UTF-8; rename the file") from error
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names for an error message: "a, b and 3 more"."""
+    names = list(names)
+    if not names:
+        return "nothing"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" (did you mean 'x'?)" if a known name resembles `name`, else ""."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def choose(wanted: Iterable[str], found: list[str], where: str) -> list[str]:
+    """The wanted categories in the order found, or all if none is named.
+
+    Raises:
+        OptionError: a wanted category is not there.
+    """
+    wanted = tuple(wanted)
+    for name in wanted:
+        if name not in found:
+            raise OptionError(f"no category '{name}' in {where}{nearest(name, found)}; found: {listed(found)}")
+    return [name for name in found if not wanted or name in wanted]
+
+
+def check_train_fraction(value: float) -> None:
+    """Raise OptionError unless 0 < value <= 1."""
+    if not 0 < value <= 1:
+        raise OptionError(f"train_fraction={value} must be above 0 and at most 1")
+
+
+def check_mask_threshold(value: int) -> None:
+    """Raise OptionError unless 0 <= value < 255."""
+    if not 0 <= value < 255:
+        raise OptionError(f"mask_threshold={value} must lie in 0…254, since mask values above it are anomalous")
+
+
+def masks_by_stem(source: Source, folder: str) -> dict[str, str]:
+    """Mask paths of a folder by the stem of the image they belong to ("000_mask.png" and "000.png" → "000").
+
+    Raises:
+        DataError: two masks belong to one stem.
+    """
+    masks: dict[str, str] = {}
+    for entry in source.entries(folder):
+        if not entry.is_image:
+            continue
+        stem = entry.stem.removesuffix("_mask")
+        if stem in masks:
+            raise DataError(f"two masks for '{stem}' in {source.uri(folder)}: {masks[stem]} and {entry.path}")
+        masks[stem] = entry.path
+    return masks
+
+
+def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
+    """Options of a layout from plain values, as a YAML file holds them.
+
+    Raises:
+        OptionError: an unknown key, or a value of the wrong type.
+    """
+    hints = get_type_hints(layout.options)
+    known = [field.name for field in fields(layout.options)]
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            raise OptionError(
+                f"layout {layout.name} has no option '{key}'{nearest(str(key), known)}; its options: {listed(known)}"
+            )
+        if not _fits(value, hints[key]):
+            raise OptionError(f"option {key} of layout {layout.name} cannot be {value!r}; it takes {_words(hints[key])}")
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    return layout.options(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, get_args(hint)))
+    if origin is tuple:
+        return f"a list of {_words(get_args(hint)[0])}"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}[hint]

@@ -1,0 +1,32 @@
+"""BTAD, the beanTech anomaly detection data set (Mishra et al., ISIE 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unianom.data.layouts.base import LayoutOptions, Source, choose
+from unianom.data.layouts.mvtec import category_samples, find_categories
+from unianom.data.schema import SampleRef
+
+EXPECTED = "the btad layout: {01,02,03}/train/ok, {01,02,03}/test/{ok,ko}, {01,02,03}/ground_truth/ko"
+
+
+@dataclass(frozen=True)
+class BtadOptions(LayoutOptions):
+    """Options of the `btad` layout.
+
+    Args:
+        dataset: name of the data set.
+        categories: categories to read, of "01", "02", "03"; empty reads all.
+    """
+
+    dataset: str = "btad"
+    categories: tuple[str, ...] = ()
+
+
+def samples(source: Source, options: BtadOptions) -> Iterator[SampleRef]:
+    """Samples of BTAD as published: bmp and png images and masks, a few anomalous training images left as they are."""
+    source, categories = find_categories(source, "ok", EXPECTED)
+    for category in choose(options.categories, categories, source.uri()):
+        yield from category_samples(source, category, "ok", EXPECTED)

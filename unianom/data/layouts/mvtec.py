@@ -1,0 +1,128 @@
+"""MVTec AD and data sets shaped like it (Bergmann et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, masks_by_stem
+from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
+from unianom.errors import DataError
+
+EXPECTED = (
+    "the mvtec layout: <category>/train/good, <category>/test/{good,<defect>}, <category>/ground_truth/<defect>, "
+    "or merged: train/<category>_good, test/<category>_<defect>, ground_truth/<category>_<defect>"
+)
+
+
+@dataclass(frozen=True)
+class MvtecOptions(LayoutOptions):
+    """Options of the `mvtec` layout.
+
+    Args:
+        dataset: name of the data set.
+        categories: categories to read; empty reads all.
+    """
+
+    dataset: str = "mvtec"
+    categories: tuple[str, ...] = ()
+
+
+def samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef]:
+    """Samples of MVTec AD, of one of its categories, or of its merged form with all categories side by side.
+
+    A root that is itself one category gives the same sample_ids as the whole set would.
+    """
+    if source.has_folder("train") and any(name.endswith("_good") for name in source.folders("train")):
+        yield from _merged_samples(source, options)
+        return
+    source, categories = find_categories(source, "good", EXPECTED)
+    for category in choose(options.categories, categories, source.uri()):
+        yield from category_samples(source, category, "good", EXPECTED)
+
+
+def find_categories(source: Source, normal: str, expected: str) -> tuple[Source, list[str]]:
+    """The source whose folders are categories, and those folders: of a root that is one category, the folder above."""
+    folders = source.folders()
+    if "train" in folders:
+        source.require("", f"train/{normal}", expected)
+        return source.at(".."), [source.name]
+    if not folders:
+        raise DataError(f"no category folders under {source.uri()}; found: {source.found()}; expected {expected}")
+    return source, folders
+
+
+def category_samples(source: Source, category: str, normal: str, expected: str) -> Iterator[SampleRef]:
+    """One category: train/<normal>, test/<normal>, test/<defect> and ground_truth/<defect>, masks paired by stem.
+
+    A defective image without a mask file gets none; masks of which none fits by name are an error.
+    """
+    train = source.require(category, f"train/{normal}", expected)
+    test = source.require(category, "test", expected)
+    others = [name for name in source.folders(f"{category}/train") if name != normal]
+    if others:
+        raise DataError(
+            f"{source.uri(category)}/train holds {', '.join(others)} beside {normal}, which this layout does not know; "
+            f"read it with the folder layout or remove it"
+        )
+    yield from folder_samples(source, train, category, "train", None)
+    defects = source.folders(test)
+    if not defects:
+        raise DataError(f"no test images under {source.uri(test)}; found: {source.found(test)}; expected {expected}")
+    for name in defects:
+        folder = posixpath.join(test, name)
+        yield from folder_samples(
+            source, folder, category, "test", None if name == normal else name, f"{category}/ground_truth/{name}"
+        )
+
+
+def folder_samples(
+    source: Source, folder: str, category: str, split: str, defect: str | None, mask_folder: str = ""
+) -> Iterator[SampleRef]:
+    """The images of one folder, all normal (`defect` None) or all of one defect with their masks."""
+    images = source.images(folder)
+    if defect is None:
+        for image in images:
+            yield source.sample(image, category=category, split=split, label=NORMAL, defect="good")
+        return
+    masks = _masks(source, images, mask_folder)
+    for image in images:
+        yield source.sample(
+            image, category=category, split=split, label=ANOMALOUS, defect=defect, mask=masks.get(image.stem)
+        )
+
+
+def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, str]:
+    masks = masks_by_stem(source, folder) if source.has_folder(folder) else {}
+    if masks and not any(image.stem in masks for image in images):
+        raise DataError(
+            f"no mask in {source.uri(folder)} fits an image by name: '{next(iter(masks.values()))}' against "
+            f"'{images[0].path}'; masks are named <stem>.png or <stem>_mask.png"
+        )
+    return masks
+
+
+def _merged_samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef]:
+    """`train/<category>_good`, `test/<category>_<defect>`, `ground_truth/<category>_<defect>`."""
+    source.require("", "test", EXPECTED)
+    strangers = [name for name in source.folders("train") if not name.endswith("_good")]
+    if strangers:
+        raise DataError(f"{source.uri('train')} holds {', '.join(strangers)} beside <category>_good; expected {EXPECTED}")
+    found = [name.removesuffix("_good") for name in source.folders("train")]
+    defects: dict[str, list[str]] = {category: [] for category in found}
+    for name in source.folders("test"):
+        # The longest fit, for categories like "pipe" and "pipe_fryum".
+        category = max((category for category in found if name.startswith(f"{category}_")), key=len, default=None)
+        if category is None:
+            raise DataError(f"{source.uri('test/' + name)} belongs to no category of train; found there: {source.found('train')}")
+        defects[category].append(name.removeprefix(f"{category}_"))
+    for category in choose(options.categories, found, source.uri()):
+        if not defects[category]:
+            raise DataError(f"no test/{category}_<defect> under {source.uri()}; found in test: {source.found('test')}")
+        yield from folder_samples(source, f"train/{category}_good", category, "train", None)
+        for defect in defects[category]:
+            name = f"{category}_{defect}"
+            yield from folder_samples(
+                source, f"test/{name}", category, "test", None if defect == "good" else defect, f"ground_truth/{name}"
+            )

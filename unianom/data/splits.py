@@ -1,0 +1,77 @@
+"""Seeded splits that depend on the names of the samples and on nothing else.
+
+Every name is hashed together with the seed and the lowest hashes are drawn. The order in which samples are listed,
+the machine and the library versions make no difference, and a name keeps its rank when others come or go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from unianom.errors import DataError, OptionError
+
+
+def hash_order(names: Iterable[str], seed: int) -> list[str]:
+    """The names in a random order fixed by `seed`: ascending SHA-256 of "seed:name"."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def hold_out(sample_ids: Sequence[str], groups: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """Draw the same share of every group, e.g. normal training images of each category for validation.
+
+    Args:
+        sample_ids: names to draw from, all different.
+        groups: group of each name, e.g. its category.
+        fraction: share to draw, 0…1.
+        seed: another seed gives another draw.
+
+    Returns:
+        Of each group of n names round(fraction · n), but for 0 < fraction < 1 at least one of two or more, and
+        never all of them.
+
+    Raises:
+        OptionError: `fraction` is outside 0…1.
+        DataError: a name occurs twice.
+        ValueError: `sample_ids` and `groups` differ in length.
+    """
+    if not 0 <= fraction <= 1:
+        raise OptionError(f"the share to hold out must lie between 0 and 1, not {fraction}")
+    drawn: set[str] = set()
+    for names in _by_group(sample_ids, groups).values():
+        count = round(fraction * len(names))
+        if 0 < fraction < 1:
+            count = min(max(count, 1), len(names) - 1)
+        drawn.update(hash_order(names, seed)[:count])
+    return drawn
+
+
+def few_shot(sample_ids: Sequence[str], groups: Sequence[str], shots: int, seed: int) -> set[str]:
+    """Draw `shots` names of every group: the low-shot protocol draws k normal training images of each category.
+
+    With one seed the draws are nested: those of k shots are among those of k + 1.
+
+    Raises:
+        OptionError: `shots` is below 1.
+        DataError: a group has fewer names than `shots`, or a name occurs twice.
+        ValueError: `sample_ids` and `groups` differ in length.
+    """
+    if shots < 1:
+        raise OptionError(f"shots must be at least 1, not {shots}")
+    drawn: set[str] = set()
+    for group, names in _by_group(sample_ids, groups).items():
+        if len(names) < shots:
+            raise DataError(f"cannot draw {shots} shots of '{group}': it has only {len(names)} samples to draw from")
+        drawn.update(hash_order(names, seed)[:shots])
+    return drawn
+
+
+def _by_group(sample_ids: Sequence[str], groups: Sequence[str]) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for sample_id, group in zip(sample_ids, groups, strict=True):
+        if sample_id in seen:
+            raise DataError(f"sample_id '{sample_id}' occurs twice; a split needs unique names")
+        seen.add(sample_id)
+        members.setdefault(group, []).append(sample_id)
+    return members

@@ -1,0 +1,146 @@
+"""What every method is: one interface, one registry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unianom.backbones import weight_statistics
+from unianom.data.image import InputPolicy
+from unianom.errors import ModelError, OptionError
+from unianom.memory.index import MemoryBank
+
+
+class Prediction(NamedTuple):
+    """What a method says of B images.
+
+    Attributes:
+        anomaly_map: B×H×W float32 at input resolution; higher is more anomalous; raw, on the method's own scale.
+        score: B float32; the image score, raw.
+    """
+
+    anomaly_map: Tensor
+    score: Tensor
+
+
+class Embedding(NamedTuple):
+    """What a memory method makes of B images.
+
+    Attributes:
+        patches: B×N×D float32, row-major over the patch grid.
+        keep: B×N bool; patches that enter the bank and count in scores.
+    """
+
+    patches: Tensor
+    keep: Tensor
+
+
+class Method(nn.Module):
+    """A visual anomaly detection method.
+
+    Subclasses set `name` and `Config`, and take one `Config` in their constructor.
+
+    Attributes:
+        config: the frozen options, all resolved (no value left to a preset or a backbone).
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    config: Any
+
+    @property
+    def input(self) -> InputPolicy:
+        """How images become this method's input."""
+        return self.config.input
+
+    @property
+    def device(self) -> torch.device:
+        """Where the method's parameters lie."""
+        return next(self.parameters()).device
+
+    def predict(self, images: Tensor) -> Prediction:
+        """Anomaly maps and image scores of B×3×H×W normalised images. The result does not depend on which
+        images share a batch."""
+        raise NotImplementedError
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse what is not a batch of this method's input.
+
+        Raises:
+            OptionError: wrong shape or type, or a value that is not finite.
+        """
+        side = self.input.side
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise OptionError(f"{self.name} takes images of shape B×3×{side}×{side}, got {tuple(images.shape)}")
+        if not torch.isfinite(images).all():
+            raise OptionError(f"{self.name} got images with NaN or infinite values; check decoding and mean/std")
+
+
+class MemoryMethod(Method):
+    """A training-free method: it embeds images, and fitting it is building a bank of normal patches."""
+
+    bank: MemoryBank | None = None
+
+    def embed(self, images: Tensor) -> Embedding:
+        """Patches of B×3×H×W normalised images, and which of them count."""
+        raise NotImplementedError
+
+    def score_patches(self, embedding: Embedding) -> Prediction:
+        """Maps and scores from patches: search in the bank, then the method's own scoring."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        self.check_images(images)
+        return self.score_patches(self.embed(images))
+
+    def require_bank(self) -> MemoryBank:
+        """The bank, or an error that says how to get one."""
+        if self.bank is None:
+            raise ModelError(f"{self.name} has no memory bank yet; fit it with jobs/train.py {self.name}")
+        return self.bank
+
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by the name used on the command line and in model folders."""
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register_method(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known by `name`."""
+
+    def register(cls: M) -> M:
+        if name in METHODS:
+            raise ValueError(f"two methods are named {name}")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def resolve_preset(config: Any, presets: dict[str, dict[str, Any]]) -> None:
+    """Fill the fields of a frozen config that are None with the values of its preset; called in `__post_init__`.
+
+    Raises:
+        OptionError: unknown preset.
+    """
+    if config.preset not in presets:
+        raise OptionError(f"preset={config.preset}: must be one of {', '.join(presets)}")
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) is None and field.name in presets[config.preset]:
+            object.__setattr__(config, field.name, presets[config.preset][field.name])
+
+
+def with_statistics(config: Any) -> Any:
+    """The config with the input's mean and std filled in from the backbone where they are null."""
+    if config.input.mean is not None and config.input.std is not None:
+        return config
+    mean, std = weight_statistics(config.backbone)
+    policy = dataclasses.replace(config.input, mean=config.input.mean or mean, std=config.input.std or std)
+    return dataclasses.replace(config, input=policy)

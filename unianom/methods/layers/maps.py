@@ -1,0 +1,41 @@
+"""From a score on the patch grid to an anomaly map in pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor, nn
+
+
+class GridToMap(nn.Module):
+    """Bilinear upsampling (corners not aligned) of a patch grid, then a Gaussian blur (SciPy's: cut at four sigma,
+    reflecting border).
+
+    Both act on rows and columns separately and linearly, so they are one small matrix product on either side:
+    map = R · grid · Cᵀ.
+
+    Args:
+        grid: height and width of the patch grid.
+        size: height and width of the map in pixels.
+        sigma: standard deviation of the blur in pixels; 0 for none.
+    """
+
+    def __init__(self, grid: tuple[int, int], size: int, sigma: float) -> None:
+        super().__init__()
+        self.rows: Tensor
+        self.columns: Tensor
+        self.register_buffer("rows", _upsample_and_blur(grid[0], size, sigma), persistent=False)  # H h
+        self.register_buffer("columns", _upsample_and_blur(grid[1], size, sigma), persistent=False)  # W w
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """B×h×w to B×H×W."""
+        return self.rows @ grid @ self.columns.T
+
+
+def _upsample_and_blur(short: int, long: int, sigma: float) -> Tensor:
+    identity = torch.eye(short, dtype=torch.float64)[None]  # 1 channels=short, positions=short
+    matrix = nn.functional.interpolate(identity, size=long, mode="linear", align_corners=False)[0].T.numpy()
+    if sigma > 0:
+        matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="reflect", truncate=4.0)
+    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))

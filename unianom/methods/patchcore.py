@@ -1,0 +1,138 @@
+"""PatchCore: a memory bank of locally averaged mid-level CNN features (Roth et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d, interpolate, unfold
+
+from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.data.image import InputPolicy
+from unianom.errors import OptionError
+from unianom.memory.index import MemoryBank
+from unianom.methods.base import (
+    Embedding,
+    MemoryMethod,
+    Prediction,
+    register_method,
+    resolve_preset,
+    with_statistics,
+)
+from unianom.methods.layers.bank import BankConfig
+from unianom.methods.layers.maps import GridToMap
+
+PRESETS = {"paper": {"reweight": True}, "reference": {"reweight": False}}
+"""The text re-weights the image score by the neighbourhood of the nearest bank vector; the released code does not."""
+
+
+@dataclass(frozen=True)
+class PatchCoreConfig:
+    """PatchCore's options; the defaults are the published ones.
+
+    Args:
+        preset: "paper" or "reference" (the released code); fills what is left null below.
+        backbone: any timm encoder with feature maps; published: Wide-ResNet-50-2 with torchvision's first weights.
+        input: published: shorter side 256, centre crop 224.
+        bank: coreset and index; published coreset ratio 0.1 at 224 pixels.
+        taps: timm feature indices, fine to coarse; (2, 3) are layer2 and layer3 of a ResNet.
+        patch_size: odd neighbourhood, in feature cells, that a patch is averaged over.
+        dimension: length to which each tap, and then their concatenation, is pooled.
+        neighbours: bank vectors averaged in a patch's distance.
+        reweight: weight the image score by a softmax over neighbours of the nearest bank vector (eq. 7).
+        reweight_neighbours: how many of those (b in eq. 7).
+        blur_sigma: Gaussian blur of the anomaly map, in pixels.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
+    input: InputPolicy = field(default_factory=InputPolicy)
+    bank: BankConfig = field(default_factory=BankConfig)
+    taps: tuple[int, ...] = (2, 3)
+    patch_size: int = 3
+    dimension: int = 1024
+    neighbours: int = 1
+    reweight: bool | None = None
+    reweight_neighbours: int = 9
+    blur_sigma: float = 4.0
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        if not self.taps or list(self.taps) != sorted(set(self.taps)):
+            raise OptionError(f"taps={self.taps} must be distinct and ascending")
+        if self.patch_size < 1 or self.patch_size % 2 == 0:
+            raise OptionError(f"patch_size={self.patch_size} must be odd and positive")
+        if self.dimension < 1 or self.neighbours < 1 or self.reweight_neighbours < 1 or self.blur_sigma < 0:
+            raise OptionError("dimension, neighbours and reweight_neighbours must be >= 1, blur_sigma >= 0")
+
+
+@register_method("patchcore")
+class PatchCore(MemoryMethod):
+    """PatchCore with its bank, once fitted.
+
+    Args:
+        config: options.
+        bank: the memory bank, where there is one already.
+    """
+
+    Config = PatchCoreConfig
+
+    def __init__(self, config: PatchCoreConfig, bank: MemoryBank | None = None) -> None:
+        super().__init__()
+        self.config: PatchCoreConfig = with_statistics(config)
+        self.bank = bank
+        self.encoder = CnnBackbone(config.backbone, config.taps)
+        side = config.input.side
+        with torch.inference_mode():
+            finest = self.encoder(torch.zeros(1, 3, side, side))[0]
+        self.grid = (finest.shape[2], finest.shape[3])
+        self.to_map = GridToMap(self.grid, side, config.blur_sigma)
+
+    def embed(self, images: Tensor) -> Embedding:
+        """Patches B×N×dimension of B×3×S×S normalised images; every patch counts."""
+        pooled = [self._pool(feature_map) for feature_map in self.encoder(images)]  # each B N dimension
+        patches = adaptive_avg_pool1d(torch.cat(pooled, dim=-1), self.config.dimension)  # B N dimension
+        return Embedding(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
+
+    def _pool(self, feature_map: Tensor) -> Tensor:
+        """Neighbourhoods of B×C×h×w, on the finest grid, pooled to B×N×dimension."""
+        size = self.config.patch_size
+        cells = unfold(feature_map, size, padding=size // 2)  # B C·size² h·w
+        if feature_map.shape[2:] != self.grid:
+            cells = cells.unflatten(2, feature_map.shape[2:])
+            cells = interpolate(cells, size=self.grid, mode="bilinear", align_corners=False).flatten(2)
+        return adaptive_avg_pool1d(cells.transpose(1, 2), self.config.dimension)  # B N dimension
+
+    def score_patches(self, embedding: Embedding) -> Prediction:
+        """Squared distances to the bank; the image score is the largest, re-weighted if so configured."""
+        batch, count = embedding.keep.shape
+        queries = embedding.patches.flatten(0, 1).cpu().numpy()  # B·N D
+        found, ids = self.require_bank().search(queries, self.config.neighbours)  # B·N k
+        distances = torch.from_numpy(found).mean(1).view(batch, count)  # B N
+        score = distances.amax(1)  # B
+        if self.config.reweight:
+            peak = distances.argmax(1) + torch.arange(batch) * count  # rows of `queries`
+            score = torch.from_numpy(self._reweighted(queries[peak], found[peak, 0], ids[peak, 0]))
+        anomaly_map = self.to_map(distances.unflatten(1, self.grid).to(embedding.patches.device))
+        return Prediction(anomaly_map, score.to(embedding.patches.device))
+
+    def _reweighted(self, queries: np.ndarray, nearest: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Eq. 7: s = (1 − exp‖q−m*‖ / Σ_{m ∈ N_b(m*)} exp‖q−m‖) · ‖q−m*‖, with unsquared distances.
+
+        Args:
+            queries: B×D, the patch of largest distance of each image.
+            nearest: B squared distances to the nearest bank vector m*.
+            ids: B bank rows of m*.
+        """
+        bank = self.require_bank()
+        near = min(self.config.reweight_neighbours, bank.rows)
+        _, neighbours = bank.search(bank.rows_at(ids), near)  # B b; m* is its own nearest
+        to_neighbours = np.sqrt(((queries[:, None] - bank.rows_at(neighbours)) ** 2).sum(-1))  # B b
+        to_nearest = np.sqrt(nearest)  # B
+        # a shared factor cancels; taking out the largest exponent keeps exp finite
+        largest = np.maximum(to_neighbours.max(1), to_nearest)
+        share = np.exp(to_nearest - largest) / np.exp(to_neighbours - largest[:, None]).sum(1)
+        return ((1 - share) * to_nearest).astype(np.float32)

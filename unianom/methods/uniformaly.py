@@ -1,0 +1,144 @@
+"""UniFormaly: a training-free memory bank on self-supervised vision transformers (arXiv 2307.12540).
+
+Patches are the mean of mid-level block outputs; back-patch masking drops background by the CLS attention; the bank
+is a coreset of normal patches; the image score is the mean of the top k-ratio patch distances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unianom.backbones import BackboneConfig, VitBackbone
+from unianom.data.image import InputPolicy
+from unianom.errors import OptionError
+from unianom.memory.index import MemoryBank
+from unianom.memory.masking import back_patch_mask, soft_mask
+from unianom.methods.base import (
+    Embedding,
+    MemoryMethod,
+    Prediction,
+    register_method,
+    resolve_preset,
+    with_statistics,
+)
+from unianom.methods.layers.bank import BankConfig
+from unianom.methods.layers.maps import GridToMap
+
+PRESETS = {
+    "paper": {"attention_block": -1, "mask_scope": "image"},
+    "reference": {"attention_block": 9, "mask_scope": "batch"},
+}
+"""Where text and released code differ. The text masks by the last block's attention; the code by block 9 (the last
+one it taps), normalised by the maximum over the batch (its one-class scripts run batches of one, where that is the
+image). Batch scope makes a score depend on what shares its batch, so only "reference" has it."""
+
+
+@dataclass(frozen=True)
+class UniFormalyConfig:
+    """UniFormaly's options; the defaults are the published ones.
+
+    Args:
+        preset: "paper" or "reference" (the released code); fills what is left null below.
+        backbone: a vision transformer; published: DINO ViT-B/8, iBOT ViT-B/16.
+        input: published: shorter side 256, centre crop 224; for CIFAR stretch to 112 and pad to 224.
+        bank: coreset and index; published ratios: 0.1 (MVTec AD, BTAD, tiles, castings one-class), 0.05 (MVTec
+            multi-class, CIFAR), 0.01 (ImageNet-30, Species-60).
+        blocks: 0-based transformer blocks whose outputs are patches (no final norm).
+        aggregation: "mean" over blocks, or "concat".
+        attention: "cls" attention, or "rollout" for supervised transformers.
+        attention_block: block of the CLS attention; negative counts from the last.
+        mask: "binary" back-patch masking, "soft" weighting of patches by their attention (an ablation), or "off".
+        mask_kernel: smoothing window of the attention in patches (eq. 1); odd, 1 leaves it raw.
+        mask_threshold: attention above this share of its maximum keeps a patch.
+        mask_scope: maximum over the "image", or over the "batch".
+        neighbours: bank vectors averaged in a patch's distance.
+        k_ratio: share of an image's patches whose mean distance is its score (eq. 2).
+        blur_sigma: Gaussian blur of the anomaly map, in pixels.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("vit_base_patch8_224.dino"))
+    input: InputPolicy = field(default_factory=InputPolicy)
+    bank: BankConfig = field(default_factory=BankConfig)
+    blocks: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
+    aggregation: Literal["mean", "concat"] = "mean"
+    attention: Literal["cls", "rollout"] = "cls"
+    attention_block: int | None = None
+    mask: Literal["binary", "soft", "off"] = "binary"
+    mask_kernel: int = 7
+    mask_threshold: float = 0.1
+    mask_scope: Literal["image", "batch"] | None = None
+    neighbours: int = 1
+    k_ratio: float = 0.05
+    blur_sigma: float = 4.0
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        if self.mask_kernel < 1 or self.mask_kernel % 2 == 0:
+            raise OptionError(f"mask_kernel={self.mask_kernel} must be odd and positive")
+        if not 0 <= self.mask_threshold < 1:
+            raise OptionError(f"mask_threshold={self.mask_threshold} must be in [0, 1)")
+        if not 0 < self.k_ratio <= 1:
+            raise OptionError(f"k_ratio={self.k_ratio} must be in (0, 1]")
+        if self.neighbours < 1 or self.blur_sigma < 0:
+            raise OptionError("neighbours must be >= 1 and blur_sigma >= 0")
+
+
+@register_method("uniformaly")
+class UniFormaly(MemoryMethod):
+    """UniFormaly with its bank, once fitted.
+
+    Args:
+        config: options.
+        bank: the memory bank, where there is one already.
+    """
+
+    Config = UniFormalyConfig
+
+    def __init__(self, config: UniFormalyConfig, bank: MemoryBank | None = None) -> None:
+        super().__init__()
+        self.config: UniFormalyConfig = with_statistics(config)
+        self.bank = bank
+        self.encoder = VitBackbone(
+            config.backbone,
+            config.input.side,
+            config.blocks,
+            attention_block=None if config.mask == "off" else config.attention_block,
+            rollout=config.attention == "rollout",
+        )
+        self.to_map = GridToMap(self.encoder.grid, config.input.side, config.blur_sigma)
+
+    def embed(self, images: Tensor) -> Embedding:
+        """Patches B×N×D and the back-patch mask B×N of B×3×S×S normalised images."""
+        config = self.config
+        features = self.encoder(images)
+        if config.aggregation == "mean":
+            patches = torch.stack(features.tokens).mean(0)  # B N D
+        else:
+            patches = torch.cat(features.tokens, dim=-1)  # B N L·D
+        keep = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)  # B N
+        if features.attention is not None:
+            scope = config.mask_scope or "image"
+            if config.mask == "soft":
+                weights = soft_mask(features.attention, config.mask_kernel, scope)  # B h w
+                patches = patches * weights.flatten(1).unsqueeze(-1)
+            else:
+                mask = back_patch_mask(features.attention, config.mask_kernel, config.mask_threshold, scope)
+                keep = mask.flatten(1)
+        return Embedding(patches, keep)
+
+    def score_patches(self, embedding: Embedding) -> Prediction:
+        """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map."""
+        batch, count = embedding.keep.shape
+        distances = torch.zeros(batch, count, device=embedding.keep.device)  # B N
+        queries = embedding.patches[embedding.keep]  # M D
+        if len(queries):
+            found, _ = self.require_bank().search(queries.cpu().numpy(), self.config.neighbours)  # M k
+            distances[embedding.keep] = torch.from_numpy(found).mean(1).to(distances.device)
+        top = max(1, round(self.config.k_ratio * count))  # masked patches count in N
+        score = distances.topk(top, dim=1).values.mean(1)  # B
+        return Prediction(self.to_map(distances.unflatten(1, self.encoder.grid)), score)

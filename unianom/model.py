@@ -1,0 +1,231 @@
+"""The model folder: a method with its weights, bank and threshold, ready to predict.
+
+`model.json` (what it is), `weights.safetensors` (every parameter and statistic), `bank/` (memory methods). No file
+is a pickle; loading runs no code from the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+
+from unianom import files
+from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
+from unianom.errors import ModelError, OptionError
+from unianom.memory.index import MemoryBank
+from unianom.methods import METHODS, MemoryMethod, Method
+from unianom.serialise import from_plain, to_plain
+from unianom.thresholds import Threshold
+
+FORMAT_VERSION = 1
+
+AnyImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What a model says of one image.
+
+    Attributes:
+        score: raw image score; higher is more anomalous.
+        anomaly_map: S×S float32 at the model's input resolution, raw.
+        decision: "pass" or "fail" by the model's threshold; None if it has none.
+    """
+
+    score: float
+    anomaly_map: np.ndarray
+    decision: str | None
+
+
+@dataclass
+class Model:
+    """A fitted method with what is needed to use it.
+
+    Attributes:
+        method: the method, in evaluation mode.
+        categories: those it was fitted on, sorted.
+        threshold: from held-out normal scores; None if none was fitted.
+        provenance: data manifest, options, seeds and versions it came from.
+        digest: SHA-256 of `model.json` once saved or loaded; names exactly this model.
+    """
+
+    method: Method
+    categories: list[str] = field(default_factory=list)
+    threshold: Threshold | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    def predict(
+        self, images: Sequence[AnyImage], batch_size: int = 8, limits: ImageLimits | None = None
+    ) -> list[ImageResult]:
+        """Score images given as paths, URIs, encoded bytes, H×W×3 or H×W uint8 arrays, or Pillow images.
+
+        Raises:
+            ImageError: an image cannot be read.
+            OptionError: an array is not uint8 of such a shape.
+        """
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise OptionError("predict takes a list of images; put a single image into a list")
+        results: list[ImageResult] = []
+        for batch in self._prepared(images, batch_size, limits or ImageLimits()):
+            tensor = normalise(batch, self.method.input).to(self.method.device)
+            prediction = self.method.predict(tensor)
+            scores = prediction.score.cpu().numpy()
+            decisions = [None] * len(scores) if self.threshold is None else self.threshold.decide(scores).tolist()
+            maps = prediction.anomaly_map.cpu().numpy()
+            results += [ImageResult(float(s), m, d) for s, m, d in zip(scores, maps, decisions, strict=True)]
+        return results
+
+    def _prepared(
+        self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits
+    ) -> Iterator[list[np.ndarray]]:
+        """Batches of S×S×3 uint8, decoded one batch ahead of the network."""
+
+        def prepare(chunk: Sequence[AnyImage]) -> list[np.ndarray]:
+            return [prepare_image(to_pixels(image, limits), self.method.input) for image in chunk]
+
+        chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(prepare, chunks[0]) if chunks else None
+            for number in range(len(chunks)):
+                assert ahead is not None
+                batch = ahead.result()
+                if number + 1 < len(chunks):
+                    ahead = pool.submit(prepare, chunks[number + 1])
+                yield batch
+
+    def save(self, uri: str | os.PathLike[str]) -> None:
+        """Write the model folder; `model.json` comes last, so a folder without one is unfinished."""
+        files.remove(files.join(uri, "model.json"))
+        weights = {key: value.contiguous().cpu() for key, value in self.method.state_dict().items()}
+        content = safetensors.torch.save(weights)
+        files.write_bytes(files.join(uri, "weights.safetensors"), content)
+        bank = None
+        if isinstance(self.method, MemoryMethod) and self.method.bank is not None:
+            self.method.bank.save(files.join(uri, "bank"))
+            bank = files.sha256_file(files.join(uri, "bank", "manifest.json"))
+        description = {
+            "format_version": FORMAT_VERSION,
+            "method": self.method.name,
+            "config": to_plain(self.method.config),
+            "categories": self.categories,
+            "threshold": None if self.threshold is None else self.threshold.to_dict(),
+            "provenance": self.provenance,
+            "weights_sha256": files.sha256_of(content),
+            "bank_sha256": bank,
+        }
+        files.write_json(files.join(uri, "model.json"), description)
+        self.digest = files.sha256_file(files.join(uri, "model.json"))
+
+
+def to_pixels(image: AnyImage, limits: ImageLimits) -> np.ndarray:
+    """Any form of image that `Model.predict` takes, as H×W×3 uint8."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(bytes(image), limits).pixels
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+            raise OptionError(f"an image array must be H×W or H×W×3 uint8, got {image.shape} {image.dtype}")
+        return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
+    return decode_image(files.read_bytes(image), limits).pixels
+
+
+def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
+    """Load a model folder from a path or URI.
+
+    Args:
+        uri: the folder that holds `model.json`.
+        device: where its network runs; "cuda" without a GPU is an error, never a silent fallback.
+
+    Raises:
+        ModelError: the folder is missing, unfinished, damaged or of another format version.
+        OptionError: the device is not there.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {device}: this machine has no usable CUDA GPU; use device=cpu")
+    path = files.join(uri, "model.json")
+    try:
+        description = files.read_json(path)
+    except FileNotFoundError as error:
+        found = ", ".join(files.list_names(uri)) or "nothing"
+        raise ModelError(
+            f"no model.json in {os.fspath(uri)} (found: {found}); give the folder jobs/train.py wrote"
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{path} has format version {description.get('format_version')}, this unianom reads {FORMAT_VERSION}; "
+            f"fit the model again or use the unianom that wrote it"
+        )
+    if description["method"] not in METHODS:
+        raise ModelError(f"{path} names method '{description['method']}'; known: {', '.join(sorted(METHODS))}")
+    cls = METHODS[description["method"]]
+    config: Any = from_plain(cls.Config, description["config"])
+    # built with random weights, which the folder's own replace at once: nothing is downloaded
+    blank = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="random"))
+    method = cls(blank)
+    method.config = config
+    _fill(method, uri, description["weights_sha256"])
+    if description["bank_sha256"] is not None:
+        manifest = files.join(uri, "bank", "manifest.json")
+        if not files.exists(manifest) or files.sha256_file(manifest) != description["bank_sha256"]:
+            raise ModelError(f"{manifest} is missing or not the one this model was saved with; fit the model again")
+        assert isinstance(method, MemoryMethod)
+        method.bank = MemoryBank.load(files.join(uri, "bank"))
+    method.eval().to(device)
+    threshold = description["threshold"]
+    return Model(
+        method,
+        description["categories"],
+        None if threshold is None else Threshold.from_dict(threshold),
+        description["provenance"],
+        files.sha256_file(path),
+    )
+
+
+def _fill(method: Method, uri: str | os.PathLike[str], sha256: str) -> None:
+    path = files.join(uri, "weights.safetensors")
+    try:
+        content = files.read_bytes(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing; copy the whole model folder or fit the model again") from error
+    if files.sha256_of(content) != sha256:
+        raise ModelError(f"{path} is damaged: its checksum differs from model.json; copy it again")
+    try:
+        method.load_state_dict(safetensors.torch.load(content), strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit its own model.json: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a model's numbers depend on."""
+    found = {name: version(name) for name in ("unianom", "torch", "timm", "numpy", "pillow")}
+    return {"python": platform.python_version(), **found}
+
+
+def is_model(uri: str | os.PathLike[str]) -> bool:
+    """Whether a finished model folder lies there."""
+    return files.exists(files.join(uri, "model.json"))
+
+
+def local_copy(uri: str, folder: Path) -> str:
+    """A model folder on this machine's disk: `uri` itself if it is local, else a copy below `folder`."""
+    if files.is_local(uri):
+        return files.full_uri(uri)
+    fs, path = files.resolve(uri)
+    fs.get(path, str(folder), recursive=True)
+    return str(folder)

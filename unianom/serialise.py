@@ -1,0 +1,64 @@
+"""Frozen option dataclasses to plain data and back: the form they have in YAML, JSON and MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar, Union
+
+from unianom.errors import OptionError
+
+T = TypeVar("T")
+
+
+def to_plain(options: Any) -> Any:
+    """Dataclasses to dicts, tuples to lists, recursively."""
+    if dataclasses.is_dataclass(options) and not isinstance(options, type):
+        return {field.name: to_plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
+    if isinstance(options, dict):
+        return {key: to_plain(value) for key, value in options.items()}
+    if isinstance(options, list | tuple):
+        return [to_plain(value) for value in options]
+    return options
+
+
+def from_plain(cls: type[T], plain: dict[str, Any]) -> T:
+    """Build an option dataclass from what `to_plain` gave; its own checks run again.
+
+    Raises:
+        OptionError: a key the dataclass does not have, or a value it refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in plain:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            raise OptionError(
+                f"{cls.__name__} has no option '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+    return cls(**{key: _value(hints[key], value) for key, value in plain.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+        return None if value is None else _value(choices[0], value)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_plain(hint, value)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one level with dotted keys, as MLflow's parameters want them."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
