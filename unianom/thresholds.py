@@ -110,25 +110,27 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
     """
     _check_probability("target_fpr", target_fpr)
     _check_probability("confidence", confidence)
-    ordered = np.sort(_finite_scores(scores))
-    if ordered.ndim != 1 or len(ordered) == 0:
-        raise DataError(f"normal scores have shape {ordered.shape}; give one score an image and at least one image")
-    n = len(ordered)
+    values = _finite_scores(scores)
+    if values.ndim != 1 or len(values) == 0:
+        raise DataError(f"normal scores have shape {values.shape}; give one score an image and at least one image")
+    ordered, n = np.sort(values), len(values)
     needed = normals_needed(target_fpr, confidence)
     if n < needed:
         lowest = smallest_supported_rate(n, confidence)
         raise OptionError(
-            f"{n} normal scores cannot support a false-positive rate of {target_fpr:g} with {confidence:g} confidence: "
-            f"the lowest they support is {_rounded_up(lowest):g}, and {target_fpr:g} needs {needed}; "
+            f"{n} normal scores cannot support a false-positive rate of {target_fpr:g} "
+            f"at {100 * confidence:g} % confidence: the lowest rate they support is {_rounded_up(lowest):g}, "
+            f"and {target_fpr:g} needs {needed} normal scores; "
             f"add normal images, or ask for a higher rate or a lower confidence"
         )
-    # The largest number of normals that may lie above the threshold: binom.ppf is the first count whose cumulative
-    # probability reaches 1 − confidence, so it is that count or the one below.
+    # How many normals may lie above the threshold: binom.ppf is the first count whose cumulative probability
+    # reaches 1 − confidence, so the largest count that does not exceed it is that one or the one before. None above
+    # is always right, since n is large enough.
     risk = 1 - confidence
     above = int(binom.ppf(risk, n, target_fpr))
-    if binom.cdf(above, n, target_fpr) > risk * (1 + _ROUNDING):
+    if above > 0 and binom.cdf(above, n, target_fpr) > risk * (1 + _ROUNDING):
         above -= 1
-    rank = n - max(above, 0)
+    rank = n - above
     value = float(ordered[rank - 1])
     return Threshold(
         value=value,

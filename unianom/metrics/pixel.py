@@ -213,12 +213,12 @@ def pixel_metrics(
 
 
 def _mean_overlap(maps: Sequence[SplitMap], threshold: float) -> tuple[float, float]:
-    """Mean Dice and mean IoU over maps at one threshold, a float32 value; a map without regions scores 1 or 0."""
-    limit = np.float32(threshold)
-    dice, iou = [], []
+    """Mean Dice and mean IoU over maps at one threshold; a map without anomalous pixels scores 1 or 0."""
+    dice: list[float] = []
+    iou: list[float] = []
     for m in maps:
-        hits = np.count_nonzero(m.anomalous >= limit)
-        false_alarms = np.count_nonzero(m.normal >= limit)
+        hits = int(np.count_nonzero(m.anomalous >= threshold))
+        false_alarms = int(np.count_nonzero(m.normal >= threshold))
         if len(m.anomalous):
             dice.append(2 * hits / (hits + false_alarms + len(m.anomalous)))
             iou.append(hits / (false_alarms + len(m.anomalous)))

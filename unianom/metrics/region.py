@@ -186,7 +186,7 @@ def _swept_aupro(maps: Sequence[SplitMap], limit: float) -> float:
     lowest, highest = float(min(normal[0], anomalous.min())), float(max(normal[-1], anomalous.max()))
     thresholds = lowest + (highest - lowest) * np.arange(n_thresholds) / n_thresholds
     thresholds = thresholds.astype(np.float32)
-    fpr = 1 - np.searchsorted(normal, thresholds, side="right") / len(normal)
+    fpr = (len(normal) - np.searchsorted(normal, thresholds, side="right")) / len(normal)
 
     region, sizes = _regions_of(maps)
     passed = np.searchsorted(thresholds, anomalous, side="left")  # number of thresholds each pixel lies above

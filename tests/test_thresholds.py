@@ -1,0 +1,190 @@
+import itertools
+import json
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unianom.errors import DataError, ModelError, OptionError
+from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
+
+
+def risks(n, rate):
+    """P(Binomial(n, rate) ≤ above) for above = 0 … n, summed term by term in exact integers and fractions."""
+    p, q = rate.numerator, rate.denominator
+    terms = (math.comb(n, k) * p**k * (q - p) ** (n - k) for k in range(n + 1))
+    return [Fraction(total, q**n) for total in itertools.accumulate(terms)]
+
+
+@pytest.mark.parametrize("confidence", [Fraction(1, 2), Fraction(9, 10), Fraction(95, 100), Fraction(99, 100)])
+@pytest.mark.parametrize("rate", [Fraction(1, 100), Fraction(1, 20), Fraction(3, 10), Fraction(4, 5)])
+@pytest.mark.parametrize("n", [1, 7, 60, 150, 459])
+def test_rank_is_the_smallest_that_keeps_the_binomial_risk(n, rate, confidence):
+    allowed = [above for above, risk in enumerate(risks(n, rate)) if risk <= 1 - confidence]
+    scores = np.random.default_rng(n).permutation(n) * 1.0
+    if not allowed:
+        with pytest.raises(OptionError):
+            fit_threshold(scores, float(rate), float(confidence))
+        return
+    threshold = fit_threshold(scores, float(rate), float(confidence))
+    assert threshold.rank == n - max(allowed)
+    assert threshold.value == threshold.rank - 1  # scores are 0 … n − 1
+    assert threshold.observed_fpr == max(allowed) / n
+    assert threshold.n_normals == n
+
+
+def test_known_sample_sizes_of_tolerance_limits():
+    # 59 for 95 % / 95 %, 299 for 99 % / 95 %, 459 for 99 % / 99 %: the classical one-sided table (Wilks).
+    assert normals_needed(0.05, 0.95) == 59
+    assert normals_needed(0.01, 0.95) == 299
+    assert normals_needed(0.01, 0.99) == 459
+    assert fit_threshold(np.arange(93), 0.05, 0.95).rank == 92  # second largest of 93
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 58, 299, 1000, 12345])
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+def test_smallest_supported_rate_is_supported_and_nothing_below_it_is(n, confidence):
+    rate = smallest_supported_rate(n, confidence)
+    assert rate == pytest.approx(1 - (1 - confidence) ** (1 / n))
+    assert normals_needed(rate, confidence) == n
+    assert fit_threshold(np.arange(n), rate, confidence).rank == n
+    with pytest.raises(OptionError):
+        fit_threshold(np.arange(n), rate * 0.999, confidence)
+
+
+def test_rule_of_three():
+    assert smallest_supported_rate(3000) == pytest.approx(3 / 3000, rel=2e-3)
+
+
+@settings(deadline=None)
+@given(st.floats(1e-6, 0.99), st.floats(0.01, 0.999))
+def test_normals_needed_is_the_smallest_number(rate, confidence):
+    n = normals_needed(rate, confidence)
+    assert smallest_supported_rate(n, confidence) <= rate * (1 + 1e-6)
+    if n > 1:
+        assert smallest_supported_rate(n - 1, confidence) > rate * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "heavy-tailed", "few values"])
+def test_the_promise_holds_over_many_draws(distribution):
+    rng = np.random.default_rng(20)
+    n, target, confidence, draws = 120, 0.05, 0.9, 3000
+    values = np.arange(1, 41)  # for "few values": true rate of "score > v" is known
+    broken = 0
+    for _ in range(draws):
+        if distribution == "few values":
+            value = fit_threshold(rng.integers(1, 41, n), target, confidence).value
+            true_rate = (values > value).mean()
+        elif distribution == "normal":
+            value = fit_threshold(rng.normal(size=n), target, confidence).value
+            true_rate = 0.5 * math.erfc(value / math.sqrt(2))
+        else:
+            value = fit_threshold(rng.pareto(1.5, n), target, confidence).value
+            true_rate = (1 + value) ** -1.5
+        broken += true_rate > target
+    exact = float(risks(n, Fraction(1, 20))[n - fit_threshold(np.arange(n), target, confidence).rank])
+    assert exact <= 1 - confidence
+    spread = 4 * math.sqrt(exact * (1 - exact) / draws)
+    if distribution == "few values":
+        assert broken / draws <= exact + spread
+    else:  # continuous: the risk is exactly the binomial one, so the bound is not loose either
+        assert broken / draws == pytest.approx(exact, abs=spread)
+
+
+def test_scores_equal_to_the_threshold_pass():
+    scores = np.array([0.0] * 30 + [1.0] * 70)
+    threshold = fit_threshold(scores, 0.1)
+    assert threshold.value == 1
+    assert threshold.observed_fpr == 0
+    assert threshold.decide([[1.0, 1.0 + 1e-12], [0.5, 7.0]]).tolist() == [["pass", "fail"], ["pass", "fail"]]
+
+
+def test_decisions_do_not_depend_on_the_precision_of_the_scores():
+    scores = np.random.default_rng(0).random(100).astype(np.float32)
+    threshold = fit_threshold(scores, 0.05)
+    assert threshold.value in scores
+    failed = threshold.decide(scores) == "fail"
+    assert failed.mean() == threshold.observed_fpr
+    assert (threshold.decide(scores.astype(np.float64)) == "fail").tolist() == failed.tolist()
+
+
+def test_order_of_scores_does_not_matter():
+    scores = np.random.default_rng(1).random(200)
+    assert fit_threshold(scores, 0.03) == fit_threshold(scores[::-1].tolist(), 0.03)
+
+
+def test_too_few_normals_says_what_would_do():
+    with pytest.raises(OptionError) as caught:
+        fit_threshold(np.arange(100), 0.001)
+    message = str(caught.value)
+    assert "100 normal scores cannot support a false-positive rate of 0.001 at 95 % confidence" in message
+    assert "the lowest rate they support is 0.0296" in message
+    assert "0.001 needs 2995 normal scores" in message
+    assert fit_threshold(np.arange(100), 0.0296).rank == 100
+    assert fit_threshold(np.arange(2995), 0.001).rank == 2995
+    with pytest.raises(OptionError):
+        fit_threshold(np.arange(2994), 0.001)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_fpr": 0}, "target_fpr is 0"),
+        ({"target_fpr": 1.0}, "target_fpr is 1.0"),
+        ({"target_fpr": 0.1, "confidence": 1.0}, "confidence is 1.0"),
+        ({"target_fpr": float("nan")}, "target_fpr is nan"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(OptionError, match=message):
+        fit_threshold(np.arange(100), **options)
+
+
+def test_no_normals_support_no_rate():
+    with pytest.raises(OptionError, match="n is 0"):
+        smallest_supported_rate(0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(value):
+    scores = np.arange(100.0)
+    threshold = fit_threshold(scores, 0.05)
+    scores[42] = value
+    with pytest.raises(DataError, match=f"score 42 is {value}"):
+        fit_threshold(scores, 0.05)
+    with pytest.raises(DataError, match=f"score 42 is {value}"):
+        threshold.decide(scores)
+
+
+@pytest.mark.parametrize("scores", [[], [[1.0, 2.0]], 3.0])
+def test_scores_of_a_wrong_shape_are_refused(scores):
+    with pytest.raises(DataError, match="one score an image"):
+        fit_threshold(scores, 0.5, 0.5)
+
+
+def test_json_round_trip():
+    threshold = fit_threshold(np.random.default_rng(0).random(100).astype(np.float32), 0.05)
+    again = Threshold.from_dict(json.loads(json.dumps(threshold.to_dict(), allow_nan=False)))
+    assert again == threshold
+    assert again != replace(threshold, rank=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "this one has confidence, extra"),
+        ({"value": "high"}, "not a number"),
+        ({"rank": None}, "not a number"),
+    ],
+)
+def test_damaged_content_is_named(change, message):
+    content = fit_threshold(np.arange(100), 0.05).to_dict() | change
+    with pytest.raises(ModelError, match=message):
+        Threshold.from_dict(content)
+    del content["value"]
+    with pytest.raises(ModelError, match="a threshold has the keys"):
+        Threshold.from_dict(content)
