@@ -1,0 +1,83 @@
+"""Published and common layouts of data sets: each walks a source and yields its samples without opening an image.
+
+The order of the samples, and every split a layout draws itself, depend on names and seeds only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from unianom.data.layouts import btad, cifar, class_folders, folder, kolektor, manifest, merged, mtd, mvtec, visa
+from unianom.data.layouts.base import Layout, LayoutOptions, Source, make_options, nearest
+from unianom.data.layouts.class_lists import IMAGENET_30, SPECIES_60, SPECIES_60_SPLITS
+from unianom.data.schema import SampleRef
+from unianom.errors import DataError, OptionError
+
+__all__ = [
+    "IMAGENET_30",
+    "LAYOUTS",
+    "SPECIES_60",
+    "SPECIES_60_SPLITS",
+    "Layout",
+    "LayoutOptions",
+    "Source",
+    "iter_samples",
+    "make_options",
+]
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout("mvtec", mvtec.MvtecOptions, mvtec.samples, "MVTec AD, one category of it, or its merged form"),
+        Layout("visa", visa.VisaOptions, visa.samples, "VisA, raw with its split file or prepared"),
+        Layout("btad", btad.BtadOptions, btad.samples, "BTAD, the beanTech products 01, 02 and 03"),
+        Layout("mtd", mtd.MtdOptions, mtd.samples, "MTD, magnetic tiles: seeded split of the images without defect"),
+        Layout("kolektor", kolektor.KolektorOptions, kolektor.samples, "KolektorSDD: seeded split by commutator"),
+        Layout(
+            "class_folders",
+            class_folders.ClassOptions,
+            class_folders.samples,
+            "train and test folders of classes, some of them normal (ImageNet-30, Species-60)",
+        ),
+        Layout("cifar", cifar.CifarOptions, cifar.samples, "CIFAR-10 or CIFAR-100, binary or in class folders"),
+        Layout("folder", folder.FolderOptions, folder.samples, "folders named by you, or any images without labels"),
+        Layout("manifest", manifest.ManifestOptions, manifest.samples, "JSON lines naming every image (UniAD family)"),
+        Layout("merged", merged.MergedOptions, merged.samples, "several sources as one, named by a YAML file"),
+    )
+}
+"""Every layout by name."""
+
+
+def iter_samples(
+    layout: str, source: str | os.PathLike[str], options: LayoutOptions | None = None
+) -> Iterator[SampleRef]:
+    """Samples of a source, lazily and always in the same order.
+
+    Args:
+        layout: name in `LAYOUTS`.
+        source: root folder as local path or URI; for `merged` the YAML file.
+        options: an instance of the layout's options class; None takes the defaults.
+
+    Raises:
+        OptionError: no such layout, or options of another one. Also while iterating: an option that does not fit what
+            is found.
+        DataError: unknown URI scheme. Also while iterating: the source is missing, incomplete, empty or laid out
+            differently.
+    """
+    if layout not in LAYOUTS:
+        raise OptionError(f"no layout '{layout}'{nearest(layout, LAYOUTS)}; known: {', '.join(LAYOUTS)}")
+    chosen = LAYOUTS[layout]
+    options = chosen.options() if options is None else options
+    if type(options) is not chosen.options:
+        raise OptionError(f"layout {layout} takes {chosen.options.__name__}, not {type(options).__name__}")
+    return _never_empty(chosen, Source.open(source, options.dataset), options)
+
+
+def _never_empty(layout: Layout, source: Source, options: LayoutOptions) -> Iterator[SampleRef]:
+    empty = True
+    for sample in layout.samples(source, options):
+        empty = False
+        yield sample
+    if empty:
+        raise DataError(f"no samples in {source.uri()} as layout {layout.name}; found: {source.found()}")

@@ -7,7 +7,7 @@ import os
 import posixpath
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fsspec
@@ -55,7 +55,7 @@ class Layout:
     description: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """What a listing says of one file or folder.
 
@@ -108,16 +108,17 @@ class Source:
         """
         text = os.fspath(uri)
         if "::" in text:
-            raise DataError(f"cannot list {text}: chained URIs are not supported; unpack the archive and name its folder")
+            raise DataError(
+                f"cannot list {text}: chained URIs are not supported; unpack the archive and name its folder"
+            )
         fs, path = resolve(text)
         fs.invalidate_cache()
         root = posixpath.normpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
-        return cls(fs, root, dataset or posixpath.splitext(posixpath.basename(root))[0] or "data")
+        return cls(fs, root, dataset or posixpath.basename(root) or "data")
 
     def at(self, folder: str) -> Source:
         """A folder below the root as the root; ".." is the folder above."""
-        root = posixpath.dirname(self.root) if folder == ".." else self._inside(folder)
-        return Source(self.fs, root, self.dataset)
+        return replace(self, root=posixpath.dirname(self.root) if folder == ".." else self._inside(folder))
 
     @property
     def name(self) -> str:
@@ -131,6 +132,12 @@ class Source:
         """Absolute path or URI of something below the root."""
         inside = self._inside(path)
         return inside if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(inside)
+
+    def locate(self, path: str) -> str:
+        """Path or URI of what an option or manifest names: relative to the root, unless absolute or a URI."""
+        if "://" in path or path.startswith("/"):
+            return path
+        return replace(self, root=posixpath.normpath(self._inside(path))).uri()
 
     def sample_id(self, path: str) -> str:
         """Name of the sample whose image lies at `path`."""
@@ -171,7 +178,7 @@ class Source:
         try:
             listing = self.fs.ls(inside, detail=True)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"no folder {self.uri(folder)}") from error
+            raise DataError(f"no folder {self.uri(folder)}; check the path of the source") from error
         except Exception as error:  # a remote file system raises whatever its client library does
             raise DataError(f"cannot list {self.uri(folder)}: {error}") from error
         entries = []
@@ -197,6 +204,21 @@ class Source:
         """Whether there is such a folder."""
         return bool(self.fs.isdir(self._inside(path)))
 
+    def has_file(self, path: str) -> bool:
+        """Whether there is such a file."""
+        return bool(self.fs.isfile(self._inside(path)))
+
+    def read(self, path: str = "") -> bytes:
+        """Content of a file that belongs to the layout itself: a split file, a mask that tells the label.
+
+        Raises:
+            DataError: the file is not there.
+        """
+        try:
+            return bytes(self.fs.cat_file(self._inside(path)))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise DataError(f"no file {self.uri(path)}; check the path of the source") from error
+
     def images(self, folder: str) -> list[Entry]:
         """Images directly in `folder`, sorted.
 
@@ -216,16 +238,18 @@ class Source:
             elif entry.is_folder:
                 yield from self.walk(entry.path)
 
-    def all_images(self, folder: str) -> list[Entry]:
-        """Images in and below `folder`.
+    def images_below(self, folder: str) -> Iterator[Entry]:
+        """As `walk`.
 
         Raises:
             DataError: there are none.
         """
-        images = list(self.walk(folder))
-        if not images:
+        empty = True
+        for entry in self.walk(folder):
+            empty = False
+            yield entry
+        if empty:
             raise DataError(f"no images in or below {self.uri(folder)}; found: {self.found(folder)}")
-        return images
 
     def require(self, folder: str, below: str, expected: str) -> str:
         """Path of the folder `below` in `folder`.
@@ -264,7 +288,7 @@ def listed(names: Iterable[str], most: int = 12) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" (did you mean 'x'?)" if a known name resembles `name`, else ""."""
+    """The question "did you mean", in brackets after a blank, if a known name resembles `name`, else nothing."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
@@ -319,14 +343,16 @@ def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
     """
     hints = get_type_hints(layout.options)
     known = [field.name for field in fields(layout.options)]
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             raise OptionError(
                 f"layout {layout.name} has no option '{key}'{nearest(str(key), known)}; its options: {listed(known)}"
             )
         if not _fits(value, hints[key]):
-            raise OptionError(f"option {key} of layout {layout.name} cannot be {value!r}; it takes {_words(hints[key])}")
+            raise OptionError(
+                f"option {key} of layout {layout.name} cannot be {value!r}; it takes {_words(hints[key])}"
+            )
         arguments[key] = tuple(value) if isinstance(value, list) else value
     return layout.options(**arguments)
 

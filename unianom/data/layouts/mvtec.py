@@ -43,7 +43,7 @@ def samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef]:
 
 
 def find_categories(source: Source, normal: str, expected: str) -> tuple[Source, list[str]]:
-    """The source whose folders are categories, and those folders: of a root that is one category, the folder above."""
+    """The source whose folders are categories, and those; of a root that is one category, the folder above it."""
     folders = source.folders()
     if "train" in folders:
         source.require("", f"train/{normal}", expected)
@@ -63,8 +63,8 @@ def category_samples(source: Source, category: str, normal: str, expected: str) 
     others = [name for name in source.folders(f"{category}/train") if name != normal]
     if others:
         raise DataError(
-            f"{source.uri(category)}/train holds {', '.join(others)} beside {normal}, which this layout does not know; "
-            f"read it with the folder layout or remove it"
+            f"{source.uri(category)}/train holds {', '.join(others)} beside {normal}, which this layout does not "
+            f"know; read it with the folder layout or remove it"
         )
     yield from folder_samples(source, train, category, "train", None)
     defects = source.folders(test)
@@ -108,14 +108,18 @@ def _merged_samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef
     source.require("", "test", EXPECTED)
     strangers = [name for name in source.folders("train") if not name.endswith("_good")]
     if strangers:
-        raise DataError(f"{source.uri('train')} holds {', '.join(strangers)} beside <category>_good; expected {EXPECTED}")
+        raise DataError(
+            f"{source.uri('train')} holds {', '.join(strangers)} beside <category>_good; expected {EXPECTED}"
+        )
     found = [name.removesuffix("_good") for name in source.folders("train")]
     defects: dict[str, list[str]] = {category: [] for category in found}
     for name in source.folders("test"):
         # The longest fit, for categories like "pipe" and "pipe_fryum".
         category = max((category for category in found if name.startswith(f"{category}_")), key=len, default=None)
         if category is None:
-            raise DataError(f"{source.uri('test/' + name)} belongs to no category of train; found there: {source.found('train')}")
+            raise DataError(
+                f"{source.uri('test/' + name)} belongs to no category of train; found there: {source.found('train')}"
+            )
         defects[category].append(name.removeprefix(f"{category}_"))
     for category in choose(options.categories, found, source.uri()):
         if not defects[category]:

@@ -15,7 +15,7 @@ from unianom.errors import DataError, OptionError
 
 PREPARED = ("", "1cls", "VisA_pytorch/1cls")
 EXPECTED = "the prepared visa layout: <category>/train/good, <category>/test/{good,bad}, <category>/ground_truth/bad"
-_COLUMNS = ("object", "split", "label", "image", "mask")
+COLUMNS = ("object", "split", "label", "image", "mask")
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,72 @@ class VisaOptions(LayoutOptions):
 
 
 def samples(source: Source, options: VisaOptions) -> Iterator[SampleRef]:
-    """Samples of VisA: raw if the split file is there, else prepared. Masks hold small class numbers, all anomalous."""
-    if source.fs.isfile(source.root + "/" + options.split_csv):
+    """Samples of VisA: raw if the split file is there, else prepared. Any mask value above 0 is anomalous."""
+    if source.has_file(options.split_csv):
         yield from _raw_samples(source, options)
         return
     for folder in PREPARED:
-        if source.has_folder(folder) and any(source.has_folder(f"{name}/train") for name in source.at(folder).folders()):
-            pass
-    raise DataError("")
+        if source.has_folder(folder):
+            prepared = source.at(folder)
+            categories = prepared.folders()
+            if any(prepared.has_folder(f"{category}/train") for category in categories):
+                for category in choose(options.categories, categories, prepared.uri()):
+                    yield from category_samples(prepared, category, "good", EXPECTED)
+                return
+    raise DataError(
+        f"no visa data set in {source.uri()}: neither the raw form with its split file {options.split_csv} nor the "
+        f"prepared form with <category>/train/good, directly or in 1cls or VisA_pytorch/1cls; found: {source.found()}"
+    )
+
+
+def _raw_samples(source: Source, options: VisaOptions) -> Iterator[SampleRef]:
+    rows = _read_split(source, options.split_csv)
+    for category in choose(options.categories, sorted(rows), source.uri(options.split_csv)):
+        chosen = rows[category]
+        for split, labels in (("train", ("normal",)), ("test", ("normal", "anomaly"))):
+            if not any(row["split"] == split and row["label"] in labels for row in chosen):
+                raise DataError(
+                    f"{source.uri(options.split_csv)} has no row of '{category}' with split {split} and label "
+                    f"{' or '.join(labels)}"
+                )
+        # Sizes come from listing each folder once; a file that is not there is left for ingest to reject.
+        folders = sorted({posixpath.dirname(row["image"]) for row in chosen})
+        files = {entry.path: entry for folder in folders for entry in source.entries(folder)}
+        for row in sorted(chosen, key=lambda row: (row["split"] == "test", row["image"])):
+            normal = row["label"] == "normal"
+            yield source.sample(
+                files.get(row["image"], Entry(row["image"], None, is_folder=False)),
+                category=category,
+                split=row["split"],
+                label=NORMAL if normal else ANOMALOUS,
+                defect="good" if normal else "anomaly",
+                mask=row["mask"] or None,
+            )
+
+
+def _read_split(source: Source, path: str) -> dict[str, list[dict[str, str]]]:
+    """Rows of the split file by category.
+
+    Raises:
+        DataError: a column is missing, a split or label is unknown, or an image is named twice.
+    """
+    where = source.uri(path)
+    reader = csv.DictReader(io.StringIO(source.read(path).decode("utf-8-sig")))
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{where} lacks the column {', '.join(missing)}; its header should be {','.join(COLUMNS)}")
+    rows: dict[str, list[dict[str, str]]] = {}
+    images: set[str] = set()
+    for row in reader:
+        if row["split"] not in ("train", "test") or row["label"] not in ("normal", "anomaly") or not row["image"]:
+            raise DataError(
+                f"line {reader.line_num} of {where} is not a row of object, split (train or test), label (normal or "
+                f"anomaly), image and mask"
+            )
+        if row["image"] in images:
+            raise DataError(f"line {reader.line_num} of {where} names {row['image']} a second time")
+        images.add(row["image"])
+        rows.setdefault(row["object"], []).append(row)
+    if not rows:
+        raise DataError(f"{where} has a header but no rows")
+    return rows

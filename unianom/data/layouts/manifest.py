@@ -1,0 +1,144 @@
+"""JSON lines that name every image, such as the meta files of the UniAD family (You et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from unianom.data.layouts.base import LayoutOptions, Source
+from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
+from unianom.errors import DataError, OptionError
+from unianom.files import resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ManifestOptions(LayoutOptions):
+    """Options of the `manifest` layout. Paths of manifests are relative to the root, absolute or URIs.
+
+    Args:
+        dataset: name of the data set; empty takes the root's name.
+        train: manifest of the training split.
+        val: manifest of the validation split.
+        test: manifest of the test split.
+        manifest: manifest whose rows name their own split.
+        deduplicate: drop rows that repeat an earlier one word for word, and say how many; else they are an error.
+    """
+
+    train: str = ""
+    val: str = ""
+    test: str = ""
+    manifest: str = ""
+    deduplicate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.train or self.val or self.test or self.manifest):
+            raise OptionError("the manifest layout needs train and test, or manifest: paths of files of JSON lines")
+
+
+def samples(source: Source, options: ManifestOptions) -> Iterator[SampleRef]:
+    """Samples in the order of the rows.
+
+    A row is a JSON object with `filename`; `label` 0, 1 or null; `clsname` or `category`, else the fourth part of the
+    path from its end; `maskname` or `mask`, empty or absent for none; `label_name` or `defect`; and in a manifest of
+    all splits `split`. Other keys are ignored. Files lie below the root unless they are absolute paths or URIs.
+    """
+    seen: dict[str, int] = {}
+    for split, path in (
+        ("train", options.train),
+        ("val", options.val),
+        ("test", options.test),
+        ("", options.manifest),
+    ):
+        if not path:
+            continue
+        repeated = 0
+        for where, row in _rows(source, path):
+            sample = _sample(source, row, split, where)
+            content = hash(sample)
+            if sample.sample_id not in seen:
+                seen[sample.sample_id] = content
+                yield sample
+            elif seen[sample.sample_id] != content:
+                raise DataError(f"{where} names {sample.uri} again with another split, label, category or mask")
+            elif not options.deduplicate:
+                raise DataError(f"{where} repeats {sample.uri}; set deduplicate=true to drop repeated rows")
+            else:
+                repeated += 1
+        if repeated:
+            logger.warning("%d repeated rows of %s dropped", repeated, path)
+
+
+def _rows(source: Source, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place (for messages) and content of each row."""
+    uri = source.locate(path)
+    fs, inside = resolve(uri)
+    if not fs.isfile(inside):
+        raise DataError(f"no manifest {uri}; relative paths are taken from {source.uri()}")
+    empty = True
+    with fs.open(inside, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            text = line.removeprefix(b"\xef\xbb\xbf").strip()  # some editors begin a file with a byte order mark
+            if not text:
+                continue
+            where = f"line {number} of {uri}"
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise DataError(f"{where} is not JSON ({error}); each line holds one object") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where} is not a JSON object with a filename")
+            empty = False
+            yield where, row
+    if empty:
+        raise DataError(f"manifest {uri} has no rows")
+
+
+def _sample(source: Source, row: dict[str, Any], split: str, where: str) -> SampleRef:
+    filename = _text(row, where, "filename")
+    if not filename:
+        raise DataError(f"{where} has no filename")
+    uri = source.locate(filename)
+    path = posixpath.normpath(uri.split("://", 1)[-1].lstrip("/") if uri == filename else filename)
+    parts = path.split("/")
+    if ".." in parts:
+        raise DataError(
+            f"{where}: {filename} leads out of the root {source.uri()}; name the root that holds all images"
+        )
+    category = _text(row, where, "category", "clsname")
+    if not category and len(parts) < 4:
+        raise DataError(f"{where} names no category or clsname, and {filename} has no fourth part from its end")
+    row_split = _text(row, where, "split") or split
+    if row_split not in SPLITS or split not in ("", row_split):
+        raise DataError(f"{where}: split '{row_split}' must be {split or ', '.join(SPLITS)}")
+    label = row.get("label")
+    if label is not None and (type(label) is not int or label not in (NORMAL, ANOMALOUS)):
+        raise DataError(f"{where}: label {label!r} must be 0 (normal), 1 (anomalous) or null (unknown)")
+    mask = _text(row, where, "mask", "maskname")
+    return SampleRef(
+        sample_id=source.sample_id(path),
+        dataset=source.dataset,
+        category=category or parts[-4],
+        split=row_split,
+        label=label,
+        defect="good" if label == NORMAL else _text(row, where, "defect", "label_name") or None,
+        uri=uri,
+        mask_uri=source.locate(mask) if mask else None,
+    )
+
+
+def _text(row: dict[str, Any], where: str, *keys: str) -> str:
+    """The first of the keys that holds anything, "" if none does."""
+    for key in keys:
+        value = row.get(key)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: {key} {value!r} must be text")
+        if value:
+            return value
+    return ""

@@ -1,0 +1,73 @@
+"""MTD, the magnetic tile defects (Huang et al., The Visual Computer 2020), as its repository holds them."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unianom.data.layouts.base import LayoutOptions, Source, check_mask_threshold, check_train_fraction
+from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
+from unianom.data.splits import hold_out
+from unianom.errors import DataError
+
+DEFECTS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
+EXPECTED = "the mtd layout: MT_{Blowhole,Break,Crack,Fray,Free,Uneven}/Imgs/<stem>.jpg with the mask <stem>.png beside"
+
+
+@dataclass(frozen=True)
+class MtdOptions(LayoutOptions):
+    """Options of the `mtd` layout.
+
+    Args:
+        dataset: name of the data set.
+        train_fraction: share of the images without defect (MT_Free) that form the training split. The literature
+            trains on 80 % of them; which ones was never published.
+        seed: of that draw.
+        mask_threshold: mask values above this are anomalous; the masks are anti-aliased.
+    """
+
+    dataset: str = "mtd"
+    train_fraction: float = 0.8
+    seed: int = 0
+    mask_threshold: int = 127
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_train_fraction(self.train_fraction)
+        check_mask_threshold(self.mask_threshold)
+
+
+def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
+    """Samples of MTD: a seeded share of MT_Free for training, the rest and all defects for testing.
+
+    A few Uneven tiles come with an empty mask; they stay anomalous.
+    """
+    for name in ("Free", *DEFECTS):
+        folder = source.require("", f"MT_{name}/Imgs", EXPECTED)
+        entries = source.entries(folder)
+        images = [entry for entry in entries if entry.is_image and not entry.name.lower().endswith(".png")]
+        if not images:
+            raise DataError(
+                f"no JPEG images in {source.uri(folder)}; found: {source.found(folder)}; expected {EXPECTED}"
+            )
+        if name == "Free":
+            paths = [image.path for image in images]
+            test = hold_out(paths, [folder] * len(paths), 1 - options.train_fraction, options.seed)
+            for image in images:
+                split = "test" if image.path in test else "train"
+                yield source.sample(image, category="magnetic_tile", split=split, label=NORMAL, defect="good")
+            continue
+        masks = {
+            posixpath.splitext(entry.path)[0]: entry.path for entry in entries if entry.name.lower().endswith(".png")
+        }
+        for image in images:
+            yield source.sample(
+                image,
+                category="magnetic_tile",
+                split="test",
+                label=ANOMALOUS,
+                defect=name.lower(),
+                mask=masks.get(posixpath.splitext(image.path)[0]),
+                mask_threshold=options.mask_threshold,
+            )
