@@ -786,6 +786,8 @@ def test_manifest_with_its_own_splits(tmp_path):
         ("d/bucket/b/4.png", "y", "test", 1, None, "s3://bucket/b/4.png", None),
         ("d/data/5.png", "y", "test", None, None, "/data/5.png", None),
     ]
+    assert list(iter_samples("manifest", tmp_path / "all.jsonl", ManifestOptions(dataset="d"))) == samples
+    assert next(iter_samples("manifest", tmp_path / "all.jsonl")).dataset == tmp_path.name
 
 
 @pytest.mark.parametrize(
@@ -809,11 +811,12 @@ def test_manifest_rows_that_are_wrong(tmp_path, row, sentence):
 
 
 def test_manifest_missing(tmp_path):
-    with pytest.raises(OptionError, match="needs train and test, or manifest"):
-        ManifestOptions()
+    fails(OptionError, f"name the manifests of {tmp_path}: train and test, or manifest", "manifest", tmp_path)
     fails(DataError, f"no manifest {tmp_path}/all.jsonl", "manifest", tmp_path, ManifestOptions(manifest="all.jsonl"))
     write_rows(tmp_path / "train.jsonl", {**TEST_ROW, "split": "test"})
-    fails(DataError, "split 'test' must be train", "manifest", tmp_path, ManifestOptions(train="train.jsonl"))
+    options = ManifestOptions(train="train.jsonl")
+    fails(DataError, "split 'test' must be train", "manifest", tmp_path, options)
+    fails(OptionError, "is a file and so the manifest itself", "manifest", tmp_path / "train.jsonl", options)
 
 
 # --- Several sources --------------------------------------------------------------------------------------------------

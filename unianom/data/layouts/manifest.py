@@ -6,7 +6,7 @@ import json
 import logging
 import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unianom.data.layouts.base import LayoutOptions, Source
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ManifestOptions(LayoutOptions):
     """Options of the `manifest` layout. Paths of manifests are relative to the root, absolute or URIs.
+
+    A source that is a file is itself the manifest of all splits, and its folder is the root.
 
     Args:
         dataset: name of the data set; empty takes the root's name.
@@ -36,11 +38,6 @@ class ManifestOptions(LayoutOptions):
     manifest: str = ""
     deduplicate: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.train or self.val or self.test or self.manifest):
-            raise OptionError("the manifest layout needs train and test, or manifest: paths of files of JSON lines")
-
 
 def samples(source: Source, options: ManifestOptions) -> Iterator[SampleRef]:
     """Samples in the order of the rows.
@@ -49,15 +46,17 @@ def samples(source: Source, options: ManifestOptions) -> Iterator[SampleRef]:
     path from its end; `maskname` or `mask`, empty or absent for none; `label_name` or `defect`; and in a manifest of
     all splits `split`. Other keys are ignored. Files lie below the root unless they are absolute paths or URIs.
     """
+    files = {"train": options.train, "val": options.val, "test": options.test, "": options.manifest}
+    files = {split: path for split, path in files.items() if path}
+    if source.has_file(""):
+        if files:
+            raise OptionError(f"{source.uri()} is a file and so the manifest itself; name the images' folder instead")
+        files = {"": source.name}
+        source = replace(source.at(".."), dataset=options.dataset or source.at("..").name)
+    if not files:
+        raise OptionError(f"name the manifests of {source.uri()}: train and test, or manifest for one with all splits")
     seen: dict[str, int] = {}
-    for split, path in (
-        ("train", options.train),
-        ("val", options.val),
-        ("test", options.test),
-        ("", options.manifest),
-    ):
-        if not path:
-            continue
+    for split, path in files.items():
         repeated = 0
         for where, row in _rows(source, path):
             sample = _sample(source, row, split, where)
