@@ -158,6 +158,34 @@ def _sixteen_to_eight(image: Image.Image) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class ImageFacts:
+    """What an image file holds.
+
+    Attributes:
+        format: one of `FORMATS`.
+        height, width: pixels, upright.
+    """
+
+    format: str
+    height: int
+    width: int
+
+
+def check_image(data: bytes, limits: ImageLimits | None = None) -> ImageFacts:
+    """Decode an image only to know that `decode_image` will take it.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    image = _open(data, limits or ImageLimits())
+    file_format = str(image.format)
+    image = _load(image)
+    if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK", "1"):
+        _to_rgb(image)  # modes whose pixels decide
+    return ImageFacts(file_format, image.height, image.width)
+
+
+@dataclass(frozen=True)
 class DecodedImage:
     """An image and what its file said.
 
@@ -203,6 +231,31 @@ def decode_mask(data: bytes, threshold: int = 0, limits: ImageLimits | None = No
     else:
         values = np.asarray(_to_rgb(image)).max(axis=2)
     return np.where(values > threshold, 255, 0).astype(np.uint8)
+
+
+def reduce_image(data: bytes, short_side: int, limits: ImageLimits | None = None) -> bytes:
+    """Re-encode an image whose shorter side exceeds `short_side`, upright RGB: JPEG stays JPEG at quality 95, the
+    rest becomes PNG. Smaller images are returned untouched.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    decoded = decode_image(data, limits)
+    height, width = decoded.pixels.shape[:2]
+    if min(height, width) <= short_side:
+        return data
+    size = _scaled_size(width, height, InputPolicy("short_side", short_side, crop=short_side))
+    reduced = Image.fromarray(decoded.pixels).resize(size, Image.Resampling.BILINEAR)
+    if decoded.format != "JPEG":
+        return encode_png(np.asarray(reduced))
+    buffer = io.BytesIO()
+    reduced.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def reduce_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize an H×W mask to its reduced image's size, nearest neighbour."""
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -89,6 +89,10 @@ class MemoryMethod(Method):
         """Patches of B×3×H×W normalised images, and which of them count."""
         raise NotImplementedError
 
+    def embed_for_bank(self, images: Tensor) -> Embedding:
+        """As `embed`, for images that go into the bank; methods whose published code treats them otherwise override."""
+        return self.embed(images)
+
     def score_patches(self, embedding: Embedding) -> Prediction:
         """Maps and scores from patches: search in the bank, then the method's own scoring."""
         raise NotImplementedError

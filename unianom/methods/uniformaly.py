@@ -131,6 +131,15 @@ class UniFormaly(MemoryMethod):
                 keep = mask.flatten(1)
         return Embedding(patches, keep)
 
+    def embed_for_bank(self, images: Tensor) -> Embedding:
+        """Patches for the bank. In batch scope, as the released code has it, every position that survives in any
+        image of the batch is kept in all of them, and patches masked in their own image enter as zeros."""
+        embedding = self.embed(images)
+        if self.config.mask_scope != "batch" or self.config.mask != "binary":
+            return embedding
+        patches = embedding.patches * embedding.keep.unsqueeze(-1)
+        return Embedding(patches, embedding.keep.any(0).expand_as(embedding.keep))
+
     def score_patches(self, embedding: Embedding) -> Prediction:
         """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map."""
         batch, count = embedding.keep.shape

@@ -1,0 +1,16 @@
+"""Evaluate a score set against labels and masks.
+
+python jobs/evaluate.py --scores scores/mvtec --shards shards/mvtec --output evaluations/mvtec
+"""
+
+from pipelines.commandline import run
+from pipelines.evaluation import EvaluateOptions, evaluate, print_evaluation
+
+
+def main(options: EvaluateOptions) -> None:
+    """Evaluate and print the tables."""
+    print_evaluation(evaluate(options))
+
+
+if __name__ == "__main__":
+    run(main, EvaluateOptions)

@@ -1,0 +1,29 @@
+"""Fit a method to the normal images of a shard set.
+
+python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
+"""
+
+from pipelines.commandline import console, run
+from pipelines.training import train, train_options
+
+
+def main(options: object) -> None:
+    """Train and print what came of it."""
+    for result in train(options):
+        done = "fitted" if result.fresh else "was fitted already"
+        console.print(
+            f"model {done}: {result.folder} ({', '.join(result.categories)}: {result.images} normal images, "
+            f"{result.patches} patches, bank of {result.bank_rows})"
+        )
+        if result.threshold is not None:
+            t = result.threshold
+            console.print(
+                f"threshold {t.value:.6g}: at most {t.target_fpr:.3g} of normal images fail, at "
+                f"{100 * t.confidence:g} % confidence, from {t.n_normals} held-out normal images"
+            )
+        if result.notice:
+            console.print(result.notice)
+
+
+if __name__ == "__main__":
+    run(main, train_options())

@@ -1,0 +1,386 @@
+"""Images on any store → shards.
+
+    source ─ layout ─▶ plan: samples dealt out to parts ─ actors: read, check, pack ─▶ parts ─▶ manifest
+
+Encoded bytes are stored untouched. A file that cannot be used becomes a rejected row with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pipelines import storage
+from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
+from unianom import __version__, files
+from unianom.data.image import ImageLimits, check_image, decode_mask, encode_png, reduce_image, reduce_mask
+from unianom.data.layouts import LAYOUTS, iter_samples, make_options
+from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SampleRef
+from unianom.data.shards import PartWriter, ShardSet, write_rejected
+from unianom.errors import DataError, ImageError, OptionError
+from unianom.serialise import to_plain
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MASK_PROBLEMS = ("missing", "wrong_size", "unreadable", "empty")
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """Read a source in some layout into a shard set.
+
+    Args:
+        layout: name of the source's layout.
+        source: root folder, or the file of a manifest or merged layout; path or URI.
+        output: folder of the shard set; path or URI.
+        layout_options: options of the layout, by name.
+        resize: store images reduced to this shorter side; null stores the original bytes.
+        part_bytes: aimed size of a part.
+        min_parts: parts at least, where there are so many samples; a part is the unit of work of later jobs.
+        max_reject_fraction: above this share of rejected samples the job fails, after finishing the rest.
+        overwrite: replace what another ingest left in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs.
+    """
+
+    layout: str
+    source: str
+    output: str
+    layout_options: dict[str, Any] = field(default_factory=dict)
+    resize: int | None = None
+    part_bytes: int = 256 << 20
+    min_parts: int = 16
+    max_reject_fraction: float = 0.01
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    def __post_init__(self) -> None:
+        if self.part_bytes < 1 or self.min_parts < 1:
+            raise OptionError("part_bytes and min_parts must be positive")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
+        if self.resize is not None and self.resize < 16:
+            raise OptionError(f"resize={self.resize} must be at least 16 pixels")
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """What an ingest did.
+
+    Attributes:
+        shards: the finished shard set.
+        fresh: whether this run wrote anything.
+        images_per_second: of this run; 0 if it had nothing to do.
+    """
+
+    shards: ShardSet
+    fresh: bool
+    images_per_second: float
+
+
+def ingest(options: IngestOptions) -> IngestResult:
+    """Ingest, continue an interrupted ingest, or find it done.
+
+    Raises:
+        DataError: the source is not what its layout says, the output is another's, or too much was rejected.
+    """
+    if options.layout not in LAYOUTS:
+        near = get_close_matches(options.layout, LAYOUTS, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise OptionError(f"no layout '{options.layout}'{hint} Known: {', '.join(LAYOUTS)}")
+    layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
+    refs = list(iter_samples(options.layout, options.source, layout_options))
+    parts = plan_parts(refs, options.part_bytes, options.min_parts)
+    output = files.full_uri(options.output)
+    plan = {
+        "layout": options.layout,
+        "source": files.full_uri(options.source),
+        "layout_options": options.layout_options,
+        "resize": options.resize,
+        "limits": to_plain(options.limits),
+        "parts": len(parts),
+        "samples": _digest_of_refs(refs),
+    }
+    digest = storage.claim(output, plan, options.overwrite, "ingest")
+    fresh = not storage.is_complete(output)
+    rate = 0.0
+    if fresh:
+        rate = _write_parts(parts, output, digest, options)
+        _commit(output, digest, plan, len(parts))
+    shards = ShardSet.open(output)
+    check_rejected(shards, options.max_reject_fraction)
+    return IngestResult(shards, fresh, rate)
+
+
+def check_rejected(shards: ShardSet, most: float) -> None:
+    """Raise a DataError if a larger share than `most` of the samples was rejected."""
+    rejected = sum(shards.manifest["rejected"].values())
+    total = rejected + sum(row["count"] for row in shards.manifest["counts"])
+    if rejected > most * total:
+        reasons = ", ".join(f"{count} {status}" for status, count in shards.manifest["rejected"].items())
+        raise DataError(
+            f"{rejected} of {total} samples were rejected ({reasons}), more than --max-reject-fraction {most:g} "
+            f"allows; the others are stored, the reasons are in {shards.uri}/_rejected.parquet"
+        )
+
+
+def plan_parts(refs: Sequence[SampleRef], part_bytes: int, min_parts: int) -> list[list[SampleRef]]:
+    """Deal samples out to parts so that every part holds the same mix of splits, categories and labels.
+
+    Within a stratum the order is by hash of the sample_id, so a part is also a fair sample of its stratum. A part's
+    rows are ordered by split first, which keeps the splits in separate row groups.
+    """
+    total = sum(ref.size or len(ref.data or b"") for ref in refs)
+    count = max(-(-total // part_bytes), min(min_parts, len(refs)))
+    ordered = sorted(
+        refs,
+        key=lambda ref: (
+            ref.split,
+            ref.dataset,
+            ref.category,
+            -1 if ref.label is None else ref.label,
+            hashlib.sha256(ref.sample_id.encode()).digest(),
+        ),
+    )
+    return [ordered[start::count] for start in range(count)]
+
+
+def _digest_of_refs(refs: Sequence[SampleRef]) -> str:
+    digest = hashlib.sha256()
+    for ref in sorted(refs, key=lambda ref: ref.sample_id):
+        content = hashlib.sha256(ref.data).hexdigest() if ref.data else None
+        digest.update(repr(dataclasses.astuple(dataclasses.replace(ref, data=None))).encode())
+        digest.update(repr(content).encode())
+    return digest.hexdigest()
+
+
+def _write_parts(parts: list[list[SampleRef]], output: str, digest: str, options: IngestOptions) -> float:
+    units: list[dict[str, Any]] = []
+    done = 0
+    for number, refs in enumerate(parts):
+        record = storage.part_record(output, part_name(number))
+        if record is not None and record["plan"] == digest:
+            done += len(refs)
+        else:
+            units.append({"number": number, "refs": [dataclasses.asdict(ref) for ref in refs]})
+    if done:
+        print(f"continuing: {done} samples are stored already")
+    connect(options.runtime)
+    arguments = {"output": output, "plan": digest, "limits": options.limits, "resize": options.resize}
+    arguments["threads"] = 2 * options.runtime.cpus_per_worker  # one reads while another decodes
+    progress = Progress("ingest", sum(len(unit["refs"]) for unit in units))
+    for record in run_units(PartIngester, arguments, units, options.runtime):
+        progress.advance(record["rows"] + len(record["rejected"]))
+    return progress.close()
+
+
+def part_name(number: int) -> str:
+    """File name of a part."""
+    return f"part-{number:05d}.parquet"
+
+
+class PartIngester:
+    """Reads, checks and packs the samples of one part. A `UnitWorker`.
+
+    Args:
+        output: folder of the shard set.
+        plan: digest of the ingest plan.
+        limits: what an image may cost.
+        resize: shorter side to reduce to, or None.
+        threads: files that are read and checked at the same time.
+    """
+
+    def __init__(self, output: str, plan: str, limits: ImageLimits, resize: int | None, threads: int) -> None:
+        self._output, self._plan = output, plan
+        self._limits, self._resize = limits, resize
+        self._pool = ThreadPoolExecutor(threads)
+        self._threads = threads
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Write one part and its record."""
+        name = part_name(unit["number"])
+        rejected: list[dict[str, Any]] = []
+        masks: dict[str, list[str]] = {problem: [] for problem in MASK_PROBLEMS}
+        rows = 0
+        path = files.join(self._output, name)
+        with files.open_atomic(path) as handle:
+            writer = PartWriter(handle, SAMPLE_SCHEMA)
+            refs = (SampleRef(**ref) for ref in unit["refs"])
+            for row, problem in map_ahead(self._pool, self._read, refs, 4 * self._threads):
+                if "status" in row:
+                    rejected.append(row)
+                    continue
+                writer.write(row)
+                rows += 1
+                if problem:
+                    masks[problem].append(row["sample_id"])
+            writer.close()
+        record = {
+            "plan": self._plan,
+            "name": name,
+            "rows": rows,
+            "sha256": files.sha256_file(path),
+            "rejected": rejected,
+            "masks": masks,
+        }
+        storage.commit_part(self._output, name, record)
+        return record
+
+    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], str | None]:
+        """A row of SAMPLE_SCHEMA and what is wrong with its mask, or a row of REJECTED_SCHEMA."""
+        known = {
+            key: getattr(ref, key) for key in ("sample_id", "dataset", "category", "split", "label", "defect", "uri")
+        }
+        try:
+            data = ref.data if ref.data is not None else read_image_file(ref.uri)
+            original = data
+            facts = check_image(data, self._limits)
+            if self._resize is not None:
+                data = reduce_image(data, self._resize, self._limits)
+        except ImageError as error:
+            return {**known, "status": error.status, "error": str(error)}, None
+        stored = facts if data is original else check_image(data, self._limits)
+        mask, problem = self._read_mask(ref, (facts.height, facts.width), (stored.height, stored.width))
+        row = {
+            **known,
+            "image": data,
+            "format": stored.format,
+            "height": stored.height,
+            "width": stored.width,
+            "mask": mask,
+            "sha256": files.sha256_of(original),
+        }
+        return row, problem
+
+    def _read_mask(
+        self, ref: SampleRef, size: tuple[int, int], stored: tuple[int, int]
+    ) -> tuple[bytes | None, str | None]:
+        if ref.mask_uri is None:
+            return None, "missing" if ref.label == 1 else None
+        try:
+            mask = decode_mask(read_image_file(ref.mask_uri), ref.mask_threshold, self._limits)
+        except ImageError as error:
+            return None, "missing" if error.status == "missing" else "unreadable"
+        if mask.shape != size:
+            return None, "wrong_size"
+        empty = "empty" if ref.label == 1 and not mask.any() else None
+        return encode_png(mask if stored == size else reduce_mask(mask, *stored)), empty
+
+
+def read_image_file(uri: str, tries: int = 3) -> bytes:
+    """The bytes of an image file; what may pass (a lost connection) is tried again.
+
+    Raises:
+        ImageError: the file is not there, is a folder, or may not be read.
+        DataError: the store cannot be read.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return files.read_bytes(uri)
+        except FileNotFoundError as error:
+            raise ImageError("missing", f"no such file: {uri}") from error
+        except IsADirectoryError as error:
+            raise ImageError("unsupported", f"a folder, not an image file: {uri}") from error
+        except PermissionError as error:
+            raise ImageError("missing", f"no permission to read {uri}") from error
+        except OSError as error:
+            if attempt == tries:
+                raise DataError(f"cannot read {uri}: {error}; run the same command again, it continues") from error
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
+
+
+def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[T], ahead: int) -> Iterator[R]:
+    """`function` over items in order, at most `ahead` of them being worked on or waiting, so memory is bounded."""
+    waiting: list[Any] = []
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _commit(output: str, digest: str, plan: dict[str, Any], parts: int) -> None:
+    records = []
+    for number in range(parts):
+        record = storage.part_record(output, part_name(number))
+        if record is None or record["plan"] != digest:
+            raise DataError(f"{output}/{part_name(number)} was not written; run the same command again")
+        records.append(record)
+    rejected = [row for record in records for row in record["rejected"]]
+    write_rejected(output, rejected)
+    entries = [{key: record[key] for key in ("name", "rows", "sha256")} for record in records]
+    draft = ShardSet(output, {"files": entries}, "")
+    columns = ["sample_id", "dataset", "category", "split", "label", "defect", "height", "width", "sha256"]
+    table = draft.table(columns=columns).to_pylist()
+    seen = Counter(row["sample_id"] for row in table)
+    twice = [sample_id for sample_id, count in seen.items() if count > 1]
+    if twice:
+        raise DataError(f"sample_id {twice[0]} occurs {seen[twice[0]]} times; sample ids must be unique")
+    if not table:
+        raise DataError(
+            f"not one of {len(rejected)} samples could be read; the reasons are in {output}/_rejected.parquet"
+        )
+    manifest = {
+        "kind": ShardSet.kind,
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "plan_digest": digest,
+        **{key: plan[key] for key in ("layout", "source", "layout_options", "resize", "limits")},
+        "counts": _counts(table),
+        "bytes": sum(_size(output, entry["name"]) for entry in entries),
+        "rejected": dict(sorted(Counter(row["status"] for row in rejected).items())),
+        "summary": summarise(table, records),
+        "files": entries,
+    }
+    storage.finish(output, manifest)
+
+
+def _size(output: str, name: str) -> int:
+    fs, path = files.resolve(files.join(output, name))
+    return int(fs.size(path))
+
+
+def _counts(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = ("dataset", "category", "split", "label", "defect")
+    counts = Counter(tuple(row[key] for key in keys) for row in table)
+    return [
+        {**dict(zip(keys, group, strict=True)), "count": counts[group]}
+        for group in sorted(counts, key=lambda g: str(g))
+    ]
+
+
+def summarise(table: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a user should know of the data before trusting a figure made from it."""
+    by_hash: dict[str, list[dict[str, Any]]] = {}
+    for row in table:
+        by_hash.setdefault(row["sha256"], []).append(row)
+    groups = [rows for _, rows in sorted(by_hash.items()) if len(rows) > 1]
+    crossing = [rows for rows in groups if len({row["split"] for row in rows}) > 1]
+    conflicting = [rows for rows in groups if len({row["label"] for row in rows}) > 1]
+    heights, widths = [row["height"] for row in table], [row["width"] for row in table]
+
+    def listed(found: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        return {"groups": len(found), "examples": [[row["sample_id"] for row in rows] for rows in found[:10]]}
+
+    masks = {problem: sorted(i for record in records for i in record["masks"][problem]) for problem in MASK_PROBLEMS}
+    return {
+        "height": [min(heights), max(heights)],
+        "width": [min(widths), max(widths)],
+        "distinct_sizes": len(set(zip(heights, widths, strict=True))),
+        "duplicates": listed(groups),
+        "duplicates_across_splits": listed(crossing),
+        "duplicates_with_other_label": listed(conflicting),
+        "masks": {problem: {"count": len(ids), "examples": ids[:10]} for problem, ids in masks.items()},
+    }

@@ -1,0 +1,88 @@
+"""Model folders as jobs use them: one model for all categories, or one for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from unianom import files
+from unianom.errors import DataError, ModelError
+from unianom.model import Model, is_model, load, local_copy
+
+INDEX = "models.json"
+
+
+@dataclass(frozen=True)
+class ModelShelf:
+    """Which model scores which category.
+
+    Attributes:
+        uri: a model folder, or a folder of them with its `models.json`.
+        by_category: category to model folder; empty where one model takes all.
+    """
+
+    uri: str
+    by_category: dict[str, str]
+
+    @staticmethod
+    def open(uri: str) -> ModelShelf:
+        """Find out what lies there.
+
+        Raises:
+            ModelError: neither a model folder nor a folder of models.
+        """
+        folder = files.full_uri(uri)
+        if is_model(folder):
+            return ModelShelf(folder, {})
+        index = files.join(folder, INDEX)
+        if files.exists(index):
+            names: dict[str, str] = files.read_json(index)
+            return ModelShelf(folder, {category: files.join(folder, name) for category, name in names.items()})
+        found = ", ".join(files.list_names(folder)[:5]) or "nothing"
+        raise ModelError(f"no model in {folder} (found: {found}); give a folder that jobs/train.py wrote")
+
+    @property
+    def folders(self) -> list[str]:
+        """Every model folder, in the order of the categories."""
+        return [self.by_category[c] for c in sorted(self.by_category)] if self.by_category else [self.uri]
+
+    def folder_of(self, category: str) -> str:
+        """The model folder that scores a category.
+
+        Raises:
+            DataError: no model was fitted for it.
+        """
+        if not self.by_category:
+            return self.uri
+        if category not in self.by_category:
+            known = ", ".join(sorted(self.by_category))
+            raise DataError(f"no model for category '{category}' in {self.uri}; it has models for {known}")
+        return self.by_category[category]
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """`model.json` of every model with its digest, without what only loading needs."""
+        found = []
+        for folder in self.folders:
+            path = files.join(folder, "model.json")
+            content = files.read_json(path)
+            kept = {key: content[key] for key in ("method", "config", "categories", "threshold", "provenance")}
+            found.append({"digest": files.sha256_file(path), **kept})
+        return found
+
+
+def write_index(uri: str, names: dict[str, str]) -> None:
+    """Write `models.json`: category to folder name below `uri`."""
+    files.write_json(files.join(uri, INDEX), dict(sorted(names.items())))
+
+
+def load_model(folder: str, device: str) -> Model:
+    """Load a model, from an object store by way of this machine's disk.
+
+    Raises:
+        ModelError, OptionError: as `unianom.load`.
+    """
+    if files.is_local(folder):
+        return load(folder, device)
+    return load(local_copy(folder, Path(mkdtemp(prefix="unianom-model-")) / "model"), device)

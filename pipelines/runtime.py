@@ -1,0 +1,207 @@
+"""Ray: connecting, spreading units of work over actors, and progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from unianom.errors import OptionError
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How much of the cluster a job takes.
+
+    Args:
+        workers: actors; null takes as many as the cluster's CPUs, or GPUs, allow.
+        cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
+        gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
+        local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
+    """
+
+    workers: int | None = None
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0
+    local_cpus: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_worker < 1 or self.gpus_per_worker < 0 or (self.workers is not None and self.workers < 1):
+            raise OptionError("runtime: workers and cpus_per_worker must be >= 1, gpus_per_worker >= 0")
+
+    @property
+    def device(self) -> str:
+        """Where networks run."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    def pool_size(self, units: int) -> int:
+        """How many actors for so many units of work; needs a connected Ray.
+
+        Raises:
+            OptionError: the cluster cannot hold a single one.
+        """
+        have = ray.cluster_resources()
+        fit = int(have.get("CPU", 0)) // self.cpus_per_worker
+        if self.gpus_per_worker:
+            fit = min(fit, math.floor(have.get("GPU", 0) / self.gpus_per_worker))
+        if fit < 1:
+            raise OptionError(
+                f"a worker needs {self.cpus_per_worker} CPUs and {self.gpus_per_worker} GPUs; this Ray has "
+                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+            )
+        return max(1, min(self.workers or fit, fit, units))
+
+
+def connect(options: RuntimeOptions) -> None:
+    """Join the Ray that this process belongs to (a submitted job, RAY_ADDRESS), else start one here."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # Ray's C++ part warns on stderr of every pool of restartable actors; what fails reaches Python as an exception
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with _stderr_kept_back():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            # a plain init() would join any Ray that happens to run on this machine
+            cpus = options.local_cpus or os.cpu_count()
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+@contextmanager
+def _stderr_kept_back() -> Iterator[None]:
+    """Hold back what native code writes to stderr (Ray announces its own log level there); show it on failure."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class UnitWorker(Protocol):
+    """Does one unit of work at a time; made once per actor."""
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Do a unit, commit its output, and tell what came of it as plain data."""
+
+
+class _Actor:
+    """What Ray Data runs: a batch of one unit, as JSON, to a batch of one result, as JSON."""
+
+    def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
+        set_threads(threads)
+        self._worker: UnitWorker = worker(**arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"result": [json.dumps(self._worker.run(unit)) for unit in batch["item"]]}
+
+
+def set_threads(threads: int) -> None:
+    """Threads of PyTorch and FAISS in this process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+    except ImportError:
+        pass  # jobs that need FAISS say so themselves
+
+
+def run_units(
+    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], options: RuntimeOptions
+) -> Iterator[dict[str, Any]]:
+    """Spread units of work over a pool of actors; give results as they come, in any order.
+
+    A unit whose actor dies is run again by Ray, so `worker.run` must be idempotent: its output appears whole, under
+    a name that depends on the unit alone.
+
+    Args:
+        worker: a `UnitWorker` class.
+        arguments: of its constructor.
+        units: plain data, one dict a unit.
+        options: size of the pool.
+    """
+    if not units:
+        return
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    size = options.pool_size(len(units))
+    dataset = ray.data.from_items([{"item": unit} for unit in units], override_num_blocks=len(units)).map_batches(
+        _Actor,
+        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": options.cpus_per_worker},
+        batch_size=1,
+        compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+        num_cpus=options.cpus_per_worker,
+        num_gpus=options.gpus_per_worker or None,
+    )
+    for row in dataset.iter_rows():
+        yield json.loads(row["result"])
+
+
+class Progress:
+    """Rate and time left: a live line on a terminal, a line every ten seconds in logs.
+
+    Args:
+        label: what is going on.
+        total: how many there are.
+        unit: of what, in the plural.
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "images") -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._start, self._last = 0, time.monotonic(), time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._last >= (0.2 if self._terminal else 10):
+            self._last = now
+            self._print(end="\r" if self._terminal else "\n")
+
+    def set(self, done: int) -> None:
+        """So many are done in all."""
+        self.advance(done - self._done)
+
+    def close(self) -> float:
+        """Print the last line; returns units per second."""
+        self._print(end="\n")
+        return self._rate
+
+    @property
+    def _rate(self) -> float:
+        return self._done / max(time.monotonic() - self._start, 1e-9)
+
+    def _print(self, end: str) -> None:
+        left = (self._total - self._done) / self._rate if self._done else math.inf
+        tail = f"{left:.0f} s left" if self._done < self._total and self._done else f"{self._seconds:.0f} s"
+        line = f"{self._label}: {self._done}/{self._total} {self._unit}, {self._rate:.1f}/s, {tail}"
+        print(f"{line:<78}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start

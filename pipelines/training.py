@@ -1,0 +1,90 @@
+"""Training any method by name: the options each takes, and the one call behind jobs/train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.banks import BankOptions, FitResult, fit_banks
+from pipelines.tracking import Run, TrackingOptions, track
+from unianom import files
+from unianom.errors import OptionError
+from unianom.methods import METHODS, MemoryMethod
+from unianom.serialise import to_plain
+
+
+@dataclass(frozen=True)
+class TrainBankOptions(BankOptions):
+    """Fit a memory method to the normal training images of a shard set.
+
+    Args:
+        register_as: name under which MLflow registers the model, alias "candidate"; null does not register it.
+        tracking: where MLflow records the run.
+    """
+
+    register_as: str | None = None
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.register_as is not None and not self.tracking.enabled:
+            raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
+
+
+def train_options() -> dict[str, type]:
+    """The options class of every method: what fitting needs, and the method's own options as `method`."""
+    classes: dict[str, type] = {}
+    for name, method in METHODS.items():
+        if issubclass(method, MemoryMethod):
+            fields: list[Any] = [("method", method.Config, field(default_factory=method.Config))]
+            cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(TrainBankOptions,), frozen=True)
+            documented = [_arguments(base) for base in (BankOptions, TrainBankOptions)]
+            cls.__doc__ = "\n".join(
+                [f"Fit {name}: {(method.Config.__doc__ or '').splitlines()[0]}", "", "Args:", *documented]
+                + ["    method: the method's own options."]
+            )
+            classes[name] = cls
+    return classes
+
+
+def _arguments(cls: type) -> str:
+    """The lines below "Args:" of a class docstring, indented by one level."""
+    text = (cls.__doc__ or "").split("Args:\n", 1)[1].rstrip()
+    return re.sub(r"(?m)^    ", "", text)
+
+
+def train(options: Any) -> list[FitResult]:
+    """Fit the method that `options` (one of `train_options()`) belongs to; record and register the result.
+
+    Raises:
+        UnianomError: see `pipelines.banks.fit_banks` and `pipelines.tracking.track`.
+    """
+    name = next(name for name, method in METHODS.items() if method.Config is type(options.method))
+    output = files.full_uri(options.output)
+    with track(options.tracking, "train", output, {"method_name": name, **to_plain(options)}) as run:
+        results = fit_banks(name, options.method, options)
+        for result in results:
+            _record(run, result, options, single=not options.per_category)
+    return results
+
+
+def _record(run: Run, result: FitResult, options: Any, single: bool) -> None:
+    prefix = "" if single else f"{result.categories[0]}/"
+    values: dict[str, float | None] = {
+        "images": result.images,
+        "patches": result.patches,
+        "bank_rows": result.bank_rows,
+        "cover_radius": result.cover_radius,
+    }
+    if result.fresh:
+        values["images_per_second"] = result.images_per_second
+    if result.threshold is not None:
+        values["threshold"] = result.threshold.value
+    run.metrics({prefix + key: value for key, value in values.items()})
+    run.artifact_bytes(f"{prefix}model.json", files.read_bytes(files.join(result.folder, "model.json")))
+    if options.register_as is not None:
+        name = options.register_as if single else f"{options.register_as}-{result.categories[0]}"
+        version = run.register_model(result.folder, name)
+        print(f"registered in MLflow: {name} version {version}, alias candidate")
