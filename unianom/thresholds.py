@@ -24,7 +24,7 @@ from scipy.stats import binom
 
 from unianom.errors import DataError, ModelError, OptionError
 
-# Slack for rounding, so that exactly the smallest supported rate or exactly the needed number of normals will do.
+# Slack for rounding in logarithms, so that the smallest rate n normals support needs n normals and not n + 1.
 _ROUNDING = 1e-9
 
 
@@ -128,7 +128,7 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
     # is always right, since n is large enough.
     risk = 1 - confidence
     above = int(binom.ppf(risk, n, target_fpr))
-    if above > 0 and binom.cdf(above, n, target_fpr) > risk * (1 + _ROUNDING):
+    if above > 0 and binom.cdf(above, n, target_fpr) > risk:
         above -= 1
     rank = n - above
     value = float(ordered[rank - 1])

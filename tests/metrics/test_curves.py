@@ -57,7 +57,12 @@ def test_pr_curve_is_that_of_scikit_learn_at_the_anomalous_scores():
     at = np.isin(thresholds, scores[labels])
     np.testing.assert_allclose(curve.x[1:], recall[:-1][at][::-1])
     np.testing.assert_allclose(curve.y[1:], precision[:-1][at][::-1])
-    assert (curve.x[0], curve.y[0]) == (0, curve.y[1])
+
+
+def test_pr_curve_starts_with_its_first_precision():
+    curve = pr_curve(points_of([3, 1], [4, 2]))
+    assert curve.x.tolist() == [0, 0.5, 1]
+    assert curve.y.tolist() == [0.5, 0.5, 0.5]
 
 
 def test_curves_without_one_kind_are_empty():

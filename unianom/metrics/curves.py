@@ -95,11 +95,12 @@ def operating_points(anomalous: Array, normal: Array) -> OperatingPoints:
 def _count_flagged(scores: Array, thresholds: Array) -> tuple[Array, Array]:
     """How many of the ascending `scores` lie at or above, and above, each threshold: two (k,) counts."""
     n = len(scores)
+    if n == 0:
+        return np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
     below = np.searchsorted(scores, thresholds, side="left")
-    tied = below < n
-    tied[tied] = scores[below[tied]] == thresholds[tied]
     above = n - below
     # Searching a large array is dear and ties between real-valued scores are rare: search again only for them.
+    tied = np.take(scores, below, mode="clip") == thresholds
     above[tied] = n - np.searchsorted(scores, thresholds[tied], side="right")
     return n - below, above
 
@@ -199,7 +200,5 @@ def thin(curve: Curve, max_points: int) -> Curve:
         return curve
     steps = np.abs(np.diff(curve.x)) + np.abs(np.diff(curve.y))
     length = np.concatenate([[0.0], np.cumsum(steps)])
-    keep = np.searchsorted(length, np.linspace(0, length[-1], max_points))
-    keep[-1] = len(curve.x) - 1
-    keep = np.unique(keep)
+    keep = np.unique(np.searchsorted(length, np.linspace(0, length[-1], max_points)))
     return Curve(curve.x[keep], curve.y[keep])
