@@ -1,0 +1,304 @@
+"""Pictures of results: heat maps, overlays, mask outlines, and figures of curves and score distributions.
+
+Every heat map of a set is drawn on one `HeatScale`, so that one colour is one anomaly value in all of them; a map
+stretched to its own minimum and maximum shows noise on a normal image as red as a defect.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from unianom.metrics.curves import Curve
+
+Pixels = NDArray[np.uint8]
+
+_table = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)
+HEAT_COLOURS: Pixels = np.ascontiguousarray(np.asarray(_table)[:, :3])
+"""256×3 RGB of the heat maps, from least to most anomalous: inferno, whose lightness rises evenly, so that it reads
+the same in grey and for colour-blind eyes."""
+
+OUTLINE = (0, 229, 255)
+"""RGB of mask outlines: cyan, which neither the heat colours nor most products have."""
+
+NORMAL_COLOUR, ANOMALOUS_COLOUR = "#3f83c9", "#dd6b33"
+"""Blue and orange stay apart for colour-blind eyes, on white and on black."""
+
+_INK, _FAINT, _GRID = "#3a4150", "#9aa3b0", "#dde1e7"
+_CSS_COLOURS = {_INK: "var(--ink)", _FAINT: "var(--faint)", _GRID: "var(--grid)"}
+
+_PANEL_WIDTH, _PANEL_HEIGHT, _TITLE_HEIGHT = 3.1, 2.6, 0.3
+_MARGINS = (0.56, 0.44, 0.12, 0.26)
+"""Inches left, below, right and above the axes of a panel: fixed, since fitting them takes longer than drawing."""
+
+_BINS = 40
+
+
+@dataclass(frozen=True)
+class HeatScale:
+    """The range of anomaly values that all heat maps of a set share.
+
+    Attributes:
+        low: this value and all below are drawn in the first colour.
+        high: this value and all above are drawn in the last colour.
+
+    Raises:
+        ValueError: a bound is not finite, or high is not above low.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"a heat scale needs finite low < high, got {self.low} and {self.high}")
+
+    def levels(self, anomaly_map: ArrayLike) -> Pixels:
+        """Step of `HEAT_COLOURS`, 0 to 255, of each value of an H×W map."""
+        values = np.asarray(anomaly_map, dtype=np.float64)
+        share = np.clip((values - self.low) / (self.high - self.low), 0, 1)
+        return np.rint(share * 255).astype(np.uint8)
+
+    def colours(self, anomaly_map: ArrayLike) -> Pixels:
+        """Heat map H×W×3 uint8 RGB of an H×W map."""
+        return HEAT_COLOURS[self.levels(anomaly_map)]
+
+
+def heat_scale(normal: ArrayLike, anomalous: ArrayLike) -> HeatScale:
+    """A scale on which the ordinary is dark and the brightest is what few pixels reach.
+
+    Args:
+        normal: map values of pixels of normal images, any shape, may be empty.
+        anomalous: map values of pixels of anomalous images, best as many as of normal ones, may be empty.
+
+    Returns:
+        low = median of `normal` (of all values if there is none), high = 99.9th percentile of all values; low + 1
+        where that is not above low (constant maps).
+
+    Raises:
+        ValueError: no values at all, or one is not finite.
+    """
+    background = np.ravel(np.asarray(normal, dtype=np.float64))
+    every = np.concatenate([background, np.ravel(np.asarray(anomalous, dtype=np.float64))])
+    if len(every) == 0 or not np.isfinite(every).all():
+        raise ValueError("a heat scale needs finite map values")
+    low = float(np.median(background if len(background) else every))
+    high = float(np.percentile(every, 99.9))
+    return HeatScale(low, high if high > low else low + 1)
+
+
+def overlay(image: Pixels, anomaly_map: ArrayLike, scale: HeatScale, opacity: float = 0.75) -> Pixels:
+    """Lay a heat map over its image, the more opaque the more anomalous, so that ordinary parts stay as they are.
+
+    Args:
+        image: H×W×3 uint8 RGB.
+        anomaly_map: H×W.
+        scale: range of values.
+        opacity: of the last colour, 0 to 1; level l of 255 has opacity · l / 255.
+
+    Returns:
+        H×W×3 uint8 RGB: image · (1 − a) + heat colour · a.
+    """
+    levels = scale.levels(anomaly_map)
+    if image.shape != (*levels.shape, 3):
+        raise ValueError(f"an image of shape {image.shape} does not fit an anomaly map of shape {levels.shape}")
+    alpha = opacity * levels[:, :, None] / 255  # H W 1
+    return np.rint(image * (1 - alpha) + HEAT_COLOURS[levels] * alpha).astype(np.uint8)
+
+
+def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
+    """Pixels just outside a mask: not in it, but at most `width` pixels from it in each direction (H×W bool)."""
+    side = 2 * width + 1
+    grown = sliding_window_view(np.pad(mask, width), (side, side)).any(axis=(2, 3))
+    return grown & ~mask
+
+
+def draw_outline(
+    image: Pixels, mask: NDArray[np.bool_], width: int = 1, colour: tuple[int, int, int] = OUTLINE
+) -> Pixels:
+    """A copy of an H×W×3 uint8 image with the outline of an H×W bool mask; the masked pixels stay visible."""
+    drawn = image.copy()
+    drawn[outline(mask, width)] = colour
+    return drawn
+
+
+def jpeg(image: Pixels, quality: int = 85) -> bytes:
+    """Encode H×W×3 uint8 RGB as JPEG with colour at full resolution, so that thin outlines stay sharp."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def heat_png(anomaly_map: ArrayLike, scale: HeatScale) -> bytes:
+    """Encode the heat map of an H×W map as a palette PNG: exact colours, a byte a pixel before compression."""
+    image = Image.fromarray(scale.levels(anomaly_map), mode="P")
+    image.putpalette(HEAT_COLOURS.tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def new_figure(panels: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, each 3.1 × 2.6 inches, with a title above them if one is given."""
+    height = _PANEL_HEIGHT + (_TITLE_HEIGHT if title else 0)
+    figure = Figure(figsize=(panels * _PANEL_WIDTH, height))
+    left, bottom, right, top = _MARGINS
+    width, rise = _PANEL_WIDTH - left - right, _PANEL_HEIGHT - bottom - top
+    lefts = [(number * _PANEL_WIDTH + left) / figure.get_figwidth() for number in range(panels)]
+    if title:
+        y = 1 - _TITLE_HEIGHT / 2 / height
+        figure.text(lefts[0], y, title, fontsize=10, color=_INK, va="center", parse_math=False)
+    sizes = (width / figure.get_figwidth(), rise / height)
+    return figure, [figure.add_axes((x, bottom / height, *sizes)) for x in lefts]
+
+
+_AXES = {
+    "roc": ("ROC", "false-positive rate", "true-positive rate", 1.0),
+    "pr": ("Precision–recall", "recall", "precision", 1.0),
+    "pro": ("PRO", "false-positive rate (pixels)", "mean overlap per region", 0.3),
+}
+
+
+def draw_curves(
+    axes: Axes,
+    kind: Literal["roc", "pr", "pro"],
+    curves: Mapping[str, Curve],
+    context: Sequence[Curve] = (),
+    point: tuple[float, float] | None = None,
+) -> None:
+    """Draw curves of one kind with the usual axes; PRO is drawn up to the rate of 0.3 that AUPRO goes to.
+
+    Args:
+        axes: what to draw on.
+        kind: ROC, precision–recall or per-region overlap.
+        curves: by the label in the legend, two at most; empty curves say that they are undefined.
+        context: further curves, thin and without a label, e.g. of every category behind the union.
+        point: false-positive and true-positive rate where a threshold operates.
+    """
+    title, x_label, y_label, limit = _AXES[kind]
+    for curve in context:
+        axes.plot(*_cut(curve, limit), color=_FAINT, linewidth=0.6, alpha=0.7, clip_on=False)
+    if kind == "roc":
+        axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=0.8, linestyle=(0, (2, 3)), clip_on=False)
+    for (label, curve), colour in zip(curves.items(), (NORMAL_COLOUR, ANOMALOUS_COLOUR), strict=False):
+        if len(curve.x):
+            axes.plot(*_cut(curve, limit), color=colour, linewidth=1.6, label=label, zorder=3, clip_on=False)
+    if point is not None:
+        # a patch, since markers become <use> elements, which need ids
+        dot = Ellipse(point, width=0.032 * limit, height=0.038, color=_INK, label="threshold", zorder=4, clip_on=False)
+        axes.add_patch(dot)
+    margin = 0.02
+    axes.set_xlim(-margin * limit, limit * (1 + margin))
+    axes.set_ylim(-margin, 1 + margin)
+    ticks = np.linspace(0, limit, 4 if kind == "pro" else 6)
+    _dress(axes, title, x_label, y_label, legend="best" if kind == "pr" else "lower right")
+    axes.set_xticks(ticks)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if not any(len(curve.x) for curve in curves.values()):
+        _write_undefined(axes)
+
+
+def _cut(curve: Curve, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """x and y of a curve up to x = limit, where it ends on an interpolated point."""
+    if len(curve.x) == 0 or curve.x[-1] <= limit:
+        return curve.x, curve.y
+    inside = curve.x < limit
+    return np.append(curve.x[inside], limit), np.append(curve.y[inside], np.interp(limit, curve.x, curve.y))
+
+
+def draw_histogram(axes: Axes, normal: ArrayLike, anomalous: ArrayLike, threshold: float | None = None) -> None:
+    """Draw how scores are spread, normal and anomalous images on one axis, each as a share of its own number.
+
+    Args:
+        axes: what to draw on.
+        normal: (n,) scores of normal images, may be empty.
+        anomalous: (m,) scores of anomalous images, may be empty.
+        threshold: scores above it fail.
+    """
+    groups = [
+        (np.asarray(normal, dtype=np.float64), "normal", NORMAL_COLOUR),
+        (np.asarray(anomalous, dtype=np.float64), "anomalous", ANOMALOUS_COLOUR),
+    ]
+    every = np.concatenate([scores for scores, _, _ in groups])
+    if len(every):
+        edges = np.histogram_bin_edges(every, _BINS)
+        for scores, name, colour in groups:
+            if len(scores):
+                share = np.histogram(scores, edges)[0] / len(scores)
+                label = f"{name} ({len(scores):,})"
+                axes.stairs(share, edges, fill=True, color=colour, alpha=0.45, linewidth=0, clip_on=False)
+                axes.stairs(share, edges, color=colour, linewidth=1.2, label=label, clip_on=False)
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    if threshold is not None:
+        label = f"threshold {threshold:.4g}"
+        axes.axvline(threshold, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)), label=label, clip_on=False)
+    _dress(axes, "Image scores", "score", "share of images", legend="best")
+    if not len(every):
+        _write_undefined(axes)
+
+
+def _dress(
+    axes: Axes,
+    title: str,
+    x_label: str,
+    y_label: str,
+    legend: Literal["best", "lower right"],
+) -> None:
+    """Quiet axes: a light grid, no frame, small type."""
+    axes.set_title(title, fontsize=9, color=_INK, loc="left", fontweight="bold")
+    axes.set_xlabel(x_label, fontsize=8, color=_INK)
+    axes.set_ylabel(y_label, fontsize=8, color=_INK)
+    axes.tick_params(length=0, labelsize=7, labelcolor=_INK)
+    axes.grid(color=_GRID, linewidth=0.6, clip_on=False)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7, frameon=False, loc=legend, labelcolor=_INK, handlelength=1.4)
+
+
+def _write_undefined(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", va="center", fontsize=9, color=_FAINT)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG on white, 160 dots an inch; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an <svg> element for an HTML page.
+
+    Text stays text in the page's font. What is neither blue nor orange takes the page's CSS variables --ink, --faint
+    and --grid, so that it shows on light and dark grounds. It holds no ids, so that many fit on a page.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (?:id|xmlns|xmlns:xlink|version|width|height)="[^"]*"', "", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"\.(\d\d)\d+", r".\1", path[0]), text)  # a hundredth of a point
+    for colour, variable in _CSS_COLOURS.items():
+        text = text.replace(colour, variable)
+    return text
