@@ -502,8 +502,8 @@ def build_bank(patches: PatchFiles, config: BankConfig) -> tuple[MemoryBank, flo
         vectors,
         shards=config.shards,
         kind=config.index,
-        lists=config.lists,
-        probes=config.probes,
+        nlist=config.nlist,
+        nprobe=config.nprobe,
         seed=config.seed,
         metadata=metadata,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import os
 import re
 import sys
@@ -52,7 +53,7 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
             _exit(WRONG_OPTIONS, str(known))
         if known is not None:
             _exit(FAILED, str(known))
-        _exit(FAILED, f"{type(error).__name__}: {_first_line(error)} (unexpected; --debug shows where)")
+        _exit(FAILED, f"{type(error).__name__}: {_last_line(error)} (unexpected; --debug shows where)")
     sys.exit(DONE)
 
 
@@ -76,9 +77,20 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     parser.add_class_arguments(options, as_group=False)
     try:
         config = parser.parse_args(_normalise(parser, arguments))
+        _check_groups(config, parser.get_defaults())
         return _instance(parser, config, options)
     except jsonargparse.ArgumentError as error:
         raise OptionError(_explain(str(error), parser)) from error
+
+
+def _check_groups(config: jsonargparse.Namespace, defaults: jsonargparse.Namespace, prefix: str = "") -> None:
+    """Refuse a plain value where options of their own belong, which the parser lets pass."""
+    for key, default in vars(defaults).items():
+        if isinstance(default, jsonargparse.Namespace):
+            value = getattr(config, key)
+            if not isinstance(value, jsonargparse.Namespace):
+                raise OptionError(f"--{prefix}{key}: expected options ({', '.join(vars(default))}), got {value!r}")
+            _check_groups(value, default, f"{prefix}{key}.")
 
 
 def _instance(parser: jsonargparse.ArgumentParser, config: Any, options: type) -> Any:
@@ -105,43 +117,63 @@ def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[
 def _normalise(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> list[str]:
     """Dashes in names to underscores; a plain `a,b` where a list is wanted to `[a,b]`."""
     lists = {
-        option
+        option: item
         for action in parser._actions
         for option in action.option_strings
-        if typing.get_origin(getattr(action, "_typehint", None)) in (tuple, list)
+        if (item := _item_type(getattr(action, "_typehint", None))) is not None
     }
     result: list[str] = []
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
-            if equals and name in lists and not value.startswith("["):
-                value = f"[{value}]"
-            result.append(name + equals + value)
-        elif result and result[-1] in lists and not argument.startswith("["):
-            result.append(f"[{argument}]")
+            result.append(name + equals + (_bracketed(value, lists[name]) if equals and name in lists else value))
+        elif result and result[-1] in lists:
+            result.append(_bracketed(argument, lists[result[-1]]))
         else:
             result.append(argument)
     return result
 
 
+def _item_type(hint: Any) -> Any:
+    """Type of the items of a tuple or list, optional or not; None for any other type."""
+    for kind in (hint, *typing.get_args(hint)):
+        if typing.get_origin(kind) in (tuple, list):
+            return typing.get_args(kind)[0]
+    return None
+
+
+def _bracketed(value: str, item: Any) -> str:
+    if value.startswith("[") or value in ("", "null"):
+        return value or "[]"
+    # quoted, since YAML takes the category 01 for a number
+    return json.dumps(value.split(",")) if item is str else f"[{value}]"
+
+
 def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """The parser's message on one line, with the nearest known option where one is unknown."""
+    """The parser's message on one line in plain words, with the nearest known option where one is unknown."""
     message = re.sub(r"\s*\n\s*", " ", message.strip())
-    unknown = re.search(
-        r"(?:unrecognized arguments: --|does not accept option '|[Uu]nknown key '?|Key ')([\w.\-]+)", message
-    )
+    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("a typing.Literal", "one of ")
+    message = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+    unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.\-]+)", message)
     if unknown:
-        known = [
-            option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")
-        ]
-        near = difflib.get_close_matches(unknown[1], known, 1, 0.5)
-        leaf = difflib.get_close_matches(unknown[1].split(".")[-1], {k.split(".")[-1]: k for k in known}, 1, 0.6)
-        if not near and leaf:
-            near = [k for k in known if k.split(".")[-1] == leaf[0]][:1]
+        prefix = re.search(r"^Group '([\w.]+)'", message)
+        near = _nearest(f"{prefix[1]}.{unknown[1]}" if prefix else unknown[1], parser)
         if near:
-            message += f"; did you mean --{near[0]}?"
+            message += f"; did you mean --{near}?"
     return message
+
+
+def _nearest(unknown: str, parser: jsonargparse.ArgumentParser) -> str | None:
+    """The known option that resembles an unknown one in its last part, in the same group if there is one."""
+    names = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+    group = unknown.rpartition(".")[0]
+    for known in ([name for name in names if name.rpartition(".")[0] == group], names):
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = difflib.get_close_matches(unknown.rpartition(".")[2], leaves, 1)
+        if near:
+            return leaves[near[0]]
+    return None
 
 
 def _summary(options: type) -> str:
@@ -157,23 +189,27 @@ def _user_error(error: BaseException) -> UnianomError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, UnianomError):
+        cause = getattr(current, "cause", None)
+        if isinstance(cause, BaseException):
+            # Ray's wrapper may pretend to be of its cause's class, but its text is a remote traceback
+            queue.append(cause)
+        elif isinstance(current, UnianomError):
             return current
-        if isinstance(current, OSError) and current.errno == errno.ENOSPC:
+        elif isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {current.filename}" if current.filename else ""
             return UnianomError(f"the disk is full{where}; free space and run the same command again, it continues")
-        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        queue += [current.__cause__, current.__context__]
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
+    """Of a remote traceback, the line that names the error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no message"
 
 
 def _exit(code: int, message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    # what Ray still has running must not hold up the exit of a failed job
     sys.exit(code)
 
 

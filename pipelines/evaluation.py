@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.commandline import console, print_table
+from pipelines.report import figures
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
@@ -28,8 +29,6 @@ from unianom.metrics.region import AuproVariant, check_aupro_options
 from unianom.serialise import from_plain, to_plain
 
 UNION = "union"
-EVALUATE = "evaluate"
-"""Name of the job's MLflow run; the report adds its figures to it."""
 
 COUNTS = ("n_images", "n_anomalous", "n_maps", "n_anomalous_maps", "n_regions")
 """Entries of a metrics row that add up over categories instead of being averaged."""
@@ -99,7 +98,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     table = _table_csv(content["metrics"]).encode()
     files.write_bytes(files.join(output, "categories.csv"), table)
     files.write_json(files.join(output, "evaluation.json"), content)
-    with track(options.tracking, EVALUATE, output, to_plain(options)) as run:
+    with track(options.tracking, "evaluate", output, to_plain(options)) as run:
         run.tags({"unianom.models": ", ".join(m["digest"] for m in content["models"])})
         for row in content["metrics"]["categories"]:
             run.metrics({f"{row['category']}/{k}": v for k, v in row.items() if k not in ("dataset", "category")})
@@ -107,6 +106,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         run.metrics({f"{UNION}/{key}": value for key, value in content["metrics"]["union"].items()})
         run.artifacts({"categories.csv": table})
         run.json("evaluation.json", content)
+        run.figures(figures(content, scores.table(columns=["sample_id", "category", "label", "score", "status"])))
     return content
 
 

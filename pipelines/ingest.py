@@ -141,7 +141,7 @@ def plan_parts(refs: Sequence[SampleRef], part_bytes: int, min_parts: int) -> li
     rows are ordered by split first, which keeps the splits in separate row groups.
     """
     total = sum(ref.size or len(ref.data or b"") for ref in refs)
-    count = max(-(-total // part_bytes), min(min_parts, len(refs)))
+    count = min(max(-(-total // part_bytes), min_parts), len(refs))
     ordered = sorted(
         refs,
         key=lambda ref: (
@@ -242,6 +242,7 @@ class PartIngester:
             key: getattr(ref, key) for key in ("sample_id", "dataset", "category", "split", "label", "defect", "uri")
         }
         try:
+            self._limits.check_bytes(ref.size or 0)  # a file of many gigabytes is not even read
             data = ref.data if ref.data is not None else read_image_file(ref.uri)
             original = data
             facts = check_image(data, self._limits)
@@ -287,7 +288,7 @@ def read_image_file(uri: str, tries: int = 3) -> bytes:
     for attempt in itertools.count(1):
         try:
             return files.read_bytes(uri)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ImageError("missing", f"no such file: {uri}") from error
         except IsADirectoryError as error:
             raise ImageError("unsupported", f"a folder, not an image file: {uri}") from error

@@ -19,6 +19,9 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from unianom.errors import OptionError
 
+STARTED, ENDED = "_started", "_ended"
+"""Keys of a unit's result: when its actor began and ended it, in seconds since 1970."""
+
 
 @dataclass(frozen=True)
 class RuntimeOptions:
@@ -112,7 +115,11 @@ class _Actor:
         self._worker: UnitWorker = worker(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self._worker.run(unit)) for unit in batch["item"]]}
+        return {"result": [json.dumps(self._timed(unit)) for unit in batch["item"]]}
+
+    def _timed(self, unit: dict[str, Any]) -> dict[str, Any]:
+        start = time.time()
+        return {**self._worker.run(unit), STARTED: start, ENDED: time.time()}
 
 
 def set_threads(threads: int) -> None:

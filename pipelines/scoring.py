@@ -196,6 +196,8 @@ class PartScorer:
         self._pool = ThreadPoolExecutor(threads)
         self._ahead = 2 * batch_size
         self._models: dict[str, Model] = {}
+        if not shelf.by_category:
+            self._model(shelf.uri)
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Write one score part and its record."""

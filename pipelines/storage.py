@@ -22,14 +22,14 @@ def claim(output: str, plan: dict[str, Any], overwrite: bool, job: str) -> str:
     Args:
         output: the folder.
         plan: everything the output's bytes depend on, as plain data.
-        overwrite: whether what another plan left there may be removed.
+        overwrite: whether what another plan left there may be removed. Files that no plan made never are.
         job: command to name in the error.
 
     Returns:
         The plan's digest.
 
     Raises:
-        DataError: the folder holds something else and `overwrite` is not set.
+        DataError: the folder holds another plan's output and `overwrite` is not set, or other files.
     """
     digest = files.digest_of(plan)
     path = files.join(output, PLAN)
@@ -38,16 +38,19 @@ def claim(output: str, plan: dict[str, Any], overwrite: bool, job: str) -> str:
         before = files.read_json(path)
         if before["digest"] == digest:
             return digest
-        changed = sorted(key for key in {*plan, *before["plan"]} if plan.get(key) != before["plan"].get(key))
-        what = f"the output of another {job} (differing in: {', '.join(changed)})"
-    elif names:
-        what = f"other files ({', '.join(names[:3])})"
-    else:
-        what = ""
-    if what:
         if not overwrite:
-            raise DataError(f"{output} holds {what}; choose another output, or replace it with --overwrite true")
-        files.remove(output)
+            changed = sorted(key for key in {*plan, *before["plan"]} if plan.get(key) != before["plan"].get(key))
+            raise DataError(
+                f"{output} holds the output of another {job} (differing in: {', '.join(changed)}); choose another "
+                f"output, or replace it with --overwrite true"
+            )
+        # JSON files declare the others done, so they go first; the old plan stays to the end, and with it the right
+        # to remove the rest, should this process be killed
+        for name in sorted(names, key=lambda name: not name.endswith(".json")):
+            if name != PLAN:
+                files.remove(files.join(output, name))
+    elif names:
+        raise DataError(f"{output} holds other files ({', '.join(names[:3])}); choose another output, or empty it")
     files.write_json(path, {"digest": digest, "plan": plan})
     return digest
 

@@ -41,10 +41,8 @@ def train_options() -> dict[str, type]:
             fields: list[Any] = [("method", method.Config, field(default_factory=method.Config))]
             cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(TrainBankOptions,), frozen=True)
             documented = [_arguments(base) for base in (BankOptions, TrainBankOptions)]
-            cls.__doc__ = "\n".join(
-                [f"Fit {name}: {(method.Config.__doc__ or '').splitlines()[0]}", "", "Args:", *documented]
-                + ["    method: the method's own options."]
-            )
+            summary = f"Fit {name}: {(method.Config.__doc__ or '').splitlines()[0]}"
+            cls.__doc__ = "\n".join([summary, "", "Args:", *documented, "    method: the method's own options."])
             classes[name] = cls
     return classes
 

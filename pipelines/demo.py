@@ -1,0 +1,107 @@
+"""The whole chain on a drawn corpus: what `make demo` runs, offline and without a GPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.banks import ThresholdOptions
+from pipelines.commandline import console
+from pipelines.evaluation import EvaluateOptions, evaluate, print_evaluation
+from pipelines.ingest import IngestOptions, ingest
+from pipelines.report import ReportOptions, write_report
+from pipelines.runtime import RuntimeOptions
+from pipelines.scoring import ScoreOptions, score
+from pipelines.training import train, train_options
+from unianom.backbones import BackboneConfig
+from unianom.data.drawing import draw_corpus
+from unianom.data.image import InputPolicy
+from unianom.methods.layers.bank import BankConfig
+from unianom.methods.uniformaly import UniFormalyConfig
+
+REGISTERED = "unianom-demo"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Draw a corpus, ingest it, fit UniFormaly, score, evaluate, register, report.
+
+    Args:
+        output: folder for everything; a second run continues there.
+        weights: of the encoder: "random", or a weights file of `backbone`.
+        backbone: timm vision transformer.
+        seed: of the corpus.
+        runtime: actors and their CPUs.
+    """
+
+    output: str = "demo"
+    weights: str = "random"
+    backbone: str = "vit_tiny_patch16_224"
+    seed: int = 0
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Run every step as its job would, saying the command of each."""
+    start = time.monotonic()
+    root = Path(options.output).absolute()
+    paths = {name: str(root / name) for name in ("corpus", "shards", "model", "scores", "evaluation")}
+    report = str(root / "report.html")
+
+    _say("1/6 draw a corpus in MVTec AD layout", None)
+    draw_corpus(paths["corpus"], seed=options.seed)
+
+    _say("2/6 ingest", f"ingest.py --layout mvtec --source {paths['corpus']} --output {paths['shards']}")
+    ingest(IngestOptions("mvtec", paths["corpus"], paths["shards"], runtime=options.runtime))
+
+    command = f"train.py uniformaly --shards {paths['shards']} --output {paths['model']} …"
+    _say("3/6 fit UniFormaly and register it", command)
+    results = train(_train_options(options, paths))
+    for result in results:
+        console.print(f"bank of {result.bank_rows} out of {result.patches} patches of {result.images} normal images")
+
+    _say("4/6 score", f"score.py --model {paths['model']} --shards {paths['shards']} --output {paths['scores']}")
+    score(ScoreOptions(paths["model"], paths["shards"], paths["scores"], runtime=options.runtime))
+
+    command = f"evaluate.py --scores {paths['scores']} --shards {paths['shards']} --output {paths['evaluation']}"
+    _say("5/6 evaluate", command)
+    content = evaluate(
+        EvaluateOptions(paths["scores"], paths["shards"], paths["evaluation"], runtime=options.runtime)
+    )
+
+    _say("6/6 report", f"report.py --evaluation {paths['evaluation']} --output {report}")
+    write_report(ReportOptions(paths["evaluation"], report))
+
+    console.print()
+    print_evaluation(content)
+    if options.weights == "random":
+        console.print(
+            "The encoder's weights are random, since the demo needs no download: these figures show that the chain "
+            "works, not how good the method is. With weights of your own: jobs/demo.py --weights FILE"
+        )
+    console.print(f"\nreport:  {report}")
+    console.print(f"MLflow:  mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'}")
+    console.print(f"model:   unianom.load('{paths['model']}'), registered as models:/{REGISTERED}@candidate")
+    console.print(f"time:    {time.monotonic() - start:.0f} s")
+
+
+def _train_options(options: DemoOptions, paths: dict[str, str]) -> Any:
+    method = UniFormalyConfig(
+        backbone=BackboneConfig(options.backbone, weights=options.weights),
+        input=InputPolicy(resize="stretch", size=224, crop=None),
+        bank=BankConfig(coreset_ratio=0.05),
+    )
+    return train_options()["uniformaly"](
+        shards=paths["shards"],
+        output=paths["model"],
+        threshold=ThresholdOptions(validation_fraction=0.3),
+        runtime=options.runtime,
+        method=method,
+        register_as=REGISTERED,
+    )
+
+
+def _say(title: str, command: str | None) -> None:
+    console.print(f"\n[bold]{title}[/bold]" + (f"\n  python jobs/{command}" if command else ""))

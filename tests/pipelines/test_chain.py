@@ -1,0 +1,262 @@
+"""The jobs one after another on a local Ray: what each leaves for the next, and what happens when one is disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import unianom
+from pipelines.evaluation import EvaluateOptions, evaluate
+from pipelines.ingest import IngestOptions, ingest
+from pipelines.runtime import RuntimeOptions, run_units
+from pipelines.scoring import ScoreOptions, score
+from pipelines.training import train
+from tests.pipelines.conftest import UNTRACKED, Small, tiny_training
+from unianom.data.image import decode_map
+from unianom.data.shards import ScoreSet, Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.metrics.image import image_metrics
+
+pytestmark = pytest.mark.ray
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "model"
+    train(tiny_training(small.shards, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(small: Small, model: Path) -> Path:
+    folder = model.parent / "scores"
+    score(ScoreOptions(str(model), str(small.shards), str(folder), batch_size=3))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_ingest_stores_every_file_untouched(small: Small) -> None:
+    shards = ShardSet.open(small.shards)
+    rows = shards.table(columns=["uri", "image", "split", "label", "mask"]).to_pylist()
+    images = [p for p in small.corpus.rglob("*.png") if "ground_truth" not in p.parts]
+    assert sorted(row["uri"] for row in rows) == sorted(str(p) for p in images)
+    assert all(Path(row["uri"]).read_bytes() == row["image"] for row in rows)
+    assert all((row["mask"] is not None) == (row["label"] == 1) for row in rows)
+    assert len(shards.parts) == 16
+
+
+def test_ingest_again_does_nothing_and_refuses_another_plan(small: Small) -> None:
+    before = content(small.shards)
+    again = IngestOptions("mvtec", str(small.corpus), str(small.shards))
+    assert not ingest(again).fresh
+    assert content(small.shards) == before
+    with pytest.raises(DataError, match="resize"):
+        ingest(IngestOptions("mvtec", str(small.corpus), str(small.shards), resize=32))
+
+
+def test_ingest_continues_to_the_same_bytes(small: Small, tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    options = IngestOptions("mvtec", str(small.corpus), str(output))
+    ingest(options)
+    whole = content(output)
+    assert whole == content(small.shards)
+    for name in ("_manifest.json", "part-00003.json", "part-00003.parquet", "part-00007.json"):
+        (output / name).unlink()
+    (output / "part-00007.parquet.0badf00d.tmp").write_bytes(b"half a part")
+    with pytest.raises(DataError, match="unfinished"):
+        ShardSet.open(output)
+    assert ingest(options).fresh
+    assert content(output) == whole
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_bank_does_not_depend_on_the_number_of_workers(
+    small: Small, model: Path, tmp_path: Path, workers: int
+) -> None:
+    alone, pooled = tmp_path / "alone", tmp_path / "pooled"
+    for folder, count in ((alone, 1), (pooled, workers)):
+        if not (workers == 4 and folder == alone):
+            train(tiny_training(small.shards, folder, runtime=RuntimeOptions(workers=count)))
+    one = alone if workers == 2 else model
+    assert content(one / "bank") == content(pooled / "bank")
+    assert (one / "model.json").read_bytes() == (pooled / "model.json").read_bytes()
+
+
+def test_a_bank_in_shards_scores_the_same(small: Small, model: Path, scores: Path, tmp_path: Path) -> None:
+    from tests.pipelines.conftest import tiny_method
+    from unianom.methods.layers.bank import BankConfig
+
+    method = tiny_method(bank=BankConfig(coreset_ratio=0.5, shards=3))
+    train(tiny_training(small.shards, tmp_path / "model", method=method))
+    assert len(list((tmp_path / "model" / "bank").glob("*.faiss"))) == 3
+    score(ScoreOptions(str(tmp_path / "model"), str(small.shards), str(tmp_path / "scores"), batch_size=3))
+    columns = ["sample_id", "score", "anomaly_map"]
+    ours, theirs = (ScoreSet.open(folder).table(columns=columns) for folder in (tmp_path / "scores", scores))
+    assert ours.equals(theirs)
+
+
+def test_training_again_does_nothing(small: Small, model: Path) -> None:
+    before = content(model)
+    results = train(tiny_training(small.shards, model))
+    assert not results[0].fresh
+    assert content(model) == before
+
+
+def test_scores_equal_predictions_from_the_files(small: Small, model: Path, scores: Path) -> None:
+    rows = ScoreSet.open(scores).table().to_pylist()
+    assert sorted(row["sample_id"] for row in rows) == sorted(
+        ShardSet.open(small.shards).table(Selection(("test",)), ["sample_id"])["sample_id"].to_pylist()
+    )
+    predicted = unianom.load(model).predict([row["uri"] for row in rows])
+    for row, result in zip(rows, predicted, strict=True):
+        assert row["score"] == pytest.approx(result.score, rel=1e-5)
+        assert row["decision"] == result.decision
+        stored = decode_map(row["anomaly_map"], row["map_offset"], row["map_scale"])
+        np.testing.assert_allclose(stored, result.anomaly_map, atol=row["map_scale"], rtol=1e-4)
+
+
+def test_scoring_again_does_nothing(small: Small, model: Path, scores: Path) -> None:
+    before = content(scores)
+    assert not score(ScoreOptions(str(model), str(small.shards), str(scores), batch_size=3)).fresh
+    assert content(scores) == before
+
+
+def test_a_killed_scoring_job_continues_to_the_same_bytes(
+    small: Small, model: Path, scores: Path, tmp_path: Path
+) -> None:
+    """kill -9 of the driver and all its Ray processes at random moments, then the same command again."""
+    output = tmp_path / "scores"
+    command = [sys.executable, "jobs/score.py", "--model", str(model), "--shards", str(small.shards)]
+    command += ["--output", str(output), "--batch_size", "3", "--runtime.local_cpus", "2"]
+    generator = random.Random(0)
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL)
+        parts = generator.randint(1, 8)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(output.glob("part-*.json"))) >= parts:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        process.wait()
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert content(output) == content(scores)
+
+
+class DiesOnce:
+    """A worker that is killed, as by the kernel, in the middle of its first unit."""
+
+    def __init__(self, marker: str) -> None:
+        self._marker = Path(marker)
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        if unit["number"] == 3 and not self._marker.exists():
+            self._marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"number": unit["number"]}
+
+
+def test_a_killed_worker_loses_nothing(ray_cluster: None, tmp_path: Path) -> None:
+    units = [{"number": number} for number in range(12)]
+    arguments = {"marker": str(tmp_path / "died")}
+    done = [r["number"] for r in run_units(DiesOnce, arguments, units, RuntimeOptions(workers=2))]
+    assert (tmp_path / "died").exists()
+    assert sorted(done) == list(range(12))
+
+
+def test_evaluation_agrees_with_metrics_of_the_scores(small: Small, scores: Path, tmp_path: Path) -> None:
+    found = evaluate(EvaluateOptions(str(scores), str(small.shards), str(tmp_path / "evaluation"), tracking=UNTRACKED))
+    table = ScoreSet.open(scores).table(columns=["category", "score", "label"]).to_pylist()
+    for row in found["metrics"]["categories"]:
+        mine = [r for r in table if r["category"] == row["category"]]
+        expected = image_metrics([r["score"] for r in mine], [r["label"] for r in mine])
+        assert row["image_auroc"] == expected["image_auroc"]
+        assert row["n_maps"] == len(mine)
+        assert 0 <= row["aupro"] <= 1
+    union = image_metrics([r["score"] for r in table], [r["label"] for r in table])
+    assert found["metrics"]["union"]["image_auroc"] == union["image_auroc"]
+    rates = found["threshold"]["union"]
+    value = unianom.load(json.loads((scores.parent / "model" / "model.json").read_text()) and scores.parent / "model")
+    assert value.threshold is not None
+    failed = sum(r["score"] > value.threshold.value for r in table if r["label"] == 0)
+    assert rates["false_positive_rate"] == failed / sum(r["label"] == 0 for r in table)
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text()) == found
+
+
+def test_evaluation_refuses_other_shards(small: Small, scores: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    ingest(IngestOptions("mvtec", str(small.corpus), str(other), {"categories": ["weave"]}))
+    with pytest.raises(DataError, match="other shards"):
+        evaluate(EvaluateOptions(str(scores), str(other), str(tmp_path / "evaluation"), tracking=UNTRACKED))
+
+
+def test_one_model_per_category(small: Small, tmp_path: Path) -> None:
+    train(tiny_training(small.shards, tmp_path / "models", per_category=True))
+    score(ScoreOptions(str(tmp_path / "models"), str(small.shards), str(tmp_path / "scores"), maps=False))
+    rows = ScoreSet.open(tmp_path / "scores").table(columns=["uri", "category", "score"]).to_pylist()
+    for category in ("weave", "cog"):
+        mine = [row for row in rows if row["category"] == category]
+        results = unianom.load(tmp_path / "models" / category).predict([row["uri"] for row in mine])
+        np.testing.assert_allclose([row["score"] for row in mine], [r.score for r in results], rtol=1e-5)
+
+
+def test_few_shot_takes_so_many_images_per_category(small: Small, tmp_path: Path) -> None:
+    results = train(tiny_training(small.shards, tmp_path / "model", few_shot=2))
+    assert results[0].images == 4
+
+
+def test_a_rate_the_normals_cannot_support_is_refused_before_any_work(small: Small, tmp_path: Path) -> None:
+    from pipelines.banks import ThresholdOptions
+
+    options = tiny_training(small.shards, tmp_path / "model", threshold=ThresholdOptions(target_fpr=0.01))
+    with pytest.raises(OptionError, match="cannot support"):
+        train(options)
+    assert not (tmp_path / "model").exists()
+
+
+def test_unlabelled_images_and_broken_files(ray_cluster: None, small: Small, model: Path, tmp_path: Path) -> None:
+    """Everything readable is scored, everything else is listed with its reason, and too much of it fails the job."""
+    folder = tmp_path / "in" / "line1"
+    folder.mkdir(parents=True)
+    good = sorted((small.corpus / "weave" / "test" / "good").glob("*.png"))
+    for number, path in enumerate(good):
+        (folder / f"{number}.png").write_bytes(path.read_bytes())
+    (folder / "short.png").write_bytes(good[0].read_bytes()[:200])
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir()
+    options: dict[str, Any] = {"layout_options": {"unlabelled": True}}
+    with pytest.raises(DataError, match="3 of 7 samples were rejected"):
+        ingest(IngestOptions("folder", str(tmp_path / "in"), str(tmp_path / "shards"), **options))
+    assert ShardSet.open(tmp_path / "shards").rejected().num_rows == 3
+    allowed = ScoreOptions(str(model), str(tmp_path / "shards"), str(tmp_path / "scores"), max_reject_fraction=0.5)
+    result = score(allowed)
+    rows = result.scores.table().to_pylist()
+    assert sorted((row["sample_id"].rsplit("/", 1)[1], row["status"]) for row in rows) == [
+        *((f"{number}.png", "ok") for number in range(4)),
+        ("empty.png", "corrupt"),
+        ("folder.png", "unsupported"),
+        ("short.png", "corrupt"),
+    ]
+    assert all((row["score"] is None) == (row["status"] != "ok") for row in rows)
+    assert all(row["error"] for row in rows if row["status"] != "ok")
+    assert all(row["anomaly_map"] is None for row in rows)
+    assert pq.read_table(tmp_path / "scores", columns=["sample_id"]).num_rows == 7
+    with pytest.raises(DataError, match="have no score"):
+        score(ScoreOptions(str(model), str(tmp_path / "shards"), str(tmp_path / "scores")))
