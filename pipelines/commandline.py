@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import json
-import os
 import re
 import sys
 import traceback
@@ -227,8 +226,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def dump_options(options: Any) -> str:
     """The resolved options as YAML, as `--config` takes them."""
     return yaml.safe_dump(to_plain(options), sort_keys=False)
-
-
-def environment(name: str) -> str | None:
-    """An environment variable, None if unset or empty."""
-    return os.environ.get(name) or None

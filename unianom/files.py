@@ -1,7 +1,7 @@
 """Files on local disks and object stores, named by path or URI, through fsspec.
 
-Every output appears whole or not at all: local files are written beside their name, synced and renamed; object
-stores commit an upload when it is closed.
+Every output appears whole or not at all: local files are written beside their name, synced and renamed; for object
+stores they are written on this machine's disk and uploaded when they are complete.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ def full_uri(uri: str | os.PathLike[str]) -> str:
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
     """Path or URI of something below `uri`."""
-    return posixpath.join(os.fspath(uri).rstrip("/") or "/", *parts)
+    text = os.fspath(uri)
+    return posixpath.join(text if text.endswith("://") else text.rstrip("/") or "/", *parts)
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
@@ -104,13 +106,10 @@ def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
                 os.remove(beside)  # noqa: PTH107
             raise
         return
-    handle = fs.open(path, "wb")
-    try:
-        yield handle
-    except BaseException:
-        handle.discard()
-        raise
-    handle.close()
+    with tempfile.NamedTemporaryFile() as held:
+        yield held  # type: ignore[misc]
+        held.flush()
+        fs.put_file(held.name, path)
 
 
 def write_bytes(uri: str | os.PathLike[str], content: bytes) -> None:

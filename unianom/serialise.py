@@ -28,7 +28,7 @@ def from_plain(cls: type[T], plain: dict[str, Any]) -> T:
     """Build an option dataclass from what `to_plain` gave; its own checks run again.
 
     Raises:
-        OptionError: a key the dataclass does not have, or a value it refuses.
+        OptionError: a key the dataclass does not have, one missing that it needs, or a value it refuses.
     """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -38,6 +38,10 @@ def from_plain(cls: type[T], plain: dict[str, Any]) -> T:
             raise OptionError(
                 f"{cls.__name__} has no option '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
             )
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in plain:
+            raise OptionError(f"{cls.__name__} needs the option '{field.name}'")
     return cls(**{key: _value(hints[key], value) for key, value in plain.items()})
 
 

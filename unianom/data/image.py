@@ -48,6 +48,11 @@ class ImageLimits:
         if self.max_pixels < 1 or self.max_bytes < 1:
             raise OptionError("image limits: max_pixels and max_bytes must be positive")
 
+    def check_bytes(self, size: int) -> None:
+        """Raise ImageError "too_large" for an encoded file of more than `max_bytes`."""
+        if size > self.max_bytes:
+            raise ImageError("too_large", f"{size} bytes; the limit is {self.max_bytes} (--limits.max_bytes)")
+
 
 @dataclass(frozen=True)
 class InputPolicy:
@@ -78,7 +83,7 @@ class InputPolicy:
     def __post_init__(self) -> None:
         if self.resize == "short_side" and self.crop is None:
             raise OptionError("input.resize=short_side needs input.crop, since images of a batch must be of one size")
-        if self.size < 1 or (self.crop is not None and not 1 <= self.crop <= self.size):
+        if not 1 <= self._cut <= self.size:
             raise OptionError(f"input.size={self.size} and input.crop={self.crop}: need 1 <= crop <= size")
         if self.pad is not None and self.pad < self._cut:
             raise OptionError(f"input.pad={self.pad} is smaller than the image of {self._cut} pixels it should hold")
@@ -103,8 +108,7 @@ _pillow_limit = threading.Lock()
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     if not data:
         raise ImageError("corrupt", "the file is empty")
-    if len(data) > limits.max_bytes:
-        raise ImageError("too_large", f"{len(data)} bytes; the limit is {limits.max_bytes} (--limits.max_bytes)")
+    limits.check_bytes(len(data))
     try:
         with _pillow_limit:
             default, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -129,9 +133,12 @@ def _load(image: Image.Image) -> Image.Image:
     """Decode the pixels and turn them upright."""
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
     except Exception as error:  # a decoder raises whatever its parser stumbled over
         raise ImageError("corrupt", f"cannot decode: {error}") from error
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # as above
+        raise ImageError("corrupt", f"its EXIF data, and so its orientation, cannot be read: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -157,6 +164,11 @@ def _sixteen_to_eight(image: Image.Image) -> np.ndarray:
     return ((values + 128) // 257).astype(np.uint8)
 
 
+def _format(image: Image.Image) -> str:
+    """One of `FORMATS`. Pillow gives a JPEG with further pictures behind the first, as cameras write, another name."""
+    return "JPEG" if image.format == "MPO" else str(image.format)
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """What an image file holds.
@@ -178,7 +190,7 @@ def check_image(data: bytes, limits: ImageLimits | None = None) -> ImageFacts:
         ImageError: as `decode_image`.
     """
     image = _open(data, limits or ImageLimits())
-    file_format = str(image.format)
+    file_format = _format(image)
     image = _load(image)
     if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK", "1"):
         _to_rgb(image)  # modes whose pixels decide
@@ -201,15 +213,16 @@ class DecodedImage:
 def decode_image(data: bytes, limits: ImageLimits | None = None) -> DecodedImage:
     """Decode PNG, JPEG, BMP, TIFF or WebP of any colour mode to upright 8-bit RGB.
 
-    Grey is repeated, palettes are resolved, alpha is dropped, CMYK converted, 16 bits scaled to 8, the EXIF
-    orientation applied; of several frames the first is taken.
+    Grey is repeated, palettes are resolved, alpha is dropped, CMYK converted, the EXIF orientation applied; of
+    several frames the first is taken. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colours Pillow keeps
+    the high byte.
 
     Raises:
         ImageError: status "corrupt" (unreadable, truncated, empty), "too_large" (over `limits`, told from the
             header) or "unsupported" (pixels without an agreed range).
     """
     image = _open(data, limits or ImageLimits())
-    file_format = str(image.format)
+    file_format = _format(image)
     return DecodedImage(np.asarray(_to_rgb(_load(image))), file_format)
 
 
@@ -217,20 +230,27 @@ def decode_mask(data: bytes, threshold: int = 0, limits: ImageLimits | None = No
     """Decode a mask file to H×W uint8 of 0 and 255.
 
     Args:
-        data: encoded image; of a colour mask any channel counts, alpha does not.
+        data: encoded image. Of a colour mask any channel counts, alpha does not; a palette of greys stands for its
+            shades, one of colours for class numbers.
         threshold: values above this are anomalous. 0 suits 0/255 masks and masks of small class numbers alike.
 
     Raises:
         ImageError: as `decode_image`.
     """
     image = _load(_open(data, limits or ImageLimits()))
-    if image.mode == "P" or image.mode.startswith("I"):
-        values = np.asarray(image)  # palette indices and 16-bit values are class numbers, not shades
+    if image.mode.startswith("I") or (image.mode == "P" and not _has_grey_palette(image)):
+        values = np.asarray(image)  # indices into colours, and values of more than 8 bits, are class numbers
     elif image.mode in ("1", "L"):
         values = np.asarray(image.convert("L"))
     else:
         values = np.asarray(_to_rgb(image)).max(axis=2)
     return np.where(values > threshold, 255, 0).astype(np.uint8)
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    """Whether this is a grey image saved with a palette; the order of its entries then means nothing."""
+    colours = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((colours == colours[:, :1]).all())
 
 
 def reduce_image(data: bytes, short_side: int, limits: ImageLimits | None = None) -> bytes:

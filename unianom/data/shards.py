@@ -71,7 +71,8 @@ class PartSet:
         """Open a finished set.
 
         Raises:
-            DataError: nothing there, its job unfinished, another kind of set, or another schema version.
+            DataError: nothing there, its job unfinished, a damaged manifest, another kind of set, or another schema
+                version.
         """
         folder = files.full_uri(uri)
         path = files.join(folder, MANIFEST)
@@ -81,7 +82,10 @@ class PartSet:
                 raise DataError(f"{folder} is unfinished (no {MANIFEST}); run its {cls.job} command again")
             found = ", ".join(names[:5]) or "nothing"
             raise DataError(f"{folder} is no {cls.kind} (no {MANIFEST}; found: {found}); make one with {cls.job}")
-        manifest = files.read_json(path)
+        try:
+            manifest = files.read_json(path)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}; {cls._again(folder)}") from error
         if manifest.get("kind") != cls.kind:
             raise DataError(f"{folder} is a {manifest.get('kind')}, not a {cls.kind}; make one with {cls.job}")
         if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -90,6 +94,11 @@ class PartSet:
                 f"run {cls.job} again"
             )
         return cls(folder, manifest, files.sha256_file(path))
+
+    @classmethod
+    def _again(cls, folder: str) -> str:
+        # a finished folder is not looked into again, so running the job over it would change nothing
+        return f"remove {folder} and run {cls.job} again"
 
     @property
     def parts(self) -> list[str]:
@@ -126,9 +135,7 @@ class PartSet:
         if self.count(selection) == 0:
             have = sorted({(row["split"], row["label"]) for row in self.manifest["counts"]}, key=str)
             listed = ", ".join(f"{split} with label {label}" for split, label in have)
-            raise DataError(
-                f"{self.uri} has no sample of split {selection.splits or 'any'}; it has {listed or 'none'}"
-            )
+            raise DataError(f"{self.uri} has no sample of split {selection.splits or 'any'}; it has {listed or 'none'}")
 
     def read(
         self,
@@ -140,13 +147,13 @@ class PartSet:
         """Rows of one part in their order, at most `rows` in a batch; row groups that cannot match are skipped.
 
         Raises:
-            DataError: the part is missing or damaged.
+            DataError: the part is missing, damaged or cannot be read.
         """
         fs, path = files.resolve(files.join(self.uri, part))
         wanted = list(columns or self.schema.names)
         try:
             with fs.open(path, "rb") as handle:
-                parquet = pq.ParquetFile(handle)
+                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
                 groups = [g for g in range(parquet.num_row_groups) if self._may_match(parquet, g, selection)]
                 needed = list(dict.fromkeys([*wanted, "split", "category", "label"]))
                 for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
@@ -155,10 +162,12 @@ class PartSet:
                         yield kept.select(wanted)
         except FileNotFoundError as error:
             raise DataError(
-                f"{self.uri}/{part} is listed in the manifest but missing; run {self.job} again"
+                f"{self.uri}/{part} is listed in the manifest but missing; {self._again(self.uri)}"
             ) from error
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{self.uri}/{part} is damaged: {error}; run {self.job} again") from error
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(
+                f"cannot read {self.uri}/{part}: {error}; if it is damaged, {self._again(self.uri)}"
+            ) from error
 
     def table(self, selection: Selection | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Chosen columns of every part as one table; leave out images, masks and maps unless few rows are
@@ -187,10 +196,17 @@ class ShardSet(PartSet):
     job: ClassVar[str] = "jobs/ingest.py"
 
     def rejected(self) -> pa.Table:
-        """Samples that ingest could not take, rows of `REJECTED_SCHEMA`."""
+        """Samples that ingest could not take, rows of `REJECTED_SCHEMA`.
+
+        Raises:
+            DataError: the file is missing, damaged or cannot be read.
+        """
         fs, path = files.resolve(files.join(self.uri, REJECTED))
-        with fs.open(path, "rb") as handle:
-            return pq.read_table(handle).cast(REJECTED_SCHEMA)
+        try:
+            with fs.open(path, "rb") as handle:
+                return pq.read_table(handle).cast(REJECTED_SCHEMA)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"cannot read {self.uri}/{REJECTED}: {error}; {self._again(self.uri)}") from error
 
 
 @dataclass(frozen=True)
@@ -206,7 +222,7 @@ class PartWriter:
     """Writes rows as a part: a new row group at every change of split and every `group_bytes`.
 
     Row groups of one split let readers skip the others. Image bytes are stored as they are: they are compressed
-    already.
+    already. Every page has a checksum, so that readers notice damage that Parquet itself would not.
     """
 
     def __init__(self, handle: IO[bytes], schema: pa.Schema, group_bytes: int = 64 << 20) -> None:
@@ -215,6 +231,7 @@ class PartWriter:
             schema,
             compression={name: _codec(name) for name in schema.names},
             use_dictionary=_dictionary(schema),
+            write_page_checksum=True,
         )
         self._schema = schema
         self._group_bytes = group_bytes

@@ -1,0 +1,748 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from unianom.data.image import (
+    FORMATS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageFacts,
+    ImageLimits,
+    InputPolicy,
+    check_image,
+    decode_image,
+    decode_map,
+    decode_mask,
+    encode_map,
+    encode_png,
+    normalise,
+    prepare_image,
+    prepare_mask,
+    reduce_image,
+    reduce_mask,
+)
+from unianom.errors import ImageError, OptionError
+
+RNG = np.random.default_rng(20)
+COLOURS = RNG.integers(0, 256, (24, 37, 3)).astype(np.uint8)
+GREYS = COLOURS[..., 0]
+SIXTEEN = RNG.integers(0, 65536, (24, 37)).astype(np.uint16)
+SIXTEEN[0, :6] = 0, 128, 129, 257, 65406, 65535
+
+# exact ways to write each format
+LOSSLESS = {
+    "PNG": {},
+    "BMP": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+}
+
+# what EXIF orientation 1…8 asks of a reader, as H×W×… array operations
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: np.swapaxes(a, 0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.swapaxes(a[::-1, ::-1], 0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+def saved(image, file_format="PNG", **options):
+    """An array or Pillow image as encoded bytes."""
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def palette_image(indices, colours):
+    """A Pillow image of mode P."""
+    image = Image.frombytes("P", indices.shape[::-1], indices.astype(np.uint8).tobytes())
+    image.putpalette(np.asarray(colours, np.uint8).ravel().tolist())
+    return image
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def png(width, height, depth, colour_type, rows, *chunks):
+    """A PNG put together by hand; `rows` are its raw scan lines, each with its filter byte."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    between = b"".join(chunk(kind, content) for kind, content in chunks)
+    data = rows if isinstance(rows, bytes) else b"".join(b"\0" + row.tobytes() for row in rows)
+    return b"\x89PNG\r\n\x1a\n" + header + between + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def status_of(function, *arguments, **options):
+    with pytest.raises(ImageError) as caught:
+        function(*arguments, **options)
+    return caught.value.status
+
+
+def outcome(function, data):
+    try:
+        return "ok", function(data)
+    except ImageError as error:
+        return error.status, None
+
+
+# ---- colour modes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", LOSSLESS)
+def test_colours_come_back_as_they_were_written(file_format):
+    decoded = decode_image(saved(COLOURS, file_format, **LOSSLESS[file_format]))
+    assert decoded.format == file_format
+    assert decoded.pixels.dtype == np.uint8
+    np.testing.assert_array_equal(decoded.pixels, COLOURS)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF"])
+def test_grey_is_repeated(file_format):
+    np.testing.assert_array_equal(decode_image(saved(GREYS, file_format)).pixels, np.stack([GREYS] * 3, axis=2))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF"])
+def test_one_bit_becomes_black_and_white(file_format):
+    bits = GREYS > 100
+    decoded = decode_image(saved(Image.fromarray(bits), file_format))
+    np.testing.assert_array_equal(decoded.pixels, np.stack([bits * np.uint8(255)] * 3, axis=2))
+
+
+def test_alpha_is_dropped_and_the_colours_under_it_are_kept():
+    alpha = RNG.integers(0, 256, GREYS.shape).astype(np.uint8)
+    np.testing.assert_array_equal(decode_image(saved(np.dstack([COLOURS, alpha]))).pixels, COLOURS)
+    grey_alpha = Image.merge("LA", [Image.fromarray(GREYS), Image.fromarray(alpha)])
+    np.testing.assert_array_equal(decode_image(saved(grey_alpha)).pixels[..., 1], GREYS)
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 99, 255])}])
+def test_palettes_are_resolved_with_and_without_alpha(options):
+    palette = np.array([[10, 20, 30], [200, 100, 0], [7, 7, 255]], np.uint8)
+    indices = RNG.integers(0, 3, (5, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded = decode_image(saved(palette_image(indices, palette), **options))
+    np.testing.assert_array_equal(decoded.pixels, palette[indices])
+
+
+def test_cmyk_is_converted():
+    inks = RNG.integers(0, 256, (8, 9, 4)).astype(np.uint8)
+    image = Image.frombytes("CMYK", (9, 8), inks.tobytes())
+    left = 255 - inks.astype(float)
+    expected = left[..., :3] * left[..., 3:] / 255
+    np.testing.assert_allclose(decode_image(saved(image, "TIFF")).pixels, expected, atol=1.01)
+
+
+def test_cmyk_and_grey_jpeg():
+    """JPEG stores CMYK inverted; a smooth picture keeps its colours."""
+    smooth = np.tile(np.linspace(20, 235, 64).astype(np.uint8)[:, None, None], (1, 64, 3))
+    cmyk = saved(Image.fromarray(smooth).convert("CMYK"), "JPEG", quality=98)
+    np.testing.assert_allclose(decode_image(cmyk).pixels, smooth, atol=4)
+    grey = decode_image(saved(smooth[..., 0], "JPEG", quality=98)).pixels
+    np.testing.assert_allclose(grey, smooth, atol=4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(SIXTEEN),
+        saved(SIXTEEN, "TIFF"),
+        saved(Image.frombytes("I;16B", SIXTEEN.shape[::-1], SIXTEEN.astype(">u2").tobytes()), "TIFF"),
+        saved(SIXTEEN.astype(np.int32), "TIFF"),
+    ],
+    ids=["PNG", "TIFF", "big-endian TIFF", "32-bit TIFF"],
+)
+def test_sixteen_bit_grey_is_scaled_not_clipped(data):
+    expected = np.rint(SIXTEEN / 257)
+    np.testing.assert_array_equal(decode_image(data).pixels, np.stack([expected] * 3, axis=2))
+
+
+def test_sixteen_bit_colours_keep_their_high_byte():
+    values = RNG.integers(0, 65536, (6, 5, 3)).astype(">u2")
+    np.testing.assert_array_equal(decode_image(png(5, 6, 16, 2, values)).pixels, values >> 8)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        SIXTEEN.astype(np.int32) - 1000,
+        SIXTEEN.astype(np.int32) + 1000,
+        SIXTEEN.astype(np.float32),
+        GREYS.astype(np.float32) / 255,
+    ],
+    ids=["negative", "beyond 16 bits", "float", "float in 0…1"],
+)
+def test_pixels_without_an_agreed_range_are_refused(pixels):
+    data = saved(pixels, "TIFF")
+    assert status_of(decode_image, data) == "unsupported"
+    assert status_of(check_image, data) == "unsupported"
+
+
+# ---- orientation and frames ---------------------------------------------------------------------------------------
+
+BLOCKS = np.kron(RNG.integers(0, 256, (2, 3, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("value", UPRIGHT)
+def test_every_exif_orientation_is_turned_upright(value, file_format):
+    options = {"JPEG": {"quality": 98, "subsampling": 0}}.get(file_format, LOSSLESS.get(file_format, {}))
+    data = saved(BLOCKS, file_format, exif=orientation(value), **options)
+    upright = UPRIGHT[value](BLOCKS)
+    decoded = decode_image(data).pixels
+    assert decoded.shape == upright.shape
+    np.testing.assert_allclose(decoded, upright, atol=3 if file_format == "JPEG" else 0)
+    assert check_image(data) == ImageFacts(file_format, *upright.shape[:2])
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("value", UPRIGHT)
+def test_sixteen_bit_images_and_masks_are_turned_upright_too(value, file_format):
+    data = saved(BLOCKS[..., 0].astype(np.uint16) * 257, file_format, exif=orientation(value))
+    np.testing.assert_array_equal(decode_image(data).pixels[..., 0], UPRIGHT[value](BLOCKS[..., 0]))
+    mask = saved(np.where(BLOCKS[..., 0] > 99, np.uint8(255), np.uint8(0)), file_format, exif=orientation(value))
+    np.testing.assert_array_equal(decode_mask(mask) > 0, UPRIGHT[value](BLOCKS[..., 0] > 99))
+
+
+def test_an_orientation_beyond_eight_means_nothing():
+    np.testing.assert_array_equal(decode_image(saved(COLOURS, exif=orientation(9))).pixels, COLOURS)
+
+
+def test_unreadable_exif_data_is_told():
+    data = png(2, 1, 8, 0, np.array([[1, 2]], np.uint8), (b"eXIf", b"garbage!"))
+    with pytest.raises(ImageError, match="EXIF") as caught:
+        decode_image(data)
+    assert caught.value.status == "corrupt"
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"), [("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {"quality": 98})]
+)
+def test_of_several_frames_the_first_is_taken(file_format, options):
+    frames = [Image.new("RGB", (16, 16), shade) for shade in ((10, 10, 10), (200, 200, 200))]
+    data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 2
+    decoded = decode_image(data)
+    np.testing.assert_array_equal(decoded.pixels, np.full((16, 16, 3), 10))
+    assert decoded.format == check_image(data).format
+    assert decoded.format in FORMATS
+
+
+# ---- what is not an image, or only part of one --------------------------------------------------------------------
+
+SVG = b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"
+NO_IMAGES = {
+    "empty": b"",
+    "text": b"this is no image\n" * 20,
+    "zeros": bytes(1000),
+    "GIF": saved(COLOURS, "GIF"),
+    "SVG": SVG,
+    "EPS": EPS,
+    "ICO": saved(COLOURS, "ICO"),
+    "PPM": saved(COLOURS, "PPM"),
+    "PNG signature alone": b"\x89PNG\r\n\x1a\n",
+    "PNG without pixels": png(0, 5, 8, 0, b""),
+    "broken palette": png(2, 1, 8, 3, b"\0\1\1", (b"PLTE", b"")),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NO_IMAGES if name != "broken palette"])
+def test_what_is_no_image_of_a_known_format_is_corrupt(name):
+    for function in (decode_image, check_image, decode_mask):
+        assert status_of(function, NO_IMAGES[name]) == "corrupt"
+
+
+WHOLE = {
+    "PNG": saved(COLOURS),
+    "PNG, palette": saved(Image.fromarray(COLOURS).quantize(16)),
+    "PNG, 16 bits": saved(SIXTEEN),
+    "JPEG": saved(COLOURS, "JPEG"),
+    "JPEG, progressive": saved(COLOURS, "JPEG", progressive=True),
+    "BMP": saved(COLOURS, "BMP"),
+    "BMP, 1 bit": saved(Image.fromarray(GREYS > 99), "BMP"),
+    "TIFF": saved(COLOURS, "TIFF"),
+    "TIFF, deflate": saved(COLOURS, "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF, 16 bits": saved(SIXTEEN, "TIFF"),
+    "WEBP": saved(COLOURS, "WEBP"),
+    "WEBP, lossless": saved(COLOURS, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_cut_off_file_is_corrupt_unless_every_pixel_is_there(name):
+    """Never a picture of which a part is missing. A PNG does without its last chunk, a BMP without its padding."""
+    rng = np.random.default_rng(3)
+    data = WHOLE[name]
+    whole = decode_image(data).pixels
+    lengths = {*range(0, 40, 5), *range(len(data) - 30, len(data)), *rng.integers(0, len(data), 40).tolist()}
+    refused = 0
+    for length in lengths:
+        status, decoded = outcome(decode_image, data[:length])
+        if status == "ok":
+            np.testing.assert_array_equal(decoded.pixels, whole)
+            assert len(data) - length <= 20
+        else:
+            assert status == "corrupt"
+            refused += 1
+        assert outcome(check_image, data[:length])[0] == status
+        assert outcome(decode_mask, data[:length])[0] == status
+    assert refused >= len(lengths) - 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", ["PNG", "PNG, palette", "JPEG", "BMP", "TIFF, 16 bits", "WEBP"])
+def test_damaged_bytes_end_in_pixels_or_an_image_error_and_every_reader_agrees(name):
+    limits = ImageLimits(max_pixels=10**6)
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        damaged = bytearray(WHOLE[name])
+        for position in rng.integers(0, min(len(damaged), 300), 2):
+            damaged[position] = rng.integers(256)
+        decoded, checked = (outcome(lambda d, f=f: f(d, limits), bytes(damaged)) for f in (decode_image, check_image))
+        assert decoded[0] == checked[0]
+        if decoded[0] == "ok":
+            assert checked[1] == ImageFacts(decoded[1].format, *decoded[1].pixels.shape[:2])
+
+
+def test_fewer_pixels_than_the_header_claims_are_corrupt():
+    assert status_of(decode_image, png(100, 100, 8, 0, b"\0" * 101 * 100)[:-30]) == "corrupt"
+    bmp = bytearray(WHOLE["BMP"])
+    bmp[22:26] = struct.pack("<i", 80)
+    assert status_of(decode_image, bytes(bmp)) == "corrupt"
+
+
+# ---- limits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def load(*_):
+        raise AssertionError("decoded before the limits were checked")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+
+
+def with_header_size(file_format, width, height):
+    """A small file whose header claims another size."""
+    if file_format == "PNG":
+        return png(width, height, 8, 0, b"\0")
+    data = bytearray(WHOLE[file_format])
+    if file_format == "BMP":
+        data[18:26] = struct.pack("<ii", width, height)
+    elif file_format == "JPEG":
+        frame = data.find(b"\xff\xc0") + 5
+        data[frame : frame + 4] = struct.pack(">HH", height, width)
+    else:
+        directory = struct.unpack_from("<I", data, 4)[0]
+        for entry in range(directory + 2, directory + 2 + 12 * struct.unpack_from("<H", data, directory)[0], 12):
+            tag = struct.unpack_from("<H", data, entry)[0]
+            if tag in (256, 257):
+                data[entry : entry + 12] = struct.pack("<HHII", tag, 4, 1, width if tag == 256 else height)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "JPEG", "TIFF"])
+@pytest.mark.usefixtures("no_decoding")
+def test_too_many_pixels_are_refused_by_the_header_alone(file_format):
+    data = with_header_size(file_format, 20_000, 20_000)
+    assert len(data) < 5000
+    for function in (decode_image, check_image, decode_mask):
+        with pytest.raises(ImageError, match=r"20000 x 20000 = 400000000 pixels.*100000000.*max_pixels") as caught:
+            function(data)
+        assert caught.value.status == "too_large"
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_too_many_bytes_are_refused_unopened():
+    data = WHOLE["PNG"]
+    assert status_of(check_image, data, ImageLimits(max_bytes=len(data) - 1)) == "too_large"
+    assert status_of(decode_mask, data, limits=ImageLimits(max_bytes=len(data) - 1)) == "too_large"
+
+
+def test_limits_are_inclusive():
+    data = WHOLE["PNG"]
+    limits = ImageLimits(max_pixels=24 * 37, max_bytes=len(data))
+    assert decode_image(data, limits).pixels.shape == (24, 37, 3)
+    assert status_of(decode_image, data, ImageLimits(max_pixels=24 * 37 - 1)) == "too_large"
+
+
+def test_pillows_own_limit_gives_way_to_ours_and_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(WHOLE["PNG"]).pixels.shape == (24, 37, 3)
+    assert status_of(decode_image, b"text") == "corrupt"
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("limits", [{"max_pixels": 0}, {"max_bytes": -1}])
+def test_limits_must_be_positive(limits):
+    with pytest.raises(OptionError, match="positive"):
+        ImageLimits(**limits)
+
+
+# ---- masks --------------------------------------------------------------------------------------------------------
+
+CLASSES = RNG.integers(0, 4, (11, 13)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("data", "threshold", "expected"),
+    [
+        (saved(CLASSES * np.uint8(85)), 0, CLASSES > 0),
+        (saved(CLASSES), 0, CLASSES > 0),
+        (saved(CLASSES, "BMP"), 0, CLASSES > 0),
+        (saved(CLASSES), 1, CLASSES > 1),
+        (saved(palette_image(CLASSES, [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])), 0, CLASSES > 0),
+        (saved(palette_image(CLASSES, [[255, 255, 255], [128, 0, 0], [0, 0, 0], [0, 0, 1]])), 0, CLASSES > 0),
+        (saved(CLASSES.astype(np.uint16) * 300), 0, CLASSES > 0),
+        (saved(CLASSES.astype(np.uint16)), 0, CLASSES > 0),
+        (saved(CLASSES.astype(np.int32), "TIFF"), 2, CLASSES > 2),
+        (saved(Image.fromarray(CLASSES > 1)), 0, CLASSES > 1),
+        (saved(GREYS), 127, GREYS > 127),
+        (saved(np.dstack([GREYS] * 3)), 127, GREYS > 127),
+        (saved(COLOURS), 200, COLOURS.max(axis=2) > 200),
+        (saved(np.dstack([GREYS] * 3 + [np.full_like(GREYS, 255)])), 127, GREYS > 127),
+        (saved(np.zeros((4, 5), np.uint8)), 0, np.zeros((4, 5), bool)),
+    ],
+    ids=[
+        "shades",
+        "class numbers",
+        "class numbers, BMP",
+        "class numbers above 1",
+        "palette, background black",
+        "palette, background white",
+        "16 bits",
+        "16-bit class numbers",
+        "32-bit class numbers",
+        "1 bit",
+        "anti-aliased",
+        "anti-aliased, RGB",
+        "colours",
+        "RGBA",
+        "normal",
+    ],
+)
+def test_masks_of_every_kind_become_zero_and_255(data, threshold, expected):
+    mask = decode_mask(data, threshold)
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, np.where(expected, 255, 0))
+
+
+@pytest.mark.parametrize("threshold", [0, 127])
+def test_a_palette_of_greys_stands_for_shades_whatever_the_order_of_its_entries(threshold):
+    """Programs that shrink PNG files turn grey masks into palettes; brightest first, index 0 is white."""
+    shades = np.array([255, 200, 100, 0], np.uint8)
+    quantised = Image.fromarray(shades[CLASSES]).quantize(4)
+    assert quantised.getpalette()[:3] == [255, 255, 255]
+    for image in (quantised, palette_image(CLASSES, np.stack([shades] * 3, axis=1))):
+        np.testing.assert_array_equal(decode_mask(saved(image), threshold) > 0, shades[CLASSES] > threshold)
+
+
+def test_an_index_beyond_the_palette_is_no_crash():
+    assert outcome(decode_mask, NO_IMAGES["broken palette"])[0] in ("ok", "corrupt")
+    assert outcome(decode_image, NO_IMAGES["broken palette"])[0] == outcome(check_image, NO_IMAGES["broken palette"])[0]
+
+
+def test_float_masks_are_refused():
+    assert status_of(decode_mask, saved(GREYS.astype(np.float32), "TIFF")) == "unsupported"
+
+
+# ---- to the network's input ---------------------------------------------------------------------------------------
+
+
+def random_image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(256, 256), (300, 401), (401, 300), (257, 255), (900, 700), (31, 47), (256, 391), (224, 224)]
+)
+def test_the_default_policy_is_torchvisions_resize_and_centre_crop(height, width):
+    image = random_image(height, width)
+    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(Image.fromarray(image))
+    prepared = prepare_image(image, InputPolicy())
+    assert prepared.shape == (224, 224, 3)
+    assert prepared.flags.c_contiguous
+    np.testing.assert_array_equal(prepared, np.asarray(expected))
+
+
+@given(
+    height=st.integers(1, 120),
+    width=st.integers(1, 120),
+    size=st.integers(1, 40),
+    spare=st.integers(0, 15),
+    interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_short_side_agrees_with_torchvision_at_every_size(height, width, size, spare, interpolation):
+    crop = max(1, size - spare)
+    image = random_image(height, width)
+    mode = transforms.InterpolationMode(interpolation)
+    expected = functional.center_crop(functional.resize(Image.fromarray(image), size, mode), crop)
+    policy = InputPolicy("short_side", size, crop, interpolation=interpolation)
+    np.testing.assert_array_equal(prepare_image(image, policy), np.asarray(expected))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("height", "width"), [(100, 37), (64, 64), (20, 150)])
+def test_stretch_agrees_with_torchvision(height, width, interpolation):
+    image = random_image(height, width)
+    mode = transforms.InterpolationMode(interpolation)
+    expected = functional.resize(Image.fromarray(image), [64, 64], mode)
+    policy = InputPolicy("stretch", 64, interpolation=interpolation)
+    assert policy.side == 64
+    np.testing.assert_array_equal(prepare_image(image, policy), np.asarray(expected))
+
+
+def test_an_image_of_the_right_size_is_not_touched():
+    image = random_image(64, 64)
+    np.testing.assert_array_equal(prepare_image(image, InputPolicy("stretch", 64)), image)
+    np.testing.assert_array_equal(prepare_image(image, InputPolicy("short_side", 64, 64)), image)
+
+
+def test_padding_is_black_and_even():
+    image = random_image(32, 32)
+    policy = InputPolicy("stretch", 32, pad=39)
+    padded = prepare_image(image, policy)
+    assert policy.side == 39
+    assert padded.shape == (39, 39, 3)
+    np.testing.assert_array_equal(padded[3:35, 3:35], image)
+    padded[3:35, 3:35] = 0
+    assert not padded.any()
+    mask = prepare_mask(np.full((32, 32), 255, np.uint8), policy)
+    assert mask.shape == (39, 39)
+    assert mask.sum() == 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"crop": None}, "crop"),
+        ({"crop": 0}, "crop"),
+        ({"size": 200}, "crop"),
+        ({"size": 0, "resize": "stretch"}, "size"),
+        ({"pad": 223}, "pad"),
+        ({"resize": "stretch", "size": 300, "pad": 299}, "pad"),
+        ({"std": (1.0, 0.0, 1.0)}, "std"),
+    ],
+)
+def test_a_policy_that_cannot_work_is_refused(options, names):
+    with pytest.raises(OptionError, match=names):
+        InputPolicy(**options)
+
+
+def test_stretching_pays_no_heed_to_the_crop():
+    assert InputPolicy("stretch", 128).side == 128
+
+
+def noisy_mask(height, width, seed=1):
+    smooth = functional.gaussian_blur(torch.rand(1, height, width, generator=torch.manual_seed(seed)), 5)[0]
+    return np.where(smooth.numpy() > 0.5, np.uint8(255), np.uint8(0))
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 131), (131, 90), (40, 40)])
+@pytest.mark.parametrize("resize", ["short_side", "stretch"])
+def test_mask_policies_against_torchvision(height, width, resize):
+    mask = noisy_mask(height, width)
+    wanted = [64, 64] if resize == "stretch" else 64
+
+    def expected(mode):
+        image = functional.resize(Image.fromarray(mask), wanted, mode)
+        image = image if resize == "stretch" else functional.center_crop(image, 50)
+        return functional.to_tensor(image)[0].numpy()
+
+    def prepared(mask_resize):
+        return prepare_mask(mask, InputPolicy(resize, 64, 50, mask_resize=mask_resize))
+
+    smooth = expected(transforms.InterpolationMode.BILINEAR)
+    np.testing.assert_array_equal(prepared("nearest"), expected(transforms.InterpolationMode.NEAREST) > 0)
+    np.testing.assert_array_equal(prepared("bilinear_any"), smooth > 0)
+    np.testing.assert_array_equal(prepared("bilinear_half"), smooth > 0.5)
+    np.testing.assert_array_equal(prepared("bilinear_full"), smooth == 1)
+    assert prepared("nearest").dtype == bool
+
+
+def test_mask_policies_by_hand():
+    """Halving a mask: the bilinear filter spans four pixels with weights 1, 3, 3, 1."""
+    mask = np.zeros((4, 8), np.uint8)
+    mask[:, :3] = 255
+
+    def row(mask_resize):
+        return prepare_mask(np.repeat(mask, 2, axis=0), InputPolicy("stretch", 4, mask_resize=mask_resize))[1].tolist()
+
+    # without the two columns beyond the edge: 1, (1 + 3) / 8, 0, 0
+    assert row("bilinear_any") == [True, True, False, False]
+    assert row("bilinear_half") == [True, True, False, False]
+    assert row("bilinear_full") == [True, False, False, False]
+    assert row("nearest") == [True, False, False, False]
+
+
+@pytest.mark.parametrize("policy", [InputPolicy("short_side", 60, 48, 70), InputPolicy("stretch", 60, pad=61)])
+def test_a_mask_lands_where_its_image_does(policy):
+    disc = (np.hypot(*(np.mgrid[:100, :150] - np.array([40, 80])[:, None, None])) < 25) * np.uint8(255)
+    image = prepare_image(np.stack([disc] * 3, axis=2), policy)[..., 0] > 127
+    mask = prepare_mask(disc, policy)
+    assert image.shape == mask.shape == (policy.side, policy.side)
+    assert (image & mask).sum() / (image | mask).sum() > 0.93
+
+
+def test_normalise_by_hand():
+    policy = InputPolicy(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    images = [np.full((2, 2, 3), shade, np.uint8) for shade in (0, 255)]
+    batch = normalise(images, policy)
+    assert batch.shape == (2, 3, 2, 2)
+    assert batch.dtype == torch.float32
+    assert batch.is_contiguous()
+    np.testing.assert_allclose(batch[:, :, 1, 0], [[-1, -0.25, 0], [1, 0.75, 0.5]], rtol=1e-6)
+    assert images[1].max() == 255
+
+
+def test_normalise_agrees_with_torchvision():
+    image = random_image(24, 24)
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])(image)
+    batch = normalise([image, image[::-1]], InputPolicy(mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    torch.testing.assert_close(batch[0], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(batch[1], expected.flip(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["mean", "std"])
+def test_normalise_needs_mean_and_std(missing):
+    policy = InputPolicy(**{"mean": IMAGENET_MEAN, "std": IMAGENET_STD, missing: None})
+    with pytest.raises(OptionError, match="not set"):
+        normalise([random_image(4, 4)], policy)
+
+
+# ---- reduced images -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 131), (131, 90), (64, 99)])
+def test_reduced_images_have_the_size_and_pixels_of_torchvisions_resize(height, width):
+    image = random_image(height, width)
+    expected = np.asarray(functional.resize(Image.fromarray(image), 48))
+    reduced = reduce_image(saved(image), 48)
+    assert decode_image(reduced).format == "PNG"
+    np.testing.assert_array_equal(decode_image(reduced).pixels, expected)
+    mask = noisy_mask(height, width)
+    np.testing.assert_array_equal(
+        reduce_mask(mask, *expected.shape[:2]),
+        np.asarray(functional.resize(Image.fromarray(mask), 48, transforms.InterpolationMode.NEAREST)),
+    )
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "MPO"])
+def test_reduced_jpeg_stays_jpeg(file_format):
+    smooth = np.tile(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None], (96, 1, 3))
+    reduced = reduce_image(saved(smooth, file_format, quality=98), 48)
+    assert check_image(reduced) == ImageFacts("JPEG", 48, 64)
+    expected = np.asarray(functional.resize(Image.fromarray(smooth), 48))
+    np.testing.assert_allclose(decode_image(reduced).pixels, expected, atol=6)
+
+
+def test_small_images_are_not_re_encoded():
+    data = saved(random_image(48, 90), "JPEG", exif=orientation(6))
+    assert reduce_image(data, 48) is data
+
+
+@pytest.mark.parametrize("value", UPRIGHT)
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_a_reduced_image_is_upright_and_is_not_turned_again(value, file_format):
+    """Each corner keeps its shade; what is turned twice would not."""
+    corners = np.kron([[0, 80], [160, 240]], np.ones((60, 100))).astype(np.uint8)
+    reduced = reduce_image(saved(corners, file_format, exif=orientation(value)), 40)
+    decoded = decode_image(reduced).pixels[..., 0].astype(int)
+    expected = UPRIGHT[value](corners)
+    for row in (0, -1):
+        for column in (0, -1):
+            assert abs(decoded[row, column] - expected[row, column]) < 6
+
+
+def test_reduced_images_of_other_modes_become_eight_bit_colours():
+    reduced = reduce_image(saved(SIXTEEN), 20)
+    assert Image.open(io.BytesIO(reduced)).mode == "RGB"
+    expected = Image.fromarray(np.rint(SIXTEEN / 257).astype(np.uint8)).resize((30, 20), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode_image(reduced).pixels[..., 2], np.asarray(expected))
+
+
+def test_images_that_cannot_be_decoded_cannot_be_reduced():
+    assert status_of(reduce_image, WHOLE["PNG"][:200], 16) == "corrupt"
+
+
+# ---- PNG and anomaly maps -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pixels", [COLOURS, GREYS, SIXTEEN], ids=["RGB", "8 bits", "16 bits"])
+def test_encoded_png_holds_exactly_the_pixels(pixels):
+    data = encode_png(pixels)
+    assert data == encode_png(pixels.copy())
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+
+
+@given(
+    arrays(
+        np.float32,
+        st.tuples(st.integers(1, 8), st.integers(1, 8)),
+        elements=st.floats(-1e6, 1e6, width=32).filter(lambda v: v == 0 or abs(v) > 1e-6),
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_a_packed_map_is_off_by_half_a_step_at_most(anomaly_map):
+    data, offset, scale = encode_map(anomaly_map)
+    steps = np.asarray(Image.open(io.BytesIO(data))).astype(np.float64)
+    # the step itself is a 32-bit float: 65,535 of them are off by 2^-24 of the range, 1/250 of a step
+    assert np.abs(offset + scale * steps - anomaly_map).max() <= scale * (0.5 + 65535 * 2.0**-24)
+    rounding = np.spacing(np.abs(anomaly_map).max())
+    assert np.abs(decode_map(data, offset, scale) - anomaly_map).max() <= scale * 0.51 + rounding
+    if scale > 0:
+        assert steps.min() == 0
+        assert steps.max() == 65535
+
+
+def test_a_packed_map_keeps_order_sign_and_shape():
+    anomaly_map = np.linspace(-3, 5, 63, dtype=np.float32).reshape(7, 9)
+    unpacked = decode_map(*encode_map(anomaly_map))
+    assert unpacked.shape == (7, 9)
+    assert unpacked.dtype == np.float32
+    assert (np.diff(unpacked.ravel()) > 0).all()
+    assert unpacked[0, 0] == -3
+    assert unpacked[-1, -1] == pytest.approx(5, abs=1e-6)
+
+
+def test_a_constant_map_comes_back_exactly():
+    for value in (0.0, -2.7182817, 1e-12):
+        anomaly_map = np.full((3, 4), value, np.float32)
+        data, offset, scale = encode_map(anomaly_map)
+        assert scale == 0
+        np.testing.assert_array_equal(decode_map(data, offset, scale), anomaly_map)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_map_that_is_not_finite_is_refused(value):
+    anomaly_map = np.ones((3, 3), np.float32)
+    anomaly_map[1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        encode_map(anomaly_map)

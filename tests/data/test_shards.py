@@ -1,0 +1,404 @@
+import gc
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from unianom import files
+from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA
+from unianom.data.shards import (
+    MANIFEST,
+    REJECTED,
+    PartWriter,
+    ScoreSet,
+    Selection,
+    ShardSet,
+    write_rejected,
+)
+from unianom.errors import DataError
+
+SPLITS = ("test", "train", "val")  # in the order that parts hold them
+
+
+def sample(number, split, **changes):
+    """A row of SAMPLE_SCHEMA; labels, defects and masks are now and then null."""
+    rng = np.random.default_rng([number, *split.encode()])
+    return {
+        "sample_id": f"set/{split}/{number:03d}.png",
+        "dataset": "set",
+        "category": ("bolt", "nut", "washer")[number % 3],
+        "split": split,
+        "label": (0, 1, None)[number % 3],
+        "defect": ("good", "dent", None, None)[number % 4],
+        "image": rng.bytes(1000 + number),
+        "format": ("PNG", "JPEG")[number % 2],
+        "height": 10 + number,
+        "width": 2**30 + number,
+        "mask": rng.bytes(20) if number % 5 == 0 else None,
+        "uri": f"s3://bucket/ä b/{number}.png",
+        "sha256": f"{number:064x}",
+        **changes,
+    }
+
+
+def score(number, split):
+    """A row of SCORE_SCHEMA, every third of them of an image that could not be read."""
+    bad = number % 3 == 2
+    kept = ("sample_id", "dataset", "category", "split", "label", "defect", "uri", "sha256", "height", "width")
+    nothing = {"sha256": None, "height": None, "width": None} if bad else {}
+    return {
+        **{key: sample(number, split)[key] for key in kept},
+        **nothing,
+        "score": None if bad else number / 8,
+        "calibrated_score": None,
+        "decision": None if bad else "pass",
+        "anomaly_map": None if bad else b"png",
+        "map_offset": None if bad else -0.5,
+        "map_scale": None if bad else 0.25,
+        "status": "corrupt" if bad else "ok",
+        "error": "cannot decode" if bad else None,
+        "model": "5e" * 32,
+    }
+
+
+ROWS = [sample(number, split) for split in SPLITS for number in range(20)]
+
+
+def write_part(folder, name, rows, schema=SAMPLE_SCHEMA, group_bytes=64 << 20):
+    with files.open_atomic(files.join(folder, name)) as handle:
+        writer = PartWriter(handle, schema, group_bytes)
+        for row in rows:
+            writer.write(row)
+        writer.close()
+
+
+def counts(rows):
+    keys = ("dataset", "category", "split", "label", "defect")
+    groups = {tuple(row[key] for key in keys): 0 for row in rows}
+    for row in rows:
+        groups[tuple(row[key] for key in keys)] += 1
+    return [{**dict(zip(keys, group)), "count": count} for group, count in groups.items()]
+
+
+def write_set(folder, parts, kind="shard set", **changes):
+    """Parts of rows and their manifest."""
+    for number, rows in enumerate(parts):
+        schema = SAMPLE_SCHEMA if kind == "shard set" else SCORE_SCHEMA
+        write_part(folder, f"part-{number}.parquet", rows, schema)
+    manifest = {
+        "kind": kind,
+        "schema_version": SCHEMA_VERSION,
+        "counts": counts([row for rows in parts for row in rows]),
+        "files": [{"name": f"part-{number}.parquet"} for number in range(len(parts))],
+        **changes,
+    }
+    files.write_json(files.join(folder, MANIFEST), manifest)
+    return str(folder)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return ShardSet.open(write_set(tmp_path, [ROWS]))
+
+
+# ---- what is written is read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_bytes", [1, 5000, 64 << 20])
+def test_every_column_of_a_sample_comes_back_nulls_included(tmp_path, group_bytes):
+    write_part(tmp_path, "part-0.parquet", ROWS, group_bytes=group_bytes)
+    shards = ShardSet(str(tmp_path), {"files": [{"name": "part-0.parquet"}]}, "")
+    table = shards.table()
+    assert table.schema.equals(SAMPLE_SCHEMA)
+    assert table.to_pylist() == ROWS
+
+
+def test_every_column_of_a_score_comes_back_nulls_included(tmp_path):
+    rows = [score(number, "test") for number in range(10)]
+    scores = ScoreSet.open(write_set(tmp_path, [rows], "score set"))
+    assert scores.table().schema.equals(SCORE_SCHEMA)
+    assert scores.table().to_pylist() == rows
+
+
+def test_a_plain_parquet_reader_sees_the_same(shards):
+    table = pq.read_table(files.join(shards.uri, "part-0.parquet"))
+    assert table.column("image").to_pylist() == [row["image"] for row in ROWS]
+    assert table.column("category").cast(pa.string()).to_pylist() == [row["category"] for row in ROWS]
+
+
+def test_parts_and_their_rows_keep_their_order(tmp_path):
+    parts = [[sample(number, split) for split in SPLITS for number in range(start, 20, 4)] for start in range(4)]
+    shards = ShardSet.open(write_set(tmp_path, parts))
+    assert shards.parts == [f"part-{number}.parquet" for number in range(4)]
+    expected = [row["sample_id"] for rows in parts for row in rows]
+    assert shards.table(columns=["sample_id"]).column("sample_id").to_pylist() == expected
+
+
+def test_equal_rows_make_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        write_part(tmp_path / folder, "part-0.parquet", ROWS, group_bytes=9000)
+    assert files.read_bytes(tmp_path / "a/part-0.parquet") == files.read_bytes(tmp_path / "b/part-0.parquet")
+
+
+def test_a_part_without_rows_reads_as_none(tmp_path):
+    shards = ShardSet.open(write_set(tmp_path, [[], ROWS]))
+    assert list(shards.read("part-0.parquet")) == []
+    assert list(shards.read("part-0.parquet", Selection(("train",), ("nut",), (0,)))) == []
+    assert shards.table().to_pylist() == ROWS
+
+
+def test_required_columns_cannot_be_null(tmp_path):
+    with pytest.raises(pa.ArrowInvalid, match="non-nullable"):
+        write_part(tmp_path, "part-0.parquet", [sample(0, "train", sha256=None)])
+    gc.collect()  # the unfinished writer, here rather than in another test
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("schema", [SAMPLE_SCHEMA, SCORE_SCHEMA], ids=["samples", "scores"])
+def test_images_are_stored_as_they_are_and_text_is_coded(tmp_path, schema):
+    rows = ROWS if schema is SAMPLE_SCHEMA else [score(number, "test") for number in range(9)]
+    write_part(tmp_path, "part-0.parquet", rows, schema)
+    group = pq.ParquetFile(tmp_path / "part-0.parquet").metadata.row_group(0)
+    columns = {group.column(number).path_in_schema: group.column(number) for number in range(group.num_columns)}
+    for name, column in columns.items():
+        stored_raw = name in ("image", "mask", "anomaly_map")
+        assert column.compression == ("UNCOMPRESSED" if stored_raw else "ZSTD")
+        assert ("RLE_DICTIONARY" in column.encodings) == pa.types.is_dictionary(schema.field(name).type)
+    if schema is SAMPLE_SCHEMA:
+        content = (tmp_path / "part-0.parquet").read_bytes()
+        assert all(row["image"] in content for row in rows)
+
+
+# ---- row groups ---------------------------------------------------------------------------------------------------
+
+
+def groups_of(path):
+    """Splits and bytes of images of every row group."""
+    parquet = pq.ParquetFile(path)
+    tables = [parquet.read_row_group(number) for number in range(parquet.num_row_groups)]
+    return [
+        (table.column("split").cast(pa.string()).to_pylist(), sum(map(len, table.column("image").to_pylist())))
+        for table in tables
+    ]
+
+
+def test_row_groups_never_mix_splits(tmp_path):
+    mixed = [ROWS[number] for number in (0, 1, 20, 21, 22, 2, 40, 3)]
+    write_part(tmp_path, "part-0.parquet", mixed)
+    splits = [group for group, _ in groups_of(tmp_path / "part-0.parquet")]
+    assert splits == [["test"] * 2, ["train"] * 3, ["test"], ["val"], ["test"]]
+
+
+def test_row_groups_end_soon_after_their_size_is_reached(tmp_path):
+    write_part(tmp_path, "part-0.parquet", ROWS, group_bytes=3000)
+    groups = groups_of(tmp_path / "part-0.parquet")
+    assert all(len(set(splits)) == 1 for splits, _ in groups)
+    assert max(size for _, size in groups) <= 3000 + 1100
+    # only the last group of a split may be small
+    following = [splits for splits, _ in groups[1:]] + [["none"]]
+    assert all(size > 3000 - 100 or after[0] != splits[0] for (splits, size), after in zip(groups, following))
+
+
+def test_readers_skip_row_groups_of_other_splits(shards):
+    """Whatever lies in the others is not looked at, even garbage."""
+    path = Path(shards.uri) / "part-0.parquet"
+    metadata = pq.ParquetFile(path).metadata
+    content = bytearray(path.read_bytes())
+    for number in (0, 2):
+        column = metadata.row_group(number).column(SAMPLE_SCHEMA.names.index("image"))
+        start = column.data_page_offset
+        content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(bytes(content))
+    assert shards.table(Selection(("train",))).to_pylist() == ROWS[20:40]
+    for split in ("test", "val"):
+        with pytest.raises(DataError):
+            shards.table(Selection((split,)))
+
+
+# ---- selections ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [(), ("train",), ("val", "test")])
+@pytest.mark.parametrize("categories", [(), ("nut",), ("washer", "bolt")])
+@pytest.mark.parametrize("labels", [(), (0,), (1,), (1, 0)])
+def test_a_selection_is_what_a_loop_finds(shards, splits, categories, labels):
+    selection = Selection(splits, categories, labels)
+    expected = [
+        row
+        for row in ROWS
+        if (not splits or row["split"] in splits)
+        and (not categories or row["category"] in categories)
+        and (not labels or row["label"] in labels)
+    ]
+    assert shards.table(selection).to_pylist() == expected
+    assert shards.count(selection) == len(expected)
+
+
+def test_an_unknown_label_is_in_no_list_of_labels(shards):
+    assert shards.count(Selection()) == 60
+    assert shards.count(Selection(labels=(0, 1))) == 60 - sum(row["label"] is None for row in ROWS)
+    assert None not in shards.table(Selection(labels=(0, 1))).column("label").to_pylist()
+
+
+def test_columns_and_batches_are_as_asked(shards):
+    batches = list(shards.read("part-0.parquet", Selection(labels=(1,)), ["height", "sample_id"], rows=4))
+    assert all(batch.schema.names == ["height", "sample_id"] and 0 < batch.num_rows <= 4 for batch in batches)
+    expected = [{"height": row["height"], "sample_id": row["sample_id"]} for row in ROWS if row["label"] == 1]
+    assert [row for batch in batches for row in batch.to_pylist()] == expected
+
+
+def test_a_selection_that_holds_nothing_is_refused(shards):
+    shards.check(Selection(("train",), ("nut",), (1,)))
+    with pytest.raises(DataError, match=r"unknown split trian; splits are train, val, test"):
+        shards.check(Selection(("trian",)))
+    with pytest.raises(DataError, match=r"no category cog; it has bolt, nut, washer"):
+        shards.check(Selection(categories=("nut", "cog")))
+    with pytest.raises(DataError, match=r"no sample of split .*train.*it has .*test with label 0"):
+        shards.check(Selection(("train",), ("bolt",), (1,)))  # every bolt has label 0
+    assert shards.categories == ["bolt", "nut", "washer"]
+
+
+# ---- what is missing, damaged or something else -------------------------------------------------------------------
+
+
+def test_the_digest_names_the_manifest(tmp_path):
+    first = ShardSet.open(write_set(tmp_path / "a", [ROWS]))
+    again = ShardSet.open(write_set(tmp_path / "b", [ROWS]))
+    other = ShardSet.open(write_set(tmp_path / "c", [ROWS], source="elsewhere"))
+    assert first.digest == again.digest == files.sha256_of((tmp_path / "a" / MANIFEST).read_bytes())
+    assert other.digest != first.digest
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(DataError, match=r"no shard set .*found: nothing.*jobs/ingest.py"):
+        ShardSet.open(tmp_path / "absent")
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(DataError, match=r"no score set .*found: photo.png.*jobs/score.py"):
+        ScoreSet.open(tmp_path)
+
+
+def test_an_unfinished_set_says_so(tmp_path):
+    write_part(tmp_path, "part-0.parquet", ROWS)
+    with pytest.raises(DataError, match=r"unfinished .*run its jobs/ingest.py command again"):
+        ShardSet.open(tmp_path)
+
+
+def test_another_kind_of_set(tmp_path):
+    write_set(tmp_path, [ROWS])
+    with pytest.raises(DataError, match=r"is a shard set, not a score set"):
+        ScoreSet.open(tmp_path)
+
+
+def test_another_schema_version(tmp_path):
+    write_set(tmp_path, [ROWS], schema_version=SCHEMA_VERSION + 1)
+    with pytest.raises(DataError, match=rf"schema version {SCHEMA_VERSION + 1}, this unianom reads {SCHEMA_VERSION}"):
+        ShardSet.open(tmp_path)
+
+
+def test_a_damaged_manifest(tmp_path):
+    write_set(tmp_path, [ROWS])
+    (tmp_path / MANIFEST).write_text('{"kind": "shard')
+    with pytest.raises(DataError, match=r"_manifest.json is damaged: .*remove .* and run jobs/ingest.py again"):
+        ShardSet.open(tmp_path)
+
+
+def test_a_missing_part(shards):
+    (Path(shards.uri) / "part-0.parquet").unlink()
+    with pytest.raises(DataError, match=r"part-0.parquet is listed in the manifest but missing; remove"):
+        shards.table()
+
+
+def test_a_cut_off_part(shards):
+    path = Path(shards.uri) / "part-0.parquet"
+    content = path.read_bytes()
+    for length in (0, 3, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError, match=r"cannot read .*part-0.parquet: .*remove .*jobs/ingest.py again"):
+            shards.table()
+
+
+def test_no_flipped_bit_reaches_a_reader(shards):
+    """Either the rows are as they were written (the bit lay between them) or the reader is told."""
+    path = Path(shards.uri) / "part-0.parquet"
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    told = 0
+    for position in np.random.default_rng(5).integers(4, footer, 60):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(position % 8)
+        path.write_bytes(bytes(damaged))
+        try:
+            assert shards.table().to_pylist() == ROWS
+        except DataError as error:
+            assert "part-0.parquet" in str(error)  # noqa: PT017
+            told += 1
+    assert told > 50
+
+
+def test_a_part_of_other_columns_is_told(shards):
+    pq.write_table(
+        pa.table({"split": ["train"], "category": ["nut"], "label": [0]}), files.join(shards.uri, "part-0.parquet")
+    )
+    with pytest.raises(DataError, match=r"cannot read .*part-0.parquet"):
+        shards.table()
+
+
+# ---- rejected samples, other file systems -------------------------------------------------------------------------
+
+REJECTED_ROW = {
+    "sample_id": "set/x.png",
+    "dataset": "set",
+    "category": "nut",
+    "split": "test",
+    "label": None,
+    "defect": None,
+    "uri": "/x.png",
+    "status": "corrupt",
+    "error": "the file is empty",
+}
+
+
+def test_rejected_samples_are_sorted_and_kept_in_full(shards):
+    rows = [{**REJECTED_ROW, "sample_id": name} for name in ("set/c", "set/a", "set/b")]
+    write_rejected(shards.uri, rows)
+    assert shards.rejected().schema.equals(REJECTED_SCHEMA)
+    assert shards.rejected().to_pylist() == [rows[1], rows[2], rows[0]]
+    write_rejected(shards.uri, [])
+    assert shards.rejected().num_rows == 0
+    assert shards.rejected().schema.equals(REJECTED_SCHEMA)
+
+
+def test_a_missing_or_damaged_list_of_rejected_samples(shards):
+    with pytest.raises(DataError, match=r"cannot read .*_rejected.parquet"):
+        shards.rejected()
+    (Path(shards.uri) / REJECTED).write_bytes(b"PAR1 no parquet PAR1")
+    with pytest.raises(DataError, match=r"cannot read .*_rejected.parquet"):
+        shards.rejected()
+
+
+def test_a_set_on_an_object_store():
+    folder = "memory://test-shards/set"
+    try:
+        shards = ShardSet.open(write_set(folder, [ROWS[:20], ROWS[20:]]))
+        write_rejected(folder, [REJECTED_ROW])
+        assert shards.uri.startswith("memory://")
+        assert shards.table().to_pylist() == ROWS
+        assert shards.table(Selection(("val",)), ["sample_id"]).num_rows == 20
+        assert shards.rejected().to_pylist() == [REJECTED_ROW]
+        files.remove(files.join(folder, "part-1.parquet"))
+        with pytest.raises(DataError, match=r"part-1.parquet is listed in the manifest but missing"):
+            shards.table()
+        files.remove(files.join(folder, MANIFEST))
+        with pytest.raises(DataError, match="unfinished"):
+            ShardSet.open(folder)
+    finally:
+        files.remove("memory://test-shards")
+
+
+def test_the_manifest_may_hold_more_than_this_version_knows(tmp_path):
+    shards = ShardSet.open(write_set(tmp_path, [ROWS], note={"any": ["thing"]}))
+    assert shards.manifest["note"] == {"any": ["thing"]}
+    assert json.loads((tmp_path / MANIFEST).read_text()) == shards.manifest

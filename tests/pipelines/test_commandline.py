@@ -1,0 +1,411 @@
+import errno
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from pipelines import commandline
+from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, parse, print_table, run
+from pipelines.ingest import IngestOptions
+from pipelines.training import train_options
+from unianom import files
+from unianom.errors import DataError, ImageError, OptionError
+from unianom.serialise import to_plain
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inner options.
+
+    Args:
+        max_pixels: most pixels.
+        mean: three numbers or null.
+        kind: which kind.
+    """
+
+    max_pixels: int = 3
+    mean: tuple[float, float, float] | None = None
+    kind: Literal["flat", "ivf"] = "flat"
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise OptionError("max_pixels must be positive")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Do a thing.
+
+    Args:
+        source_uri: where from.
+        categories: names.
+        labels: numbers.
+        share: a share of all.
+        rest: anything.
+        inner: options of their own.
+    """
+
+    source_uri: str
+    categories: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    share: float = 0.1
+    rest: dict[str, Any] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        if self.share > 1:
+            raise OptionError(f"share={self.share} must be at most 1")
+
+
+SOURCE = "--source_uri=x"
+METHOD_OPTIONS = train_options()
+
+
+def exit_of(main, arguments, options=Options):
+    with pytest.raises(SystemExit) as caught:
+        run(main, options, arguments)
+    return caught.value.code
+
+
+def failing(error):
+    def main(_):
+        raise error
+
+    return main
+
+
+def refused(*arguments, options=Options):
+    with pytest.raises(OptionError) as caught:
+        parse(options, arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a YAML file and gives the arguments that name it."""
+
+    def write(text):
+        (tmp_path / "config.yaml").write_text(text)
+        return "--config", str(tmp_path / "config.yaml")
+
+    return write
+
+
+# ---- values -------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_values_of_every_kind():
+    assert parse(Options, [SOURCE]) == Options("x")
+    arguments = ["--share", "0.5", "--inner.max_pixels", "7", "--inner.kind", "ivf", "--rest", '{"a-b": [1, "c"]}']
+    assert parse(Options, [SOURCE, *arguments]) == Options(
+        "x", share=0.5, rest={"a-b": [1, "c"]}, inner=Inner(7, kind="ivf")
+    )
+
+
+@pytest.mark.parametrize("value", ["01", "1e3", "null", "true", "s3://bucket/a-b", "a=b", "C:x", "a b", "[x]"])
+def test_text_stays_text(value):
+    assert parse(Options, ["--source_uri", value]).source_uri == value
+    assert parse(Options, [f"--source_uri={value}"]).source_uri == value
+
+
+def test_dashes_and_underscores_in_names_are_alike():
+    for name in ("--source-uri", "--source_uri"):
+        assert parse(Options, [name, "a-b_c"]) == parse(Options, [f"{name}=a-b_c"]) == Options("a-b_c")
+    assert parse(Options, [SOURCE, "--inner.max-pixels=9"]).inner == Inner(9)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("bolt", ("bolt",)),
+        ("bolt,nut", ("bolt", "nut")),
+        ("01,02", ("01", "02")),
+        ("1,null,true,1e5", ("1", "null", "true", "1e5")),
+        ("metal nut,pipe: fryum", ("metal nut", "pipe: fryum")),
+        ("[bolt, 'a,b']", ("bolt", "a,b")),
+        ("[]", ()),
+    ],
+)
+def test_lists_of_names(given, expected):
+    """Names stay names, also where YAML sees numbers, as in the categories 01 and 02."""
+    assert parse(Options, [SOURCE, "--categories", given]).categories == expected
+    assert parse(Options, [SOURCE, f"--categories={given}"]).categories == expected
+
+
+@pytest.mark.parametrize("arguments", [["--labels", "0,1"], ["--labels=0,1"], ["--labels", "[0, 1]"]])
+def test_lists_of_numbers(arguments):
+    assert parse(Options, [SOURCE, *arguments]).labels == (0, 1)
+
+
+@pytest.mark.parametrize("given", ["0.5,0.25,1", "[0.5, 0.25, 1]"])
+def test_optional_lists(given):
+    assert parse(Options, [SOURCE, "--inner.mean", given]).inner.mean == (0.5, 0.25, 1.0)
+    assert parse(Options, [SOURCE, f"--inner.mean={given}", "--inner.mean", "null"]).inner.mean is None
+
+
+def test_a_file_sets_and_later_arguments_override(config):
+    arguments = config("source_uri: a\nshare: 0.2\ninner:\n  max_pixels: 7\n  kind: ivf\n")
+    assert parse(Options, arguments) == Options("a", share=0.2, inner=Inner(7, kind="ivf"))
+    assert parse(Options, [*arguments, "--inner.kind", "flat"]).inner == Inner(7)
+
+
+def test_printed_options_are_a_config_file(config, capsys):
+    given = ["--source-uri", "a", "--categories", "01,b", "--inner.mean", "1,2,3", "--rest", '{"k": ["a", null]}']
+    expected = parse(Options, given)
+    assert exit_of(failing(AssertionError("not to be called")), [*given, "--print-config"]) == DONE
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed) == to_plain(expected)
+    assert parse(Options, config(printed)) == expected
+    assert parse(Options, config(commandline.dump_options(expected))) == expected
+
+
+@pytest.mark.parametrize("method", METHOD_OPTIONS)
+def test_the_options_of_every_method_print_and_come_back(method, config, capsys):
+    given = [method, "--shards", "s", "--output", "o", "--method.input.crop", "200"]
+    assert exit_of(print, [*given, "--print_config"], METHOD_OPTIONS) == DONE
+    again = parse(METHOD_OPTIONS, [method, *config(capsys.readouterr().out)])
+    assert again == parse(METHOD_OPTIONS, given)
+    assert again.method.input.crop == 200
+
+
+def test_options_of_ingest():
+    given = ["--layout", "btad", "--source=s", "--output", "o", "--limits.max-pixels", "9", "--resize", "256"]
+    options = parse(IngestOptions, [*given, "--layout-options", '{"categories": ["01", "02"]}'])
+    assert (options.layout, options.limits.max_pixels, options.resize) == ("btad", 9, 256)
+    assert options.layout_options == {"categories": ["01", "02"]}
+
+
+# ---- wrong options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "near"),
+    [
+        ("--sauce_uri", "--source_uri"),
+        ("--source-url", "--source_uri"),
+        ("--categorys", "--categories"),
+        ("--inner.max_pixel", "--inner.max_pixels"),
+        ("--inner.knd", "--inner.kind"),
+        ("--max_pixels", "--inner.max_pixels"),
+        ("--inner.labels", "--labels"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(argument, near):
+    message = refused(SOURCE, argument, "5")
+    assert argument.replace("-", "_")[2:] in message
+    assert message.endswith(f"did you mean {near}?")
+
+
+def test_options_cannot_be_shortened():
+    assert "unrecognized arguments: --cat" in refused(SOURCE, "--cat", "a")
+
+
+def test_where_nothing_is_near_nothing_is_suggested():
+    assert refused(SOURCE, "--zzz", "5") == "unrecognized arguments: --zzz 5"
+    assert "did you mean" not in refused(SOURCE, "--inner.zzz", "5")
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("sauce_uri: x", "--source_uri"),
+        ("source_uri: x\nshares: 1", "--share"),
+        ("source_uri: x\ninner: {max_pixel: 1}", "--inner.max_pixels"),
+        ("source_uri: x\nmax_pixels: 1", "--inner.max_pixels"),
+    ],
+)
+def test_an_unknown_key_of_a_file_names_the_nearest(config, text, near):
+    assert refused(*config(text)).endswith(f"did you mean {near}?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["required", "source_uri"]),
+        ([SOURCE, "--share", "much"], ["--share", "float", "much"]),
+        ([SOURCE, "--share", "2"], ["share=2.0 must be at most 1"]),
+        ([SOURCE, "--inner.max_pixels", "0"], ["max_pixels must be positive"]),
+        ([SOURCE, "--inner.kind", "fat"], ["--inner.kind", "flat", "ivf", "fat"]),
+        ([SOURCE, "--inner.mean", "1,2"], ["--inner.mean", "3 elements"]),
+        ([SOURCE, "--labels", "a"], ["--labels", "int", "a"]),
+        ([SOURCE, "more"], ["more"]),
+        (["--config", "absent.yaml"], ["--config", "absent.yaml"]),
+    ],
+)
+def test_refused_values_name_the_option(arguments, words):
+    message = refused(*arguments)
+    assert all(word in message for word in words)
+    assert "<class" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: b: c", ["mapping values are not allowed"]),
+        ("- a", ["- a"]),
+        ("", ["config"]),
+        ("source_uri: x\nshare: much", ["--share", "float"]),
+        ("source_uri: x\ncategories: [01]", ["--categories", "str"]),
+        ("source_uri: x\ninner: 3", ["--inner", "max_pixels", "3"]),
+        ("source_uri: x\ninner: null", ["--inner", "max_pixels", "None"]),
+        ("source_uri: x\nshare: 7", ["share=7"]),
+    ],
+)
+def test_files_that_cannot_be_used(config, text, words):
+    message = refused(*config(text))
+    assert all(word in message for word in words)
+
+
+def test_methods_by_name():
+    options = {"patchcore": Options, "uniformaly": Inner}
+    assert parse(options, ["patchcore", SOURCE]) == Options("x")
+    assert parse(options, ["uniformaly", "--max_pixels", "4"]) == Inner(4)
+    assert refused("uniformally", options=options) == "unknown 'uniformally'; did you mean 'uniformaly'?"
+    assert refused("qqq", options=options) == "unknown 'qqq'; known: patchcore, uniformaly"
+    for arguments in ([], ["--max_pixels", "4"]):
+        assert refused(*arguments, options=options) == "the first argument must be one of: patchcore, uniformaly"
+
+
+def test_help(capsys):
+    assert exit_of(print, ["--help"]) == DONE
+    shown = capsys.readouterr().out
+    assert "Do a thing." in shown
+    assert "--inner.max_pixels" in shown
+    assert "most pixels" in shown
+    options = {"patchcore": Options, "uniformaly": Inner}
+    assert exit_of(print, ["--help"], options) == DONE
+    assert "patchcore, uniformaly" in capsys.readouterr().out
+    assert exit_of(print, ["uniformaly", "-h"], options) == DONE
+    assert "Inner options." in capsys.readouterr().out
+
+
+# ---- exit codes and messages --------------------------------------------------------------------------------------
+
+
+def test_done(capsys):
+    seen = []
+    assert exit_of(seen.append, [SOURCE]) == DONE
+    assert seen == [Options("x")]
+    assert capsys.readouterr().err == ""
+
+
+def test_wrong_options_never_reach_the_job(capsys):
+    assert exit_of(failing(AssertionError("not to be called")), ["--zzz"]) == WRONG_OPTIONS
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DataError("no such shards"), FAILED, "no such shards"),
+        (ImageError("corrupt", "cannot decode"), FAILED, "cannot decode"),
+        (OptionError("crop exceeds size"), WRONG_OPTIONS, "crop exceeds size"),
+        (KeyboardInterrupt(), FAILED, "interrupted; the same command continues"),
+        (ValueError("odd\nthing"), FAILED, "ValueError: thing (unexpected; --debug shows where)"),
+        (ValueError(), FAILED, "ValueError: no message (unexpected; --debug shows where)"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            FAILED,
+            "the disk is full at /a/b; free space and run the same command again, it continues",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            FAILED,
+            "the disk is full; free space and run the same command again, it continues",
+        ),
+    ],
+)
+def test_every_error_is_one_line_and_a_code(capsys, error, code, message):
+    assert exit_of(failing(error), [SOURCE]) == code
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {message}\n"
+    assert shown.out == ""
+
+
+def test_a_job_may_choose_its_own_exit():
+    assert exit_of(failing(SystemExit(7)), [SOURCE]) == 7
+
+
+@pytest.mark.parametrize("error", [DataError("no such shards"), ValueError("odd")])
+def test_debug_shows_the_traceback(capsys, error):
+    assert exit_of(failing(error), ["--debug", SOURCE]) == FAILED
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "in main" in shown
+    assert shown.splitlines()[-1].startswith("error: ")
+
+
+class RemoteError(Exception):
+    """As Ray's RayTaskError: the text is a remote traceback, the error is its `cause`."""
+
+    def __init__(self, cause):
+        super().__init__("ray::task() (pid=1)\nTraceback (most recent call last):\n  File …\nValueError: remote")
+        self.cause = cause
+
+
+def remote(cause):
+    """As RayTaskError.as_instanceof_cause: also of its cause's class, but with its own text."""
+    cls = type(f"RemoteError({type(cause).__name__})", (RemoteError, type(cause)), {"__init__": RemoteError.__init__})
+    return cls(cause)
+
+
+def chained(outer, inner):
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RemoteError(DataError("no such shards")), FAILED, "no such shards"),
+        (remote(DataError("no such shards")), FAILED, "no such shards"),
+        (remote(OptionError("crop exceeds size")), WRONG_OPTIONS, "crop exceeds size"),
+        (RemoteError(RemoteError(chained(RuntimeError("UDF failed"), DataError("inner")))), FAILED, "inner"),
+        (chained(RuntimeError("outer"), remote(DataError("inner"))), FAILED, "inner"),
+        (remote(OSError(errno.ENOSPC, "No space left on device")), FAILED,
+         "the disk is full; free space and run the same command again, it continues"),
+        (RemoteError(ValueError("odd")), FAILED, "RemoteError: ValueError: remote (unexpected; --debug shows where)"),
+        (RemoteError("no exception"), FAILED, "RemoteError: ValueError: remote (unexpected; --debug shows where)"),
+    ],
+)  # fmt: skip
+def test_the_users_error_is_found_inside_what_was_wrapped_around_it(capsys, error, code, message):
+    assert exit_of(failing(error), [SOURCE]) == code
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_an_error_while_handling_another_is_found_too(capsys):
+    def main(_):
+        try:
+            raise DataError("the first")
+        except DataError:
+            raise RuntimeError("the second")  # noqa: B904
+
+    assert exit_of(main, [SOURCE]) == FAILED
+    assert capsys.readouterr().err == "error: the first\n"
+
+
+def test_errors_that_cause_each_other_end():
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert exit_of(failing(first), [SOURCE]) == FAILED
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fills_up_ends_the_job_in_one_sentence(tmp_path, monkeypatch, capsys, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    assert exit_of(lambda _: files.write_json(tmp_path / "x.json", {}), [SOURCE]) == FAILED
+    assert capsys.readouterr().err.startswith("error: the disk is full; free space and run the same command again")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_show_every_cell(capsys):
+    """Also where no terminal tells its width."""
+    print_table("scores", ["category", "AUROC"], [["a" * 90, "99.1"], ["mean", "98.0"]], footer=1)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown == [["scores"], ["category", "AUROC"], ["a" * 90, "99.1"], ["mean", "98.0"]]

@@ -1,0 +1,226 @@
+import errno
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from unianom import files
+from unianom.errors import DataError
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    """An empty folder, on disk or on an object store."""
+    if request.param == "local":
+        yield str(tmp_path / "folder")
+    else:
+        uri = f"memory://test-{uuid.uuid4().hex}"
+        yield uri
+        files.remove(uri)
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def test_full_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.full_uri("a/b") == str(tmp_path / "a/b")
+    assert files.full_uri(Path("a")) == str(tmp_path / "a")
+    assert files.full_uri("file:///a/b") == "/a/b"
+    assert files.full_uri("~/a") == str(Path.home() / "a")
+    assert files.full_uri("memory://a/b/") == "memory:///a/b"
+    assert files.full_uri("/a/b/") == "/a/b"
+
+
+@pytest.mark.parametrize(
+    ("uri", "joined"),
+    [
+        ("/a", "/a/b/c"),
+        ("/a/", "/a/b/c"),
+        ("/", "/b/c"),
+        ("a", "a/b/c"),
+        ("s3://bucket", "s3://bucket/b/c"),
+        ("s3://bucket/", "s3://bucket/b/c"),
+        ("memory://", "memory://b/c"),
+        (Path("/a"), "/a/b/c"),
+    ],
+)
+def test_join(uri, joined):
+    assert files.join(uri, "b", "c") == joined
+
+
+def test_local_or_not(tmp_path):
+    assert files.is_local(tmp_path)
+    assert files.is_local("file:///tmp")
+    assert not files.is_local("memory://a")
+
+
+def test_an_unknown_scheme_says_what_to_install():
+    with pytest.raises(DataError, match=r"cannot open nowhere://a: no file system for 'nowhere://'.*install"):
+        files.resolve("nowhere://a")
+
+
+# ---- reading and listing ------------------------------------------------------------------------------------------
+
+
+def test_write_read_list_and_remove(folder):
+    assert not files.exists(folder)
+    assert files.list_names(folder) == []
+    files.write_bytes(files.join(folder, "b", "c.bin"), b"\0\1")
+    files.write_bytes(files.join(folder, "a.bin"), b"")
+    assert files.list_names(folder) == ["a.bin", "b"]
+    assert files.read_bytes(files.join(folder, "b", "c.bin")) == b"\0\1"
+    assert files.exists(files.join(folder, "a.bin"))
+    files.remove(files.join(folder, "a.bin"))
+    assert files.list_names(folder) == ["b"]
+    files.remove(folder)
+    assert not files.exists(folder)
+    files.remove(folder)
+
+
+def test_reading_what_is_not_there(folder):
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(files.join(folder, "absent"))
+
+
+def test_files_that_other_processes_wrote_are_seen(folder):
+    """Listings are not cached: an object store's would hide what another worker has just written."""
+    assert files.list_names(folder) == []
+    fs, path = fsspec.core.url_to_fs(files.join(folder, "new"))
+    fs.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH120
+    fs.pipe_file(path, b"1")
+    assert files.list_names(folder) == ["new"]
+    assert files.exists(files.join(folder, "new"))
+
+
+# ---- whole or not at all ------------------------------------------------------------------------------------------
+
+
+def _write_and_fail(uri, error):
+    with files.open_atomic(uri) as handle:
+        handle.write(b"half of it")
+        raise error
+
+
+@pytest.mark.parametrize("before", [None, b"before"])
+@pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()])
+def test_an_error_while_writing_leaves_what_was_there(folder, before, error):
+    uri = files.join(folder, "file")
+    if before is not None:
+        files.write_bytes(uri, before)
+    with pytest.raises(type(error)):
+        _write_and_fail(uri, error)
+    assert files.list_names(folder) == ([] if before is None else ["file"])
+    if before is not None:
+        assert files.read_bytes(uri) == before
+
+
+def test_a_file_is_not_there_before_it_is_complete(folder):
+    uri = files.join(folder, "file")
+    with files.open_atomic(uri) as handle:
+        handle.write(b"1")
+        handle.flush()
+        assert "file" not in files.list_names(folder)
+    assert files.list_names(folder) == ["file"]
+    assert files.read_bytes(uri) == b"1"
+
+
+def test_a_second_writer_replaces_the_first(folder):
+    uri = files.join(folder, "file")
+    with files.open_atomic(uri) as slow:
+        slow.write(b"slow")
+        files.write_bytes(uri, b"fast, and longer")
+        assert files.read_bytes(uri) == b"fast, and longer"
+    assert files.read_bytes(uri) == b"slow"
+    assert files.list_names(folder) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_bytes(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    files.write_bytes(tmp_path / "file", b"content")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_failed_upload_leaves_nothing(monkeypatch):
+    def put_file(*_):
+        raise OSError(errno.ECONNRESET, "connection reset")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    with pytest.raises(OSError, match="connection reset"):
+        files.write_bytes("memory://test-upload/file", b"content")
+    assert not files.exists("memory://test-upload")
+
+
+# ---- JSON and checksums -------------------------------------------------------------------------------------------
+
+
+def test_json_keeps_the_order_of_keys_and_text_as_it_is(folder):
+    uri = files.join(folder, "x.json")
+    content = {"b": [1, None, 0.1], "a": "Größe ≥ 1"}
+    files.write_json(uri, content)
+    assert list(files.read_json(uri)) == ["b", "a"]
+    assert files.read_json(uri) == content
+    assert "Größe ≥ 1".encode() in files.read_bytes(uri)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_has_no_nan(tmp_path, value):
+    """They are no JSON: most other readers would refuse the whole file."""
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "x.json", {"score": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checksums(folder):
+    content = os.urandom((1 << 20) + 17)  # more than is read at once
+    files.write_bytes(files.join(folder, "file"), content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert files.sha256_of(content) == expected
+    assert files.sha256_file(files.join(folder, "file")) == expected
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert files.digest_of({"a": 1, "b": {"c": [1, 2], "d": None}}) == files.digest_of(
+        {"b": {"d": None, "c": [1, 2]}, "a": 1}
+    )
+
+
+def test_a_digest_tells_everything_else_apart():
+    contents = [
+        {"a": 1},
+        {"a": 2},
+        {"b": 1},
+        {"a": [1]},
+        {"a": "1"},
+        {"a": 1.5},
+        {"a": None},
+        {"a": [1, 2]},
+        {"a": [2, 1]},
+        {"a": {"a": 1}},
+        [],
+        {},
+        "a",
+        {"a": True},
+    ]
+    assert len({files.digest_of(content) for content in contents}) == len(contents)
+    assert files.digest_of([]) == hashlib.sha256(b"[]").hexdigest()
+    assert files.digest_of(json.loads(json.dumps({"x": 0.1}))) == files.digest_of({"x": 0.1})
