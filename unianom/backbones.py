@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import safetensors.torch
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, Format
+from timm.models import is_model_in_modules
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
@@ -26,6 +28,10 @@ THREE_WAYS = (
     "weights take 'pretrained' (downloaded by timm), a file or URI (.safetensors, .pth, .pt), "
     "or 'random', asked for by name"
 )
+
+
+VIT_MODULES = ("vision_transformer", "deit")
+"""timm's modules of plain vision transformers."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,11 @@ class BackboneConfig:
         if not timm.is_model(self.name):
             near = timm.list_models(f"*{self.name.split('.')[0][:6]}*")[:5]
             raise OptionError(f"backbone.name={self.name}: timm has no such model; near: {', '.join(near) or 'none'}")
+        try:
+            timm.get_pretrained_cfg(self.name)
+        except RuntimeError as error:
+            known = timm.list_models(f"{self.name.split('.')[0]}.*", pretrained=True)
+            raise OptionError(f"backbone.name={self.name}: {error} Known: {', '.join(known) or 'none'}") from error
 
 
 def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -75,7 +86,7 @@ def read_state(uri: str) -> dict[str, Tensor]:
     """
     try:
         content = files.read_bytes(uri)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise WeightsError(f"no weights file at {uri}; {THREE_WAYS}") from error
     try:
         if uri.endswith(".safetensors"):
@@ -96,20 +107,36 @@ def read_state(uri: str) -> dict[str, Tensor]:
     return stripped
 
 
+def state_faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Where a state dict differs in names and shapes from the one a network has, in words; empty if nowhere."""
+    kinds = {
+        "missing": set(wanted) - set(state),
+        "unknown": set(state) - set(wanted),
+        "of another shape": {key for key in set(wanted) & set(state) if wanted[key].shape != state[key].shape},
+    }
+    return "; ".join(
+        f"{kind}: {', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''} ({len(keys)})"
+        for kind, keys in kinds.items()
+        if keys
+    )
+
+
 def _create(config: BackboneConfig, **arguments: Any) -> Any:
     """Make the timm model and give it its weights."""
     arguments = {**config.options, **arguments}
-    if config.weights == "pretrained":
-        try:
-            return timm.create_model(config.name, pretrained=True, **arguments)
-        except Exception as error:  # network, cache and hub errors come in many types
-            raise WeightsError(
-                f"cannot get the pretrained weights of {config.name}: {error}; {THREE_WAYS}"
-            ) from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.random_seed)
-        model = timm.create_model(config.name, pretrained=False, **arguments)
-    if config.weights != "random":
+    pretrained = config.weights == "pretrained"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.random_seed)
+            model = timm.create_model(config.name, pretrained=pretrained, **arguments)
+    except (TypeError, IndexError, AssertionError) as error:  # what timm raises for arguments it cannot use
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise OptionError(f"timm cannot make {config.name} with {given}: {error}") from error
+    except Exception as error:  # network, cache and hub errors come in many types
+        if not pretrained:
+            raise
+        raise WeightsError(f"cannot get the pretrained weights of {config.name}: {error}; {THREE_WAYS}") from error
+    if config.weights not in ("pretrained", "random"):
         _load_file(model, config, arguments)
     return model
 
@@ -117,28 +144,25 @@ def _create(config: BackboneConfig, **arguments: Any) -> Any:
 def _load_file(model: nn.Module, config: BackboneConfig, arguments: dict[str, Any]) -> None:
     """Load weights strictly, but for parts of the whole network that its encoder lacks (head, later stages)."""
     state = read_state(config.weights)
+    model = getattr(model, "model", model)  # some feature extractors of timm wrap the whole network
     if isinstance(model, VisionTransformer):
         state = vit_filter(state, model)
     wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(state))
+    # timm's feature lists flatten the names of stages: "stages.0.norm" of the whole network is "stages_0.norm" there
+    flat = {key.replace(".", "_"): key for key in wanted}
+    state = {flat.get(key.replace(".", "_"), key): value for key, value in state.items()}
     with torch.device("meta"):
         whole = {k: v for k, v in arguments.items() if k not in ("features_only", "out_indices", "num_classes")}
         known = set(timm.create_model(config.name, pretrained=False, **whole).state_dict())
     # self-supervised checkpoints carry projection heads, and classifiers may be named "fc" or "head"
-    heads = ("head", "fc", "classifier", "norm.", "fc_norm.", "mask_token")
-    strange = sorted(k for k in set(state) - set(wanted) if k not in known and not k.startswith(heads))
-    shapes = sorted(k for k in set(wanted) & set(state) if wanted[k].shape != state[k].shape)
-    if missing or strange or shapes:
-        faults = [
-            f"{label}: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''} ({len(keys)})"
-            for label, keys in (("missing", missing), ("unknown", strange), ("of another shape", shapes))
-            if keys
-        ]
+    heads = ("head", "fc", "classifier", "norm.", "fc_norm.", "mask_token", "masked_embed")
+    state = {k: v for k, v in state.items() if k in wanted or not (k in known or k.startswith(heads))}
+    if faults := state_faults(wanted, state):
         raise WeightsError(
-            f"the weights in {config.weights} do not fit {config.name}; {'; '.join(faults)}; "
+            f"the weights in {config.weights} do not fit {config.name}; {faults}; "
             f"name the model they were saved from, with backbone.options as it was made"
         )
-    model.load_state_dict({key: state[key] for key in wanted})
+    model.load_state_dict(state)
 
 
 class _Backbone(nn.Module):
@@ -211,11 +235,17 @@ class VitBackbone(_Backbone):
         trainable: bool = False,
     ) -> None:
         super().__init__(config, trainable)
-        if "vit" not in config.name:
-            raise OptionError(f"backbone.name={config.name}: this method needs a plain vision transformer (vit_…)")
+        if not is_model_in_modules(config.name, VIT_MODULES):
+            raise OptionError(
+                f"backbone.name={config.name}: this method needs a plain vision transformer (vit_…, deit_…)"
+            )
         model = _create(config, num_classes=0, img_size=image_size)
-        if not isinstance(model, VisionTransformer):
-            raise OptionError(f"backbone.name={config.name} is not of timm's VisionTransformer class")
+        patch = model.patch_embed.patch_size
+        if image_size % patch[0] or image_size % patch[1]:
+            raise OptionError(
+                f"{config.name} cuts images into patches of {patch[0]}×{patch[1]} pixels, which do not tile an input "
+                f"of {image_size}; set input.crop (or input.size, input.pad) to a multiple"
+            )
         depth = len(model.blocks)
         if attention_block is not None and attention_block < 0:
             attention_block += depth
@@ -224,6 +254,10 @@ class VitBackbone(_Backbone):
             raise OptionError(f"{config.name} has blocks 0…{depth - 1}; asked for {list(blocks)}, {attention_block}")
         if attention_block is not None and model.cls_token is None:
             raise OptionError(f"{config.name} has no CLS token, so there is no CLS attention; choose mask=off")
+        if attention_block is not None and not all(
+            isinstance(block, Block) and isinstance(block.attn, Attention) for block in model.blocks
+        ):
+            raise OptionError(f"the blocks of {config.name} are not of the plain pre-norm kind; choose mask=off")
         self.vit: Any = model
         self.blocks = tuple(blocks)
         self.attention_block = attention_block
@@ -279,7 +313,7 @@ def _attention(attn: Any, x: Tensor, all_queries: bool) -> Tensor:
     k = nn.functional.linear(x, qkv.weight[width : 2 * width], bias[1])
     q = attn.q_norm(q.reshape(batch, -1, attn.num_heads, attn.head_dim).transpose(1, 2))
     k = attn.k_norm(k.reshape(batch, count, attn.num_heads, attn.head_dim).transpose(1, 2))
-    return (q @ k.transpose(-2, -1) * attn.scale).float().softmax(-1)
+    return (q * attn.scale @ k.transpose(-2, -1)).float().softmax(-1)
 
 
 def _roll_out(rolled: Tensor | None, weights: Tensor) -> Tensor:
@@ -293,20 +327,25 @@ class CnnBackbone(_Backbone):
 
     Args:
         config: encoder and weights.
-        taps: feature indices, e.g. (1, 2, 3) for strides 4, 8, 16 of a ResNet.
+        taps: feature indices, fine to coarse, e.g. (1, 2, 3) for strides 4, 8, 16 of a ResNet.
         trainable: whether gradients are kept and batch norm may train.
 
     Attributes:
         channels: channel count of each tap.
         strides: stride of each tap.
+
+    Raises:
+        OptionError: taps that are not ascending or that the encoder does not have.
+        WeightsError: weights missing or not fitting.
     """
 
     def __init__(self, config: BackboneConfig, taps: Sequence[int], trainable: bool = False) -> None:
         super().__init__(config, trainable)
-        try:
-            self.encoder: Any = _create(config, features_only=True, out_indices=tuple(taps))
-        except (IndexError, AssertionError) as error:
-            raise OptionError(f"{config.name} has no feature maps {tuple(taps)}: {error}") from error
+        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
+            raise OptionError(f"taps={tuple(taps)} must be distinct feature indices from 0, ascending")
+        self.encoder: Any = _create(config, features_only=True, out_indices=tuple(taps))
+        # timm's feature lists keep the layout their network works in; Swin's, for one, has channels last
+        self._last = getattr(self.encoder, "output_fmt", Format.NCHW) == Format.NHWC
         info = self.encoder.feature_info
         self.channels: list[int] = info.channels()
         self.strides: list[int] = info.reduction()
@@ -316,4 +355,4 @@ class CnnBackbone(_Backbone):
         """Feature maps B×C×h×w float32 of B×3×H×W images, fine to coarse."""
         with self._precision(images.device):
             maps = self.encoder(self._format(images))
-        return [m.float() for m in maps]
+        return [m.permute(0, 3, 1, 2).float() if self._last else m.float() for m in maps]

@@ -19,17 +19,21 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unianom import files
+from unianom.backbones import state_faults
 from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
-from unianom.errors import ModelError, OptionError
+from unianom.errors import ImageError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.serialise import from_plain, to_plain
 from unianom.thresholds import Threshold
 
 FORMAT_VERSION = 1
+
+KEYS = ("method", "config", "categories", "threshold", "provenance", "weights_sha256", "bank_sha256")
+"""What `model.json` holds beside its format version."""
 
 AnyImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
@@ -73,11 +77,13 @@ class Model:
         """Score images given as paths, URIs, encoded bytes, H×W×3 or H×W uint8 arrays, or Pillow images.
 
         Raises:
-            ImageError: an image cannot be read.
-            OptionError: an array is not uint8 of such a shape.
+            ImageError: an image is missing or cannot be read; names it by its place in the list.
+            OptionError: an array is not uint8 of such a shape, or `images` is not a list.
         """
-        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        if isinstance(images, str | bytes | bytearray | os.PathLike | np.ndarray | Image.Image):
             raise OptionError("predict takes a list of images; put a single image into a list")
+        if batch_size < 1:
+            raise OptionError(f"batch_size={batch_size} must be at least 1")
         results: list[ImageResult] = []
         for batch in self._prepared(images, batch_size, limits or ImageLimits()):
             tensor = normalise(batch, self.method.input).to(self.method.device)
@@ -88,22 +94,23 @@ class Model:
             results += [ImageResult(float(s), m, d) for s, m, d in zip(scores, maps, decisions, strict=True)]
         return results
 
-    def _prepared(
-        self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits
-    ) -> Iterator[list[np.ndarray]]:
+    def _prepared(self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits) -> Iterator[list[np.ndarray]]:
         """Batches of S×S×3 uint8, decoded one batch ahead of the network."""
 
-        def prepare(chunk: Sequence[AnyImage]) -> list[np.ndarray]:
-            return [prepare_image(to_pixels(image, limits), self.method.input) for image in chunk]
+        def prepare(number: int) -> np.ndarray:
+            try:
+                return prepare_image(to_pixels(images[number], limits), self.method.input)
+            except ImageError as error:
+                raise ImageError(error.status, f"images[{number}]: {error}") from error
 
-        chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        def prepare_batch(start: int) -> list[np.ndarray]:
+            return [prepare(number) for number in range(start, min(start + batch_size, len(images)))]
+
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(prepare, chunks[0]) if chunks else None
-            for number in range(len(chunks)):
-                assert ahead is not None
+            ahead = pool.submit(prepare_batch, 0)
+            for start in range(0, len(images), batch_size):
                 batch = ahead.result()
-                if number + 1 < len(chunks):
-                    ahead = pool.submit(prepare, chunks[number + 1])
+                ahead = pool.submit(prepare_batch, start + batch_size)  # beyond the last image: an empty one
                 yield batch
 
     def save(self, uri: str | os.PathLike[str]) -> None:
@@ -116,6 +123,8 @@ class Model:
         if isinstance(self.method, MemoryMethod) and self.method.bank is not None:
             self.method.bank.save(files.join(uri, "bank"))
             bank = files.sha256_file(files.join(uri, "bank", "manifest.json"))
+        else:
+            files.remove(files.join(uri, "bank"))  # of a model that lay here before
         description = {
             "format_version": FORMAT_VERSION,
             "method": self.method.name,
@@ -131,16 +140,31 @@ class Model:
 
 
 def to_pixels(image: AnyImage, limits: ImageLimits) -> np.ndarray:
-    """Any form of image that `Model.predict` takes, as H×W×3 uint8."""
+    """Any form of image that `Model.predict` takes, as H×W×3 uint8.
+
+    Raises:
+        ImageError: the file is missing, or as `decode_image`.
+        OptionError: an array is not uint8 of such a shape, or a Pillow image has more than 8 bits.
+    """
     if isinstance(image, bytes | bytearray | memoryview):
         return decode_image(bytes(image), limits).pixels
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        if image.mode.startswith(("I", "F")):
+            raise OptionError(f"a Pillow image of mode {image.mode} would be clipped to 8 bits; give its file or bytes")
+        # a palette's transparency needs RGBA in between; alpha is dropped either way, as from a file
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise OptionError(f"an image array must be H×W or H×W×3 uint8, got {image.shape} {image.dtype}")
         return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
-    return decode_image(files.read_bytes(image), limits).pixels
+    if not isinstance(image, str | os.PathLike):
+        raise OptionError(f"an image is a path, URI, bytes, array or Pillow image, not {type(image).__name__}")
+    try:
+        content = files.read_bytes(image)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ImageError("missing", f"there is no file {os.fspath(image)}") from error
+    return decode_image(content, limits).pixels
 
 
 def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
@@ -154,7 +178,11 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         ModelError: the folder is missing, unfinished, damaged or of another format version.
         OptionError: the device is not there.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device {device}: PyTorch knows no such device; use cpu or cuda") from error
+    if asked.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {device}: this machine has no usable CUDA GPU; use device=cpu")
     path = files.join(uri, "model.json")
     try:
@@ -166,18 +194,24 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         ) from error
     except ValueError as error:
         raise ModelError(f"{path} is damaged: {error}") from error
-    if description.get("format_version") != FORMAT_VERSION:
+    found_version = description.get("format_version") if isinstance(description, dict) else None
+    if found_version != FORMAT_VERSION:
         raise ModelError(
-            f"{path} has format version {description.get('format_version')}, this unianom reads {FORMAT_VERSION}; "
+            f"{path} has format version {found_version}, this unianom reads {FORMAT_VERSION}; "
             f"fit the model again or use the unianom that wrote it"
         )
+    if absent := [key for key in KEYS if key not in description]:
+        raise ModelError(f"{path} is damaged: it has no {', '.join(absent)}; copy it again or fit the model again")
     if description["method"] not in METHODS:
         raise ModelError(f"{path} names method '{description['method']}'; known: {', '.join(sorted(METHODS))}")
     cls = METHODS[description["method"]]
-    config: Any = from_plain(cls.Config, description["config"])
-    # built with random weights, which the folder's own replace at once: nothing is downloaded
-    blank = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="random"))
-    method = cls(blank)
+    try:
+        config: Any = from_plain(cls.Config, description["config"])
+        # built with random weights, which the folder's own replace at once: nothing is downloaded
+        blank = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="random"))
+        method = cls(blank)
+    except (OptionError, TypeError, ValueError, AttributeError) as error:  # the latter for values of a wrong type
+        raise ModelError(f"the config in {path} is not valid: {error}; fit the model again") from error
     method.config = config
     _fill(method, uri, description["weights_sha256"])
     if description["bank_sha256"] is not None:
@@ -205,10 +239,10 @@ def _fill(method: Method, uri: str | os.PathLike[str], sha256: str) -> None:
         raise ModelError(f"{path} is missing; copy the whole model folder or fit the model again") from error
     if files.sha256_of(content) != sha256:
         raise ModelError(f"{path} is damaged: its checksum differs from model.json; copy it again")
-    try:
-        method.load_state_dict(safetensors.torch.load(content), strict=True)
-    except RuntimeError as error:
-        raise ModelError(f"{path} does not fit its own model.json: {error}") from error
+    state = safetensors.torch.load(content)
+    if faults := state_faults(method.state_dict(), state):
+        raise ModelError(f"{path} does not fit the config in model.json; {faults}; fit the model again")
+    method.load_state_dict(state)
 
 
 def versions() -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,9 @@ class Method(nn.Module):
             OptionError: wrong shape or type, or a value that is not finite.
         """
         side = self.input.side
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise OptionError(f"{self.name} takes images of shape B×3×{side}×{side}, got {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1:] != (3, side, side) or images.dtype != torch.float32:
+            given = f"{tuple(images.shape)} {images.dtype}"
+            raise OptionError(f"{self.name} takes images of shape B×3×{side}×{side} float32, got {given}")
         if not torch.isfinite(images).all():
             raise OptionError(f"{self.name} got images with NaN or infinite values; check decoding and mean/std")
 
@@ -129,16 +131,51 @@ def register_method(name: str) -> Callable[[M], M]:
 
 
 def resolve_preset(config: Any, presets: dict[str, dict[str, Any]]) -> None:
-    """Fill the fields of a frozen config that are None with the values of its preset; called in `__post_init__`.
+    """Fill the fields of a frozen config that are None with the values of its preset, once the types and choices of
+    all options are checked; called in `__post_init__`.
 
     Raises:
-        OptionError: unknown preset.
+        OptionError: a value of another type than its option's, or not among its choices.
     """
-    if config.preset not in presets:
-        raise OptionError(f"preset={config.preset}: must be one of {', '.join(presets)}")
+    _check_values(config)
     for field in dataclasses.fields(config):
         if getattr(config, field.name) is None and field.name in presets[config.preset]:
             object.__setattr__(config, field.name, presets[config.preset][field.name])
+
+
+def _check_values(config: Any, prefix: str = "") -> None:
+    """Refuse values that are not of their option's type or among its choices, in nested configs too."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if not _fits(value, hint):
+            raise OptionError(f"{prefix}{field.name}={value!r} must be {_in_words(hint)}")
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{prefix}{field.name}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in inner)
+    if kind is Literal:
+        return value in inner
+    if kind is tuple:
+        each = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if hint in (int, float):  # a bool is an int to Python, and an int will do for a float
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, kind or hint)
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def with_statistics(config: Any) -> Any:

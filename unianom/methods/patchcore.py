@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,7 +44,7 @@ class PatchCoreConfig:
         dimension: length to which each tap, and then their concatenation, is pooled.
         neighbours: bank vectors averaged in a patch's distance.
         reweight: weight the image score by a softmax over neighbours of the nearest bank vector (eq. 7).
-        reweight_neighbours: how many of those (b in eq. 7).
+        reweight_neighbours: how many of those, the nearest bank vector itself counted (b in eq. 7; at least 2).
         blur_sigma: Gaussian blur of the anomaly map, in pixels.
     """
 
@@ -65,8 +66,10 @@ class PatchCoreConfig:
             raise OptionError(f"taps={self.taps} must be distinct and ascending")
         if self.patch_size < 1 or self.patch_size % 2 == 0:
             raise OptionError(f"patch_size={self.patch_size} must be odd and positive")
-        if self.dimension < 1 or self.neighbours < 1 or self.reweight_neighbours < 1 or self.blur_sigma < 0:
-            raise OptionError("dimension, neighbours and reweight_neighbours must be >= 1, blur_sigma >= 0")
+        if self.dimension < 1 or self.neighbours < 1 or not 0 <= self.blur_sigma < math.inf:
+            raise OptionError("dimension and neighbours must be >= 1, blur_sigma >= 0")
+        if self.reweight_neighbours < 2:  # m* is its own nearest neighbour, so with b = 1 every weight is zero
+            raise OptionError(f"reweight_neighbours={self.reweight_neighbours} must be >= 2")
 
 
 @register_method("patchcore")
@@ -114,7 +117,7 @@ class PatchCore(MemoryMethod):
         distances = torch.from_numpy(found).mean(1).view(batch, count)  # B N
         score = distances.amax(1)  # B
         if self.config.reweight:
-            peak = distances.argmax(1) + torch.arange(batch) * count  # rows of `queries`
+            peak = distances.argmax(1).numpy() + np.arange(batch) * count  # B, rows of `queries`
             score = torch.from_numpy(self._reweighted(queries[peak], found[peak, 0], ids[peak, 0]))
         anomaly_map = self.to_map(distances.unflatten(1, self.grid).to(embedding.patches.device))
         return Prediction(anomaly_map, score.to(embedding.patches.device))

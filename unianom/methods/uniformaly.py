@@ -6,6 +6,7 @@ is a coreset of normal patches; the image score is the mean of the top k-ratio p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,7 +85,7 @@ class UniFormalyConfig:
             raise OptionError(f"mask_threshold={self.mask_threshold} must be in [0, 1)")
         if not 0 < self.k_ratio <= 1:
             raise OptionError(f"k_ratio={self.k_ratio} must be in (0, 1]")
-        if self.neighbours < 1 or self.blur_sigma < 0:
+        if self.neighbours < 1 or not 0 <= self.blur_sigma < math.inf:
             raise OptionError("neighbours must be >= 1 and blur_sigma >= 0")
 
 

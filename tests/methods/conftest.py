@@ -1,0 +1,132 @@
+"""Every method in a tiny form, for tests that run in moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+
+from unianom.backbones import BackboneConfig
+from unianom.data.image import InputPolicy
+from unianom.memory.index import MemoryBank
+from unianom.methods import METHODS, MemoryMethod, Method
+from unianom.methods.layers.bank import BankConfig
+from unianom.methods.patchcore import PatchCoreConfig
+from unianom.methods.uniformaly import UniFormalyConfig
+
+SIDE = 64
+INPUT = InputPolicy(resize="stretch", size=SIDE, crop=None)
+
+VIT = "vit_tiny_patch16_224"
+VIT_OPTIONS = {"patch_size": 8, "embed_dim": 48, "num_heads": 3}
+"""Twelve blocks of width 48 on an 8×8 grid at 64 pixels."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What the conformance suite needs to know of a method.
+
+    Attributes:
+        config: options under which it is small and fast.
+        invalid: changes of the config, each of which it must refuse.
+        training_batch: for a trained method, makes what its `training_loss` takes.
+    """
+
+    config: Any
+    invalid: list[dict[str, Any]] = field(default_factory=list)
+    training_batch: Callable[[Method], Any] | None = None
+
+
+TINY = {
+    "uniformaly": Tiny(
+        UniFormalyConfig(backbone=BackboneConfig(VIT, weights="random", options=VIT_OPTIONS), input=INPUT),
+        invalid=[
+            {"mask_kernel": 4},
+            {"mask_kernel": -1},
+            {"mask_threshold": 1.0},
+            {"mask_threshold": -0.1},
+            {"k_ratio": 0.0},
+            {"k_ratio": 1.5},
+            {"k_ratio": float("nan")},
+            {"neighbours": 0},
+            {"blur_sigma": -1.0},
+            {"blur_sigma": float("nan")},
+        ],
+    ),
+    "patchcore": Tiny(
+        PatchCoreConfig(backbone=BackboneConfig("resnet10t", weights="random"), input=INPUT, dimension=96),
+        invalid=[
+            {"taps": ()},
+            {"taps": (3, 2)},
+            {"taps": (2, 2)},
+            {"patch_size": 2},
+            {"patch_size": -1},
+            {"dimension": 0},
+            {"neighbours": 0},
+            {"reweight_neighbours": 1},
+            {"blur_sigma": -1.0},
+            {"blur_sigma": float("inf")},
+        ],
+    ),
+}
+"""One entry for each registered method; a method without one fails the conformance suite."""
+
+INVALID_BANKS: list[dict[str, Any]] = [
+    {"coreset_ratio": 0.0},
+    {"coreset_ratio": 1.1},
+    {"projection": -1},
+    {"start_points": 0},
+    {"shards": 0},
+    {"nprobe": 0},
+    {"nlist": 4, "nprobe": 5},
+]
+"""Changes of `BankConfig` that it must refuse."""
+
+
+def random_images(count: int, seed: int = 0, side: int = SIDE) -> Tensor:
+    """B×3×S×S float32 of smooth random blobs: neighbouring pixels alike, as in photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").contiguous()
+
+
+def fit(method: Method, rows: int = 40, seed: int = 1) -> Method:
+    """Give a memory method a bank of random normal patches; a trained method stays at its random weights."""
+    if isinstance(method, MemoryMethod):
+        with torch.inference_mode():
+            embedding = method.embed_for_bank(random_images(4, seed))
+        patches = embedding.patches[embedding.keep].numpy()
+        chosen = np.random.default_rng(seed).permutation(len(patches))[:rows]
+        method.bank = MemoryBank.build(patches[chosen])
+    return method.eval()
+
+
+def tiny_method(name: str) -> Method:
+    """A fitted tiny method."""
+    return fit(METHODS[name](TINY[name].config))
+
+
+@pytest.fixture(scope="session")
+def sharp_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights file of the tiny transformer with attention that differs from patch to patch and block to block, which
+    that of freshly drawn weights hardly does."""
+    torch.manual_seed(7)
+    model = timm.create_model(VIT, img_size=SIDE, num_classes=0, **VIT_OPTIONS)
+    for block in model.blocks:
+        with torch.no_grad():
+            block.attn.qkv.weight.mul_(12)
+            block.mlp.fc2.weight.mul_(5)
+    path = Path(tmp_path_factory.mktemp("weights")) / "sharp_vit.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    return str(path)
+
+
+__all__ = ["BankConfig", "INPUT", "INVALID_BANKS", "SIDE", "TINY", "Tiny", "VIT", "VIT_OPTIONS"]

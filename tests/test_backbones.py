@@ -1,0 +1,385 @@
+"""Encoders against timm's own: same weights, same features; weights files that fit and that do not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+
+from unianom.backbones import BackboneConfig, CnnBackbone, VitBackbone, read_state, weight_statistics
+from unianom.errors import OptionError, WeightsError
+
+VIT = "vit_tiny_patch16_224"
+SMALL = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+THREE_WAYS = r"'pretrained'.*file or URI.*'random'"
+
+
+def images(side: int, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def block_outputs(vit: torch.nn.Module, batch: Tensor) -> list[Tensor]:
+    """Patch tokens that leave each block of a timm transformer."""
+    found: list[Tensor] = []
+    skip = vit.num_prefix_tokens
+    handles = [block.register_forward_hook(lambda _m, _i, out: found.append(out[:, skip:])) for block in vit.blocks]
+    with torch.inference_mode():
+        vit.eval().forward_features(batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def same_taps(mine: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def whole_vit() -> torch.nn.Module:
+    """A classifier as timm saves it, at its published image size."""
+    torch.manual_seed(5)
+    return timm.create_model(VIT, num_classes=10, **SMALL)
+
+
+def save(state: dict[str, Tensor], path: Path) -> str:
+    safetensors.torch.save_file(state, path)
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------- random weights
+def test_random_weights_follow_their_seed_and_leave_the_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one = VitBackbone(BackboneConfig(VIT, "random", SMALL), 64, (1,))
+    assert torch.equal(torch.rand(1), expected)
+    same = VitBackbone(BackboneConfig(VIT, "random", SMALL), 64, (1,))
+    other = VitBackbone(BackboneConfig(VIT, "random", SMALL, random_seed=1), 64, (1,))
+    taps = [backbone(images(64)).tokens[0] for backbone in (one, same, other)]
+    assert torch.equal(taps[0], taps[1])
+    assert not torch.allclose(taps[0], taps[2])
+
+
+def test_random_weights_are_those_of_timm():
+    torch.manual_seed(4)
+    plain = timm.create_model(VIT, img_size=64, num_classes=0, **SMALL)
+    mine = VitBackbone(BackboneConfig(VIT, "random", SMALL, random_seed=4), 64, (0, 2))
+    expected = block_outputs(plain, images(64))
+    same_taps(mine(images(64)).tokens, [expected[0], expected[2]])
+
+    torch.manual_seed(4)
+    plain = timm.create_model("resnet10t", features_only=True, out_indices=(1, 2)).eval()
+    encoder = CnnBackbone(BackboneConfig("resnet10t", "random", random_seed=4), (1, 2))
+    with torch.inference_mode():
+        same_taps(encoder(images(64)), plain(images(64)))
+
+
+# -------------------------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize("head", [True, False], ids=["with head", "without head"])
+def test_transformer_from_safetensors_equals_timm(head, whole_vit, tmp_path):
+    state = {key: value for key, value in whole_vit.state_dict().items() if head or not key.startswith("head")}
+    path = save(state, tmp_path / "vit.safetensors")
+    mine = VitBackbone(BackboneConfig(VIT, path, SMALL), 224, (0, 2))
+    expected = block_outputs(whole_vit, images(224, 1))
+    same_taps(mine(images(224, 1)).tokens, [expected[0], expected[2]])
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_position_embeddings_are_resampled_as_timm_does(side, whole_vit, tmp_path):
+    path = save(whole_vit.state_dict(), tmp_path / "vit.safetensors")
+    mine = VitBackbone(BackboneConfig(VIT, path, SMALL), side, (0, 2))
+    assert mine.grid == (side // 8, side // 8)
+    plain = timm.create_model(VIT, num_classes=10, **SMALL)
+    plain.load_state_dict(whole_vit.state_dict())
+    plain.set_input_size(img_size=side)
+    expected = block_outputs(plain, images(side))
+    same_taps(mine(images(side)).tokens, [expected[0], expected[2]])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {"student": {}, "teacher": {f"module.backbone.{key}": value for key, value in state.items()}},
+        lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: {
+            "teacher": {**{f"backbone.{k}": v for k, v in state.items()}, "head.mlp.0.weight": torch.ones(2)}
+        },
+    ],
+    ids=["plain", "state_dict", "model", "teacher", "module.", "projection head"],
+)
+def test_torch_files_of_training_scripts_are_unwrapped(wrap, whole_vit, tmp_path):
+    state = {key: value for key, value in whole_vit.state_dict().items() if not key.startswith("head")}
+    path = tmp_path / "checkpoint.pth"
+    torch.save(wrap(state), path)
+    mine = VitBackbone(BackboneConfig(VIT, str(path), SMALL), 224, (2,))
+    same_taps(mine(images(224, 1)).tokens, block_outputs(whole_vit, images(224, 1))[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("resnet10t", {}, 64),
+        ("mobilenetv2_050", {"pad_type": "same"}, 64),
+        ("convnext_atto", {}, 64),  # timm's feature list renames its stages
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24},
+            64,
+        ),  # channels last
+        (VIT, {**SMALL, "img_size": 64}, 64),  # timm's feature getter wraps it
+    ],
+)
+def test_feature_maps_from_a_file_of_the_whole_network_equal_timm(name, options, side, tmp_path):
+    torch.manual_seed(6)
+    whole = timm.create_model(name, num_classes=10, **options).eval()
+    path = save(whole.state_dict(), tmp_path / "whole.safetensors")
+    encoder = CnnBackbone(BackboneConfig(name, path, options), (1, 2))
+    with torch.inference_mode():
+        mine = encoder(images(side))
+        theirs = whole.forward_intermediates(
+            images(side), indices=[1, 2], norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+    same_taps(mine, theirs)
+    for found, channels, stride in zip(mine, encoder.channels, encoder.strides):
+        assert found.shape == (2, channels, side // stride, side // stride)
+
+
+def test_faults_of_a_weights_file_are_named(whole_vit, tmp_path):
+    state = whole_vit.state_dict()
+
+    def load(changed: dict[str, Tensor]) -> None:
+        VitBackbone(BackboneConfig(VIT, save(changed, tmp_path / "faulty.safetensors"), SMALL), 224, (1,))
+
+    load(state)
+    with pytest.raises(WeightsError, match=r"faulty.*do not fit.*missing: blocks.1.mlp.fc1.weight \(1\)"):
+        load({key: value for key, value in state.items() if key != "blocks.1.mlp.fc1.weight"})
+    with pytest.raises(WeightsError, match=r"unknown: adapter.weight \(1\)"):
+        load({**state, "adapter.weight": torch.ones(3)})
+    with pytest.raises(WeightsError, match=r"of another shape: blocks.0.mlp.fc1.bias \(1\)"):
+        load({**state, "blocks.0.mlp.fc1.bias": torch.ones(7)})
+    with pytest.raises(WeightsError, match=r"missing: .*, .*, .* … \(\d+\).*backbone.options"):
+        load(timm.create_model("resnet10t").state_dict())
+
+
+def test_missing_weights_name_the_three_ways(tmp_path):
+    for weights in ("pretraned", str(tmp_path / "none.pth"), str(tmp_path)):
+        with pytest.raises(WeightsError, match=rf"{re.escape(weights)}; .*{THREE_WAYS}"):
+            CnnBackbone(BackboneConfig("resnet10t", weights), (1,))
+
+
+def test_pretrained_weights_that_cannot_be_had_name_the_three_ways(monkeypatch):
+    def offline(*_arguments, **_options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(WeightsError, match=rf"resnet10t: no route to host; .*{THREE_WAYS}"):
+        CnnBackbone(BackboneConfig("resnet10t"), (1,))
+
+
+class RunsCode:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_torch_file_runs_no_code(tmp_path):
+    marker, path = tmp_path / "was here", tmp_path / "malicious.pth"
+    torch.save({"state_dict": RunsCode(marker)}, path)
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        read_state(str(path))
+    path.write_bytes(pickle.dumps(RunsCode(marker), protocol=2))
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        read_state(str(path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["broken.safetensors", "broken.pth"])
+def test_damaged_files_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x10\0\0\0\0\0\0\0 not a header")
+    with pytest.raises(WeightsError, match=rf"cannot read weights from .*{name}"):
+        read_state(str(tmp_path / name))
+
+
+def test_a_torch_file_without_tensors_is_refused(tmp_path):
+    torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "log.pth")
+    with pytest.raises(WeightsError, match="no state dict"):
+        read_state(str(tmp_path / "log.pth"))
+
+
+# ------------------------------------------------------------------------------------------------- published shapes
+def test_wide_resnet_taps():
+    """Stages 1 to 3 at 256 pixels: 256@64², 512@32², 1024@16²; 24,862,528 parameters."""
+    with torch.device("meta"):
+        encoder = CnnBackbone(BackboneConfig("wide_resnet50_2.tv_in1k", "random"), (1, 2, 3))
+        shapes = [tuple(found.shape) for found in encoder(torch.empty(1, 3, 256, 256))]
+    assert shapes == [(1, 256, 64, 64), (1, 512, 32, 32), (1, 1024, 16, 16)]
+    assert (encoder.channels, encoder.strides) == ([256, 512, 1024], [4, 8, 16])
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 24_862_528
+
+
+def test_efficientnet_taps():
+    """The last blocks of stages 0, 1, 2 and 4 at 224 pixels, 272 channels together."""
+    with torch.device("meta"):
+        encoder = CnnBackbone(BackboneConfig("tf_efficientnet_b4.aa_in1k", "random"), (0, 1, 2, 3))
+        shapes = [tuple(found.shape) for found in encoder(torch.empty(1, 3, 224, 224))]
+        whole = timm.create_model("tf_efficientnet_b4.aa_in1k")
+    assert shapes == [(1, 24, 112, 112), (1, 32, 56, 56), (1, 56, 28, 28), (1, 160, 14, 14)]
+    assert (encoder.channels, encoder.strides) == ([24, 32, 56, 160], [2, 4, 8, 16])
+    assert sum(parameter.numel() for parameter in whole.parameters()) == 19_341_616
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "parameters"),
+    [("vit_base_patch8_224.dino", 28, 85_807_872), ("vit_base_patch16_224.dino", 14, 85_798_656)],
+)
+def test_base_transformers(name, grid, parameters):
+    """ViT-B/8 and ViT-B/16: 784 and 196 patches of width 768; all parameters but the final norm (2·768) are kept."""
+    with torch.device("meta"):
+        encoder = VitBackbone(BackboneConfig(name, "random"), 224, range(2, 10), attention_block=-1)
+        features = encoder(torch.empty(1, 3, 224, 224))
+    assert encoder.grid == (grid, grid)
+    assert [tuple(tokens.shape) for tokens in features.tokens] == [(1, grid * grid, 768)] * 8
+    assert features.attention is not None
+    assert features.attention.shape == (1, grid, grid)
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters - 2 * 768
+
+
+def test_input_statistics_are_those_of_the_weights():
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for name in ("wide_resnet50_2.tv_in1k", "vit_base_patch8_224.dino", "tf_efficientnet_b4.aa_in1k"):
+        assert weight_statistics(BackboneConfig(name)) == imagenet
+    assert weight_statistics(BackboneConfig(VIT)) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+# --------------------------------------------------------------------------------------------------- other settings
+def test_prefix_tokens_are_dropped_and_attention_is_that_of_cls():
+    """Register tokens stand between CLS and the patches."""
+    options = {**SMALL, "reg_tokens": 4}
+    mine = VitBackbone(BackboneConfig(VIT, "random", options), 64, (2,), attention_block=1)
+    torch.manual_seed(0)
+    plain = timm.create_model(VIT, img_size=64, num_classes=0, **options).eval()
+    weights: list[Tensor] = []
+    plain.blocks[1].attn.fused_attn = False
+    plain.blocks[1].attn.attn_drop.register_forward_hook(lambda _m, i, _o: weights.append(i[0]))
+    same_taps(mine(images(64)).tokens, block_outputs(plain, images(64))[2:])
+    expected = weights[0].mean(1)[:, 0, 5:].reshape(2, 8, 8)
+    torch.testing.assert_close(mine(images(64)).attention, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_deit_is_a_plain_transformer_too():
+    features = VitBackbone(BackboneConfig("deit_tiny_patch16_224", "random", {"depth": 2}), 64, (1,))(images(64))
+    assert features.tokens[0].shape == (2, 16, 192)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_is_near_and_returned_as_float32(precision):
+    full = VitBackbone(BackboneConfig(VIT, "random", SMALL), 64, (2,), attention_block=2)(images(64))
+    half = VitBackbone(BackboneConfig(VIT, "random", SMALL, precision=precision), 64, (2,), attention_block=2)(
+        images(64)
+    )
+    assert half.attention is not None
+    assert half.tokens[0].dtype == half.attention.dtype == torch.float32
+    assert not torch.equal(half.tokens[0], full.tokens[0])
+    torch.testing.assert_close(half.tokens[0], full.tokens[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half.attention, full.attention, rtol=0.05, atol=1e-4)
+
+
+def test_channels_last_changes_nothing():
+    plain = CnnBackbone(BackboneConfig("resnet10t", "random"), (1, 2))(images(64))
+    last = CnnBackbone(BackboneConfig("resnet10t", "random", channels_last=True), (1, 2))(images(64))
+    same_taps(last, plain)
+
+
+def test_a_frozen_encoder_stays_frozen_and_a_trainable_one_trains():
+    frozen = CnnBackbone(BackboneConfig("resnet10t", "random"), (1,)).train()
+    assert not any(module.training for module in frozen.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    trainable = CnnBackbone(BackboneConfig("resnet10t", "random"), (1,), trainable=True).train()
+    assert all(module.training for module in trainable.modules())
+    assert all(parameter.requires_grad for parameter in trainable.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- wrong options
+def test_wrong_names_are_refused():
+    with pytest.raises(OptionError, match=r"no such model; near: .*resnet"):
+        BackboneConfig("resnet18x")
+    with pytest.raises(OptionError, match=r"nonsense.*resnet18\.tv_in1k"):
+        BackboneConfig("resnet18.nonsense")
+    with pytest.raises(OptionError, match="bogus"):
+        CnnBackbone(BackboneConfig("resnet10t", "random", {"bogus": 1}), (1,))
+
+
+@pytest.mark.parametrize("taps", [(), (-1,), (3, 1), (2, 2), (1, 7)])
+def test_wrong_taps_are_refused(taps):
+    with pytest.raises(OptionError, match=re.escape(str(taps))):
+        CnnBackbone(BackboneConfig("resnet10t", "random"), taps)
+
+
+def test_wrong_transformers_are_refused():
+    config = BackboneConfig(VIT, "random", SMALL)
+    with pytest.raises(OptionError, match="plain vision transformer"):
+        VitBackbone(BackboneConfig("resnet10t", "random"), 64, (1,))
+    with pytest.raises(OptionError, match=r"blocks 0…2; asked for \[3\]"):
+        VitBackbone(config, 64, (3,))
+    with pytest.raises(OptionError, match="blocks 0…2"):
+        VitBackbone(config, 64, ())
+    with pytest.raises(OptionError, match="blocks 0…2"):
+        VitBackbone(config, 64, (1,), attention_block=-4)
+    with pytest.raises(OptionError, match=r"8×8 pixels.*60"):
+        VitBackbone(config, 60, (1,))
+    no_cls = BackboneConfig(VIT, "random", {**SMALL, "class_token": False, "global_pool": "avg"})
+    with pytest.raises(OptionError, match="no CLS token"):
+        VitBackbone(no_cls, 64, (1,), attention_block=1)
+    assert VitBackbone(no_cls, 64, (1,))(images(64)).tokens[0].shape == (2, 64, 48)
+    post_norm = timm.models.vision_transformer.ResPostBlock
+    with pytest.raises(OptionError, match="pre-norm"):
+        VitBackbone(BackboneConfig(VIT, "random", {**SMALL, "block_fn": post_norm}), 64, (1,), attention_block=1)
+
+
+# -------------------------------------------------------------------------------------------------------- real weights
+@pytest.mark.real
+def test_real_transformer_equals_timm(real_data):
+    """The file holds a head of 200 classes, which an encoder has no use for."""
+    path = real_data / "weights" / "vit_tiny_patch16_224.safetensors"
+    plain = timm.create_model(VIT, num_classes=200)
+    plain.load_state_dict(safetensors.torch.load_file(path))
+    mine = VitBackbone(BackboneConfig(VIT, str(path)), 224, (2, 11), attention_block=-1)
+    expected = block_outputs(plain, images(224, 1))
+    same_taps(mine(images(224, 1)).tokens, [expected[2], expected[11]])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "options", "whole"),
+    [
+        ("mobilenetv2_100", {"pad_type": "same"}, {"num_classes": 1001}),
+        ("resnet18", {}, {"features_only": True, "out_indices": (1, 2, 3)}),
+    ],
+)
+def test_real_convolutional_encoders_equal_timm(name, options, whole, real_data):
+    """A classifier of 1001 classes, and a network that ends at its third stage."""
+    path = next((real_data / "weights").glob(f"{name}*.safetensors"))
+    encoder = CnnBackbone(BackboneConfig(name, str(path), options), (1, 2, 3))
+    plain = timm.create_model(name, **options, **whole).eval()
+    plain.load_state_dict(safetensors.torch.load_file(path))
+    with torch.inference_mode():
+        if "features_only" in whole:
+            theirs = plain(images(96))
+        else:
+            theirs = plain.forward_intermediates(images(96), indices=[1, 2, 3], intermediates_only=True)
+        same_taps(encoder(images(96)), theirs)

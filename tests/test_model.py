@@ -1,0 +1,389 @@
+"""The model folder: what comes back is what was saved, what is damaged is named; and the forms of image it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pickletools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unianom
+from tests.methods.conftest import INPUT, SIDE, TINY, fit, tiny_method
+from unianom import files
+from unianom.backbones import BackboneConfig
+from unianom.data.image import ImageLimits
+from unianom.errors import ImageError, ModelError, OptionError
+from unianom.methods import METHODS, Method
+from unianom.methods.patchcore import PatchCoreConfig
+from unianom.methods.uniformaly import UniFormalyConfig
+from unianom.model import ImageResult, Model, is_model, load, local_copy
+from unianom.thresholds import Threshold
+
+
+def threshold(value: float) -> Threshold:
+    return Threshold(value, target_fpr=0.1, confidence=0.95, n_normals=60, rank=59, observed_fpr=1 / 60)
+
+
+def pictures(count: int = 5) -> list[np.ndarray]:
+    """H×W×3 uint8 of different sizes."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (70 + 9 * number, 90, 3), dtype=np.uint8) for number in range(count)]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def same(one: list[ImageResult], other: list[ImageResult]) -> bool:
+    """Equal to the bit."""
+    return len(one) == len(other) and all(
+        (a.score, a.decision) == (b.score, b.decision) and np.array_equal(a.anomaly_map, b.anomaly_map)
+        for a, b in zip(one, other)
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(tiny_method("patchcore"), ["bolt", "nut"], threshold(1.0), {"seeds": {"split": 0}})
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder: Path, **changes) -> None:
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(description | changes))
+
+
+def edit_config(folder: Path, **changes) -> None:
+    edit(folder, config=json.loads((folder / "model.json").read_text())["config"] | changes)
+
+
+# ---------------------------------------------------------------------------------------------------- save and load
+def test_a_loaded_model_is_the_saved_one(model, folder):
+    loaded = unianom.load(folder)
+    assert loaded.method.config == model.method.config
+    assert loaded.categories == ["bolt", "nut"]
+    assert loaded.threshold == model.threshold
+    assert loaded.provenance == model.provenance
+    assert loaded.digest == model.digest == files.sha256_file(folder / "model.json")
+    assert not loaded.method.training
+    assert same(loaded.predict(pictures()), model.predict(pictures()))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["uniformaly", "patchcore"])
+def test_a_model_with_real_weights_is_loaded_without_their_file(name, real_data, tmp_path):
+    """Its folder holds the weights: the file they came from may be gone."""
+    file = {"uniformaly": "vit_tiny_patch16_224", "patchcore": "resnet18_to_layer3"}[name]
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((real_data / "weights" / f"{file}.safetensors").read_bytes())
+    backbone = BackboneConfig(file.removesuffix("_to_layer3"), str(weights))
+    config = UniFormalyConfig(backbone=backbone, input=INPUT)
+    if name == "patchcore":
+        config = PatchCoreConfig(backbone=backbone, input=INPUT, dimension=128)
+    model = Model(fit(METHODS[name](config)))
+    model.save(tmp_path / "model")
+    weights.unlink()
+    assert same(load(tmp_path / "model").predict(pictures()), model.predict(pictures()))
+
+
+def test_saving_the_same_model_twice_gives_the_same_bytes(model, folder, tmp_path):
+    model.save(tmp_path / "again")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "again" / path.relative_to(folder)).read_bytes()
+
+
+def test_a_folder_can_be_saved_to_and_loaded_from_a_uri(model):
+    model.save("memory://models/one")
+    assert is_model("memory://models/one")
+    assert same(load("memory://models/one").predict(pictures(1)), model.predict(pictures(1)))
+
+
+def test_local_copy(folder, tmp_path):
+    assert local_copy(str(folder), tmp_path) == str(folder)
+    load(folder).save("memory://models/two")
+    copied = local_copy("memory://models/two", tmp_path / "copy")
+    assert is_model(copied)
+    load(copied)
+
+
+def test_no_file_is_a_pickle(folder):
+    """Neither by its name nor by what it holds."""
+    names = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in names} == {".json", ".safetensors", ".faiss"}
+    for path in names:
+        content = path.read_bytes()
+        assert not content.startswith((b"PK", b"\x80"))
+        with pytest.raises(Exception, match=r"."):  # each file stops making sense as a pickle in its own way
+            for _ in pickletools.genops(content):
+                pass
+
+
+def test_a_model_without_a_bank_leaves_none_of_the_one_before(folder):
+    bare = METHODS["patchcore"](TINY["patchcore"].config)
+    Model(bare).save(folder)
+    assert not (folder / "bank").exists()
+    with pytest.raises(ModelError, match="no memory bank"):
+        load(folder).predict(pictures(1))
+
+
+def test_a_folder_is_unfinished_until_its_description_is_there(model, tmp_path, monkeypatch):
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    model.save(tmp_path)
+    monkeypatch.setattr(files, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(tmp_path)
+    assert not is_model(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- damaged folders
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"no model.json in .*nothing there \(found: nothing\)"):
+        load(tmp_path / "nothing there")
+
+
+def test_an_unfinished_folder_says_what_it_holds(folder):
+    (folder / "model.json").unlink()
+    with pytest.raises(ModelError, match=r"found: bank, weights.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "null", '"model"'])
+def test_a_broken_description_is_named(text, folder):
+    (folder / "model.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model\.json (is damaged|has format version None)"):
+        load(folder)
+
+
+def test_a_description_with_a_part_missing_is_named(folder):
+    (folder / "model.json").write_text('{"format_version": 1, "method": "patchcore"}')
+    with pytest.raises(ModelError, match=r"model\.json is damaged: it has no config, categories, threshold"):
+        load(folder)
+
+
+def test_another_format_version_is_refused(folder):
+    edit(folder, format_version=2)
+    with pytest.raises(ModelError, match="format version 2, this unianom reads 1"):
+        load(folder)
+
+
+def test_an_unknown_method_is_refused(folder):
+    edit(folder, method="patchcor")
+    with pytest.raises(ModelError, match=r"'patchcor'; known: .*patchcore"):
+        load(folder)
+
+
+def test_damaged_weights_are_named(folder):
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[-7] ^= 1
+    (folder / "weights.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"weights\.safetensors is damaged: its checksum"):
+        load(folder)
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"weights\.safetensors is missing"):
+        load(folder)
+
+
+def test_a_damaged_bank_is_named(folder):
+    shard = next((folder / "bank").glob("*.faiss"))
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"{shard.name} is damaged"):
+        load(folder)
+    shard.unlink()
+    with pytest.raises(ModelError, match=rf"{shard.name} is missing"):
+        load(folder)
+
+
+def test_a_missing_or_exchanged_bank_is_named(folder):
+    manifest = folder / "bank" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("flat", "flat "))
+    with pytest.raises(ModelError, match=r"bank/manifest\.json is missing or not the one"):
+        load(folder)
+    for path in (folder / "bank").iterdir():
+        path.unlink()
+    with pytest.raises(ModelError, match=r"bank/manifest\.json is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"neighbors": 3}, "no option 'neighbors'; did you mean 'neighbours'"),
+        ({"neighbours": 0}, "neighbours must be >= 1"),
+        ({"neighbours": "three"}, "neighbours='three' must be int"),
+        ({"preset": "poper"}, "preset='poper' must be one of paper, reference"),
+        ({"input": None}, "input=None must be InputPolicy"),
+        ({"backbone": {"name": "resnet9000"}}, "no such model"),
+        ({"backbone": {}}, "name"),
+    ],
+    ids=str,
+)
+def test_an_edited_config_is_refused(changes, fault, folder):
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=rf"config in .*model\.json is not valid: .*{re.escape(fault)}"):
+        load(folder)
+
+
+def test_weights_of_another_network_are_refused(folder):
+    edit_config(folder, taps=[1, 2])
+    with pytest.raises(ModelError, match=r"does not fit the config in model\.json; unknown: encoder\.encoder\.layer3"):
+        load(folder)
+
+
+def test_an_edited_threshold_is_refused(folder):
+    edit(folder, threshold={"value": 3})
+    with pytest.raises(ModelError, match="threshold"):
+        load(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_a_gpu_that_is_not_there_is_an_error(device, folder):
+    with pytest.raises(OptionError, match=r"device cuda.*no usable CUDA GPU; use device=cpu"):
+        load(folder, device)
+
+
+def test_an_unknown_device_is_an_error(folder):
+    with pytest.raises(OptionError, match="device gpu"):
+        load(folder, "gpu")
+
+
+# ----------------------------------------------------------------------------------------------------------- predict
+def test_every_form_of_image_gives_the_same_prediction(model, tmp_path):
+    pixels = pictures(1)[0]
+    path = tmp_path / "image.png"
+    path.write_bytes(png(pixels))
+    forms = [path, str(path), f"file://{path}", png(pixels), bytearray(png(pixels)), pixels, Image.open(path)]
+    results = model.predict(forms, batch_size=1)
+    assert len(results) == len(forms)
+    for result in results:
+        assert isinstance(result.score, float)
+        assert result.anomaly_map.shape == (SIDE, SIDE)
+        assert result.anomaly_map.dtype == np.float32
+        assert same([result], results[:1])
+
+
+def test_grey_images_are_taken_as_grey_rgb(model):
+    grey = pictures(1)[0][..., 0]
+    rgb = np.stack([grey] * 3, axis=2)
+    results = model.predict([grey, rgb, Image.fromarray(grey), png(grey)], batch_size=1)
+    assert all(same([result], results[:1]) for result in results)
+
+
+def test_pillow_images_are_read_like_their_files(model, tmp_path):
+    """A photograph that was taken upside down, and a palette with a transparent colour."""
+    image = Image.fromarray(pictures(1)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.quantize(16).save(tmp_path / "palette.png", transparency=3)
+    for name in ("turned.png", "palette.png"):
+        from_file, from_pillow = model.predict([tmp_path / name, Image.open(tmp_path / name)], batch_size=1)
+        assert same([from_file], [from_pillow])
+
+
+def test_results_come_in_order_whatever_the_batch_size(model):
+    """Nearly to the bit: the network rounds differently in batches of other sizes."""
+    images = pictures(7)
+    expected = model.predict(images, batch_size=1)
+    assert len({result.score for result in expected}) == 7
+    for batch_size in (2, 3, 7, 100):
+        results = model.predict(images, batch_size=batch_size)
+        assert [result.score for result in results] == pytest.approx([result.score for result in expected], rel=1e-5)
+        for one, other in zip(results, expected, strict=True):
+            np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, rtol=1e-4, atol=1e-5)
+    assert model.predict([]) == []
+
+
+def test_decisions_are_by_the_threshold(model):
+    """Above it fails, at it passes; without one there is no decision."""
+    images = pictures(3)
+    scores = sorted(result.score for result in model.predict(images, batch_size=1))
+    at_middle = dataclasses.replace(model, threshold=threshold(scores[1]))
+    for result in at_middle.predict(images, batch_size=1):
+        assert result.decision == ("fail" if result.score > scores[1] else "pass")
+    assert [r.decision for r in dataclasses.replace(model, threshold=None).predict(images)] == [None] * 3
+
+
+def test_the_network_sees_the_normalised_image(model, monkeypatch):
+    """(pixel / 255 − mean) / std of the backbone's weights, channels first."""
+    seen = []
+    monkeypatch.setattr(type(model.method), "predict", lambda self, images: seen.append(images) or _nothing(images))
+    pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    model.predict([pixels])
+    expected = (pixels.transpose(2, 0, 1) / 255 - np.array([[[0.485]], [[0.456]], [[0.406]]])) / np.array(
+        [[[0.229]], [[0.224]], [[0.225]]]
+    )
+    np.testing.assert_allclose(seen[0][0].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def _nothing(images: torch.Tensor):
+    from unianom.methods import Prediction
+
+    return Prediction(torch.zeros(len(images), SIDE, SIDE), torch.zeros(len(images)))
+
+
+@pytest.mark.parametrize(
+    "single", ["a.png", Path("a.png"), b"bytes", pictures(1)[0], Image.new("RGB", (9, 9))], ids=type
+)
+def test_a_single_image_is_refused(single, model):
+    with pytest.raises(OptionError, match="put a single image into a list"):
+        model.predict(single)
+
+
+def test_images_that_cannot_be_used_are_named(model, tmp_path):
+    good = pictures(1)[0]
+    with pytest.raises(ImageError, match=r"images\[1\]: there is no file .*none\.png") as raised:
+        model.predict([good, tmp_path / "none.png"])
+    assert raised.value.status == "missing"
+    with pytest.raises(ImageError, match=r"images\[2\]: not an image") as raised:
+        model.predict([good, good, b"text"], batch_size=1)
+    assert raised.value.status == "corrupt"
+    with pytest.raises(ImageError, match=r"images\[0\]: .*the limit is 100") as raised:
+        model.predict([png(good)], limits=ImageLimits(max_pixels=100))
+    assert raised.value.status == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("image", "fault"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"uint8, got \(8, 8, 3\) float32"),
+        (np.zeros((8, 8, 4), np.uint8), r"got \(8, 8, 4\)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"got \(2, 8, 8, 3\)"),
+        (torch.zeros(3, 8, 8), "not Tensor"),
+        (None, "not NoneType"),
+        (Image.new("I;16", (8, 8)), "mode I;16 would be clipped"),
+        (Image.new("F", (8, 8)), "mode F would be clipped"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, fault, model):
+    with pytest.raises(OptionError, match=fault):
+        model.predict([image])
+
+
+def test_a_wrong_batch_size_is_refused(model):
+    with pytest.raises(OptionError, match="batch_size=0"):
+        model.predict(pictures(1), batch_size=0)
+
+
+def test_the_package_offers_load_and_its_types():
+    assert (unianom.load, unianom.Model, unianom.ImageResult) == (load, Model, ImageResult)
+    assert issubclass(type(tiny_method("uniformaly")), Method)
