@@ -1,0 +1,125 @@
+"""Back-patch masking: which patches of an image show the object, told from a vision transformer's attention.
+
+Source: Lee et al., "UniFormaly: Towards Task-Agnostic Unified Framework for Visual Anomaly Detection",
+arXiv 2307.12540. Attention rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unianom.errors import DataError, OptionError
+
+Scope = Literal["image", "batch"]
+
+
+def smooth_attention(attention: Tensor, kernel: int = 7) -> Tensor:
+    """Average pool of stride 1 with zeros around the map, which count in the mean, so borders are damped (eq. 1).
+
+    Args:
+        attention: attention of the CLS token to the patches, averaged over heads, shape (B, h, w).
+        kernel: side of the square window in patches, odd; 1 leaves the map as it is.
+
+    Returns:
+        shape (B, h, w), float32.
+
+    Raises:
+        OptionError: `kernel` is not a positive odd number.
+        DataError: the map has another shape, or holds NaN, infinity or negative values.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise OptionError(f"the smoothing kernel of back-patch masking must be a positive odd number, got {kernel}")
+    if attention.ndim != 3:
+        raise DataError(f"an attention map must have shape (images, height, width), got {tuple(attention.shape)}")
+    attention = attention.float()
+    if not (attention.isfinite() & (attention >= 0)).all():
+        raise DataError("an attention map holds NaN, infinite or negative values; check the backbone and its weights")
+    pooled = F.avg_pool2d(attention[:, None], kernel, stride=1, padding=kernel // 2)  # B 1 h w
+    return pooled[:, 0]  # B h w
+
+
+def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Tensor:
+    """Smoothed attention as a share of its maximum: factors of 0..1 for the patches ("soft masking").
+
+    Args:
+        attention: shape (B, h, w), see `smooth_attention`.
+        kernel: side of the smoothing window; 1 takes the attention as it comes.
+        scope: whose maximum divides: "image" the image's own; "batch" the largest of the batch, as the released code
+            does, which lets the mask of an image depend on the others.
+
+    Returns:
+        shape (B, h, w), float32.
+
+    Raises:
+        OptionError: `kernel` or `scope` is not a valid one.
+        DataError: see `smooth_attention`, or an attention map is zero everywhere.
+    """
+    smooth = smooth_attention(attention, kernel)
+    if scope == "image":
+        largest = smooth.amax(dim=(1, 2), keepdim=True)  # B 1 1
+    elif scope == "batch":
+        largest = smooth.max()
+    else:
+        raise OptionError(f"the scope of back-patch masking must be 'image' or 'batch', got '{scope}'")
+    if not (largest > 0).all():
+        raise DataError("an attention map is zero everywhere, so no patch can be told from the background")
+    return smooth / largest
+
+
+def back_patch_mask(attention: Tensor, kernel: int = 7, threshold: float = 0.1, scope: Scope = "image") -> Tensor:
+    """Patches that show the object: smoothed attention above a share of its maximum.
+
+    Args:
+        attention: shape (B, h, w), see `smooth_attention`.
+        kernel: side of the smoothing window.
+        threshold: share of the maximum, 0 <= threshold < 1.
+        scope: see `soft_mask`.
+
+    Returns:
+        shape (B, h, w), bool, True for patches to keep.
+
+    Raises:
+        OptionError: an option is not a valid one.
+        DataError: see `soft_mask`.
+    """
+    if not 0 <= threshold < 1:
+        raise OptionError(f"the threshold of back-patch masking must be in [0, 1), got {threshold}")
+    return soft_mask(attention, kernel, scope) > threshold
+
+
+def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
+    """How much the CLS token draws on each patch through all layers, skip connections counted.
+
+    For each layer A = rows of (mean over heads + I) scaled to sum 1; the rollout is the CLS row of A_L ··· A_2 A_1.
+    For supervised transformers, whose last CLS attention alone does not show the object.
+
+    Args:
+        attentions: softmaxed attention of every layer, first layer first, each of shape (B, heads, T, T) with the
+            CLS token first.
+
+    Returns:
+        shape (B, T−1), float32: the CLS row without CLS itself.
+
+    Raises:
+        DataError: no layers, shapes that differ, or values that are NaN, infinite or negative.
+    """
+    if not attentions:
+        raise DataError("attention rollout needs the attention of at least one layer")
+    shape = attentions[0].shape
+    if len(shape) != 4 or shape[2] != shape[3] or any(layer.shape != shape for layer in attentions):
+        shapes = [tuple(layer.shape) for layer in attentions]
+        raise DataError(f"attention rollout needs layers of one shape (images, heads, tokens, tokens), got {shapes}")
+    identity = torch.eye(shape[-1], device=attentions[0].device)
+    cls_row = identity[:1].expand(shape[0], 1, -1)  # B 1 T
+    # Only the CLS row of the product is wanted, so it is carried from the last layer down: B·T² each, not B·T³.
+    for layer in reversed(attentions):
+        mixing = layer.float().mean(dim=1) + identity  # B T T
+        if not (mixing.isfinite() & (mixing >= 0)).all():
+            raise DataError("attention rollout was given NaN, infinite or negative attention")
+        cls_row = cls_row @ (mixing / mixing.sum(dim=-1, keepdim=True))  # B 1 T
+    return cls_row[:, 0, 1:]  # B T-1
