@@ -129,10 +129,12 @@ class Shard:
         return (self._gpu_index if on_gpu else self.index).search(queries, width)
 
     def _search_lists(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
-        lists_distances, lists = _nearest_centroids(self._quantizer, self._longest_centroid, queries, self.index.nprobe)
+        centroid_distances, lists = _nearest_centroids(
+            self._quantizer, self._longest_centroid, queries, self.index.nprobe
+        )
 
         def search(some: Float32, width: int, block: Int64) -> tuple[Float32, Int64]:
-            return self.index.search_preassigned(some, width, lists[block], lists_distances[block])
+            return self.index.search_preassigned(some, width, lists[block], centroid_distances[block])
 
         return _exact_nearest(search, self.index, self._longest, queries, k)
 
