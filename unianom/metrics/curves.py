@@ -99,7 +99,7 @@ def _count_flagged(scores: Array, thresholds: Array) -> tuple[Array, Array]:
         return np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
     below = np.searchsorted(scores, thresholds, side="left")
     above = n - below
-    # Searching a large array is dear and ties between real-valued scores are rare: search again only for them.
+    # Searching a large array is dear and few real-valued scores tie: search again only for those that do.
     tied = np.take(scores, below, mode="clip") == thresholds
     above[tied] = n - np.searchsorted(scores, thresholds[tied], side="right")
     return n - below, above
