@@ -92,7 +92,8 @@ def ingest(options: IngestOptions) -> IngestResult:
     """Ingest, continue an interrupted ingest, or find it done.
 
     Raises:
-        DataError: the source is not what its layout says, the output is another's, or too much was rejected.
+        DataError: the source is not what its layout says, two samples have one name, the output is another's, or too
+            much was rejected.
     """
     if options.layout not in LAYOUTS:
         near = get_close_matches(options.layout, LAYOUTS, 1)
@@ -100,6 +101,7 @@ def ingest(options: IngestOptions) -> IngestResult:
         raise OptionError(f"no layout '{options.layout}'{hint} Known: {', '.join(LAYOUTS)}")
     layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
     refs = list(iter_samples(options.layout, options.source, layout_options))
+    check_unique(refs)
     parts = plan_parts(refs, options.part_bytes, options.min_parts)
     output = files.full_uri(options.output)
     plan = {
@@ -120,6 +122,15 @@ def ingest(options: IngestOptions) -> IngestResult:
     shards = ShardSet.open(output)
     check_rejected(shards, options.max_reject_fraction)
     return IngestResult(shards, fresh, rate)
+
+
+def check_unique(refs: Sequence[SampleRef]) -> None:
+    """Raise a DataError if two samples have the same sample_id."""
+    seen: dict[str, str] = {}
+    for ref in refs:
+        if ref.sample_id in seen:
+            raise DataError(f"{seen[ref.sample_id]} and {ref.uri} are both named {ref.sample_id}; names must be unique")
+        seen[ref.sample_id] = ref.uri
 
 
 def check_rejected(shards: ShardSet, most: float) -> None:
@@ -325,10 +336,6 @@ def _commit(output: str, digest: str, plan: dict[str, Any], parts: int) -> None:
     draft = ShardSet(output, {"files": entries}, "")
     columns = ["sample_id", "dataset", "category", "split", "label", "defect", "height", "width", "sha256"]
     table = draft.table(columns=columns).to_pylist()
-    seen = Counter(row["sample_id"] for row in table)
-    twice = [sample_id for sample_id, count in seen.items() if count > 1]
-    if twice:
-        raise DataError(f"sample_id {twice[0]} occurs {seen[twice[0]]} times; sample ids must be unique")
     if not table:
         raise DataError(
             f"not one of {len(rejected)} samples could be read; the reasons are in {output}/_rejected.parquet"

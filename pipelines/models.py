@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from unianom import files
 from unianom.errors import DataError, ModelError
-from unianom.model import Model, is_model, load, local_copy
+from unianom.model import Model, is_model, load
 
 INDEX = "models.json"
 
@@ -31,14 +29,17 @@ class ModelShelf:
         """Find out what lies there.
 
         Raises:
-            ModelError: neither a model folder nor a folder of models.
+            ModelError: neither a model folder nor a folder of models, or its `models.json` is damaged.
         """
         folder = files.full_uri(uri)
         if is_model(folder):
             return ModelShelf(folder, {})
         index = files.join(folder, INDEX)
         if files.exists(index):
-            names: dict[str, str] = files.read_json(index)
+            try:
+                names: dict[str, str] = files.read_json(index)
+            except ValueError as error:
+                raise ModelError(f"{index} is damaged: {error}; copy it again") from error
             return ModelShelf(folder, {category: files.join(folder, name) for category, name in names.items()})
         found = ", ".join(files.list_names(folder)[:5]) or "nothing"
         raise ModelError(f"no model in {folder} (found: {found}); give a folder that jobs/train.py wrote")
@@ -62,12 +63,21 @@ class ModelShelf:
         return self.by_category[category]
 
     def descriptions(self) -> list[dict[str, Any]]:
-        """`model.json` of every model with its digest, without what only loading needs."""
+        """`model.json` of every model with its digest, without what only loading needs.
+
+        Raises:
+            ModelError: one is missing or damaged.
+        """
         found = []
         for folder in self.folders:
             path = files.join(folder, "model.json")
-            content = files.read_json(path)
-            kept = {key: content[key] for key in ("method", "config", "categories", "threshold", "provenance")}
+            try:
+                content = files.read_json(path)
+                kept = {key: content[key] for key in ("method", "config", "categories", "threshold", "provenance")}
+            except FileNotFoundError as error:
+                raise ModelError(f"{path} is missing; copy the whole folder again or fit the model again") from error
+            except (ValueError, KeyError) as error:
+                raise ModelError(f"{path} is damaged ({error!r}); copy it again or fit the model again") from error
             found.append({"digest": files.sha256_file(path), **kept})
         return found
 
@@ -78,11 +88,9 @@ def write_index(uri: str, names: dict[str, str]) -> None:
 
 
 def load_model(folder: str, device: str) -> Model:
-    """Load a model, from an object store by way of this machine's disk.
+    """Load a model from a path or URI.
 
     Raises:
         ModelError, OptionError: as `unianom.load`.
     """
-    if files.is_local(folder):
-        return load(folder, device)
-    return load(local_copy(folder, Path(mkdtemp(prefix="unianom-model-")) / "model"), device)
+    return load(folder, device)

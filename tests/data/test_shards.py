@@ -153,7 +153,7 @@ def test_a_part_without_rows_reads_as_none(tmp_path):
 def test_required_columns_cannot_be_null(tmp_path):
     with pytest.raises(pa.ArrowInvalid, match="non-nullable"):
         write_part(tmp_path, "part-0.parquet", [sample(0, "train", sha256=None)])
-    gc.collect()  # the unfinished writer, here rather than in another test
+    gc.collect(1)  # the unfinished writer, here rather than in another test
     assert list(tmp_path.iterdir()) == []
 
 
