@@ -51,7 +51,7 @@ def run_demo(options: DemoOptions) -> None:
     report = str(root / "report.html")
 
     _say("1/6 draw a corpus in MVTec AD layout", None)
-    draw_corpus(paths["corpus"], seed=options.seed)
+    draw_corpus(paths["corpus"], train=60, seed=options.seed)
 
     _say("2/6 ingest", f"ingest.py --layout mvtec --source {paths['corpus']} --output {paths['shards']}")
     ingest(IngestOptions("mvtec", paths["corpus"], paths["shards"], runtime=options.runtime))
@@ -67,9 +67,7 @@ def run_demo(options: DemoOptions) -> None:
 
     command = f"evaluate.py --scores {paths['scores']} --shards {paths['shards']} --output {paths['evaluation']}"
     _say("5/6 evaluate", command)
-    content = evaluate(
-        EvaluateOptions(paths["scores"], paths["shards"], paths["evaluation"], runtime=options.runtime)
-    )
+    content = evaluate(EvaluateOptions(paths["scores"], paths["shards"], paths["evaluation"], runtime=options.runtime))
 
     _say("6/6 report", f"report.py --evaluation {paths['evaluation']} --output {report}")
     write_report(ReportOptions(paths["evaluation"], report))

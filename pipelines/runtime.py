@@ -179,14 +179,18 @@ class Progress:
 
     def __init__(self, label: str, total: int, unit: str = "images") -> None:
         self._label, self._total, self._unit = label, total, unit
-        self._done, self._start, self._last = 0, time.monotonic(), time.monotonic()
+        self._done, self._start, self._last = 0, time.monotonic(), 0.0
+        self._first: tuple[float, int] | None = None
         self._terminal = sys.stderr.isatty()
 
     def advance(self, count: int) -> None:
         """So many more are done."""
         self._done += count
         now = time.monotonic()
-        if now - self._last >= (0.2 if self._terminal else 10):
+        if self._first is None:
+            # what came before the first result was starting, and says nothing of the rate
+            self._first, self._last = (now, self._done), now
+        elif now - self._last >= (0.2 if self._terminal else 10):
             self._last = now
             self._print(end="\r" if self._terminal else "\n")
 
@@ -195,20 +199,18 @@ class Progress:
         self.advance(done - self._done)
 
     def close(self) -> float:
-        """Print the last line; returns units per second."""
-        self._print(end="\n")
-        return self._rate
-
-    @property
-    def _rate(self) -> float:
-        return self._done / max(time.monotonic() - self._start, 1e-9)
+        """Print the last line; returns units per second, start-up included."""
+        seconds = time.monotonic() - self._start
+        rate = self._done / max(seconds, 1e-9)
+        self._show(f"{rate:.1f}/s, {seconds:.0f} s", "\n")
+        return rate
 
     def _print(self, end: str) -> None:
-        left = (self._total - self._done) / self._rate if self._done else math.inf
-        tail = f"{left:.0f} s left" if self._done < self._total and self._done else f"{self._seconds:.0f} s"
-        line = f"{self._label}: {self._done}/{self._total} {self._unit}, {self._rate:.1f}/s, {tail}"
-        print(f"{line:<78}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+        assert self._first is not None
+        rate = (self._done - self._first[1]) / max(time.monotonic() - self._first[0], 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        self._show(f"{rate:.1f}/s, {left:.0f} s left", end)
 
-    @property
-    def _seconds(self) -> float:
-        return time.monotonic() - self._start
+    def _show(self, tail: str, end: str) -> None:
+        line = f"{self._label}: {self._done}/{self._total} {self._unit}, {tail}"
+        print(f"{line:<78}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

@@ -17,8 +17,9 @@ class BankConfig:
         projection: dimension of the random projection in which the coreset is chosen; 0 for none.
         start_points: random patches whose mean distance starts the greedy choice.
         seed: of projection and start points.
-        index: "flat" searches every vector; "ivf_flat" only `probes` of `lists` cells (exact distances).
-        lists, probes: cells of "ivf_flat", and how many are searched.
+        index: "flat" searches every vector; "ivf_flat" only `nprobe` of `nlist` k-means lists (exact distances).
+        nlist: lists of "ivf_flat"; null takes about the square root of the bank's rows.
+        nprobe: how many of them are searched.
         shards: parts of the bank; the search result does not depend on it.
     """
 
@@ -27,8 +28,8 @@ class BankConfig:
     start_points: int = 10
     seed: int = 0
     index: Literal["flat", "ivf_flat"] = "flat"
-    lists: int = 256
-    probes: int = 8
+    nlist: int | None = None
+    nprobe: int = 8
     shards: int = 1
 
     def __post_init__(self) -> None:
@@ -36,5 +37,5 @@ class BankConfig:
             raise OptionError(f"bank.coreset_ratio={self.coreset_ratio} must be in (0, 1]")
         if self.projection < 0 or self.start_points < 1 or self.shards < 1:
             raise OptionError("bank: projection must be >= 0, start_points and shards >= 1")
-        if self.index == "ivf_flat" and not 1 <= self.probes <= self.lists:
-            raise OptionError(f"bank: need 1 <= probes <= lists, got {self.probes} and {self.lists}")
+        if self.nprobe < 1 or (self.nlist is not None and self.nlist < self.nprobe):
+            raise OptionError(f"bank: need 1 <= nprobe <= nlist, got nprobe={self.nprobe} and nlist={self.nlist}")
