@@ -105,29 +105,16 @@ def _count_flagged(scores: Array, thresholds: Array) -> tuple[Array, Array]:
     return n - below, above
 
 
-def area_share(points: OperatingPoints, limit: float = 1.0) -> Array:
-    """(k,) what one anomalous score at each threshold adds to the normalised area over FPR in [0, limit], 0 to 1.
-
-    An anomalous score t is found from the false-positive rate of "above t" on; where normal scores tie with it, it
-    counts in part, rising linearly to 1 at the rate of "at or above t" (the diagonal segment of the trapezoid
-    rule). Its share is the integral of that step or ramp up to `limit`, cut there exactly, over `limit`. The mean
-    of the shares of all anomalous scores is the area under their recall curve.
-    """
-    start = points.false_positives_above / points.n_normal
-    end = points.false_positives / points.n_normal
-    start_cut, end_cut = np.minimum(start, limit), np.minimum(end, limit)
-    ramp = np.divide((end_cut - start_cut) ** 2, 2 * (end - start), out=np.zeros_like(end), where=end > start)
-    return (limit - end_cut + ramp) / limit
-
-
 def auroc(points: OperatingPoints) -> float:
     """Area under the ROC curve by the trapezoid rule, ties as diagonals; below 0.5 stays below 0.5.
 
-    NaN unless there are both normal and anomalous scores.
+    One minus the mean share of normal scores above an anomalous score, those that tie with it counted half. NaN
+    unless there are both normal and anomalous scores.
     """
     if not points.defined:
         return float("nan")
-    return float(np.sum(points.found * area_share(points)) / points.n_anomalous)
+    lost = np.sum(points.found * ((points.false_positives_above + points.false_positives) / 2))
+    return float(1 - lost / points.n_anomalous / points.n_normal)
 
 
 def average_precision(points: OperatingPoints) -> float:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from unianom.errors import DataError, OptionError
-from unianom.metrics.curves import Array, Curve, OperatingPoints, area_share, operating_points, rising_curve
+from unianom.metrics.curves import Array, Curve, OperatingPoints, operating_points, rising_curve
 
 AuproVariant = Literal["exact", "legacy_global_200", "legacy_per_image"]
 
@@ -144,8 +144,22 @@ def aupro_of(maps: Sequence[SplitMap], points: OperatingPoints, limit: float, va
     region, sizes = _regions_of(maps)
     # PRO is a mean of recalls, so its area is the mean over regions of the mean share of their pixels. The exact
     # sum over regions makes the result independent of the order of the images.
-    share = area_share(points, limit)[points.position]  # one value an anomalous pixel
+    share = _area_share(points, limit)[points.position]  # one value an anomalous pixel
     return math.fsum(np.bincount(region, weights=share) / sizes) / len(sizes)
+
+
+def _area_share(points: OperatingPoints, limit: float) -> Array:
+    """(k,) what one anomalous pixel at each threshold adds to the area over FPR in [0, limit] / limit, 0 to 1.
+
+    A pixel with score t is found from the false-positive rate of "above t" on; where normal pixels tie with it, it
+    counts in part, rising linearly to 1 at the rate of "at or above t" (the diagonal segment of the trapezoid
+    rule). Its share is the integral of that step or ramp up to `limit`, cut there exactly, over `limit`.
+    """
+    start = points.false_positives_above / points.n_normal
+    end = points.false_positives / points.n_normal
+    start_cut, end_cut = np.minimum(start, limit), np.minimum(end, limit)
+    ramp = np.divide((end_cut - start_cut) ** 2, 2 * (end - start), out=np.zeros_like(end), where=end > start)
+    return (limit - end_cut + ramp) / limit
 
 
 def pro_curve(maps: Sequence[SplitMap], points: OperatingPoints, max_points: int = 1000) -> Curve:
