@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 from PIL import Image
 
@@ -20,9 +22,9 @@ from unianom import files
 from unianom.backbones import BackboneConfig
 from unianom.data.image import ImageLimits
 from unianom.errors import ImageError, ModelError, OptionError
-from unianom.methods import METHODS, Method
-from unianom.methods.patchcore import PatchCoreConfig
-from unianom.methods.uniformaly import UniFormalyConfig
+from unianom.methods import METHODS, Method, Prediction
+from unianom.methods.patchcore import PatchCore, PatchCoreConfig
+from unianom.methods.uniformaly import UniFormaly
 from unianom.model import ImageResult, Model, is_model, load, local_copy
 from unianom.thresholds import Threshold
 
@@ -83,21 +85,34 @@ def test_a_loaded_model_is_the_saved_one(model, folder):
     assert same(loaded.predict(pictures()), model.predict(pictures()))
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("name", ["uniformaly", "patchcore"])
-def test_a_model_with_real_weights_is_loaded_without_their_file(name, real_data, tmp_path):
-    """Its folder holds the weights: the file they came from may be gone."""
-    file = {"uniformaly": "vit_tiny_patch16_224", "patchcore": "resnet18_to_layer3"}[name]
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes((real_data / "weights" / f"{file}.safetensors").read_bytes())
-    backbone = BackboneConfig(file.removesuffix("_to_layer3"), str(weights))
-    config = UniFormalyConfig(backbone=backbone, input=INPUT)
-    if name == "patchcore":
-        config = PatchCoreConfig(backbone=backbone, input=INPUT, dimension=128)
-    model = Model(fit(METHODS[name](config)))
-    model.save(tmp_path / "model")
+def outlives_its_weights_file(method: Method, weights: Path, folder: Path) -> None:
+    """The folder holds the weights, and remembers in its config where they came from."""
+    model = Model(fit(method))
+    model.save(folder)
     weights.unlink()
-    assert same(load(tmp_path / "model").predict(pictures()), model.predict(pictures()))
+    loaded = load(folder)
+    assert loaded.method.config == model.method.config
+    assert loaded.method.config.backbone.weights == str(weights)
+    assert same(loaded.predict(pictures()), model.predict(pictures()))
+
+
+def test_a_model_outlives_its_weights_file(tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(timm.create_model("resnet10t").state_dict(), weights)
+    config = PatchCoreConfig(backbone=BackboneConfig("resnet10t", str(weights)), input=INPUT, dimension=96)
+    outlives_its_weights_file(PatchCore(config), weights, tmp_path / "model")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("cls", "options", "name"),
+    [(UniFormaly, {}, "vit_tiny_patch16_224"), (PatchCore, {"dimension": 128}, "resnet18_to_layer3")],
+)
+def test_a_model_with_real_weights_outlives_their_file(cls, options, name, real_data, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes((real_data / "weights" / f"{name}.safetensors").read_bytes())
+    backbone = BackboneConfig(name.removesuffix("_to_layer3"), str(weights))
+    outlives_its_weights_file(cls(cls.Config(backbone=backbone, input=INPUT, **options)), weights, tmp_path / "model")
 
 
 def test_saving_the_same_model_twice_gives_the_same_bytes(model, folder, tmp_path):
@@ -326,19 +341,18 @@ def test_decisions_are_by_the_threshold(model):
 def test_the_network_sees_the_normalised_image(model, monkeypatch):
     """(pixel / 255 − mean) / std of the backbone's weights, channels first."""
     seen = []
-    monkeypatch.setattr(type(model.method), "predict", lambda self, images: seen.append(images) or _nothing(images))
+
+    def predict(_method: Method, images: torch.Tensor) -> Prediction:
+        seen.append(images)
+        return Prediction(torch.zeros(len(images), SIDE, SIDE), torch.zeros(len(images)))
+
+    monkeypatch.setattr(type(model.method), "predict", predict)
     pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     model.predict([pixels])
     expected = (pixels.transpose(2, 0, 1) / 255 - np.array([[[0.485]], [[0.456]], [[0.406]]])) / np.array(
         [[[0.229]], [[0.224]], [[0.225]]]
     )
     np.testing.assert_allclose(seen[0][0].numpy(), expected, rtol=1e-5, atol=1e-6)
-
-
-def _nothing(images: torch.Tensor):
-    from unianom.methods import Prediction
-
-    return Prediction(torch.zeros(len(images), SIDE, SIDE), torch.zeros(len(images)))
 
 
 @pytest.mark.parametrize(
@@ -386,4 +400,3 @@ def test_a_wrong_batch_size_is_refused(model):
 
 def test_the_package_offers_load_and_its_types():
     assert (unianom.load, unianom.Model, unianom.ImageResult) == (load, Model, ImageResult)
-    assert issubclass(type(tiny_method("uniformaly")), Method)

@@ -18,7 +18,6 @@ from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method
-from unianom.methods.layers.bank import BankConfig
 from unianom.methods.patchcore import PatchCoreConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 
@@ -127,6 +126,3 @@ def sharp_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = Path(tmp_path_factory.mktemp("weights")) / "sharp_vit.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
     return str(path)
-
-
-__all__ = ["BankConfig", "INPUT", "INVALID_BANKS", "SIDE", "TINY", "Tiny", "VIT", "VIT_OPTIONS"]
