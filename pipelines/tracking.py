@@ -316,7 +316,6 @@ def track(
         parent: id of the run that this one belongs to, e.g. the tuning of a trial.
 
     Raises:
-        OptionError: no tracking URI is given and the output does not lie on this machine's disk.
         TrackingError: the tracking server cannot be reached (within a minute), or refuses.
     """
     if not options.enabled:
@@ -325,6 +324,13 @@ def track(
     output = files.full_uri(output)
     with _environment(_QUIET), _quiet_loggers():
         uri = options.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(default_folder, output)
+        if uri is None:
+            print(
+                f"not recorded in MLflow: {mask_credentials(output)} lies on an object store, beside which MLflow can "
+                f"keep no SQLite file; give a server with --tracking.mlflow_uri or MLFLOW_TRACKING_URI"
+            )
+            yield Run()
+            return
         with _environment(_IMPATIENT):
             run = _open_run(uri, options.experiment, job, output, plan, parent)
             run.params(params)
@@ -393,14 +399,10 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     return found.experiment_id
 
 
-def _default_uri(default_folder: str | None, output: str) -> str:
-    """The SQLite store beside the output."""
+def _default_uri(default_folder: str | None, output: str) -> str | None:
+    """The SQLite store beside the output; None beside an output that is not on this machine's disk."""
     if not files.is_local(default_folder or output):
-        raise OptionError(
-            f"{mask_credentials(output)} lies on an object store, beside which MLflow can keep no SQLite file; give a "
-            f"tracking URI with --tracking.mlflow_uri or MLFLOW_TRACKING_URI, or record nothing with "
-            f"--tracking.enabled false"
-        )
+        return None
     path = Path(files.full_uri(default_folder)) if default_folder else Path(output).parent
     path.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path / 'mlflow.db'}"

@@ -62,6 +62,8 @@ def train(options: Any) -> list[FitResult]:
     name = next(name for name, method in METHODS.items() if method.Config is type(options.method))
     output = files.full_uri(options.output)
     with track(options.tracking, "train", output, {"method_name": name, **to_plain(options)}) as run:
+        if options.register_as is not None and run.id is None:
+            raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
         results = fit_banks(name, options.method, options)
         for result in results:
             _record(run, result, options, single=not options.per_category)

@@ -261,12 +261,12 @@ def test_no_credential_reaches_the_store(folder, monkeypatch):
     assert b'[{"uri": "sftp://***@host/weights.pth?token=***"}, 1]' in (folder / "mlflow.db").read_bytes()
 
 
-def test_an_output_on_an_object_store_needs_a_tracking_uri(folder, monkeypatch):
-    with (
-        pytest.raises(OptionError, match=r"memory://.*object store.*--tracking\.mlflow_uri"),
-        track(OPTIONS, "train", "memory://model", {}),
-    ):
-        pass
+def test_an_output_on_an_object_store_needs_a_tracking_uri(folder, monkeypatch, capsys):
+    with track(OPTIONS, "train", "memory://model", {}) as run:
+        assert run.id is None
+    said = capsys.readouterr().out
+    assert "not recorded in MLflow: memory://" in said
+    assert "--tracking.mlflow_uri" in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     with track(OPTIONS, "train", "memory://bucket/model", {}) as run:
         assert run.uri == f"sqlite:///{folder}/mlflow.db"
