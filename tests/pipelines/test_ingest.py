@@ -620,6 +620,18 @@ def test_an_interrupted_job_continues_to_the_same_bytes(corpus, tmp_path, units,
     assert "continuing: 24 samples are stored already" in capsys.readouterr().out
 
 
+def test_the_record_of_another_plan_is_not_trusted(corpus, tmp_path, units):
+    ingest(options(corpus, tmp_path))
+    whole = contents(tmp_path / "shards")
+    (tmp_path / "shards" / MANIFEST).unlink()
+    record = json.loads(whole["part-00002.json"])
+    (tmp_path / "shards" / "part-00002.json").write_text(json.dumps({**record, "plan": "another"}))
+    units.clear()
+    ingest(options(corpus, tmp_path))
+    assert units == [2]
+    assert contents(tmp_path / "shards") == whole
+
+
 @pytest.mark.parametrize("changes", [{"resize": 64}, {"limits": ImageLimits(max_pixels=5000)}, {"min_parts": 5}])
 def test_another_plan_does_not_touch_what_is_there(corpus, tmp_path, units, changes):
     ingest(options(corpus, tmp_path))
