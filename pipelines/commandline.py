@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jsonargparse
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from unianom.errors import OptionError, UnianomError
-from unianom.serialise import to_plain
 
 DONE, FAILED, WRONG_OPTIONS = 0, 1, 2
 
@@ -221,8 +219,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*row, style="bold" if number >= len(rows) - footer else None)
     wide = Console(highlight=False, width=max(console.width, 160)) if not console.is_terminal else console
     wide.print(table)
-
-
-def dump_options(options: Any) -> str:
-    """The resolved options as YAML, as `--config` takes them."""
-    return yaml.safe_dump(to_plain(options), sort_keys=False)

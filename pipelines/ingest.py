@@ -304,6 +304,8 @@ def read_image_file(uri: str, tries: int = 3) -> bytes:
         except IsADirectoryError as error:
             raise ImageError("unsupported", f"a folder, not an image file: {uri}") from error
         except PermissionError as error:
+            if not files.is_local(uri):  # a store answers so when credentials expire, which is no fault of the image
+                raise DataError(f"no permission to read {uri}; renew the credentials and run again") from error
             raise ImageError("missing", f"no permission to read {uri}") from error
         except OSError as error:
             if attempt == tries:

@@ -1,9 +1,9 @@
 """unianom: unified visual anomaly detection.
 
-    import unianom
-    model = unianom.load("runs/model")
-    for result in model.predict(["a.png", "b.png"]):
-        print(result.score, result.decision, result.anomaly_map.shape)
+import unianom
+model = unianom.load("runs/model")
+for result in model.predict(["a.png", "b.png"]):
+    print(result.score, result.decision, result.anomaly_map.shape)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -31,3 +31,7 @@ class ImageError(UnianomError):
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Both arguments, so that the error survives the way from a worker to the driver."""
+        return type(self), (self.status, str(self))

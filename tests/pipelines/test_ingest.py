@@ -792,3 +792,9 @@ def test_a_test_image_that_is_also_a_training_image_is_found(corpus, tmp_path, u
         "mvtec/nut/train/good/003.png",
     ]
     assert summary["duplicates_with_other_label"]["groups"] == 0
+
+
+def test_a_store_that_refuses_fails_the_job_instead_of_rejecting_every_image(monkeypatch, naps):
+    flaky(monkeypatch, PermissionError("Forbidden"))
+    with pytest.raises(DataError, match="renew the credentials"):
+        read_image_file("memory://bucket/a.png")
