@@ -160,7 +160,7 @@ def run_units(
         _Actor,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": options.cpus_per_worker},
         batch_size=1,
-        compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+        compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
         num_cpus=options.cpus_per_worker,
         num_gpus=options.gpus_per_worker or None,
     )

@@ -1,0 +1,16 @@
+"""Measure how fast the project is, as ratios to what it stands on and to what else does the same work.
+
+python jobs/benchmark.py pipe --model runs/uniformaly --shards shards/mvtec --output benchmarks/pipe.json
+"""
+
+from pipelines.benchmark import BENCHMARKS, measure, print_report
+from pipelines.commandline import run
+
+
+def main(options: object) -> None:
+    """Measure and print the ratios."""
+    print_report(measure(options))
+
+
+if __name__ == "__main__":
+    run(main, {name: options for name, (options, _) in BENCHMARKS.items()})
