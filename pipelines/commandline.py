@@ -45,7 +45,7 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
             raise
         if debug:
             traceback.print_exc()
-        known = _user_error(error)
+        known = user_error(error)
         if isinstance(known, OptionError):
             _exit(WRONG_OPTIONS, str(known))
         if known is not None:
@@ -177,7 +177,7 @@ def _summary(options: type) -> str:
     return (options.__doc__ or "").split("\n\n")[0]
 
 
-def _user_error(error: BaseException) -> UnianomError | None:
+def user_error(error: BaseException) -> UnianomError | None:
     """The error meant for the user inside what Ray and others wrapped around it."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]

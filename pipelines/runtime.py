@@ -12,15 +12,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from unianom.errors import OptionError
+from pipelines.commandline import user_error
+from unianom.errors import DataError, ModelError, OptionError, UnianomError, WeightsError
 
 STARTED, ENDED = "_started", "_ended"
 """Keys of a unit's result: when its actor began and ended it, in seconds since 1970."""
+
+ERROR = "_error"
+"""Key of the result of a unit that failed for a reason the user can mend: class and message."""
+
+ERRORS: dict[str, type[UnianomError]] = {
+    error.__name__: error for error in (DataError, ModelError, OptionError, WeightsError)
+}
 
 
 @dataclass(frozen=True)
@@ -111,15 +120,27 @@ class _Actor:
     """What Ray Data runs: a batch of one unit, as JSON, to a batch of one result, as JSON."""
 
     def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
-        set_threads(threads)
-        self._worker: UnitWorker = worker(**arguments)
+        # the worker is not made here: what fails in an actor's constructor is told as the actor's death
+        self._make = partial(worker, **arguments)
+        self._threads = threads
+        self._worker: UnitWorker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self._timed(unit)) for unit in batch["item"]]}
+        return {"result": [json.dumps(self._told(unit)) for unit in batch["item"]]}
 
-    def _timed(self, unit: dict[str, Any]) -> dict[str, Any]:
-        start = time.time()
-        return {**self._worker.run(unit), STARTED: start, ENDED: time.time()}
+    def _told(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """A unit's result, or the user's error as a result: Ray Data replaces exceptions by its own on their way."""
+        try:
+            if self._worker is None:
+                set_threads(self._threads)
+                self._worker = self._make()
+            start = time.time()
+            return {**self._worker.run(unit), STARTED: start, ENDED: time.time()}
+        except Exception as error:
+            known = user_error(error)
+            if known is None:
+                raise
+            return {ERROR: [type(known).__name__, str(known)]}
 
 
 def set_threads(threads: int) -> None:
@@ -148,6 +169,9 @@ def run_units(
         arguments: of its constructor.
         units: plain data, one dict a unit.
         options: size of the pool.
+
+    Raises:
+        UnianomError: what a worker raised for the user, as it raised it.
     """
     if not units:
         return
@@ -165,7 +189,11 @@ def run_units(
         num_gpus=options.gpus_per_worker or None,
     )
     for row in dataset.iter_rows():
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        if ERROR in result:
+            name, message = result[ERROR]
+            raise ERRORS.get(name, UnianomError)(message)
+        yield result
 
 
 class Progress:

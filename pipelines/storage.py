@@ -72,7 +72,8 @@ def commit_part(output: str, part: str, record: dict[str, Any]) -> None:
 
 
 def _record_name(part: str) -> str:
-    return part.removesuffix(".parquet") + ".json"
+    # readers of Parquet folders pass over names that begin with an underscore
+    return "_" + part.removesuffix(".parquet") + ".json"
 
 
 def finish(output: str, manifest: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ from unianom.methods.layers.bank import BankConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 
 UNTRACKED = TrackingOptions(enabled=False)
+ONE = RuntimeOptions(workers=1)
+"""Most of a short job is starting its actors, so tests take one unless they are about their number."""
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,7 @@ class Small:
 def small(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Small:
     root = tmp_path_factory.mktemp("small")
     draw_corpus(root / "corpus", ("weave", "cog"), train=12, good=4, per_defect=2, size=64)
-    ingest(IngestOptions("mvtec", str(root / "corpus"), str(root / "shards")))
+    ingest(IngestOptions("mvtec", str(root / "corpus"), str(root / "shards"), runtime=ONE))
     return Small(root / "corpus", root / "shards")
 
 
@@ -68,6 +70,7 @@ def tiny_training(shards: Path, output: Path, **changes: Any) -> Any:
     defaults: dict[str, Any] = {
         "method": tiny_method(),
         "tracking": UNTRACKED,
+        "runtime": ONE,
         "threshold": ThresholdOptions(target_fpr=0.5, validation_fraction=0.3),
     }
     return train_options()["uniformaly"](shards=str(shards), output=str(output), **{**defaults, **changes})

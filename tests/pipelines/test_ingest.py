@@ -368,7 +368,7 @@ def test_the_bytes_of_a_part_do_not_depend_on_threads_or_repetition(tmp_path, re
         made.append(contents(output))
         assert [row["sample_id"] for row in rows] == [r.sample_id for n, r in enumerate(refs) if n % 7 != 3]
         assert list(rejected) == [r.sample_id for n, r in enumerate(refs) if n % 7 == 3]
-    assert sorted(made[0]) == ["part-00000.json", "part-00000.parquet"]
+    assert sorted(made[0]) == ["_part-00000.json", "part-00000.parquet"]
     assert all(other == made[0] for other in made)
     run_part(tmp_path / "out0", refs, resize=resize)
     assert contents(tmp_path / "out0") == made[0]
@@ -612,7 +612,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(corpus, tmp_path, units,
         (output / MANIFEST).unlink()
         (output / "part-00003.parquet.0a1b2c3d.tmp").write_bytes(b"half")
         for number in range(left, 4):
-            (output / f"part-{number:05d}.json").unlink()
+            (output / f"_part-{number:05d}.json").unlink()
         units.clear()
         assert ingest(options(corpus, tmp_path, output=str(output))).fresh
         assert units == list(range(left, 4))
@@ -624,8 +624,8 @@ def test_the_record_of_another_plan_is_not_trusted(corpus, tmp_path, units):
     ingest(options(corpus, tmp_path))
     whole = contents(tmp_path / "shards")
     (tmp_path / "shards" / MANIFEST).unlink()
-    record = json.loads(whole["part-00002.json"])
-    (tmp_path / "shards" / "part-00002.json").write_text(json.dumps({**record, "plan": "another"}))
+    record = json.loads(whole["_part-00002.json"])
+    (tmp_path / "shards" / "_part-00002.json").write_text(json.dumps({**record, "plan": "another"}))
     units.clear()
     ingest(options(corpus, tmp_path))
     assert units == [2]

@@ -30,7 +30,7 @@ def test_a_plan_claims_a_new_folder_and_finds_it_again(output):
     digest = storage.claim(output, PLAN, False, "ingest")
     assert digest == files.digest_of(PLAN)
     assert files.read_json(files.join(output, storage.PLAN)) == {"digest": digest, "plan": PLAN}
-    put(output, "part-00000.parquet", "part-00000.json")
+    put(output, "part-00000.parquet", "_part-00000.json")
     before = files.list_names(output)
     reordered = dict(reversed(PLAN.items()))
     assert storage.claim(output, reordered, False, "ingest") == digest
@@ -40,7 +40,7 @@ def test_a_plan_claims_a_new_folder_and_finds_it_again(output):
 def test_overwrite_keeps_the_work_of_the_same_plan(output):
     """So that the command, with its --overwrite, continues after a crash."""
     storage.claim(output, PLAN, True, "ingest")
-    put(output, "part-00000.parquet", "part-00000.json")
+    put(output, "part-00000.parquet", "_part-00000.json")
     storage.claim(output, PLAN, True, "ingest")
     assert "part-00000.parquet" in files.list_names(output)
 
@@ -56,7 +56,7 @@ def test_another_plan_is_refused_and_what_differs_is_named(output):
 
 def test_overwrite_removes_the_work_of_another_plan(output):
     storage.claim(output, PLAN, False, "ingest")
-    put(output, "part-00000.parquet", "part-00000.json", MANIFEST, "bank/index")
+    put(output, "part-00000.parquet", "_part-00000.json", MANIFEST, "bank/index")
     digest = storage.claim(output, {**PLAN, "source": "b"}, True, "ingest")
     assert files.list_names(output) == [storage.PLAN]
     assert files.read_json(files.join(output, storage.PLAN))["digest"] == digest
@@ -80,7 +80,7 @@ def test_what_a_killed_run_left_half_written_is_no_obstacle(output):
 def test_a_removal_may_be_killed_at_any_point(output, removals, monkeypatch):
     """What is left is never taken for complete, nor a part for committed, and the same command goes on."""
     storage.claim(output, PLAN, False, "ingest")
-    parts = {"part-00000.parquet": "part-00000.json", "part-00001.parquet": "part-00001.json"}
+    parts = {"part-00000.parquet": "_part-00000.json", "part-00001.parquet": "_part-00001.json"}
     put(output, *parts, *parts.values(), MANIFEST)
     remove, left = files.remove, [removals]
 
@@ -110,7 +110,7 @@ def test_a_part_counts_once_its_record_is_there(output):
     assert storage.part_record(output, "part-00000.parquet") is None
     storage.commit_part(output, "part-00000.parquet", {"plan": "d", "rows": 3})
     assert storage.part_record(output, "part-00000.parquet") == {"plan": "d", "rows": 3}
-    assert files.list_names(output) == ["part-00000.json", "part-00000.parquet"]
+    assert files.list_names(output) == ["_part-00000.json", "part-00000.parquet"]
 
 
 def test_finishing_sweeps_first_and_writes_the_manifest_last(output, monkeypatch):
