@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
-from pipelines.benchmark import BENCHMARKS, Measured, Turn, interleave, span
-from pipelines.peers import plain_coreset, swept_aupro
+import unianom
+from pipelines.benchmark import (
+    BENCHMARKS,
+    CoresetBenchmark,
+    Measured,
+    PipeBenchmark,
+    StagedScorer,
+    Turn,
+    cover_radius,
+    interleave,
+    measure,
+    print_report,
+    scorer_arguments,
+    span,
+)
+from pipelines.peers import bare_network, plain_coreset, swept_aupro
 from pipelines.runtime import ENDED, STARTED
+from pipelines.scoring import PartScorer
+from tests.pipelines.conftest import tiny_method
+from tests.pipelines.evaluated import Scored
+from tests.pipelines.evaluated import _write_shards as write_shards
+from unianom.data.shards import ShardSet
+from unianom.errors import OptionError
 from unianom.memory.coreset import farthest_points
+from unianom.memory.index import MemoryBank
+from unianom.methods.uniformaly import UniFormaly
 from unianom.metrics.pixel import pixel_metrics
+from unianom.model import Model
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -43,6 +71,8 @@ def test_the_swept_aupro_is_near_the_exact_one() -> None:
     masks[1, 25:30, 25:35] = True
     maps = (generator.random(masks.shape) + masks * generator.random((6, 1, 1))).astype(np.float32)
     assert swept_aupro(maps, masks) == pytest.approx(pixel_metrics(maps, masks).aupro, abs=0.02)
+    published = pixel_metrics(maps, masks, aupro_variant="legacy_global_200").aupro
+    assert swept_aupro(maps, masks) == pytest.approx(published, abs=1e-9)
 
 
 def test_the_plain_coreset_makes_the_same_picks() -> None:
@@ -51,6 +81,78 @@ def test_the_plain_coreset_makes_the_same_picks() -> None:
     differences = features[:, None].astype(np.float64) - features[starts]
     initial = np.sqrt((differences**2).sum(-1)).mean(1)
     assert plain_coreset(features, starts, 40) == farthest_points(features, initial, 40).indices.tolist()
+
+
+def test_the_cover_radius_is_the_largest_distance_to_a_pick() -> None:
+    features = np.array([[0, 0], [3, 4], [3, 5], [10, 0]], np.float32)
+    assert cover_radius(features, np.array([0, 2])) == pytest.approx(np.sqrt(49 + 25))
+    assert cover_radius(features, np.arange(4)) == 0
+
+
+def test_a_coreset_benchmark_end_to_end(tmp_path: Path) -> None:
+    features, output = tmp_path / "features.npy", tmp_path / "coreset.json"
+    np.save(features, np.random.default_rng(2).normal(size=(500, 12)).astype(np.float32))
+    options = CoresetBenchmark(str(output), features=str(features), rows=400, count=40, projection=6, rounds=2)
+    content = measure(options)
+    assert json.loads(output.read_text()) == content
+    (table,) = content["tables"].values()
+    assert table["plain"]["picks we share by its start rule"] == "40/40"
+    assert table["plain"]["cover radius"] == table["unianom"]["cover radius"]
+    print_report(content)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"model": "m"}, {"features": "f", "model": "m", "shards": "s"}, {"features": "f", "rows": 3, "count": 4}],
+)
+def test_coreset_options_that_do_not_fit_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"give either|count <= rows"):
+        CoresetBenchmark("output.json", **given)
+
+
+@pytest.fixture(scope="module")
+def model_and_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ShardSet]:
+    """A tiny model with a bank, and a few images to score."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    generator = np.random.default_rng(3)
+    samples = [
+        Scored(f"{number}.png", "disc", 0, "good", generator.integers(0, 256, (70, 80, 3), dtype=np.uint8), None)
+        for number in range(5)
+    ]
+    method = UniFormaly(tiny_method())
+    method.bank = MemoryBank.build(generator.normal(size=(50, method.encoder.dimension)).astype(np.float32))
+    Model(method, ["disc"]).save(folder / "model")
+    return str(folder / "model"), write_shards(folder / "shards", samples, 2)
+
+
+def test_the_bare_network_is_whole_and_has_the_weights_of_the_model(model_and_shards: tuple[str, ShardSet]) -> None:
+    method: Any = unianom.load(model_and_shards[0]).method
+    network: Any = bare_network(unianom.load(model_and_shards[0]))
+    assert (len(method.encoder.vit.blocks), len(network.blocks)) == (3, 12)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        tokens = network.forward_intermediates(images, indices=[1], output_fmt="NLC", intermediates_only=True)[0]
+        torch.testing.assert_close(method.encoder(images).tokens[1], tokens)
+        assert network.forward_features(images).shape == (2, 17, 192)
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_measuring_the_stages_changes_nothing(
+    model_and_shards: tuple[str, ShardSet], tmp_path: Path, maps: bool
+) -> None:
+    model, shards = model_and_shards
+    options = PipeBenchmark(model, shards.uri, "pipe.json", maps=maps, batch_size=2)
+    folders = {PartScorer: tmp_path / "plain", StagedScorer: tmp_path / "staged"}
+    records = {}
+    for worker, folder in folders.items():
+        records[worker] = worker(**scorer_arguments(options, shards, str(folder))).run({"part": shards.parts[0]})
+    stages = records[StagedScorer].pop("stages")
+    assert records[StagedScorer] == records[PartScorer]
+    name = records[PartScorer]["name"]
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "staged" / name).read_bytes()
+    assert set(stages) == {"decode", "forward", "search, map", "read, write, rest"}
+    assert stages["decode"] > 0
+    assert stages["forward"] > 0
 
 
 def test_every_benchmark_documents_its_options() -> None:
