@@ -560,7 +560,7 @@ def test_a_corpus_becomes_a_shard_set(corpus, tmp_path, units):
     assert shards.rejected().num_rows == 0
     assert sorted(files.list_names(shards.uri)) == sorted(
         [MANIFEST, REJECTED, storage.PLAN]
-        + [f"part-{number:05d}.{ending}" for number in range(4) for ending in ("json", "parquet")]
+        + [name for number in range(4) for name in (f"_part-{number:05d}.json", f"part-{number:05d}.parquet")]
     )
 
 
