@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,22 +40,26 @@ def environment(token: str) -> dict[str, str]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Address of the dashboard of a head node of its own, and its token."""
     token, dashboard = secrets.token_hex(16), free_port()
-    # Ray's sockets need a short path
-    temporary = tmp_path_factory.mktemp("r", numbered=True)
+    temporary = tempfile.mkdtemp(prefix="head-", dir="/tmp")  # Ray's sockets need a short path
+    # the port of the job agent is a fixed one, which the Ray of the other tests holds already
+    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
-    command += [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/{temporary.name}-head"]
-    process = subprocess.Popen(
-        command, env=environment(token), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 180
-    while submit(address, token, "--version").returncode != 0:  # its job agent is ready some time after its port
-        assert process.poll() is None, "the head node ended early"
-        assert time.monotonic() < deadline, "the head node takes no jobs"
-        time.sleep(1)
-    yield address, token
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(60)
+    command += [f"--temp-dir={temporary}", *(f"--{name}={port}" for name, port in ports.items())]
+    with (tmp_path_factory.mktemp("head") / "head.log").open("w+") as log:
+        process = subprocess.Popen(command, env=environment(token), start_new_session=True, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{dashboard}"
+            deadline = time.monotonic() + 180
+            # the job agent is ready some time after the port is open
+            while (attempt := submit(address, token, "--version")).returncode != 0:
+                assert process.poll() is None, f"the head node ended early: {Path(log.name).read_text()[-2000:]}"
+                assert time.monotonic() < deadline, f"the head node takes no jobs: {attempt.stderr[-2000:]}"
+                time.sleep(1)
+            yield address, token
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def submit(address: str, token: str, *command: str) -> subprocess.CompletedProcess[str]:
