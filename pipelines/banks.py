@@ -25,7 +25,7 @@ from pipelines.ingest import map_ahead
 from pipelines.models import load_model, write_index
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import files
-from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
+from unianom.data.image import ImageLimits, decode_prepared, normalise
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import few_shot, hold_out
@@ -343,7 +343,7 @@ class _PartReader:
         method = model.method
 
         def prepare(row: dict[str, Any]) -> np.ndarray:
-            return prepare_image(decode_image(row["image"], self._limits).pixels, method.input)
+            return decode_prepared(row["image"], method.input, self._limits)
 
         waiting: list[np.ndarray] = []
         for pixels in map_ahead(self._pool, prepare, self._rows(part), 2 * self._batch_size):

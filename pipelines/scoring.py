@@ -20,7 +20,7 @@ from pipelines.ingest import map_ahead
 from pipelines.models import ModelShelf, load_model
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, decode_image, encode_map, normalise, prepare_image
+from unianom.data.image import ImageLimits, decode_prepared, encode_map, normalise
 from unianom.data.schema import SCHEMA_VERSION, SCORE_SCHEMA
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
@@ -248,7 +248,7 @@ class PartScorer:
         data = row.pop("image")
         policy = self._model(row["folder"]).method.input
         try:
-            return row, prepare_image(decode_image(data, self._limits).pixels, policy)
+            return row, decode_prepared(data, policy, self._limits)
         except ImageError as error:
             return row, error
 

@@ -24,6 +24,7 @@ from unianom.data.image import (
     decode_image,
     decode_map,
     decode_mask,
+    decode_prepared,
     encode_map,
     encode_png,
     normalise,
@@ -746,3 +747,20 @@ def test_a_map_that_is_not_finite_is_refused(value):
     anomaly_map[1, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         encode_map(anomaly_map)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        InputPolicy(resize="stretch", size=32, crop=None),
+        InputPolicy(resize="short_side", size=40, crop=32),
+        InputPolicy(resize="stretch", size=20, crop=None, pad=24),
+    ],
+    ids=["stretched", "cropped", "padded"],
+)
+@pytest.mark.parametrize("pixels", [GREYS, COLOURS, GREYS > 100, SIXTEEN], ids=["grey", "colour", "one bit", "16 bits"])
+def test_decoding_and_preparing_at_once_gives_the_same_bits(pixels, policy):
+    data = saved(Image.fromarray(pixels))
+    fused = decode_prepared(data, policy)
+    np.testing.assert_array_equal(fused, prepare_image(decode_image(data).pixels, policy))
+    assert fused.flags.c_contiguous

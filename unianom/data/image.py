@@ -241,10 +241,10 @@ def decode_mask(data: bytes, threshold: int = 0, limits: ImageLimits | None = No
     if image.mode.startswith("I") or (image.mode == "P" and not _has_grey_palette(image)):
         values = np.asarray(image)  # indices into colours, and values of more than 8 bits, are class numbers
     elif image.mode in ("1", "L"):
-        values = np.asarray(image.convert("L"))
+        values = np.asarray(image.convert("L") if image.mode == "1" else image)
     else:
         values = np.asarray(_to_rgb(image)).max(axis=2)
-    return np.where(values > threshold, 255, 0).astype(np.uint8)
+    return np.where(values > threshold, np.uint8(255), np.uint8(0))
 
 
 def _has_grey_palette(image: Image.Image) -> bool:
@@ -322,6 +322,22 @@ def prepare_image(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
     return np.ascontiguousarray(_cut_and_pad(pixels, policy))
 
 
+def decode_prepared(data: bytes, policy: InputPolicy, limits: ImageLimits | None = None) -> np.ndarray:
+    """`prepare_image` of `decode_image`'s pixels, to the bit, in less time: grey is repeated after it is scaled.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    image = _load(_open(data, limits or ImageLimits()))
+    if image.mode != "L":
+        image = _to_rgb(image)
+    size = _scaled_size(image.width, image.height, policy)
+    if size != image.size:
+        image = image.resize(size, _INTERPOLATION[policy.interpolation])
+    pixels = _cut_and_pad(np.asarray(image), policy)
+    return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels)
+
+
 def prepare_mask(mask: np.ndarray, policy: InputPolicy) -> np.ndarray:
     """Bring a mask where `prepare_image` brings its image.
 
@@ -352,10 +368,10 @@ def normalise(images: Sequence[np.ndarray], policy: InputPolicy) -> torch.Tensor
     """
     if policy.mean is None or policy.std is None:
         raise OptionError("input.mean and input.std are not set; a method fills them in from its backbone")
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()  # B 3 S S
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()  # B 3 S S
     mean = torch.tensor(policy.mean).view(1, 3, 1, 1)
     std = torch.tensor(policy.std).view(1, 3, 1, 1)
-    return batch.div_(255).sub_(mean).div_(std).contiguous()
+    return batch.div_(255).sub_(mean).div_(std)
 
 
 def encode_map(anomaly_map: np.ndarray) -> tuple[bytes, float, float]:

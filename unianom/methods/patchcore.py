@@ -104,10 +104,13 @@ class PatchCore(MemoryMethod):
         """Neighbourhoods of B×C×h×w, on the finest grid, pooled to B×N×dimension."""
         size = self.config.patch_size
         cells = unfold(feature_map, size, padding=size // 2)  # B C·size² h·w
-        if feature_map.shape[2:] != self.grid:
-            cells = cells.unflatten(2, feature_map.shape[2:])
-            cells = interpolate(cells, size=self.grid, mode="bilinear", align_corners=False).flatten(2)
-        return adaptive_avg_pool1d(cells.transpose(1, 2), self.config.dimension)  # B N dimension
+        pooled = adaptive_avg_pool1d(cells.transpose(1, 2), self.config.dimension)  # B h·w dimension
+        if feature_map.shape[2:] == self.grid:
+            return pooled
+        # pooling and interpolation are both linear, so the order is free; pooled first, there is less to interpolate
+        coarse = pooled.transpose(1, 2).unflatten(2, feature_map.shape[2:])  # B dimension h w
+        finest = interpolate(coarse, size=self.grid, mode="bilinear", align_corners=False)
+        return finest.flatten(2).transpose(1, 2)
 
     def score_patches(self, embedding: Embedding) -> Prediction:
         """Squared distances to the bank; the image score is the largest, re-weighted if so configured."""
