@@ -240,6 +240,7 @@ def _fill(method: Method, uri: str | os.PathLike[str], sha256: str) -> None:
     if files.sha256_of(content) != sha256:
         raise ModelError(f"{path} is damaged: its checksum differs from model.json; copy it again")
     state = safetensors.torch.load(content)
+    method.size_buffers(state)
     if faults := state_faults(method.state_dict(), state):
         raise ModelError(f"{path} does not fit the config in model.json; {faults}; fit the model again")
     method.load_state_dict(state)

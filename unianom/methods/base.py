@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -67,6 +67,9 @@ class Method(nn.Module):
         """Anomaly maps and image scores of B×3×H×W normalised images. The result does not depend on which
         images share a batch."""
         raise NotImplementedError
+
+    def size_buffers(self, state: Mapping[str, Tensor]) -> None:
+        """Before weights are loaded: give buffers whose size training decides the size they have in `state`."""
 
     def check_images(self, images: Tensor) -> None:
         """Refuse what is not a batch of this method's input.

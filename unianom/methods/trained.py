@@ -1,0 +1,251 @@
+"""What every trained method is: its batches, its losses, its optimisers.
+
+The training pipeline knows a method only through this file, so a training loop of one's own needs no more:
+
+    method.train()
+    for batch in batches:
+        loss = method.training_loss(batch)["loss"]
+        …
+    method.finish(some_batches)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+
+from unianom.data.synthesis import SynthesisConfig
+from unianom.errors import OptionError
+from unianom.methods.base import Method
+
+LOSS = "loss"
+"""Key of the total among the losses of `training_loss`."""
+
+FeatureMaps = dict[str, Tensor]
+"""Frozen features by name, each B×…; what they are is the method's own business."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random flips and right-angle turns of training images, by category.
+
+    Args:
+        horizontal, vertical: categories whose images are mirrored; "*" for all.
+        turns: categories whose images are turned by 0, 90, 180 or 270 degrees; "*" for all.
+        probability: of each mirroring.
+    """
+
+    horizontal: tuple[str, ...] = ()
+    vertical: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
+    probability: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise OptionError(f"augmentation.probability={self.probability} must be in [0, 1]")
+
+    @property
+    def active(self) -> bool:
+        """Whether any image is ever changed; if so, frozen features cannot be kept."""
+        return bool(self.horizontal or self.vertical or self.turns)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, batches and optimiser of a training run.
+
+    Args:
+        epochs: passes over the training images; converted to iterations.
+        iterations: steps; takes the place of `epochs` if given.
+        batch_size: images of a step, over all workers together.
+        learning_rate, weight_decay, betas: of AdamW.
+        decay_at: shares of the run after which the learning rate is multiplied by `decay`.
+        decay: that factor.
+        clip_norm: largest gradient norm; null for no clipping.
+        seed: of initial weights, order of images, dropout, noise and synthetic anomalies.
+    """
+
+    epochs: float = 1000
+    iterations: int | None = None
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay_at: tuple[float, ...] = (0.8,)
+    decay: float = 0.1
+    clip_norm: float | None = 0.1
+    seed: int = 133
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0 or self.batch_size < 1 or (self.iterations is not None and self.iterations < 1):
+            raise OptionError("training: epochs, iterations and batch_size must be positive")
+        if self.learning_rate <= 0 or self.weight_decay < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise OptionError("training: learning_rate and clip_norm must be positive, weight_decay >= 0")
+        if not all(0 < share < 1 for share in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
+            raise OptionError(f"training.decay_at={self.decay_at} must be ascending shares of the run, in (0, 1)")
+
+    def steps(self, images: int) -> int:
+        """Iterations of the whole run on so many training images."""
+        return self.iterations or max(1, round(self.epochs * images / self.batch_size))
+
+
+@dataclass(frozen=True)
+class BatchNeeds:
+    """What the training pipeline has to put into a method's batches besides its images.
+
+    Attributes:
+        synthetic: makes one pseudo-anomalous copy of every image; None for none.
+        prompts: another normal image for every image: a random one of its "category", or, where categories are not
+            known, one of those with the "nearest" frozen features; None for none.
+        augmentation: flips and turns.
+    """
+
+    synthetic: SynthesisConfig | None = None
+    prompts: Literal["category", "nearest"] | None = None
+    augmentation: Augmentation = Augmentation()
+
+
+@dataclass
+class TrainingBatch:
+    """One worker's share of a step.
+
+    Attributes:
+        category: B int64, index into the model's categories.
+        images: B×3×S×S normalised normal images; None where `features` stand for them.
+        features: the frozen features of `images`, computed earlier; None where they were not kept.
+        synthetic_images: B×3×S×S, the pseudo-anomalous copies; None where the method needs none.
+        synthetic_mask: B×1×S×S float32 of 0 and 1; 1 where the copy was changed.
+        prompt_images, prompt_features: as `images` and `features`, of the prompts.
+    """
+
+    category: Tensor
+    images: Tensor | None = None
+    features: FeatureMaps | None = None
+    synthetic_images: Tensor | None = None
+    synthetic_mask: Tensor | None = None
+    prompt_images: Tensor | None = None
+    prompt_features: FeatureMaps | None = None
+
+    def __len__(self) -> int:
+        return len(self.category)
+
+    def _map(self, function: Any) -> TrainingBatch:
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                values[field.name] = {key: function(tensor) for key, tensor in value.items()}
+            elif value is not None:
+                values[field.name] = function(value)
+        return TrainingBatch(**values)
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The batch on another device; kept features in half precision become float32 there."""
+
+        def move(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device, non_blocking=True)
+            return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+        return self._map(move)
+
+    def pin_memory(self) -> TrainingBatch:
+        """The batch in page-locked memory, from which GPUs copy faster."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def split(self, parts: int) -> Sequence[TrainingBatch]:
+        """The batch in so many parts, as even as can be."""
+        bounds = [len(self) * part // parts for part in range(parts + 1)]
+        return [
+            self._map(lambda tensor, start=start, end=end: tensor[start:end])
+            for start, end in pairwise(bounds)
+            if end > start
+        ]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """An optimiser with its schedule, stepped together once per iteration.
+
+    Attributes:
+        optimiser: over some of the method's parameters.
+        schedule: its learning rate by iteration.
+    """
+
+    optimiser: Optimizer
+    schedule: LRScheduler
+
+
+class TrainedMethod(Method):
+    """A method whose networks learn from batches of normal images.
+
+    Subclasses have a `training: TrainingConfig` in their config.
+    """
+
+    finish_images: ClassVar[int] = 0
+    """How many training images `finish` wants to see; 0 where it is not needed."""
+
+    @property
+    def needs(self) -> BatchNeeds:
+        """What its batches hold."""
+        return BatchNeeds()
+
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """What does not change during training: the frozen encoder's features of B×3×S×S normalised images, float32,
+        without gradients."""
+        raise NotImplementedError
+
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Scalar losses of a batch, each a mean over its images; the one to minimise under "loss"."""
+        raise NotImplementedError
+
+    def optimisers(self, iterations: int) -> list[Optimisation]:
+        """Fresh optimisers for a run of so many iterations: AdamW over all that learns, with stepped decay."""
+        training: TrainingConfig = self.config.training
+        optimiser = AdamW(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=training.learning_rate,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+        )
+        milestones = [round(share * iterations) for share in training.decay_at]
+        return [Optimisation(optimiser, MultiStepLR(optimiser, milestones, training.decay))]
+
+    def finish(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
+        """Fix what prediction needs besides weights, from `finish_images` training images, as many of every category
+        as can be; called before each validation and after the last step, in evaluation mode.
+
+        Args:
+            batches: as for training, but not augmented; the same ones at every call.
+            categories: names of what `TrainingBatch.category` counts.
+        """
+
+    def features_of(self, batch: TrainingBatch) -> FeatureMaps:
+        """The frozen features of a batch, computed now unless they were kept."""
+        if batch.features is not None:
+            return batch.features
+        assert batch.images is not None
+        return self.frozen_features(batch.images)
+
+    def prompt_features_of(self, batch: TrainingBatch) -> FeatureMaps:
+        """The frozen features of a batch's prompts, computed now unless they were kept."""
+        if batch.prompt_features is not None:
+            return batch.prompt_features
+        assert batch.prompt_images is not None
+        return self.frozen_features(batch.prompt_images)
+
+
+def initialise_transformer(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every linear layer and convolution; packed attention projections,
+    norms and embeddings keep PyTorch's own (UniAD, OneNIP)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
