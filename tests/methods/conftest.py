@@ -19,6 +19,8 @@ from unianom.data.image import InputPolicy
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.patchcore import PatchCoreConfig
+from unianom.methods.trained import TrainedMethod, TrainingBatch
+from unianom.methods.unias import UniASConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 
 SIDE = 64
@@ -42,6 +44,19 @@ class Tiny:
     config: Any
     invalid: list[dict[str, Any]] = field(default_factory=list)
     training_batch: Callable[[Method], Any] | None = None
+
+
+def training_batch(method: TrainedMethod, count: int = 4, seed: int = 2) -> TrainingBatch:
+    """What the method's `training_loss` takes: images of two categories in turn, with all that it `needs`."""
+    batch = TrainingBatch(torch.arange(count) % 2, images=random_images(count, seed))
+    if method.needs.synthetic is not None:
+        mask = torch.zeros(count, 1, SIDE, SIDE)
+        mask[:, :, 8:24, 16:40] = 1
+        batch.synthetic_mask = mask
+        batch.synthetic_images = torch.where(mask > 0, random_images(count, seed + 1), random_images(count, seed))
+    if method.needs.prompts is not None:
+        batch.prompt_images = random_images(count, seed + 2)
+    return batch
 
 
 TINY = {
@@ -74,6 +89,36 @@ TINY = {
             {"blur_sigma": -1.0},
             {"blur_sigma": float("inf")},
         ],
+    ),
+    "unias": Tiny(
+        UniASConfig(
+            backbone=BackboneConfig("resnet10t", weights="random"),
+            input=INPUT,
+            taps=(1, 2, 3),
+            dim=32,
+            hidden=32,
+            encoder_layers=1,
+        ),
+        invalid=[
+            {"taps": ()},
+            {"taps": (3, 2)},
+            {"dim": 48},
+            {"dim": 0},
+            {"heads": 0},
+            {"heads": 5},
+            {"hidden": 0},
+            {"encoder_layers": 0},
+            {"dropout": 1.0},
+            {"jitter_scale": -1.0},
+            {"jitter_probability": 1.5},
+            {"neighbours": -1},
+            {"loss_weight": 0.0},
+            {"loss_weight": float("nan")},
+            {"levels": (0,)},
+            {"levels": (4,)},
+            {"levels": (1, 1)},
+        ],
+        training_batch=training_batch,
     ),
 }
 """One entry for each registered method; a method without one fails the conformance suite."""

@@ -1,0 +1,397 @@
+"""UniAS: multi-level feature reconstruction by transformer and gated CNN, coarse to fine (Ma et al., WACV 2025).
+
+The maps of a frozen encoder are smoothed; a decoder reconstructs every level from smoothed maps and what smoothing
+took away. Where reconstruction and smoothed map point different ways, on all levels at once, is an anomaly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, interpolate, mse_loss
+
+from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.data.image import InputPolicy
+from unianom.errors import OptionError
+from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.gated_cnn import MultiGranularityCnn
+from unianom.methods.layers.pixel_decoder import NORM_GROUPS, PixelDecoder
+from unianom.methods.layers.queries import CombinedQuery, PlainQuery, ProductQuery
+from unianom.methods.layers.smoothing import gaussian_filter
+from unianom.methods.layers.tokens import AttentionBlock, FeedForward, feature_jitter, neighbour_mask, sine_position
+from unianom.methods.trained import (
+    LOSS,
+    Augmentation,
+    BatchNeeds,
+    FeatureMaps,
+    TrainedMethod,
+    TrainingBatch,
+    TrainingConfig,
+    initialise_transformer,
+)
+
+PRESETS = {
+    "paper": {
+        "cos_sign": "distance",
+        "neighbours": 0,
+        "sar": "cbam_product",
+        "head": "deconvolution",
+        "fuse_at": "input",
+        "level_blur": False,
+    },
+    "reference": {
+        "cos_sign": "legacy",
+        "neighbours": 7,
+        "sar": "lincomb",
+        "head": "convolutions",
+        "fuse_at": "finest",
+        "level_blur": True,
+    },
+}
+"""Where text and released code differ.
+
+- cos_sign: the text adds cosine distances (sec. 3.3.2); the code, in one of its versions, similarities.
+- neighbours: the text has the standard attention of a vanilla transformer and builds on its global receptive field
+  (sec. 3.3.1); the code hides neighbours in both attentions, as UniAD does.
+- sar: the text multiplies one query of the token grid's shape by CBAM's weights of the coarsest patches (sec. 3.4);
+  the code adds a channel-weighted and a spatially weighted copy of two such queries and mixes them by an MGG-CNN.
+- head: the text goes back to the grid and applies one transposed convolution (sec. 3.3.2); the code upsamples and
+  applies three convolutions. That tokens are normalised before is only in the code, so both do it.
+- fuse_at, level_blur: the text multiplies maps of the input's size (eq. 6); the code blurs them and multiplies at the
+  finest level's size.
+
+Three differences are no matter of the preset. The text cuts patches from the filtered features, which the pixel
+decoder of the code precedes; it is in all released models and the text's own details are in a supplement, so both
+presets have it. Channel attention is absent from the text and on in the code for one data set of two, and flips and
+turns are absent from the text and differ by data set in the code: `channel_attention` and `augmentation` are off
+unless set, which the recipes do.
+"""
+
+FILTER_SIZE, FILTER_SIGMA = 3, 1.0
+"""Of the Gaussian W_G of eq. 2, in feature cells; sizes from the released code."""
+
+
+@dataclass(frozen=True)
+class UniASConfig:
+    """UniAS's options; the defaults are the published ones.
+
+    Args:
+        preset: "paper" or "reference" (the released code); fills what is left null below.
+        backbone: any timm encoder with feature maps; published: EfficientNet-B4.
+        input: published: stretched to 224 pixels. The maps of the taps must divide into the coarsest one's grid.
+        training: published: 1000 epochs of batches of 64, learning rate divided by ten every 400 epochs.
+        augmentation: flips and turns by category; frozen features cannot be kept while there are any.
+        taps: timm feature indices, fine to coarse.
+        dim: width of tokens and decoder (C'); a multiple of 32 and of `heads`.
+        heads: of every attention.
+        hidden: width inside every feed-forward part.
+        encoder_layers: transformer layers on the coarsest level of the pixel decoder.
+        dropout: in every transformer layer.
+        jitter_scale: strength of the noise added to the decoder's inputs in training.
+        jitter_probability: of adding it to a level's maps; drawn once a level and step.
+        sar: sample-aware reweighting of the first query: "cbam_product", "lincomb", or "off" for a plain learned one.
+        neighbours: side of the square, in tokens, that spatial attention does not see around each token; 0 for no mask.
+        channel_attention: add a transformer layer that takes channels for tokens.
+        cnn: after each transformer layer: "mgg" (gated branches), "mg" (no gates), "conv3" (one convolution), "none".
+        head: from tokens to features: "deconvolution", or bilinear upsampling and three "convolutions".
+        cos_sign: "distance" makes reconstruction and target point the same way, "legacy" the opposite way.
+        loss_weight: of the sum of all losses.
+        fuse_at: level maps are multiplied at the size of the "input" or of the "finest" level.
+        level_blur: blur level maps before: 3×3 the coarsest, two cells more each finer one, sigma a third of it.
+        levels: numbers of the levels whose maps are multiplied, 1 the finest; () for all. Training has them all.
+        reduce: a map's "max" or standard deviation ("std") is the image score.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
+    input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(decay_at=(0.4, 0.8)))
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    taps: tuple[int, ...] = (0, 1, 2, 3)
+    dim: int = 256
+    heads: int = 4
+    hidden: int = 2048
+    encoder_layers: int = 3
+    dropout: float = 0.1
+    jitter_scale: float = 20.0
+    jitter_probability: float = 0.5
+    sar: Literal["cbam_product", "lincomb", "off"] | None = None
+    neighbours: int | None = None
+    channel_attention: bool = False
+    cnn: Literal["mgg", "mg", "conv3", "none"] = "mgg"
+    head: Literal["deconvolution", "convolutions"] | None = None
+    cos_sign: Literal["distance", "legacy"] | None = None
+    loss_weight: float = 1.0
+    fuse_at: Literal["input", "finest"] | None = None
+    level_blur: bool | None = None
+    levels: tuple[int, ...] = ()
+    reduce: Literal["max", "std"] = "max"
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
+            raise OptionError(f"taps={self.taps} must be distinct feature indices from 0, ascending")
+        if min(self.dim, self.heads) < 1 or self.dim % NORM_GROUPS or self.dim % self.heads:
+            raise OptionError(f"dim={self.dim} must be a multiple of {NORM_GROUPS} and of heads={self.heads}")
+        if self.hidden < 1 or self.encoder_layers < 1:
+            raise OptionError("hidden and encoder_layers must be >= 1")
+        if not 0 <= self.dropout < 1:
+            raise OptionError(f"dropout={self.dropout} must be in [0, 1)")
+        if not 0 <= self.jitter_scale < math.inf or not 0 <= self.jitter_probability <= 1:
+            raise OptionError("jitter_scale must be >= 0 and jitter_probability in [0, 1]")
+        if self.neighbours is not None and self.neighbours < 0:
+            raise OptionError(f"neighbours={self.neighbours} must be >= 0; 0 is for no mask")
+        if not 0 < self.loss_weight < math.inf:
+            raise OptionError(f"loss_weight={self.loss_weight} must be positive")
+        if len(set(self.levels)) != len(self.levels) or not all(1 <= n <= len(self.taps) for n in self.levels):
+            raise OptionError(f"levels={self.levels} must be distinct numbers from 1 to {len(self.taps)}, one a tap")
+
+
+QUERIES = {"cbam_product": ProductQuery, "lincomb": CombinedQuery, "off": PlainQuery}
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention, self-attention and feed-forward, each with residual and norm (UniAS, eq. 4).
+
+    Args:
+        dim, heads, hidden, dropout: as in `AttentionBlock` and `FeedForward`.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.cross_attention = AttentionBlock(dim, heads, dropout)
+        self.self_attention = AttentionBlock(dim, heads, dropout)
+        self.feed_forward = FeedForward(dim, hidden, dropout)
+
+    def forward(
+        self, x: Tensor, keys: Tensor, position: Tensor | float, key_position: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """B×N×C queries and B×N×C keys to B×N×C; positions and mask as in `AttentionBlock`."""
+        x = self.cross_attention(x, keys, position, key_position, mask)
+        return self.feed_forward(self.self_attention(x, x, position, position, mask))
+
+
+class HybridBlock(nn.Module):
+    """Transformer layer and CNN of one level (UniAS, sec. 3.3.1).
+
+    Args:
+        tokens: N, cells of the token grid.
+        config: sizes, and which parts there are.
+    """
+
+    def __init__(self, tokens: int, config: UniASConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.spatial = DecoderLayer(dim, config.heads, config.hidden, config.dropout)
+        self.channel: DecoderLayer | None = None
+        if config.channel_attention:
+            self.channel = DecoderLayer(tokens, config.heads, config.hidden, config.dropout)
+        self.cnn: nn.Module = nn.Identity()
+        if config.cnn == "conv3":
+            self.cnn = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        elif config.cnn != "none":
+            self.cnn = MultiGranularityCnn(dim, dim, gated=config.cnn == "mgg")
+
+    def forward(
+        self, state: Tensor, patches: Tensor, position: Tensor, patch_position: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The next state.
+
+        Args:
+            state: B×C×h×w, the level above's result, or the first query.
+            patches: B×C×h×w of this level.
+            position, patch_position: N×C.
+            mask: N×N, additive.
+        """
+        queries, keys = state.flatten(2).mT, patches.flatten(2).mT  # B N C
+        tokens = self.spatial(queries, keys, position, patch_position, mask)
+        if self.channel is not None:  # here the C channels are the tokens, and their queries have no position
+            tokens = tokens + self.channel(queries.mT, keys.mT, 0.0, patch_position.mT, None).mT
+        return self.cnn(tokens.mT.unflatten(2, state.shape[2:]))
+
+
+@register_method("unias")
+class UniAS(TrainedMethod):
+    """UniAS: frozen encoder, and a decoder that learns to reconstruct its maps.
+
+    Levels are listed fine to coarse; the decoder walks them from coarse to fine.
+
+    Args:
+        config: options.
+
+    Raises:
+        OptionError: the encoder's maps do not fit each other, the mask or the channel attention.
+    """
+
+    Config = UniASConfig
+
+    def __init__(self, config: UniASConfig) -> None:
+        super().__init__()
+        self.config: UniASConfig = with_statistics(config)
+        self.encoder = CnnBackbone(config.backbone, config.taps)
+        self.sizes = _level_sizes(self.encoder, config)
+        channels, dim = self.encoder.channels, config.dim
+        ratios = [size // self.sizes[-1] for size in self.sizes]
+        grid, tokens = (self.sizes[-1],) * 2, self.sizes[-1] ** 2
+
+        self.pixel_decoder = PixelDecoder(
+            [2 * count for count in channels],
+            grid,
+            dim,
+            config.heads,
+            config.hidden,
+            config.dropout,
+            config.encoder_layers,
+        )
+        self.patches = nn.ModuleList(_patch_embedding(dim, ratio) for ratio in ratios)
+        self.level_codes = nn.Parameter(torch.randn(len(channels), dim))
+        self.query = QUERIES[config.sar or "off"](grid, dim)
+        self.query_position = nn.Parameter(torch.randn(tokens, dim))
+        self.blocks = nn.ModuleList(HybridBlock(tokens, config) for _ in channels)
+        self.norm = nn.LayerNorm(dim)
+        for part in (self.patches, self.query, self.blocks):
+            initialise_transformer(part)
+        self.heads = nn.ModuleList(_head(dim, *sizes, config) for sizes in zip(channels, self.sizes, ratios))
+
+        self.patch_position: Tensor
+        self.register_buffer("patch_position", sine_position(*grid, dim), persistent=False)  # N C
+        self.mask: Tensor | None
+        hidden = neighbour_mask(*grid, config.neighbours) if config.neighbours else None
+        self.register_buffer("mask", hidden, persistent=False)  # N N
+
+    @property
+    def needs(self) -> BatchNeeds:
+        return BatchNeeds(augmentation=self.config.augmentation)
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """The encoder's maps B×C_l×h_l×w_l, "level_0" the finest."""
+        return {f"level_{index}": level for index, level in enumerate(self.encoder(images))}
+
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Mean squared errors and cosine terms, each summed over levels, and their weighted sum (sec. 3.3.2)."""
+        targets, inputs = self._filtered(self.features_of(batch))
+        if self.training:
+            scale, probability = self.config.jitter_scale, self.config.jitter_probability
+            inputs = [feature_jitter(level, scale, probability, dim=1) for level in inputs]
+        reconstructions = self.reconstruct(inputs)
+        sign = self.config.cos_sign or "distance"
+        terms = [reconstruction_terms(made, target, sign) for made, target in zip(reconstructions, targets)]
+        error, cosine = torch.stack([torch.stack(pair) for pair in terms]).sum(0)
+        return {LOSS: self.config.loss_weight * (error + cosine), "squared_error": error, "cosine": cosine}
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        self.check_images(images)
+        targets, inputs = self._filtered(self.frozen_features(images))
+        levels = zip(self.reconstruct(inputs), targets)
+        anomaly_map = self.fuse([1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels])
+        if self.config.reduce == "std":
+            return Prediction(anomaly_map, anomaly_map.flatten(1).std(1, correction=0))
+        return Prediction(anomaly_map, anomaly_map.amax((1, 2)))
+
+    def reconstruct(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Maps B×C_l×h_l×w_l from filtered maps with their residuals, B×2C_l×h_l×w_l; both fine to coarse."""
+        decoded = self.pixel_decoder(inputs)
+        patches = [embed(level) for embed, level in zip(self.patches, decoded)]  # each B C h w
+        state = self.query(decoded[-1] if self.config.sar == "lincomb" else patches[-1])  # B C h w
+        reconstructions: list[Tensor] = []
+        for level in reversed(range(len(patches))):
+            coded = patches[level] + self.level_codes[level, :, None, None]
+            state = self.blocks[level](state, coded, self.query_position, self.patch_position, self.mask)
+            normed = self.norm(state.movedim(1, -1)).movedim(-1, 1)
+            reconstructions.insert(0, self.heads[level](normed))
+        return reconstructions
+
+    def fuse(self, level_maps: Sequence[Tensor]) -> Tensor:
+        """Product B×S×S of the levels' maps B×h_l×w_l, fine to coarse, that count (eq. 6)."""
+        side, count = self.config.input.side, len(level_maps)
+        size = side if self.config.fuse_at == "input" else self.sizes[0]
+        product = level_maps[0].new_ones(len(level_maps[0]), 1, size, size)
+        for number in self.config.levels or range(1, count + 1):
+            level = interpolate(level_maps[number - 1][:, None], size=size, mode="bilinear", align_corners=False)
+            if self.config.level_blur:
+                kernel = 3 + 2 * (count - number)
+                level = gaussian_filter(level, kernel, kernel / 3)
+            product = product * level
+        # this leaves maps of the input's size as they are
+        return interpolate(product, size=side, mode="bilinear", align_corners=True)[:, 0]
+
+    def _filtered(self, features: FeatureMaps) -> tuple[list[Tensor], list[Tensor]]:
+        """Filtered maps, and filtered maps with what filtering took away, B×2C_l×h_l×w_l (eq. 2)."""
+        raw = [features[f"level_{index}"] for index in range(len(features))]
+        smooth = [gaussian_filter(level, FILTER_SIZE, FILTER_SIGMA) for level in raw]
+        # the text takes the residual the other way round, which the first layer's weights make up for
+        return smooth, [torch.cat([low, level - low], dim=1) for low, level in zip(smooth, raw)]
+
+
+def reconstruction_terms(made: Tensor, target: Tensor, cos_sign: str) -> tuple[Tensor, Tensor]:
+    """Mean squared error and mean cosine term of one level, in float32 whatever autocast says.
+
+    Args:
+        made, target: B×C×h×w.
+        cos_sign: "distance": 1 − cos; "legacy": cos, as one version of the released code has it.
+    """
+    with torch.autocast(made.device.type, enabled=False):
+        made, target = made.float(), target.float()
+        cosine = cosine_similarity(made, target, dim=1).mean()
+        return mse_loss(made, target), cosine if cos_sign == "legacy" else 1 - cosine
+
+
+def _level_sizes(encoder: CnnBackbone, config: UniASConfig) -> list[int]:
+    """Heights of the encoder's (square) maps, fine to coarse, once they are known to fit.
+
+    Raises:
+        OptionError: they do not divide into the coarsest one's cells, or are too small for filters or mask.
+    """
+    side = config.input.side
+    with torch.inference_mode():
+        sizes = [level.shape[-1] for level in encoder(torch.zeros(1, 3, side, side))]
+    coarsest = sizes[-1]
+    if any(size % coarsest for size in sizes):
+        step = max(encoder.strides)
+        raise OptionError(
+            f"the maps of {config.backbone.name} for an input of {side} pixels have {sizes} cells a side, which do not "
+            f"divide into those of the coarsest; set input.size (or crop, pad) to a multiple of {step}"
+        )
+    blurred = config.input.side if config.fuse_at == "input" else sizes[0]
+    if coarsest < 2 or (config.level_blur and blurred <= len(sizes)):
+        raise OptionError(f"an input of {side} pixels leaves maps of {sizes} cells a side, too few to filter them")
+    if config.neighbours and config.neighbours // 2 >= coarsest // 2:  # then the centre sees nothing
+        raise OptionError(
+            f"neighbours={config.neighbours} hides all of the {coarsest}×{coarsest} token grid from its centre; "
+            f"choose fewer, 0 for no mask, or a larger input"
+        )
+    if config.channel_attention and coarsest**2 % config.heads:
+        raise OptionError(
+            f"channel_attention needs a token grid ({coarsest}×{coarsest}) that divides into heads={config.heads}"
+        )
+    return sizes
+
+
+def _patch_embedding(dim: int, ratio: int) -> nn.Module:
+    """From a level's map to patches of ratio×ratio cells, B×dim×h×w; wider in between the larger the patches are."""
+    if ratio == 1:
+        return nn.Conv2d(dim, dim, kernel_size=1)
+    width = dim // 2 * ratio.bit_length()  # 256, 384, 512 for ratios 2, 4, 8, as published
+    return nn.Sequential(
+        nn.Conv2d(dim, width, kernel_size=ratio, stride=ratio),
+        nn.Conv2d(width, dim, kernel_size=1),
+    )
+
+
+def _head(dim: int, channels: int, size: int, ratio: int, config: UniASConfig) -> nn.Module:
+    """From the token grid, B×dim×h×w, to a level's reconstruction, B×channels×size×size."""
+    if config.head == "deconvolution":
+        return nn.ConvTranspose2d(dim, channels, kernel_size=ratio, stride=ratio)
+    return nn.Sequential(
+        nn.Upsample(size=size, mode="bilinear", align_corners=True),
+        nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+        nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+        nn.Conv2d(dim, channels, kernel_size=3, padding=1),
+    )
