@@ -4,17 +4,14 @@ python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
 """
 
 from pipelines.commandline import console, run
-from pipelines.training import train, train_options
+from pipelines.fitting import train, train_options
 
 
 def main(options: object) -> None:
     """Train and print what came of it."""
     for result in train(options):
         done = "fitted" if result.fresh else "was fitted already"
-        console.print(
-            f"model {done}: {result.folder} ({', '.join(result.categories)}: {result.images} normal images, "
-            f"{result.patches} patches, bank of {result.bank_rows})"
-        )
+        console.print(f"model {done}: {result.folder} ({', '.join(result.categories)}: {result.summary})")
         if result.threshold is not None:
             t = result.threshold
             console.print(

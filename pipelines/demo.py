@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.banks import ThresholdOptions
 from pipelines.commandline import console
 from pipelines.evaluation import EvaluateOptions, evaluate, print_evaluation
+from pipelines.fitting import train, train_options
 from pipelines.ingest import IngestOptions, ingest
+from pipelines.normals import ThresholdOptions
 from pipelines.report import ReportOptions, write_report
 from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import ScoreOptions, score
-from pipelines.training import train, train_options
 from unianom.backbones import BackboneConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
@@ -60,7 +60,7 @@ def run_demo(options: DemoOptions) -> None:
     _say("3/6 fit UniFormaly and register it", command)
     results = train(_train_options(options, paths))
     for result in results:
-        console.print(f"bank of {result.bank_rows} out of {result.patches} patches of {result.images} normal images")
+        console.print(result.summary)
 
     _say("4/6 score", f"score.py --model {paths['model']} --shards {paths['shards']} --output {paths['scores']}")
     score(ScoreOptions(paths["model"], paths["shards"], paths["scores"], runtime=options.runtime))

@@ -208,6 +208,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str = "images") -> None:
         self._label, self._total, self._unit = label, total, unit
         self._done, self._start, self._last = 0, time.monotonic(), 0.0
+        self._words = ""
         self._first: tuple[float, int] | None = None
         self._terminal = sys.stderr.isatty()
 
@@ -222,9 +223,14 @@ class Progress:
             self._last = now
             self._print(end="\r" if self._terminal else "\n")
 
-    def set(self, done: int) -> None:
-        """So many are done in all."""
+    def set(self, done: int, words: str = "") -> None:
+        """So many are done in all; `words` follow the rate."""
+        self._words = words and f"; {words}"
         self.advance(done - self._done)
+
+    def note(self, words: str) -> None:
+        """A line of its own."""
+        print(f"{self._label}: {words}", file=sys.stderr, flush=True)
 
     def close(self) -> float:
         """Print the last line; returns units per second, start-up included."""
@@ -240,5 +246,5 @@ class Progress:
         self._show(f"{rate:.1f}/s, {left:.0f} s left", end)
 
     def _show(self, tail: str, end: str) -> None:
-        line = f"{self._label}: {self._done}/{self._total} {self._unit}, {tail}"
+        line = f"{self._label}: {self._done}/{self._total} {self._unit}, {tail}{self._words}"
         print(f"{line:<78}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

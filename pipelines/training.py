@@ -1,90 +1,815 @@
-"""Training any method by name: the options each takes, and the one call behind jobs/train.py."""
+"""Training a method on one or many workers: prepared data → Ray Train → last checkpoint → threshold → model folder.
+
+    shards ─▶ pixels or frozen features, once ─▶ workers: batches, steps, checkpoints ─▶ trained model ─▶ scores of
+    held-out normals ─▶ threshold ─▶ model folder
+
+A run is a pure function of its options on one CPU worker: killed anywhere and started again with the same command, it
+ends with the same weights. Ray Train keeps the checkpoints and restarts workers from the last one.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from pipelines.banks import BankOptions, FitResult, fit_banks
-from pipelines.tracking import Run, TrackingOptions, track
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines import storage
+from pipelines.batches import (
+    Batches,
+    Companions,
+    Order,
+    Place,
+    PreparedImages,
+    ShardImages,
+    TrainingImages,
+    TrainingSet,
+    descriptors,
+    to_input,
+)
+from pipelines.features import PIXELS, Arrays, PreparedSet, normals, prepare
+from pipelines.models import load_model, write_index
+from pipelines.normals import (
+    WORK,
+    Chosen,
+    FitOptions,
+    FitResult,
+    choose_samples,
+    held_out_threshold,
+    weights_digest,
+)
+from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
+from pipelines.tracking import Run
+from pipelines.validation import Validation
 from unianom import files
-from unianom.errors import OptionError
-from unianom.methods import METHODS, MemoryMethod
-from unianom.serialise import to_plain
+from unianom.data.image import ImageLimits
+from unianom.data.shards import ShardSet
+from unianom.data.synthesis import Synthesiser, TextureSource
+from unianom.errors import DataError, OptionError, UnianomError
+from unianom.methods import METHODS
+from unianom.methods.trained import LOSS, TrainedMethod, TrainingBatch
+from unianom.model import Model, is_model, versions
+from unianom.serialise import from_plain, to_plain
+
+STATE = "state.pt"
+"""The one file of a checkpoint."""
+
+ALL_PREPARED_BYTES = 32 << 30
+"""Up to this size prepared images are kept; beyond it they are decoded in every epoch."""
 
 
 @dataclass(frozen=True)
-class TrainBankOptions(BankOptions):
-    """Fit a memory method to the normal training images of a shard set.
+class DataOptions:
+    """How images reach the network in training.
 
     Args:
-        register_as: name under which MLflow registers the model, alias "candidate"; null does not register it.
-        tracking: where MLflow records the run.
+        images: "prepared" decodes every image once and memory-maps the result; "stream" decodes row group after row
+            group in every epoch, for corpora that do not fit the disk; null decides by size.
+        frozen_features: compute what the frozen encoder makes of the images once and keep it; null does so where
+            nothing but the encoder stands between image and features (no augmentation).
+        feature_precision: "half" or "full", of kept features.
+        folder: where prepared images and features are kept for all runs; null takes `prepared` beside the output.
+        processes: that load batches beside each worker; 0 is a thread; null takes as many as the worker's CPUs but
+            one where images are decoded, changed or made.
+        window: row groups that are shuffled together when streaming.
     """
 
-    register_as: str | None = None
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    images: Literal["prepared", "stream"] | None = None
+    frozen_features: bool | None = None
+    feature_precision: Literal["half", "full"] = "half"
+    folder: str | None = None
+    processes: int | None = None
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or (self.processes is not None and self.processes < 0):
+            raise OptionError("data.window must be >= 1, data.processes >= 0")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(FitOptions):
+    """What training a method needs besides the method's own options.
+
+    Args:
+        precision: of forward and backward pass, "fp32" or "bf16" (autocast).
+        compile: run the step through torch.compile.
+        accumulate: forward and backward passes that make up a step, to save memory.
+        checkpoint_every: steps between checkpoints.
+        validate_every: steps between validations; null validates ten times a run, 0 never.
+        validation_images: images of a validation, at most; an even share of every category.
+        min_workers: let Ray shrink and regrow the run between this many workers and `runtime.workers`.
+        max_failures: how often lost workers are replaced before the run fails; preempted nodes do not count.
+        data: how images reach the network.
+        runtime: workers and their CPUs and GPUs; null workers is one.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    accumulate: int = 1
+    checkpoint_every: int = 500
+    validate_every: int | None = None
+    validation_images: int = 256
+    min_workers: int | None = None
+    max_failures: int = 3
+    data: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.register_as is not None and not self.tracking.enabled:
-            raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
+        if self.accumulate < 1 or self.checkpoint_every < 1 or self.validation_images < 2:
+            raise OptionError("accumulate and checkpoint_every must be >= 1, validation_images >= 2")
+        if (self.validate_every is not None and self.validate_every < 0) or self.max_failures < 0:
+            raise OptionError("validate_every and max_failures must be >= 0")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise OptionError(f"min_workers={self.min_workers} must be in 1…{self.workers}, the runtime.workers")
+
+    @property
+    def workers(self) -> int:
+        """Workers at most."""
+        return self.runtime.workers or 1
 
 
-def train_options() -> dict[str, type]:
-    """The options class of every method: what fitting needs, and the method's own options as `method`."""
-    classes: dict[str, type] = {}
-    for name, method in METHODS.items():
-        if issubclass(method, MemoryMethod):
-            fields: list[Any] = [("method", method.Config, field(default_factory=method.Config))]
-            cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(TrainBankOptions,), frozen=True)
-            documented = [_arguments(base) for base in (BankOptions, TrainBankOptions)]
-            summary = f"Fit {name}: {(method.Config.__doc__ or '').splitlines()[0]}"
-            cls.__doc__ = "\n".join([summary, "", "Args:", *documented, "    method: the method's own options."])
-            classes[name] = cls
-    return classes
+# ------------------------------------------------------------------------------------------------- a worker's loop
+class _Step(nn.Module):
+    """A method as what DDP and torch.compile wrap: batch in, losses out."""
+
+    def __init__(self, method: TrainedMethod) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        return self.method.training_loss(batch)
 
 
-def _arguments(cls: type) -> str:
-    """The lines below "Args:" of a class docstring, indented by one level."""
-    text = (cls.__doc__ or "").split("Args:\n", 1)[1].rstrip()
-    return re.sub(r"(?m)^    ", "", text)
+class Trainer:
+    """Takes the steps of one worker. Knows torch.distributed, not Ray.
+
+    Args:
+        method: on its device; the same on all workers.
+        batches: this worker's.
+        iterations: of the whole run.
+        share: this worker's images of a step.
+        precision, compile, accumulate: see `TrainingOptions`.
+
+    Attributes:
+        step: how many have been taken.
+    """
+
+    def __init__(
+        self,
+        method: TrainedMethod,
+        batches: Batches,
+        iterations: int,
+        share: int,
+        precision: str = "fp32",
+        compile: bool = False,
+        accumulate: int = 1,
+    ) -> None:
+        self.method, self.iterations, self.step = method, iterations, 0
+        self._batches = batches
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        # DDP averages over workers, each of which has the mean over its own share; so uneven shares weigh as images
+        self._weight = self._world / method.config.training.batch_size
+        if share < accumulate:
+            raise OptionError(
+                f"method.training.batch_size={method.config.training.batch_size} on {self._world} workers leaves one "
+                f"only {share} images; it must be at least {self._world * accumulate} (workers × accumulate)"
+            )
+        self._accumulate = accumulate
+        self._autocast = precision == "bf16"
+        self._optimisations = method.optimisers(iterations)
+        self._parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        module: nn.Module = _Step(method)
+        if self._world > 1:
+            devices = [method.device] if method.device.type == "cuda" else None
+            module = DistributedDataParallel(module, device_ids=devices)
+        self._module = module
+        self._run = torch.compile(module) if compile else module
+        torch.manual_seed(method.config.training.seed + rank)  # dropout and noise differ between workers
+
+    def steps(self, end: int) -> Iterator[dict[str, Any]]:
+        """Take steps up to `end`; after each, its losses as tensors, and the seconds spent on data and in all."""
+        self.method.train()
+        started = time.perf_counter()
+        for batch in self._batches(self.step, end):
+            ready = time.perf_counter()
+            losses = self._take(to_input(batch, self.method.device, self.method.input))
+            self.step += 1
+            now = time.perf_counter()
+            yield {"losses": losses, "data": ready - started, "all": now - started}
+            started = time.perf_counter()
+
+    def _take(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        for optimisation in self._optimisations:
+            optimisation.optimiser.zero_grad(set_to_none=True)
+        total: dict[str, Tensor] = {}
+        parts = batch.split(self._accumulate)
+        for number, part in enumerate(parts):
+            with self._no_sync() if number + 1 < len(parts) else nullcontext():
+                with self._precision():
+                    losses = self._run(part)
+                (losses[LOSS] * (len(part) * self._weight)).backward()
+            for name, value in losses.items():
+                total[name] = total.get(name, torch.zeros_like(value)) + value.detach() * (len(part) / len(batch))
+        clip = self.method.config.training.clip_norm
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, clip)
+        for optimisation in self._optimisations:
+            optimisation.optimiser.step()
+            optimisation.schedule.step()
+        return total
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        return self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.method.device.type, torch.bfloat16) if self._autocast else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; every worker must call it, for each has a random state."""
+        mine = {"cpu": torch.get_rng_state()}
+        if self.method.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(self.method.device)
+        random: list[Any] = [mine]
+        if self._world > 1:
+            random = [None] * self._world
+            dist.all_gather_object(random, mine)
+        return {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimisers": [optimisation.optimiser.state_dict() for optimisation in self._optimisations],
+            "schedules": [optimisation.schedule.state_dict() for optimisation in self._optimisations],
+            "random": random,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; on another number of workers, those without a random state of their own get a new one."""
+        self.step = state["step"]
+        self.method.size_buffers(state["method"])
+        self.method.load_state_dict(state["method"])
+        for optimisation, optimiser, schedule in zip(
+            self._optimisations, state["optimisers"], state["schedules"], strict=True
+        ):
+            optimisation.optimiser.load_state_dict(optimiser)
+            optimisation.schedule.load_state_dict(schedule)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(state["random"]) != self._world:
+            torch.manual_seed(self.method.config.training.seed + rank + self._world * (self.step + 1))
+            return
+        torch.set_rng_state(state["random"][rank]["cpu"])
+        if self.method.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"][rank]["cuda"], self.method.device)
 
 
-def train(options: Any) -> list[FitResult]:
-    """Fit the method that `options` (one of `train_options()`) belongs to; record and register the result.
+@contextmanager
+def undisturbed(method: TrainedMethod) -> Iterator[None]:
+    """Evaluation mode in between; neither random state nor mode of training is changed by what happens inside."""
+    devices = [method.device] if method.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        method.eval()
+        try:
+            yield
+        finally:
+            method.train()
+
+
+# --------------------------------------------------------------------------------------------------- a worker's job
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker is told; plain data, but for the shard set.
+
+    Attributes:
+        name, config: the method, and its options as plain data.
+        shards, categories: the corpus.
+        images: URI of the `TrainingImages`.
+        held_out: sample_ids for validation.
+        pixels, features: URIs of prepared sets, or None.
+        feature_names: arrays of the latter.
+        iterations: of the run.
+        output: where the trained model goes.
+        options: the rest.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shards: ShardSet
+    categories: list[str]
+    images: str
+    held_out: frozenset[str]
+    pixels: str | None
+    features: str | None
+    feature_names: tuple[str, ...]
+    iterations: int
+    output: str
+    options: TrainingOptions
+
+    def make(self) -> TrainedMethod:
+        """The method with its initial weights, the same in every process."""
+        method_class = METHODS[self.name]
+        config: Any = from_plain(method_class.Config, self.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.training.seed)
+            method = method_class(config)
+        assert isinstance(method, TrainedMethod)
+        return method
+
+    def data(self, method: TrainedMethod, copies: Path) -> tuple[TrainingSet, TrainingImages]:
+        """What makes the batches."""
+        images = TrainingImages.load(self.images)
+        needs, options, parts = method.needs, self.options, self.shards.parts
+        pixels: ShardImages | PreparedImages | None = None
+        if self.pixels is not None:
+            pixels = PreparedImages(Arrays(self.pixels, parts, (PIXELS,), copies), images)
+        elif self.features is None or needs.synthetic is not None:
+            keep = 2 * options.data.window
+            pixels = ShardImages(self.shards, self.categories, images, method.input, options.limits, keep)
+        features = None if self.features is None else Arrays(self.features, parts, self.feature_names, copies)
+        companions = None
+        if needs.prompts or needs.synthetic:
+            near = None
+            if needs.prompts == "nearest":
+                assert self.features is not None
+                near = descriptors(self.features, parts, images, copies)
+            companions = Companions(images, isinstance(pixels, ShardImages), near)
+        synthesiser = synthesiser_of(method)
+        seed = method.config.training.seed
+        return (
+            TrainingSet(images, self.categories, needs, pixels, features, companions, synthesiser, seed),
+            images,
+        )
+
+
+def synthesiser_of(method: TrainedMethod) -> Synthesiser | None:
+    """What makes a method's synthetic anomalies; None if it needs none."""
+    config = method.needs.synthetic
+    if config is None:
+        return None
+    return Synthesiser(config, None if config.textures is None else TextureSource(config.textures, method.input.side))
+
+
+class Events:
+    """Passes what the workers tell to the driver. A Ray actor."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._failure: tuple[str, str] | None = None
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Tell something."""
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """What was told since the last call."""
+        taken, self._events = self._events, []
+        return taken
+
+    def fail(self, name: str, message: str) -> None:
+        """Tell a failure that only the user can mend, so that the run is not tried again."""
+        self._failure = self._failure or (name, message)
+
+    def failure(self) -> tuple[str, str] | None:
+        """Class and message of that failure."""
+        return self._failure
+
+
+def train_worker(told: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    events = told["events"]
+    if ray.get(events.failure.remote()) is not None:
+        return  # a restart would fail again
+    try:
+        _work(told["job"], lambda event: events.put.remote(event))
+    except UnianomError as error:
+        ray.get(events.fail.remote(type(error).__name__, str(error)))
+        raise
+
+
+def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
+    context = ray.train.get_context()
+    options = job.options
+    set_threads(options.runtime.cpus_per_worker)
+    device = ray.train.torch.get_device() if options.runtime.gpus_per_worker else torch.device("cpu")
+    method = job.make().to(device)
+    if options.runtime.gpus_per_worker:
+        torch.set_float32_matmul_precision("high" if options.precision == "bf16" else "highest")
+    with tempfile.TemporaryDirectory(prefix="unianom-train-") as folder:
+        data, images = job.data(method, Path(folder))
+        training = method.config.training
+        groups = None
+        if job.pixels is None and job.features is None:
+            groups = np.unique(np.stack([images.part, images.group], axis=1), axis=0, return_inverse=True)[1].ravel()
+        order = Order(
+            len(images),
+            training.seed,
+            training.batch_size,
+            context.get_world_rank(),
+            context.get_world_size(),
+            groups,
+            options.data.window,
+        )
+        batches = Batches(data, order, _processes(method, options, job), pin=device.type == "cuda")
+        trainer = Trainer(
+            method, batches, job.iterations, order.share, options.precision, options.compile, options.accumulate
+        )
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as directory:
+                trainer.restore(torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True))
+        first = context.get_world_rank() == 0
+        if first and trainer.step:
+            tell({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
+        fixed = fixed_places(images.category, method.finish_images)
+        validation = Validation(
+            job.shards,
+            job.categories,
+            job.held_out,
+            method,
+            synthesiser_of(method),
+            options.validation_images,
+            options.batch_size,
+            options.limits,
+            options.seed,
+        )
+        _loop(trainer, data, fixed, validation, job, tell if first else None)
+        if first:
+            finish(method, data, fixed, job.categories)
+            Model(method, job.categories).save(job.output)
+        ray.train.report({"step": trainer.step})  # nobody leaves before the model is written
+
+
+def _loop(
+    trainer: Trainer,
+    data: TrainingSet,
+    fixed: list[Place],
+    validation: Validation,
+    job: Job,
+    tell: Callable[[dict[str, Any]], Any] | None,
+) -> None:
+    """Steps with what happens between them: telling, validating, checkpoints."""
+    options, method = job.options, trainer.method
+    every = options.validate_every
+    validate_every = max(1, job.iterations // 10) if every is None else every
+    log_every = max(1, min(50, job.iterations // 20))
+    seconds = {"data": 0.0, "all": 0.0}
+    count, warned = 0, False
+    for told in trainer.steps(job.iterations):
+        step = trainer.step
+        seconds["data"] += told["data"]
+        seconds["all"] += told["all"]
+        count += 1
+        if step % log_every == 0 or step == job.iterations:
+            waited = time.perf_counter()
+            losses = {name: float(value) for name, value in told["losses"].items()}  # waits for the device
+            seconds["all"] += time.perf_counter() - waited
+            if not all(math.isfinite(value) for value in losses.values()):
+                raise DataError(
+                    f"the loss is not finite at step {step} ({losses}); lower --method.training.learning_rate, or "
+                    f"take --precision fp32"
+                )
+            if tell is not None:
+                images = count * method.config.training.batch_size
+                rates = {
+                    "images_per_second": images / seconds["all"],
+                    "step_seconds": seconds["all"] / count,
+                    "data_share": seconds["data"] / seconds["all"],
+                }
+                tell({"step": step, "losses": losses, "rates": rates})
+            seconds, count = {"data": 0.0, "all": 0.0}, 0
+        if validate_every and (step % validate_every == 0 or step == job.iterations) and tell is not None:
+            finish(method, data, fixed, job.categories)
+            with undisturbed(method):
+                if figures := validation.run():
+                    tell({"step": step, "validation": figures})
+        preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
+        warned = warned or preempted
+        if step % options.checkpoint_every == 0 or step == job.iterations or preempted:
+            save_checkpoint(trainer, first=tell is not None)
+
+
+def save_checkpoint(trainer: Trainer, first: bool) -> None:
+    """Report the state to Ray Train; every worker must."""
+    state = trainer.state()
+    with tempfile.TemporaryDirectory(prefix="unianom-checkpoint-") as folder:
+        if first:
+            torch.save(state, Path(folder) / STATE)
+        checkpoint = Checkpoint.from_directory(folder) if first else None
+        ray.train.report({"step": trainer.step}, checkpoint=checkpoint)
+
+
+def fixed_places(category: np.ndarray, count: int) -> list[Place]:
+    """The images that `TrainedMethod.finish` sees: the first of every category in turn, up to `count`."""
+    nth = np.zeros(len(category), np.int64)
+    for number in np.unique(category):
+        mine = category == number
+        nth[mine] = np.arange(mine.sum())
+    return [(-1, int(index)) for index in np.lexsort((category, nth))[:count]]
+
+
+def finish(method: TrainedMethod, data: TrainingSet, fixed: list[Place], categories: list[str]) -> None:
+    """Call the method's own `finish` with its images, if it wants any."""
+    if not fixed:
+        return
+    size = 16
+    with undisturbed(method), torch.inference_mode():
+        batches = (
+            to_input(data.batch(fixed[start : start + size], augment=False), method.device, method.input)
+            for start in range(0, len(fixed), size)
+        )
+        method.finish(batches, categories)
+
+
+def _processes(method: TrainedMethod, options: TrainingOptions, job: Job) -> int:
+    if options.data.processes is not None:
+        return options.data.processes
+    busy = method.needs.synthetic is not None or (job.pixels is None and job.features is None)
+    return options.runtime.cpus_per_worker - 1 if busy else 0
+
+
+# -------------------------------------------------------------------------------------------------------- the driver
+def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -> list[FitResult]:
+    """Train one model for all categories, or one each.
+
+    Args:
+        name: a trained method.
+        config: its options.
+        options: data, output and the rest.
+        run: where losses and validations are recorded.
 
     Raises:
-        UnianomError: see `pipelines.banks.fit_banks` and `pipelines.tracking.track`.
+        DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
-    name = next(name for name, method in METHODS.items() if method.Config is type(options.method))
+    shards = ShardSet.open(options.shards)
+    categories = list(options.categories) or shards.categories
     output = files.full_uri(options.output)
-    with track(options.tracking, "train", output, {"method_name": name, **to_plain(options)}) as run:
-        if options.register_as is not None and run.id is None:
-            raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
-        results = fit_banks(name, options.method, options)
-        for result in results:
-            _record(run, result, options, single=not options.per_category)
+    if not options.per_category:
+        return [_train(name, config, options, shards, categories, output, run, "")]
+    results = []
+    for category in categories:
+        folder = files.join(output, category)
+        results.append(_train(name, config, options, shards, [category], folder, run, f"{category}/"))
+    write_index(output, {category: category for category in categories})
     return results
 
 
-def _record(run: Run, result: FitResult, options: Any, single: bool) -> None:
-    prefix = "" if single else f"{result.categories[0]}/"
-    values: dict[str, float | None] = {
-        "images": result.images,
-        "patches": result.patches,
-        "bank_rows": result.bank_rows,
-        "cover_radius": result.cover_radius,
+def _train(
+    name: str,
+    config: Any,
+    options: TrainingOptions,
+    shards: ShardSet,
+    categories: list[str],
+    output: str,
+    run: Run,
+    prefix: str,
+) -> FitResult:
+    chosen, notice = choose_samples(shards, categories, options, validate=True)
+    plan = {
+        "method": name,
+        "config": to_plain(config),
+        "shards": shards.digest,
+        "categories": categories,
+        "few_shot": options.few_shot,
+        "seed": options.seed,
+        "threshold": to_plain(options.threshold),
+        "limits": to_plain(options.limits),
+        "precision": options.precision,
+        "accumulate": options.accumulate,
+        "frozen_features": options.data.frozen_features,
+        "feature_precision": options.data.feature_precision,
+        "images": options.data.images,
+        "device": options.runtime.device,
+        "weights": weights_digest(config.backbone.weights),
     }
-    if result.fresh:
-        values["images_per_second"] = result.images_per_second
-    if result.threshold is not None:
-        values["threshold"] = result.threshold.value
-    run.metrics({prefix + key: value for key, value in values.items()})
-    run.artifact_bytes(f"{prefix}model.json", files.read_bytes(files.join(result.folder, "model.json")))
-    if options.register_as is not None:
-        name = options.register_as if single else f"{options.register_as}-{result.categories[0]}"
-        version = run.register_model(result.folder, name)
-        print(f"registered in MLflow: {name} version {version}, alias candidate")
+    digest = storage.claim(output, plan, options.overwrite, "training")
+    if is_model(output):
+        return _result(load_model(output, "cpu"), output, fresh=False)
+    connect(options.runtime)
+    work = files.join(output, WORK)
+    trained = files.join(work, "trained")
+    if not is_model(trained):
+        job = _plan_job(name, config, options, shards, categories, chosen, work)
+        _run_job(job, options, work, run, prefix)
+    model = load_model(trained, "cpu")
+    scored = frozenset() if notice else chosen.held_out
+    threshold = held_out_threshold(model, files.join(work, "fitted"), shards, scored, options)
+    provenance = {
+        "plan_digest": digest,
+        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "training": {
+            "images": len(chosen.learn),
+            "iterations": config.training.steps(len(chosen.learn)),
+            "workers": options.workers,
+            "precision": options.precision,
+        },
+        "held_out_normals": len(chosen.held_out),
+        "notice": notice,
+        "seeds": {"split": options.seed, "training": config.training.seed},
+        "few_shot": options.few_shot,
+        "device": options.runtime.device,
+        "versions": versions(),
+    }
+    final = Model(model.method, categories, threshold, provenance)
+    final.save(output)
+    files.remove(work)
+    return _result(final, output, fresh=True)
+
+
+def _result(model: Model, output: str, fresh: bool) -> FitResult:
+    made = model.provenance["training"]
+    return FitResult(
+        folder=output,
+        categories=model.categories,
+        fresh=fresh,
+        summary=f"{made['iterations']} steps on {made['images']} normal images",
+        metrics={"images": made["images"], "iterations": made["iterations"]},
+        threshold=model.threshold,
+        notice=model.provenance["notice"],
+    )
+
+
+def _plan_job(
+    name: str,
+    config: Any,
+    options: TrainingOptions,
+    shards: ShardSet,
+    categories: list[str],
+    chosen: Chosen,
+    work: str,
+) -> Job:
+    """Prepare what is computed once, and write down which images are learned from."""
+    images = TrainingImages.choose(shards, categories, chosen.learn)
+    places = files.join(work, "images.parquet")
+    images.save(places)
+    job = Job(
+        name=name,
+        config=to_plain(config),
+        shards=shards,
+        categories=categories,
+        images=places,
+        held_out=chosen.held_out,
+        pixels=None,
+        features=None,
+        feature_names=(),
+        iterations=config.training.steps(len(images)),
+        output=files.join(work, "trained"),
+        options=options,
+    )
+    method = job.make()
+    beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
+    folder = files.full_uri(options.data.folder or files.join(beside, "prepared"))
+    all_workers = replace(options.runtime, workers=None)
+    features = keeps_features(method, options.data)
+
+    def prepared(limits: ImageLimits, runtime: RuntimeOptions, encoder: TrainedMethod | None) -> PreparedSet:
+        return prepare(
+            shards,
+            categories,
+            method.input,
+            folder,
+            limits,
+            runtime,
+            encoder,
+            None if encoder is None else {**encoder.feature_key(), "weights": weights_digest(config.backbone.weights)},
+            options.data.feature_precision == "half",
+            options.batch_size,
+        )
+
+    if features:
+        made = prepared(options.limits, all_workers, method)
+        job = replace(job, features=made.uri, feature_names=made.names)
+    size = shards.count(normals(categories)) * 3 * method.input.side**2
+    keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
+    if keep_pixels and (not features or method.needs.synthetic is not None):
+        job = replace(job, pixels=prepared(options.limits, replace(all_workers, gpus_per_worker=0), None).uri)
+    return job
+
+
+def keeps_features(method: TrainedMethod, data: DataOptions) -> bool:
+    """Whether frozen features are computed once.
+
+    Raises:
+        OptionError: they are asked for where augmentation makes that impossible, or not, where prompts need them.
+    """
+    augmented = method.needs.augmentation.active
+    if data.frozen_features and augmented:
+        raise OptionError(
+            "data.frozen_features needs images that do not change; empty method.augmentation, or leave it out"
+        )
+    features = not augmented if data.frozen_features is None else data.frozen_features
+    if method.needs.prompts == "nearest" and not features:
+        raise OptionError("prompts by nearest features need --data.frozen_features true")
+    return features
+
+
+def _run_job(job: Job, options: TrainingOptions, work: str, run: Run, prefix: str) -> None:
+    """Ray Train from start, or from the last checkpoint, to end."""
+    resources: dict[str, float] = {"CPU": options.runtime.cpus_per_worker}
+    if options.runtime.gpus_per_worker:
+        resources["GPU"] = options.runtime.gpus_per_worker
+    _check_resources(options)
+    workers = options.workers
+    events: Any = ray.remote(num_cpus=0)(Events).remote()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": copy.deepcopy(job), "events": events},
+        scaling_config=ScalingConfig(
+            num_workers=workers if options.min_workers is None else (options.min_workers, workers),  # type: ignore[arg-type]
+            use_gpu=bool(options.runtime.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=work,
+            failure_config=FailureConfig(max_failures=options.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    report = _Report(events, job.iterations, run, prefix)
+    try:
+        trainer.fit()
+    except Exception as error:  # Ray wraps what a worker raised, in ways that differ by what else went wrong
+        report.close()
+        failure = ray.get(events.failure.remote())
+        if failure is None:
+            raise DataError(f"training failed: {_first_line(error)}; the same command continues it") from error
+        raise ERRORS.get(failure[0], UnianomError)(failure[1]) from error
+    report.close()
+    failure = ray.get(events.failure.remote())
+    if failure is not None:
+        raise ERRORS.get(failure[0], UnianomError)(failure[1])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_resources(options: TrainingOptions) -> None:
+    """Ray Train would wait for ever for workers that the cluster cannot hold."""
+    need = options.min_workers or options.workers
+    if options.runtime.pool_size(need) < need:
+        raise OptionError(
+            f"{need} workers of {options.runtime.cpus_per_worker} CPUs and {options.runtime.gpus_per_worker:g} GPUs "
+            f"do not fit this Ray; lower --runtime.workers, or --min_workers"
+        )
+
+
+class _Report:
+    """Shows and records what the workers tell, while training runs."""
+
+    def __init__(self, events: Any, iterations: int, run: Run, prefix: str) -> None:
+        self._events, self._run, self._prefix = events, run, prefix
+        self._progress = Progress("train", iterations, "steps")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._ended.wait(1.0):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        for event in ray.get(self._events.take.remote()):
+            step = event["step"]
+            named = {
+                **{f"loss/{name}" if name != LOSS else LOSS: value for name, value in event.get("losses", {}).items()},
+                **event.get("rates", {}),
+                **{f"validation/{name}": value for name, value in event.get("validation", {}).items()},
+            }
+            self._run.metrics({self._prefix + name: value for name, value in named.items()}, step)
+            if "note" in event:
+                self._progress.note(event["note"])
+            elif "losses" in event:
+                self._progress.set(step, _words(event["losses"], event["rates"]))
+            else:
+                figures = ", ".join(f"{name} {value:.4g}" for name, value in event["validation"].items())
+                self._progress.note(f"step {step}: validation {figures}")
+
+    def close(self) -> None:
+        """The last words."""
+        self._ended.set()
+        self._thread.join()
+        self._pass_on()
+        self._progress.close()
+
+
+def _words(losses: dict[str, float], rates: dict[str, float]) -> str:
+    named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    return (
+        f"{named}, {rates['images_per_second']:.1f} images/s, step {1000 * rates['step_seconds']:.0f} ms "
+        f"({100 * rates['data_share']:.0f} % waiting for data)"
+    )

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.banks import ThresholdOptions
+from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions, ingest
+from pipelines.normals import ThresholdOptions
 from pipelines.runtime import RuntimeOptions
 from pipelines.tracking import TrackingOptions
-from pipelines.training import train_options
 from unianom.backbones import BackboneConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy

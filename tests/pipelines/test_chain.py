@@ -20,12 +20,12 @@ import pytest
 import unianom
 from pipelines import evaluation, scoring
 from pipelines import ingest as ingesting
-from pipelines.banks import ThresholdOptions
 from pipelines.evaluation import evaluate
+from pipelines.fitting import train
 from pipelines.ingest import ingest
+from pipelines.normals import ThresholdOptions
 from pipelines.runtime import RuntimeOptions, run_units
 from pipelines.scoring import score
-from pipelines.training import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
 from unianom.data.image import decode_map
 from unianom.data.shards import ScoreSet, Selection, ShardSet

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, parse, print_table, run
+from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions
-from pipelines.training import train_options
 from unianom import files
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.serialise import to_plain

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, Self
 
@@ -149,25 +150,14 @@ class PartSet:
         Raises:
             DataError: the part is missing, damaged or cannot be read.
         """
-        fs, path = files.resolve(files.join(self.uri, part))
         wanted = list(columns or self.schema.names)
-        try:
-            with fs.open(path, "rb") as handle:
-                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-                groups = [g for g in range(parquet.num_row_groups) if self._may_match(parquet, g, selection)]
-                needed = list(dict.fromkeys([*wanted, "split", "category", "label"]))
-                for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
-                    kept = batch if selection is None else batch.filter(selection.mask(batch))
-                    if kept.num_rows:
-                        yield kept.select(wanted)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{self.uri}/{part} is listed in the manifest but missing; {self._again(self.uri)}"
-            ) from error
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise DataError(
-                f"cannot read {self.uri}/{part}: {error}; if it is damaged, {self._again(self.uri)}"
-            ) from error
+        with self._parquet(part) as parquet:
+            groups = [g for g in range(parquet.num_row_groups) if self._may_match(parquet, g, selection)]
+            needed = list(dict.fromkeys([*wanted, "split", "category", "label"]))
+            for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
+                kept = batch if selection is None else batch.filter(selection.mask(batch))
+                if kept.num_rows:
+                    yield kept.select(wanted)
 
     def table(self, selection: Selection | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Chosen columns of every part as one table; leave out images, masks and maps unless few rows are
@@ -176,6 +166,60 @@ class PartSet:
         batches = [b for part in self.parts for b in self.read(part, selection, wanted, rows=4096)]
         schema = pa.schema([self.schema.field(name) for name in wanted])
         return pa.Table.from_batches([b.cast(schema) for b in batches], schema)
+
+    def locate(self, selection: Selection, columns: Sequence[str]) -> pa.Table:
+        """Where the selected rows lie: the chosen columns, and of each row `part` (its number), `group` (row group)
+        and `row` (its place among the selected rows of the part)."""
+        batches = []
+        for number, part in enumerate(self.parts):
+            row = 0
+            for group in range(self.groups(part)):
+                batch = self.read_group(part, group, selection, columns)
+                places = {
+                    "part": [number] * len(batch),
+                    "group": [group] * len(batch),
+                    "row": range(row, row + len(batch)),
+                }
+                for name, values in places.items():
+                    batch = batch.append_column(name, pa.array(values, pa.int64()))
+                batches.append(batch)
+                row += len(batch)
+        return pa.concat_tables(batches)
+
+    def groups(self, part: str) -> int:
+        """How many row groups a part has."""
+        with self._parquet(part) as parquet:
+            return int(parquet.num_row_groups)
+
+    def read_group(self, part: str, group: int, selection: Selection, columns: Sequence[str]) -> pa.Table:
+        """Chosen columns of the selected rows of one row group, in order; strings not dictionary-coded.
+
+        Raises:
+            DataError: as `read`.
+        """
+        needed = list(dict.fromkeys([*columns, "split", "category", "label"]))
+        with self._parquet(part) as parquet:
+            table = parquet.read_row_group(group, columns=needed).combine_chunks()
+        batches = [batch.filter(selection.mask(batch)) for batch in table.to_batches()]
+        kept = pa.Table.from_batches(batches, table.schema).select(list(columns))
+        plain = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in kept.schema]
+        return kept.cast(pa.schema(plain))
+
+    @contextmanager
+    def _parquet(self, part: str) -> Iterator[pq.ParquetFile]:
+        """An open part; what goes wrong inside becomes a DataError."""
+        fs, path = files.resolve(files.join(self.uri, part))
+        try:
+            with fs.open(path, "rb") as handle:
+                yield pq.ParquetFile(handle, page_checksum_verification=True)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.uri}/{part} is listed in the manifest but missing; {self._again(self.uri)}"
+            ) from error
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(
+                f"cannot read {self.uri}/{part}: {error}; if it is damaged, {self._again(self.uri)}"
+            ) from error
 
     def _may_match(self, parquet: pq.ParquetFile, group: int, selection: Selection | None) -> bool:
         """Whether a row group can hold a selected row, by its statistics of `split`."""

@@ -11,12 +11,12 @@ The training pipeline knows a method only through this file, so a training loop 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import OptionError
 from unianom.methods.base import Method
+from unianom.serialise import to_plain
 
 LOSS = "loss"
 """Key of the total among the losses of `training_loss`."""
@@ -136,7 +137,8 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.category)
 
-    def _map(self, function: Any) -> TrainingBatch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> TrainingBatch:
+        """The batch with a function applied to every tensor."""
         values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -146,27 +148,18 @@ class TrainingBatch:
                 values[field.name] = function(value)
         return TrainingBatch(**values)
 
-    def to(self, device: torch.device | str) -> TrainingBatch:
-        """The batch on another device; kept features in half precision become float32 there."""
-
-        def move(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(device, non_blocking=True)
-            return tensor.float() if tensor.dtype == torch.float16 else tensor
-
-        return self._map(move)
-
     def pin_memory(self) -> TrainingBatch:
         """The batch in page-locked memory, from which GPUs copy faster."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
     def split(self, parts: int) -> Sequence[TrainingBatch]:
         """The batch in so many parts, as even as can be."""
         bounds = [len(self) * part // parts for part in range(parts + 1)]
-        return [
-            self._map(lambda tensor, start=start, end=end: tensor[start:end])
-            for start, end in pairwise(bounds)
-            if end > start
-        ]
+        return [self.map(partial(_slice, start, end)) for start, end in pairwise(bounds) if end > start]
+
+
+def _slice(start: int, end: int, tensor: Tensor) -> Tensor:
+    return tensor[start:end]
 
 
 @dataclass(frozen=True)
@@ -200,6 +193,12 @@ class TrainedMethod(Method):
         """What does not change during training: the frozen encoder's features of B×3×S×S normalised images, float32,
         without gradients."""
         raise NotImplementedError
+
+    def feature_key(self) -> dict[str, Any]:
+        """Everything `frozen_features` depends on, weights files by name, as plain data; methods with equal keys share
+        kept features."""
+        config = self.config
+        return {"method": self.name, "backbone": to_plain(config.backbone), "taps": list(config.taps)}
 
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Scalar losses of a batch, each a mean over its images; the one to minimise under "loss"."""

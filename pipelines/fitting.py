@@ -1,0 +1,85 @@
+"""Training any method by name: the options each takes, and the one call behind jobs/train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import field
+from typing import Any
+
+from pipelines.banks import fit_banks
+from pipelines.normals import FitOptions, FitResult
+from pipelines.tracking import Run, TrackingOptions, track
+from pipelines.training import TrainingOptions, train_networks
+from unianom import files
+from unianom.errors import OptionError
+from unianom.methods import METHODS, MemoryMethod
+from unianom.serialise import to_plain
+
+JOB_ARGUMENTS = """    register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
+    tracking: where MLflow records the run.
+    method: the method's own options."""
+
+
+def train_options() -> dict[str, type]:
+    """The options class of every method: what fitting needs, and the method's own options as `method`."""
+    classes: dict[str, type] = {}
+    for name, method in METHODS.items():
+        base = FitOptions if issubclass(method, MemoryMethod) else TrainingOptions
+        fields: list[Any] = [
+            ("register_as", str | None, None),
+            ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
+            ("method", method.Config, field(default_factory=method.Config)),
+        ]
+        added = {"__post_init__": _check}
+        cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(base,), frozen=True, namespace=added)
+        documented = {parent.__qualname__: _arguments(parent) for parent in (FitOptions, base)}
+        summary = f"Fit {name}: {(method.Config.__doc__ or '').splitlines()[0]}"
+        cls.__doc__ = "\n".join([summary, "", "Args:", *documented.values(), JOB_ARGUMENTS])
+        classes[name] = cls
+    return classes
+
+
+def _check(options: Any) -> None:
+    super(type(options), options).__post_init__()
+    if options.register_as is not None and not options.tracking.enabled:
+        raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
+
+
+def _arguments(cls: type) -> str:
+    """The lines below "Args:" of a class docstring, indented by one level."""
+    text = (cls.__doc__ or "").split("Args:\n", 1)[1].rstrip()
+    return re.sub(r"(?m)^    ", "", text)
+
+
+def train(options: Any) -> list[FitResult]:
+    """Fit the method that `options` (one of `train_options()`) belongs to; record and register the result.
+
+    Raises:
+        UnianomError: see `fit_banks`, `train_networks` and `pipelines.tracking.track`.
+    """
+    name = next(name for name, method in METHODS.items() if method.Config is type(options.method))
+    output = files.full_uri(options.output)
+    with track(options.tracking, "train", output, {"method_name": name, **to_plain(options)}) as run:
+        if options.register_as is not None and run.id is None:
+            raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
+        if issubclass(METHODS[name], MemoryMethod):
+            results = fit_banks(name, options.method, options)
+        else:
+            results = train_networks(name, options.method, options, run)
+        for result in results:
+            _record(run, result, options, single=not options.per_category)
+    return results
+
+
+def _record(run: Run, result: FitResult, options: Any, single: bool) -> None:
+    prefix = "" if single else f"{result.categories[0]}/"
+    values = dict(result.metrics)
+    if result.threshold is not None:
+        values["threshold"] = result.threshold.value
+    run.metrics({prefix + key: value for key, value in values.items()})
+    run.artifact_bytes(f"{prefix}model.json", files.read_bytes(files.join(result.folder, "model.json")))
+    if options.register_as is not None:
+        name = options.register_as if single else f"{options.register_as}-{result.categories[0]}"
+        version = run.register_model(result.folder, name)
+        print(f"registered in MLflow: {name} version {version}, alias candidate")

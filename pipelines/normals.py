@@ -1,0 +1,283 @@
+"""What fitting any method begins and ends with: which normal images it learns from, and the threshold from the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.ingest import map_ahead
+from pipelines.models import load_model
+from pipelines.runtime import Progress, RuntimeOptions, run_units
+from unianom import files
+from unianom.data.image import ImageLimits, decode_prepared, normalise
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
+from unianom.data.splits import few_shot, hold_out
+from unianom.errors import DataError, OptionError
+from unianom.methods import Method
+from unianom.model import Model
+from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
+
+WORK = "_work"
+"""Folder below the model folder where unfinished work lies."""
+
+USUAL_FPR = 0.05
+
+
+@dataclass(frozen=True)
+class ThresholdOptions:
+    """How the decision threshold is chosen, from normal images that are in no bank and no training batch.
+
+    Args:
+        target_fpr: highest share of normal images that may fail; null aims at 0.05 and leaves the model without a
+            threshold, saying so, where the held-out normals cannot support that.
+        confidence: probability that the promise holds.
+        validation_fraction: share of each category's normal training images held out where the shards have no "val"
+            split; 0 for none, and then no threshold.
+    """
+
+    target_fpr: float | None = None
+    confidence: float = 0.95
+    validation_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.target_fpr is not None and not 0 < self.target_fpr < 1:
+            raise OptionError(f"threshold.target_fpr={self.target_fpr} must be in (0, 1)")
+        if not 0 < self.confidence < 1:
+            raise OptionError(f"threshold.confidence={self.confidence} must be in (0, 1)")
+        if not 0 <= self.validation_fraction < 1:
+            raise OptionError(f"threshold.validation_fraction={self.validation_fraction} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What fitting any method needs besides the method's own options.
+
+    Args:
+        shards: shard set; path or URI.
+        output: model folder to write; path or URI.
+        categories: those to fit on; empty for all.
+        per_category: one model for each category, in folders below `output`, instead of one for all.
+        few_shot: normal images per category, drawn with `seed`; null takes all.
+        seed: of the held-out normals and the few-shot draw; coresets and training have their own, among the
+            method's options.
+        batch_size: images in one forward pass, of what is not a training step.
+        overwrite: replace another model in the output.
+        threshold: how the decision threshold is chosen.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs.
+    """
+
+    shards: str
+    output: str
+    categories: tuple[str, ...] = ()
+    per_category: bool = False
+    few_shot: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    overwrite: bool = False
+    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.few_shot is not None and self.few_shot < 1):
+            raise OptionError("batch_size and few_shot must be positive")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """One fitted model.
+
+    Attributes:
+        folder: its model folder.
+        categories: those it was fitted on.
+        fresh: whether this run wrote it.
+        summary: what it was made of, in words.
+        metrics: what it was made of, in numbers.
+        threshold: the stored threshold, or None.
+        notice: why there is no threshold, else "".
+    """
+
+    folder: str
+    categories: list[str]
+    fresh: bool
+    summary: str
+    metrics: dict[str, float]
+    threshold: Threshold | None
+    notice: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which samples a method learns from, and which are held out for validation and the threshold."""
+
+    learn: frozenset[str]
+    held_out: frozenset[str]
+
+
+def choose_samples(
+    shards: ShardSet, categories: list[str], options: FitOptions, validate: bool = False
+) -> tuple[Chosen, str]:
+    """Split the normal training images into those to learn from and held-out ones.
+
+    Args:
+        shards, categories, options: what to split, and how.
+        validate: hold normals out even if they are too few for a threshold.
+
+    Returns:
+        The split, and why there will be no threshold, or "".
+
+    Raises:
+        OptionError: the held-out normals cannot support an explicitly given target rate.
+        DataError: a category has no normal training image.
+    """
+    columns = ["sample_id", "category", "split"]
+    normals = shards.table(Selection(("train", "val"), tuple(categories), (NORMAL,)), columns).to_pylist()
+    train = [row for row in normals if row["split"] == "train"]
+    empty = sorted(set(categories) - {row["category"] for row in train})
+    if empty:
+        raise DataError(f"{shards.uri} has no normal training image of category {', '.join(empty)}")
+    held_out = frozenset(row["sample_id"] for row in normals if row["split"] == "val")
+    if not held_out and options.threshold.validation_fraction:
+        ids, groups = [row["sample_id"] for row in train], [row["category"] for row in train]
+        held_out = frozenset(hold_out(ids, groups, options.threshold.validation_fraction, options.seed))
+    rest = [row for row in train if row["sample_id"] not in held_out]
+    learn = frozenset(row["sample_id"] for row in rest)
+    if options.few_shot is not None:
+        ids, groups = [row["sample_id"] for row in rest], [row["category"] for row in rest]
+        learn = frozenset(few_shot(ids, groups, options.few_shot, options.seed))
+    target, confidence = options.threshold.target_fpr, options.threshold.confidence
+    needed = normals_needed(target or USUAL_FPR, confidence)
+    notice = ""
+    if len(held_out) < needed:
+        best = f"they support {smallest_supported_rate(len(held_out), confidence):.3g} at best" if held_out else "none"
+        shortage = (
+            f"{len(held_out)} held-out normal images cannot support a false-positive rate of "
+            f"{target or USUAL_FPR:g} at {100 * confidence:g} % confidence ({best}; {needed} are needed)"
+        )
+        if target is not None:
+            raise OptionError(
+                f"{shortage}; raise --threshold.target_fpr or --threshold.validation_fraction, or add normal images"
+            )
+        notice = f"no threshold: {shortage}; ask for a higher --threshold.target_fpr"
+        if validate:
+            return Chosen(learn, held_out), notice
+        held_out = frozenset()
+        if options.few_shot is None and not any(row["split"] == "val" for row in normals):
+            learn = frozenset(row["sample_id"] for row in train)
+    return Chosen(learn, held_out), notice
+
+
+def weights_digest(weights: str) -> str | None:
+    """Checksum of a weights file, so that another file under the same name is another plan."""
+    if weights in ("pretrained", "random") or not files.exists(weights):
+        return None  # a missing file is told by the backbone, with the ways out
+    return files.sha256_file(weights)
+
+
+class NormalReader:
+    """Reads chosen samples of a part as network input, decoded ahead. What all passes over normals share."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        selection: Selection,
+        chosen: frozenset[str],
+        batch_size: int,
+        limits: ImageLimits,
+        threads: int,
+    ) -> None:
+        self._shards, self._selection, self._chosen = shards, selection, chosen
+        self._batch_size, self._limits = batch_size, limits
+        self._pool = ThreadPoolExecutor(threads)
+
+    def batches(self, part: str, method: Method) -> Iterator[torch.Tensor]:
+        """B×3×S×S batches of the chosen samples, in the order of the part."""
+
+        def prepare(row: dict[str, Any]) -> np.ndarray:
+            return decode_prepared(row["image"], method.input, self._limits)
+
+        waiting: list[np.ndarray] = []
+        for pixels in map_ahead(self._pool, prepare, self._rows(part), 2 * self._batch_size):
+            waiting.append(pixels)
+            if len(waiting) == self._batch_size:
+                yield normalise(waiting, method.input).to(method.device)
+                waiting = []
+        if waiting:
+            yield normalise(waiting, method.input).to(method.device)
+
+    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
+        for batch in self._shards.read(part, self._selection, ["sample_id", "image"]):
+            yield from (row for row in batch.to_pylist() if row["sample_id"] in self._chosen)
+
+
+class HeldOutScorer:
+    """Scores the held-out normals of one part. A `UnitWorker`."""
+
+    def __init__(
+        self,
+        model: str,
+        shards: ShardSet,
+        selection: Selection,
+        chosen: frozenset[str],
+        batch_size: int,
+        limits: ImageLimits,
+        device: str,
+        threads: int,
+    ) -> None:
+        self._model = load_model(model, device)
+        self._reader = NormalReader(shards, selection, chosen, batch_size, limits, threads)
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Scores of one part's held-out images."""
+        scores: list[float] = []
+        for batch in self._reader.batches(unit["part"], self._model.method):
+            scores += self._model.method.predict(batch).score.float().cpu().tolist()
+        return {"scores": scores}
+
+
+def score_held_out(
+    model: str, shards: ShardSet, held_out: frozenset[str], categories: list[str], options: FitOptions
+) -> list[float]:
+    """Image scores of held-out normals by a model folder."""
+    arguments = {
+        "model": model,
+        "shards": shards,
+        "selection": Selection(("train", "val"), tuple(categories), (NORMAL,)),
+        "chosen": held_out,
+        "batch_size": options.batch_size,
+        "limits": options.limits,
+        "device": options.runtime.device,
+        "threads": options.runtime.cpus_per_worker,
+    }
+    progress = Progress("score held-out normals", len(held_out))
+    scores: list[float] = []
+    for result in run_units(HeldOutScorer, arguments, [{"part": part} for part in shards.parts], options.runtime):
+        scores += result["scores"]
+        progress.advance(len(result["scores"]))
+    progress.close()
+    return scores
+
+
+def held_out_threshold(
+    model: Model, folder: str, shards: ShardSet, held_out: frozenset[str], options: FitOptions
+) -> Threshold | None:
+    """The decision threshold of a model, from the scores of held-out normals; None if there are none.
+
+    Args:
+        model: fitted, without a threshold.
+        folder: where its actors may load it from; written here.
+        shards, held_out: the images.
+        options: target rate and confidence, and the actors.
+    """
+    if not held_out:
+        return None
+    model.save(folder)
+    scores = score_held_out(folder, shards, held_out, model.categories, options)
+    return fit_threshold(scores, options.threshold.target_fpr or USUAL_FPR, options.threshold.confidence)
