@@ -18,8 +18,11 @@ from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method
+from unianom.methods.layers.reconstruction import TransformerConfig
+from unianom.methods.onenip import OneNIPConfig
 from unianom.methods.patchcore import PatchCoreConfig
 from unianom.methods.trained import TrainedMethod, TrainingBatch
+from unianom.methods.uniad import UniADConfig
 from unianom.methods.unias import UniASConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 
@@ -59,6 +62,25 @@ def training_batch(method: TrainedMethod, count: int = 4, seed: int = 2) -> Trai
     return batch
 
 
+RECONSTRUCTION: dict[str, Any] = {
+    "backbone": BackboneConfig("resnet10t", weights="random"),
+    "input": INPUT,
+    "taps": (1, 2, 3),
+    "transformer": TransformerConfig(dim=16, heads=2, hidden=32, encoder_layers=2, decoder_layers=2),
+}
+"""Small options that UniAD and OneNIP share: 4×4 tokens at 64 pixels."""
+
+INVALID_RECONSTRUCTION: list[dict[str, Any]] = [
+    {"taps": ()},
+    {"taps": (3, 2)},
+    {"grid_tap": 3},
+    {"grid_tap": -4},
+    {"neighbours": -1},
+    {"score_pool": 0},
+    {"score_pool": SIDE + 1},
+]
+"""Changes that both must refuse."""
+
 TINY = {
     "uniformaly": Tiny(
         UniFormalyConfig(backbone=BackboneConfig(VIT, weights="random", options=VIT_OPTIONS), input=INPUT),
@@ -89,6 +111,26 @@ TINY = {
             {"blur_sigma": -1.0},
             {"blur_sigma": float("inf")},
         ],
+    ),
+    "uniad": Tiny(
+        UniADConfig(**RECONSTRUCTION, neighbours=3),
+        invalid=[*INVALID_RECONSTRUCTION, {"masked": ("decoder",)}],
+        training_batch=training_batch,
+    ),
+    "onenip": Tiny(
+        OneNIPConfig(**RECONSTRUCTION, refiner_width=8),
+        invalid=[
+            *INVALID_RECONSTRUCTION,
+            {"neighbours": "some"},
+            {"pool_size": 0},
+            {"refiner_width": 0},
+            {"dice_factor": 0.0},
+            {"dice_smoothing": -1.0},
+            {"segmentation_weight": -0.5},
+            {"alpha": 1.5},
+            {"alpha": float("nan")},
+        ],
+        training_batch=training_batch,
     ),
     "unias": Tiny(
         UniASConfig(
@@ -143,14 +185,18 @@ def random_images(count: int, seed: int = 0, side: int = SIDE) -> Tensor:
 
 
 def fit(method: Method, rows: int = 40, seed: int = 1) -> Method:
-    """Give a memory method a bank of random normal patches; a trained method stays at its random weights."""
+    """Give a memory method a bank of random normal patches; a trained method stays at its random weights and is
+    finished on random images of two categories."""
+    method.eval()
     if isinstance(method, MemoryMethod):
         with torch.inference_mode():
             embedding = method.embed_for_bank(random_images(4, seed))
         patches = embedding.patches[embedding.keep].numpy()
         chosen = np.random.default_rng(seed).permutation(len(patches))[:rows]
         method.bank = MemoryBank.build(patches[chosen])
-    return method.eval()
+    elif isinstance(method, TrainedMethod):
+        method.finish([TINY[method.name].training_batch(method)], ["a", "b"])
+    return method
 
 
 def tiny_method(name: str) -> Method:

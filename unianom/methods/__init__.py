@@ -1,6 +1,17 @@
 """The methods, each in a file of its own; importing this package registers them all."""
 
-from unianom.methods import patchcore, unias, uniformaly
+from unianom.methods import onenip, patchcore, uniad, unias, uniformaly
 from unianom.methods.base import METHODS, Embedding, MemoryMethod, Method, Prediction
 
-__all__ = ["METHODS", "Embedding", "MemoryMethod", "Method", "Prediction", "patchcore", "unias", "uniformaly"]
+__all__ = [
+    "METHODS",
+    "Embedding",
+    "MemoryMethod",
+    "Method",
+    "Prediction",
+    "onenip",
+    "patchcore",
+    "uniad",
+    "unias",
+    "uniformaly",
+]

@@ -134,12 +134,14 @@ class FeedForward(nn.Module):
     Args:
         dim: width of tokens.
         hidden: width between the two layers.
-        dropout: at both places.
+        dropout: on the sum's new part.
+        inner_dropout: between the layers; None for the same.
     """
 
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.1, inner_dropout: float | None = None) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+        inner = nn.Dropout(dropout if inner_dropout is None else inner_dropout)
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), inner, nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
 

@@ -1,0 +1,195 @@
+"""Tokens' layers against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from unianom.methods.layers.tokens import (
+    AttentionBlock,
+    FeedForward,
+    LearnedPosition,
+    feature_jitter,
+    neighbour_mask,
+    sine_position,
+)
+
+
+# ------------------------------------------------------------------------------------------------- neighbour mask
+def test_visible_keys_of_the_published_mask():
+    visible = (neighbour_mask(14, 14, 7) == 0).sum(1).view(14, 14)
+    assert visible[7, 7] == 14 * 14 - 7 * 7 == 147
+    assert [visible[row, column] for row in (0, 13) for column in (0, 13)] == [14 * 14 - 4 * 4] * 4 == [180] * 4
+    assert visible[0, 7] == 14 * 14 - 4 * 7
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(5, 7, 3), (7, 5, 4), (6, 6, 1), (9, 4, 5), (5, 5, 2)])
+def test_mask_is_that_of_loops(height, width, window):
+    expected = np.zeros((height, width, height, width))
+    reach = window // 2
+    for row in range(height):
+        for column in range(width):
+            for other_row in range(height):
+                for other_column in range(width):
+                    if abs(other_row - row) <= reach and abs(other_column - column) <= reach:
+                        expected[row, column, other_row, other_column] = -math.inf
+    mask = neighbour_mask(height, width, window)
+    assert mask.dtype == torch.float32
+    np.testing.assert_array_equal(mask.numpy(), expected.reshape(height * width, -1))
+
+
+@pytest.mark.parametrize(("side", "window"), [(1, 1), (3, 3), (4, 7), (5, 5)])
+def test_a_mask_that_hides_the_whole_grid_is_refused(side, window):
+    with pytest.raises(ValueError, match=f"{side}×{side}"):
+        neighbour_mask(side, side, window)
+
+
+# --------------------------------------------------------------------------------------------------------- jitter
+@pytest.mark.parametrize("dim", [1, 2])
+def test_jitter_is_gaussian_and_scales_with_the_norm_of_each_token(dim):
+    torch.manual_seed(0)
+    channels, draws = 8, 4000
+    token = torch.arange(1.0, channels + 1)
+    tokens = torch.stack([token, 10 * token, 0 * token])  # 3 C
+    features = tokens if dim == 1 else tokens[None].expand(5, 3, channels)
+    noise = torch.stack([feature_jitter(features, 20.0, 1.0, dim) - features for _ in range(draws)])
+    noise = noise.reshape(-1, 3, channels)
+    norm = math.sqrt(sum(value**2 for value in range(1, channels + 1)))
+    for row, factor in enumerate((1, 10, 0)):
+        expected = 20 * factor * norm / channels
+        values = noise[:, row].double()
+        assert values.std().item() == pytest.approx(expected, rel=0.02)
+        assert abs(values.mean().item()) <= 0.05 * expected
+        if factor:  # a Gaussian has 68.3 % within one standard deviation, 95.4 % within two
+            share = [(values.abs() < k * expected).double().mean().item() for k in (1, 2)]
+            assert share == pytest.approx([0.6827, 0.9545], abs=0.01)
+
+
+def test_jitter_is_drawn_once_for_a_call():
+    torch.manual_seed(0)
+    features = torch.ones(4, 3, 6)
+    changed = []
+    for _ in range(400):
+        different = feature_jitter(features, 1.0, 0.25, dim=2) != features
+        assert different.all() or not different.any()
+        changed.append(bool(different.any()))
+    assert np.mean(changed) == pytest.approx(0.25, abs=0.08)
+    assert torch.equal(feature_jitter(features, 1.0, 0.0, dim=2), features)
+    assert all((feature_jitter(features, 1.0, 1.0, dim=2) != features).any() for _ in range(50))
+
+
+# ------------------------------------------------------------------------------------------------------ positions
+def test_learned_position_is_the_column_then_the_row():
+    torch.manual_seed(0)
+    position = LearnedPosition(3, 5, 8)
+    assert position.rows.shape == (3, 4)
+    assert position.columns.shape == (5, 4)
+    for table in (position.rows, position.columns):  # uniform in 0…1
+        assert 0 <= table.min() < table.max() <= 1
+    code = position()
+    assert code.shape == (15, 8)
+    for row in range(3):
+        for column in range(5):
+            expected = torch.cat([position.columns[column], position.rows[row]])
+            assert torch.equal(code[row * 5 + column], expected)
+    assert LearnedPosition(200, 200, 64)().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_sine_position_is_that_of_loops():
+    height, width, dim = 3, 5, 12
+    code = sine_position(height, width, dim)
+    assert code.shape == (15, 12)
+    half = dim // 2
+    for row in range(height):
+        for column in range(width):
+            for index in range(half):
+                for start, place, length in ((0, row, height), (half, column, width)):
+                    angle = (place + 1) / (length + 1e-6) * 2 * math.pi
+                    angle /= 10_000 ** (2 * (index // 2) / half)
+                    expected = math.sin(angle) if index % 2 == 0 else math.cos(angle)
+                    assert code[row * width + column, start + index].item() == pytest.approx(expected, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- blocks
+def softmax(values: np.ndarray) -> np.ndarray:
+    weights = np.exp(values - values.max())
+    return weights / weights.sum()
+
+
+def layer_norm(x: np.ndarray, norm: torch.nn.LayerNorm) -> np.ndarray:
+    scaled = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+    return scaled * norm.weight.detach().double().numpy() + norm.bias.detach().double().numpy()
+
+
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """With every parameter away from ones and zeros."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def test_attention_block_is_that_of_loops():
+    torch.manual_seed(0)
+    dim, heads, queries, keys = 6, 2, 3, 4
+    block = shaken(AttentionBlock(dim, heads))
+    x, memory = torch.randn(1, queries, dim), torch.randn(1, keys, dim)
+    position, key_position = torch.randn(queries, dim), torch.randn(keys, dim)
+    mask = torch.zeros(queries, keys)
+    mask[0, 1] = mask[2, 3] = -math.inf
+    with torch.no_grad():
+        result = block(x, memory, position, key_position, mask)[0].double().numpy()
+
+    weights = block.attention.in_proj_weight.detach().double().numpy().reshape(3, dim, dim)
+    biases = block.attention.in_proj_bias.detach().double().numpy().reshape(3, dim)
+    q = (x[0] + position).double().numpy() @ weights[0].T + biases[0]
+    k = (memory[0] + key_position).double().numpy() @ weights[1].T + biases[1]
+    v = memory[0].double().numpy() @ weights[2].T + biases[2]  # values carry no position
+    width = dim // heads
+    for query in range(queries):
+        attended = np.zeros(dim)
+        seen = [key for key in range(keys) if mask[query, key] == 0]
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            share = softmax(np.array([q[query, part] @ k[key, part] / math.sqrt(width) for key in seen]))
+            attended[part] = sum(weight * v[key, part] for weight, key in zip(share, seen))
+        out = block.attention.out_proj
+        projected = out.weight.detach().double().numpy() @ attended + out.bias.detach().double().numpy()
+        expected = layer_norm(x[0, query].double().numpy() + projected, block.norm)
+        np.testing.assert_allclose(result[query], expected, atol=1e-5)
+
+
+def test_feed_forward_is_that_of_loops():
+    torch.manual_seed(0)
+    block = shaken(FeedForward(4, 7))
+    x = torch.randn(2, 3, 4)
+    first, second = block.layers[0], block.layers[3]
+    with torch.no_grad():
+        result = block(x)
+        for image in range(2):
+            for token in range(3):
+                hidden = torch.relu(first.weight @ x[image, token] + first.bias)
+                added = x[image, token] + second.weight @ hidden + second.bias
+                expected = layer_norm(added.double().numpy(), block.norm)
+                np.testing.assert_allclose(result[image, token].numpy(), expected, atol=1e-5)
+
+
+def test_dropout_lies_where_it_is_asked_for():
+    """Zeroed hidden units and zeroed outputs both change the result; each alone can be switched off."""
+
+    def noisy(dropout: float, inner: float | None) -> tuple[bool, bool]:
+        torch.manual_seed(0)
+        block = FeedForward(4, 32, dropout, inner_dropout=inner).train()
+        x = torch.randn(1, 5, 4)
+        hidden = block.layers[:3](x)
+        return bool((hidden - torch.relu(block.layers[0](x))).abs().max() > 0), not torch.equal(block(x), block(x))
+
+    assert noisy(0.5, None) == (True, True)
+    assert noisy(0.5, 0.0) == (False, True)
+    assert noisy(0.0, 0.5) == (True, True)
+    assert noisy(0.0, None) == (False, False)
+    block = AttentionBlock(4, 2, 0.5)
+    assert block.attention.dropout == block.dropout.p == 0.5

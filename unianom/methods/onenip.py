@@ -1,0 +1,445 @@
+"""OneNIP: reconstruction guided by one normal image as a prompt (Gao, ECCV 2024).
+
+A frozen encoder's features of an image are reconstructed from those of a normal image of the same category (the
+prompt). Pseudo-anomalous copies teach the transformer to restore what is normal, and a refiner to find at higher
+resolution where it had to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from unianom.backbones import BackboneConfig
+from unianom.data.image import InputPolicy
+from unianom.data.synthesis import SynthesisConfig
+from unianom.errors import DataError, ModelError, OptionError
+from unianom.memory.coreset import greedy_coreset
+from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.neck import FeatureNeck
+from unianom.methods.layers.reconstruction import (
+    QueryDecoder,
+    ReconstructionTransformer,
+    TransformerConfig,
+    check_reconstruction_options,
+    grid_mask,
+    pooled_maximum,
+    upsample,
+)
+from unianom.methods.layers.tokens import AttentionBlock, FeedForward
+from unianom.methods.trained import (
+    LOSS,
+    BatchNeeds,
+    FeatureMaps,
+    TrainedMethod,
+    TrainingBatch,
+    TrainingConfig,
+    initialise_transformer,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"feature_loss": "sum", "dice_factor": 2.0, "dice_smoothing": 0.0, "score_pool": 1},
+    "reference": {"feature_loss": "mean", "dice_factor": 1.0, "dice_smoothing": 1.0, "score_pool": 16},
+}
+"""Where text and released code differ. The code's Dice loss lacks the factor 2 of eq. 7 but, by its smoothing, also
+learns from images without anomalies, for which the text's is constant; it halves L_rec + L_res of eq. 8; its image
+score is the maximum after a mean filter. Two things of the code are in neither preset because they need what is not
+known of a test image: prompts by its true category, and a fusion scale from all test maps."""
+
+
+@dataclass(frozen=True)
+class OneNIPConfig:
+    """OneNIP's options; the defaults are the published ones.
+
+    The ablation of the paper (table 4a), row by row: `prompt="none", restoration=False, refiner=False` is UniAD;
+    then `prompt="static"`; `prompt="dynamic"`; `prompt="none", restoration=True`; `prompt="dynamic",
+    restoration=True`; and the defaults.
+
+    Args:
+        preset: "paper" or "reference" (the released code); fills what is left null below.
+        backbone: any timm encoder with feature maps; published: EfficientNet-B4.
+        input: published: stretched to 224×224; also 256 and 320.
+        training: length, batches, optimiser.
+        taps: timm feature indices, fine to coarse.
+        grid_tap: position in `taps` of the one whose grid is the token grid; -1 for the coarsest.
+        transformer: its size, dropout and feature jitter.
+        neighbours: side of the square, in tokens, that attention does not see around each token; 0 for no mask;
+            "half" for half the token grid's side, rounded down, as published.
+        prompt: what the decoder starts from: the prompt's tokens, updated together with the image's ("dynamic"); the
+            prompt's tokens, the same in every layer ("static"); or learned queries, as in UniAD ("none").
+        prompt_sampling: prompts while training are random images of the same "category", or, where categories are
+            not known, those of "nearest" features.
+        pool_size: images kept as prompts for prediction where sampling is "nearest"; else it is one of each category.
+        restoration: also learn to restore the features of pseudo-anomalous copies (eq. 5).
+        synthesis: how those copies are made.
+        refiner: whether reconstruction errors are refined to a map of four times the token grid's side (sec. 3.3).
+        refiner_width: channels of its convolutions.
+        feature_loss: "sum" of reconstruction and restoration loss (eq. 8) or their "mean".
+        dice_factor: of the intersection in the Dice loss; 2 in eq. 7.
+        dice_smoothing: added to both sides of its fraction.
+        segmentation_weight: λ, of the Dice loss in the total.
+        alpha: α, the refiner's share in the anomaly map (eq. 10).
+        score_pool: side of the mean filter, in pixels, before the maximum that is the image score; 1 for none.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
+    input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    taps: tuple[int, ...] = (0, 1, 2, 3)
+    grid_tap: int = -1
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    neighbours: int | Literal["half"] = "half"
+    prompt: Literal["dynamic", "static", "none"] = "dynamic"
+    prompt_sampling: Literal["category", "nearest"] = "category"
+    pool_size: int = 15
+    restoration: bool = True
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    refiner: bool = True
+    refiner_width: int = 128
+    feature_loss: Literal["sum", "mean"] | None = None
+    dice_factor: float | None = None
+    dice_smoothing: float | None = None
+    segmentation_weight: float = 0.5
+    alpha: float = 0.5
+    score_pool: int | None = None
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        assert self.dice_factor is not None
+        assert self.dice_smoothing is not None
+        assert self.score_pool is not None
+        neighbours = 0 if self.neighbours == "half" else self.neighbours
+        check_reconstruction_options(self.taps, self.grid_tap, neighbours, self.score_pool, self.input.side)
+        if self.pool_size < 1 or self.refiner_width < 1:
+            raise OptionError("pool_size and refiner_width must be >= 1")
+        if not 0 < self.dice_factor < math.inf or not 0 <= self.dice_smoothing < math.inf:
+            raise OptionError("dice_factor must be positive, dice_smoothing >= 0")
+        if not 0 <= self.segmentation_weight < math.inf or not 0 <= self.alpha <= 1:
+            raise OptionError("segmentation_weight must be >= 0, alpha in [0, 1]")
+
+
+class BidirectionalLayer(nn.Module):
+    """Prompt and image tokens learn from each other (eq. 3).
+
+    Args:
+        config: sizes.
+        mask: N×N additive mask of both attentions.
+    """
+
+    def __init__(self, config: TransformerConfig, mask: Tensor | None) -> None:
+        super().__init__()
+        self.mask: Tensor | None
+        self.register_buffer("mask", mask, persistent=False)
+        self.prompt_from_image = AttentionBlock(config.dim, config.heads, config.dropout)
+        self.feed_forward = FeedForward(config.dim, config.hidden, config.dropout, inner_dropout=0.0)
+        self.image_from_prompt = AttentionBlock(config.dim, config.heads, config.dropout)
+
+    def forward(self, prompt: Tensor, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Both B×N×D, updated."""
+        prompt = self.feed_forward(self.prompt_from_image(prompt, image, position, position, self.mask))
+        image = self.image_from_prompt(image, prompt, position, position, self.mask)
+        return prompt, image
+
+
+class BidirectionalDecoder(nn.Module):
+    """Two-way layers, then one attention of the prompt to the whole image; the prompt's tokens become the
+    reconstruction (sec. 3.1).
+
+    Args:
+        config: sizes.
+        mask: as `BidirectionalLayer`; the last attention has none.
+    """
+
+    def __init__(self, config: TransformerConfig, mask: Tensor | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(BidirectionalLayer(config, mask) for _ in range(config.decoder_layers))
+        self.last = AttentionBlock(config.dim, config.heads, config.dropout)
+
+    def forward(self, memory: Tensor, position: Tensor, prompt: Tensor) -> Tensor:
+        """B×N×D tokens of the encoder, and of a prompt, to B×N×D."""
+        image = memory
+        for layer in self.layers:
+            prompt, image = layer(prompt, image, position)
+        return self.last(prompt, image, position, position)
+
+
+class Refiner(nn.Module):
+    """Feature errors to logits on four times their grid (sec. 3.3).
+
+    Args:
+        channels: C of the features.
+        width: of the convolutions.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (channels, width):
+            layers += [
+                nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, kernel_size=1))
+
+    def forward(self, errors: Tensor) -> Tensor:
+        """B×C×h×w to B×4h×4w."""
+        return self.layers(errors)[:, 0]
+
+
+def dice_loss(probability: Tensor, mask: Tensor, factor: float, smoothing: float) -> Tensor:
+    """1 − (factor · Σpm + smoothing) / (Σp² + Σm² + smoothing) of each image; B (eq. 7).
+
+    Without smoothing an image without mask costs 1 whatever its probabilities, so nothing is learned from it.
+
+    Args:
+        probability: B×S×S, p.
+        mask: B×S×S of 0 and 1, m.
+        factor, smoothing: as in the formula.
+    """
+    overlap = (probability * mask).sum((1, 2))
+    total = probability.square().sum((1, 2)) + mask.square().sum((1, 2))
+    tiny = torch.finfo(total.dtype).tiny  # both may be zero
+    return 1 - (factor * overlap + smoothing) / (total + smoothing).clamp_min(tiny)
+
+
+@register_method("onenip")
+class OneNIP(TrainedMethod):
+    """OneNIP with its prompt pool, once finished.
+
+    Args:
+        config: options.
+
+    Attributes:
+        prompt_pool: P×C×h×w neck features of normal training images: one of each category, in the order of the
+            categories, or `pool_size` of them where prompts are sampled by "nearest".
+        prompt_means: P×C, their means over positions, by which a prompt is chosen.
+        prompt_category: P int64, the category of each.
+        fusion_scale: scalar, half of the sum of largest and smallest reconstruction error in maps of training images;
+            brings the refiner's probabilities to the scale of these errors. 0 until finished.
+    """
+
+    Config = OneNIPConfig
+    finish_images: ClassVar[int] = 256
+
+    def __init__(self, config: OneNIPConfig) -> None:
+        super().__init__()
+        self.neck = FeatureNeck(config.backbone, config.taps, config.grid_tap, config.input.side)
+        channels, grid = self.neck.channels, self.neck.grid
+        neighbours = min(grid) // 2 if config.neighbours == "half" else config.neighbours
+        self.config: OneNIPConfig = with_statistics(replace(config, neighbours=neighbours))
+        mask = grid_mask(grid, neighbours)
+        decoder: nn.Module
+        if config.prompt == "dynamic":
+            decoder = BidirectionalDecoder(config.transformer, mask)
+        else:
+            queries = grid[0] * grid[1] if config.prompt == "none" else 0
+            decoder = QueryDecoder(config.transformer, queries, mask, mask)
+        self.transformer = ReconstructionTransformer(channels, grid, config.transformer, mask, decoder)
+        self.refiner = Refiner(channels, config.refiner_width) if config.refiner else None
+        initialise_transformer(self.transformer)
+        if self.refiner is not None:
+            initialise_transformer(self.refiner)
+        self.prompt_pool: Tensor
+        self.prompt_means: Tensor
+        self.prompt_category: Tensor
+        self.fusion_scale: Tensor
+        self.register_buffer("prompt_pool", torch.empty(0, channels, *grid))
+        self.register_buffer("prompt_means", torch.empty(0, channels))
+        self.register_buffer("prompt_category", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("fusion_scale", torch.zeros(()))
+
+    @property
+    def needs(self) -> BatchNeeds:
+        config = self.config
+        return BatchNeeds(
+            synthetic=config.synthesis if config.restoration or config.refiner else None,
+            prompts=None if config.prompt == "none" else config.prompt_sampling,
+        )
+
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """{"neck": B×C×h×w} of B×3×S×S normalised images; 272×14×14 as published."""
+        return {"neck": self.neck(images)}
+
+    def feature_key(self) -> dict[str, Any]:
+        """The same for UniAD and OneNIP on the same encoder, taps and grid."""
+        return {**super().feature_key(), "method": "neck", "grid": list(self.neck.grid)}
+
+    # ------------------------------------------------------------------------------------------------- training
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Total (eq. 8) with its parts "reconstruction" (eq. 4), "restoration" (eq. 5) and "segmentation" (eq. 7).
+
+        Copies are encoded here; both they and their originals are to give the originals' features.
+        """
+        config = self.config
+        normal = self.features_of(batch)["neck"]  # B C h w
+        features = normal
+        if self.needs.synthetic is not None:
+            assert batch.synthetic_images is not None
+            features = torch.cat([normal, self.neck(batch.synthetic_images)])  # 2B C h w
+        reconstruction = self._reconstruct_with_prompts(features, batch)
+        losses = {"reconstruction": (reconstruction[: len(normal)] - normal).square().mean()}
+        total = losses["reconstruction"]
+        if config.restoration:
+            losses["restoration"] = (reconstruction[len(normal) :] - normal).square().mean()
+            total = total + losses["restoration"]
+            if config.feature_loss == "mean":
+                total = total / 2
+        if self.refiner is not None:
+            assert batch.synthetic_mask is not None
+            masks = torch.cat([torch.zeros_like(batch.synthetic_mask), batch.synthetic_mask])[:, 0]  # 2B S S
+            probability = self._refine(reconstruction - features)
+            assert config.dice_factor is not None
+            assert config.dice_smoothing is not None
+            losses["segmentation"] = dice_loss(probability, masks, config.dice_factor, config.dice_smoothing).mean()
+            total = total + config.segmentation_weight * losses["segmentation"]
+        return {LOSS: total, **losses}
+
+    def _reconstruct_with_prompts(self, features: Tensor, batch: TrainingBatch) -> Tensor:
+        """Features of originals (and copies) to float32 features, each with its original's prompt."""
+        if self.config.prompt == "none":
+            return self.transformer.decode(self.transformer.encode(features)).float()
+        prompts = self.prompt_features_of(batch)["neck"]  # B C h w
+        tokens = self.transformer.encode(torch.cat([features, prompts]))  # one draw of jitter for all
+        image, prompt = tokens[: len(features)], tokens[len(features) :]
+        return self.transformer.decode(image, prompt.repeat(len(image) // len(prompt), 1, 1)).float()
+
+    def _refine(self, difference: Tensor) -> Tensor:
+        """Reconstruction minus features, B×C×h×w, to the probability B×S×S of an anomaly."""
+        assert self.refiner is not None
+        logits = self.refiner(difference.abs()).float()  # B 4h 4w
+        return upsample(logits, self.input.side).sigmoid()
+
+    # ------------------------------------------------------------------------------------------------ finishing
+    @torch.no_grad()
+    def finish(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
+        """Choose the prompt pool, and measure the fusion scale on these images and on their copies if they come along.
+
+        Raises:
+            DataError: a category has no image among them.
+        """
+        features, copies, labels = [], [], []
+        for batch in batches:
+            features.append(self.features_of(batch)["neck"])
+            labels.append(batch.category)
+            if batch.synthetic_images is not None:
+                copies.append(self.neck(batch.synthetic_images))
+        if self.config.prompt != "none":
+            self._fill_pool(torch.cat(features), torch.cat(labels), categories)
+        if self.refiner is not None:
+            extremes = [torch.stack(self._error_map(neck, self._entries(neck)).aminmax()) for neck in features + copies]
+            smallest, largest = torch.stack(extremes).unbind(1)
+            self.fusion_scale = (smallest.amin() + largest.amax()) / 2
+
+    def _fill_pool(self, features: Tensor, labels: Tensor, categories: Sequence[str]) -> None:
+        means = features.mean((2, 3))  # M C
+        seed = self.config.training.seed
+        if self.config.prompt_sampling == "nearest":
+            count = min(self.config.pool_size, len(means))
+            chosen = torch.from_numpy(greedy_coreset(means.cpu().numpy(), count, seed).indices)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            picks = []
+            for number, name in enumerate(categories):
+                own = (labels.cpu() == number).nonzero()[:, 0]
+                if len(own) == 0:
+                    raise DataError(
+                        f"onenip needs a prompt of every category, but there is no training image of '{name}' among "
+                        f"the {len(labels)} to choose from; add one, or set prompt_sampling=nearest"
+                    )
+                picks.append(own[torch.randint(len(own), (), generator=generator)])
+            chosen = torch.stack(picks)
+        chosen = chosen.to(features.device)
+        self.prompt_pool, self.prompt_means, self.prompt_category = features[chosen], means[chosen], labels[chosen]
+
+    def size_buffers(self, state: Mapping[str, Tensor]) -> None:
+        for name in ("prompt_pool", "prompt_means", "prompt_category"):
+            if name in state:
+                buffer: Tensor = getattr(self, name)
+                setattr(self, name, buffer.new_empty(len(state[name]), *buffer.shape[1:]))
+
+    # ----------------------------------------------------------------------------------------------- prediction
+    def choose_prompts(self, neck: Tensor) -> Tensor:
+        """Entries of the pool for neck features B×C×h×w: those of the largest cosine similarity of means; B int64.
+
+        `prompt_category` of the result against true categories is the accuracy of the choice.
+        """
+        similarity = cosine_similarity(neck.mean((2, 3))[:, None], self.prompt_means, dim=2)  # B P
+        return similarity.argmax(1)
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        """Maps (eq. 10) and scores of B×3×S×S normalised images, each with the prompt that is nearest to it.
+
+        Raises:
+            OptionError: not a batch of this method's input.
+            ModelError: the method is not finished.
+        """
+        self.check_images(images)
+        self._check_finished()
+        neck = self.neck(images)
+        return self._predict(neck, self._entries(neck))
+
+    @torch.inference_mode()
+    def predict_with_prompts(self, images: Tensor, entries: Tensor) -> Prediction:
+        """As `predict`, but with given entries of the pool. Given those of the true categories it shows what a wrong
+        choice of prompts costs, and is no fair evaluation.
+
+        Args:
+            images: B×3×S×S normalised.
+            entries: B int64.
+
+        Raises:
+            OptionError: also if the pool has no such entries, or prompts are not used.
+        """
+        self.check_images(images)
+        self._check_finished()
+        if self.config.prompt == "none":
+            raise OptionError("onenip with prompt=none takes no prompts; use predict")
+        size = len(self.prompt_pool)
+        if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
+            raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
+        return self._predict(self.neck(images), entries)
+
+    def _check_finished(self) -> None:
+        if (self.config.prompt != "none" and len(self.prompt_pool) == 0) or (
+            self.refiner is not None and self.fusion_scale == 0
+        ):
+            raise ModelError(
+                "onenip has no prompts and no fusion scale yet; train it with jobs/train.py onenip, or call finish() "
+                "with training images"
+            )
+
+    def _entries(self, neck: Tensor) -> Tensor | None:
+        """The entries chosen; None for a decoder that takes no prompt."""
+        return None if self.config.prompt == "none" else self.choose_prompts(neck)
+
+    def _difference(self, neck: Tensor, entries: Tensor | None) -> Tensor:
+        """Reconstruction minus features, B×C×h×w."""
+        image = self.transformer.encode(neck)
+        if entries is None:
+            return self.transformer.decode(image) - neck
+        distinct, which = entries.unique(return_inverse=True)  # images of one category share the work
+        prompts = self.transformer.encode(self.prompt_pool[distinct])
+        return self.transformer.decode(image, prompts[which]) - neck
+
+    def _error_map(self, neck: Tensor, entries: Tensor | None) -> Tensor:
+        """S_rec (eq. 9), B×S×S."""
+        return upsample(self._difference(neck, entries).norm(dim=1), self.input.side)
+
+    def _predict(self, neck: Tensor, entries: Tensor | None) -> Prediction:
+        difference = self._difference(neck, entries)
+        anomaly_map = upsample(difference.norm(dim=1), self.input.side)  # B S S
+        if self.refiner is not None:
+            alpha = self.config.alpha
+            anomaly_map = (1 - alpha) * anomaly_map + alpha * self.fusion_scale * self._refine(difference)
+        assert self.config.score_pool is not None
+        return Prediction(anomaly_map, pooled_maximum(anomaly_map, self.config.score_pool))

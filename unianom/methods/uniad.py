@@ -1,0 +1,138 @@
+"""UniAD: one transformer reconstructs the features of all categories (You et al., NeurIPS 2022).
+
+Three things keep it from copying anomalies through: attention that is blind to a token's own neighbourhood, learned
+queries in every decoder layer, and noise on the input features while training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from unianom.backbones import BackboneConfig
+from unianom.data.image import InputPolicy
+from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.neck import FeatureNeck
+from unianom.methods.layers.reconstruction import (
+    QueryDecoder,
+    ReconstructionTransformer,
+    TransformerConfig,
+    check_reconstruction_options,
+    grid_mask,
+    pooled_maximum,
+    upsample,
+)
+from unianom.methods.trained import (
+    LOSS,
+    FeatureMaps,
+    TrainedMethod,
+    TrainingBatch,
+    TrainingConfig,
+    initialise_transformer,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "reference": {}}
+"""Text and released code agree."""
+
+
+@dataclass(frozen=True)
+class UniADConfig:
+    """UniAD's options; the defaults are the published ones.
+
+    Args:
+        preset: "paper" or "reference" (the released code); the two do not differ.
+        backbone: any timm encoder with feature maps; published: EfficientNet-B4.
+        input: published: stretched to 224×224.
+        training: length, batches, optimiser. The released code reaches more on one GPU with batches of 8.
+        taps: timm feature indices, fine to coarse; published: (0, 1, 2, 3), for CIFAR-10 (0, 1, 2, 3, 4).
+        grid_tap: position in `taps` of the one whose grid is the token grid; -1 for the coarsest; published: the
+            one of stride 16.
+        transformer: its size, dropout and feature jitter.
+        neighbours: side of the square, in tokens, that attention does not see around each token; 0 for no mask.
+        masked: which attentions are so masked: of the "encoder", of the decoder's queries to the encoder's tokens
+            ("decoder_1") and to the previous layer's ("decoder_2").
+        map_form: "norm", the error's L2 norm over channels, upsampled with corners aligned; or "squared", the mean
+            squared error over channels, upsampled with corners not aligned, to which CADA calibrates.
+        reduce: a map's "max" (industrial images), "mean" (semantic anomalies, CIFAR-10) or "std" is the image score.
+        score_pool: side of the mean filter, in pixels, before the maximum; 1 for none.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
+    input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    taps: tuple[int, ...] = (0, 1, 2, 3)
+    grid_tap: int = -1
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    neighbours: int = 7
+    masked: tuple[Literal["encoder", "decoder_1", "decoder_2"], ...] = ("encoder", "decoder_1", "decoder_2")
+    map_form: Literal["norm", "squared"] = "norm"
+    reduce: Literal["max", "mean", "std"] = "max"
+    score_pool: int = 16
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        check_reconstruction_options(self.taps, self.grid_tap, self.neighbours, self.score_pool, self.input.side)
+
+
+@register_method("uniad")
+class UniAD(TrainedMethod):
+    """UniAD.
+
+    Args:
+        config: options.
+    """
+
+    Config = UniADConfig
+
+    def __init__(self, config: UniADConfig) -> None:
+        super().__init__()
+        self.config: UniADConfig = with_statistics(config)
+        self.neck = FeatureNeck(config.backbone, config.taps, config.grid_tap, config.input.side)
+        mask = grid_mask(self.neck.grid, config.neighbours)
+        masks = {name: mask if name in config.masked else None for name in ("encoder", "decoder_1", "decoder_2")}
+        tokens = self.neck.grid[0] * self.neck.grid[1]
+        decoder = QueryDecoder(config.transformer, tokens, masks["decoder_1"], masks["decoder_2"])
+        self.transformer = ReconstructionTransformer(
+            self.neck.channels, self.neck.grid, config.transformer, masks["encoder"], decoder
+        )
+        initialise_transformer(self.transformer)
+
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """{"neck": B×C×h×w} of B×3×S×S normalised images; 272×14×14 as published."""
+        return {"neck": self.neck(images)}
+
+    def feature_key(self) -> dict[str, Any]:
+        """The same for UniAD and OneNIP on the same encoder, taps and grid."""
+        return {**super().feature_key(), "method": "neck", "grid": list(self.neck.grid)}
+
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Mean squared error to the features as they were before the jitter."""
+        neck = self.features_of(batch)["neck"]
+        reconstruction = self.transformer.decode(self.transformer.encode(neck))
+        return {LOSS: (reconstruction.float() - neck).square().mean()}
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        self.check_images(images)
+        neck = self.neck(images)
+        difference = self.transformer.decode(self.transformer.encode(neck)) - neck  # B C h w
+        side = self.input.side
+        if self.config.map_form == "norm":
+            anomaly_map = upsample(difference.norm(dim=1), side)  # B S S
+        else:
+            error = difference.square().mean(1, keepdim=True)  # B 1 h w
+            anomaly_map = interpolate(error, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+        return Prediction(anomaly_map, self._score(anomaly_map))
+
+    def _score(self, anomaly_map: Tensor) -> Tensor:
+        """Image scores of B×S×S maps."""
+        if self.config.reduce == "max":
+            return pooled_maximum(anomaly_map, self.config.score_pool)
+        if self.config.reduce == "mean":
+            return anomaly_map.mean((1, 2))
+        return anomaly_map.std((1, 2), correction=0)
