@@ -400,8 +400,11 @@ def test_the_fusion_scale_is_half_of_largest_and_smallest_error(copies):
     assert method.fusion_scale.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_finishing_leaves_no_inference_tensors_and_no_gradients():
-    method = finished()
+@pytest.mark.parametrize("inference", [True, False])
+def test_finishing_leaves_ordinary_tensors_without_gradients(inference):
+    method = shaken(make())
+    with torch.inference_mode(inference):
+        method.finish([training_batch(method)], CATEGORIES)
     for name in ("prompt_pool", "prompt_means", "prompt_category", "fusion_scale"):
         buffer = getattr(method, name)
         assert not buffer.is_inference()

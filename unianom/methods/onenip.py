@@ -319,6 +319,7 @@ class OneNIP(TrainedMethod):
         return upsample(logits, self.input.side).sigmoid()
 
     # ------------------------------------------------------------------------------------------------ finishing
+    @torch.inference_mode(False)  # what it keeps must be ordinary tensors, also if the caller is in inference mode
     @torch.no_grad()
     def finish(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
         """Choose the prompt pool, and measure the fusion scale on these images and on their copies if they come along.
