@@ -58,7 +58,6 @@ from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_thr
 from pipelines.tracking import Run
 from pipelines.validation import Validation
 from unianom import files
-from unianom.data.image import ImageLimits
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import Synthesiser, TextureSource
 from unianom.errors import DataError, OptionError, UnianomError
@@ -116,7 +115,7 @@ class TrainingOptions(FitOptions):
         min_workers: let Ray shrink and regrow the run between this many workers and `runtime.workers`.
         max_failures: how often lost workers are replaced before the run fails; preempted nodes do not count.
         data: how images reach the network.
-        runtime: workers and their CPUs and GPUs; null workers is one.
+        runtime: workers and their CPUs and GPUs; null workers train on one, and use all for what is computed once.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -198,7 +197,9 @@ class Trainer:
         module: nn.Module = _Step(method)
         if self._world > 1:
             devices = [method.device] if method.device.type == "cuda" else None
-            module = DistributedDataParallel(module, device_ids=devices)
+            # `finish` gives buffers another size on the first worker alone, so they are not kept equal; the model that
+            # is saved is the first worker's
+            module = DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False)
         self._module = module
         self._run = torch.compile(module) if compile else module
         torch.manual_seed(method.config.training.seed + rank)  # dropout and noise differ between workers
@@ -672,16 +673,15 @@ def _plan_job(
     method = job.make()
     beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
     folder = files.full_uri(options.data.folder or files.join(beside, "prepared"))
-    all_workers = replace(options.runtime, workers=None)
     features = keeps_features(method, options.data)
 
-    def prepared(limits: ImageLimits, runtime: RuntimeOptions, encoder: TrainedMethod | None) -> PreparedSet:
+    def prepared(runtime: RuntimeOptions, encoder: TrainedMethod | None) -> PreparedSet:
         return prepare(
             shards,
             categories,
             method.input,
             folder,
-            limits,
+            options.limits,
             runtime,
             encoder,
             None if encoder is None else {**encoder.feature_key(), "weights": weights_digest(config.backbone.weights)},
@@ -690,12 +690,12 @@ def _plan_job(
         )
 
     if features:
-        made = prepared(options.limits, all_workers, method)
+        made = prepared(options.runtime, method)
         job = replace(job, features=made.uri, feature_names=made.names)
     size = shards.count(normals(categories)) * 3 * method.input.side**2
     keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
     if keep_pixels and (not features or method.needs.synthetic is not None):
-        job = replace(job, pixels=prepared(options.limits, replace(all_workers, gpus_per_worker=0), None).uri)
+        job = replace(job, pixels=prepared(replace(options.runtime, gpus_per_worker=0), None).uri)
     return job
 
 

@@ -189,7 +189,8 @@ class _Backbone(nn.Module):
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
-            return nullcontext()
+            # frozen features are the same whether they are computed in a training step under autocast or beforehand
+            return nullcontext() if self.trainable else torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, torch.bfloat16 if self.config.precision == "bf16" else torch.float16)
 
     def _format(self, images: Tensor) -> Tensor:

@@ -1,0 +1,354 @@
+"""Training: steps, checkpoints and what disturbs them. Most of it in this process, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+from torch import Tensor
+
+import unianom
+from pipelines import training as module
+from pipelines.batches import Batches, Order, Place
+from pipelines.fitting import train, train_options
+from pipelines.normals import ThresholdOptions
+from pipelines.runtime import RuntimeOptions
+from pipelines.training import DataOptions, Trainer, TrainingOptions, fixed_places, keeps_features, undisturbed
+from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
+from tests.pipelines.conftest import ONE, UNTRACKED, Small
+from unianom.errors import DataError, OptionError
+from unianom.methods.onenip import OneNIP, OneNIPConfig
+from unianom.methods.trained import Augmentation, TrainedMethod, TrainingBatch, TrainingConfig
+from unianom.methods.uniad import UniAD, UniADConfig
+from unianom.methods.unias import UniAS
+from unianom.serialise import to_plain
+
+REPOSITORY = Path(__file__).parents[2]
+
+STILL = dataclasses.replace(RECONSTRUCTION["transformer"], dropout=0.0, jitter_probability=0.0)
+"""A transformer without anything random, so that the same images give the same gradients."""
+
+
+class Fixed:
+    """Twelve images and what belongs to them, in place of a corpus."""
+
+    def __init__(self, method: TrainedMethod) -> None:
+        self.method = method
+        self.whole = training_batch(method, 12)
+
+    def batch(self, places: list[Place]) -> TrainingBatch:
+        chosen = torch.tensor([index for _, index in places])
+        return self.whole.map(lambda tensor: tensor[chosen])
+
+
+def make(config: Any, seed: int = 0) -> TrainedMethod:
+    torch.manual_seed(seed)
+    return {UniADConfig: UniAD, OneNIPConfig: OneNIP}[type(config)](config)
+
+
+def trainer(method: TrainedMethod, rank: int = 0, workers: int = 1, **options: Any) -> Trainer:
+    training = method.config.training
+    order = Order(12, training.seed, training.batch_size, rank, workers)
+    batches = Batches(Fixed(method), order, 0, pin=False)  # type: ignore[arg-type]
+    return Trainer(method, batches, 12, order.share, **options)
+
+
+def weights(method: TrainedMethod) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in method.parameters() if parameter.requires_grad])
+
+
+def run(steps: Trainer, end: int) -> list[float]:
+    return [float(told["losses"]["loss"]) for told in steps.steps(end)]
+
+
+CONFIG = UniADConfig(
+    **RECONSTRUCTION, neighbours=3, training=TrainingConfig(iterations=12, batch_size=4, learning_rate=1e-3)
+)
+"""With dropout and jitter: a run that lost its random state would differ."""
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+def test_a_restored_run_ends_with_the_same_bits() -> None:
+    whole = make(CONFIG)
+    first = trainer(whole)
+    losses = run(first, 12)
+    assert losses[-1] < losses[0]
+
+    begun = trainer(make(CONFIG))
+    assert run(begun, 5) == losses[:5]
+    buffer = io.BytesIO()
+    torch.save(begun.state(), buffer)
+    run(begun, 7)  # steps that a crash throws away
+    buffer.seek(0)
+    other = make(CONFIG, seed=99)
+    continued = trainer(other)
+    continued.restore(torch.load(buffer, weights_only=True))
+    assert continued.step == 5
+    assert run(continued, 12) == losses[5:]
+    assert torch.equal(weights(other), weights(whole))
+
+
+def test_what_happens_in_between_does_not_change_the_run() -> None:
+    plain, looked_at = make(CONFIG), make(CONFIG)
+    losses = run(trainer(plain), 6)
+    steps = trainer(looked_at)
+    seen = []
+    for told in steps.steps(6):
+        seen.append(float(told["losses"]["loss"]))
+        with undisturbed(looked_at):
+            assert not looked_at.training
+            looked_at.predict(random_images(2))
+            torch.rand(7)
+        assert looked_at.training
+    assert seen == losses
+    assert torch.equal(weights(plain), weights(looked_at))
+
+
+def test_accumulated_passes_equal_one_pass() -> None:
+    still = dataclasses.replace(CONFIG, transformer=STILL)
+    whole, parts = make(still), make(still)
+    run(trainer(whole), 3)
+    run(trainer(parts, accumulate=3), 3)  # parts of 1, 1 and 2 images
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(weights(whole), weights(make(still)))
+
+
+def test_schedule_and_clipping_are_the_methods_own() -> None:
+    training = dataclasses.replace(CONFIG.training, decay_at=(0.5,), clip_norm=1e-3)
+    method = make(dataclasses.replace(CONFIG, training=training))
+    steps = trainer(method)
+    rates = []
+    for _ in steps.steps(12):
+        norm = torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]).norm()
+        assert norm <= 1.001e-3
+        rates.append(steps.state()["optimisers"][0]["param_groups"][0]["lr"])
+    # after a step the rate is that of the next one: the seventh of twelve is the first behind one half
+    np.testing.assert_allclose(rates, [1e-3] * 5 + [1e-4] * 7)
+
+
+def test_bf16_trains_close_to_fp32() -> None:
+    still = dataclasses.replace(CONFIG, transformer=STILL)
+    losses = run(trainer(make(still)), 12)
+    rounded = run(trainer(make(still), precision="bf16"), 12)
+    np.testing.assert_allclose(rounded, losses, rtol=0.05)
+    assert rounded != losses
+
+
+def test_a_batch_smaller_than_workers_and_parts_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"batch_size=4 on 1 workers .* at least 5"):
+        trainer(make(CONFIG), accumulate=5)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ddp_worker(rank: int, port: int, config: Any, output: str) -> None:
+    """One of two workers: three steps, the model finished on the first one after each, as validation does."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    method = make(config)
+    steps = trainer(method, rank, 2)
+    for _ in steps.steps(3):
+        if rank == 0:
+            with undisturbed(method):
+                method.finish([training_batch(method, 4)], ["a", "b"])
+    state = steps.state()
+    if rank == 0:
+        torch.save({"weights": weights(method), "random": len(state["random"])}, output)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("config", [CONFIG, OneNIPConfig(**RECONSTRUCTION, refiner=False, training=CONFIG.training)])
+def test_two_workers_step_as_one_on_the_whole_batch(config: Any, tmp_path: Path) -> None:
+    still = dataclasses.replace(config, transformer=STILL, training=dataclasses.replace(config.training, batch_size=5))
+    alone = make(still)
+    run(trainer(alone), 3)
+    mp.spawn(ddp_worker, (free_port(), still, str(tmp_path / "state")), nprocs=2)  # shares of 2 and 3 images
+    state = torch.load(tmp_path / "state", weights_only=True)
+    assert state["random"] == 2
+    torch.testing.assert_close(state["weights"], weights(alone), rtol=1e-3, atol=2e-5)
+
+
+def test_finishing_sees_every_category_alike() -> None:
+    category = np.array([0, 0, 0, 0, 1, 2, 2])
+    assert fixed_places(category, 5) == [(-1, 0), (-1, 4), (-1, 5), (-1, 1), (-1, 6)]
+    assert fixed_places(category, 0) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+def test_features_are_kept_where_images_stay_as_they_are() -> None:
+    plain = UniAS(TINY["unias"].config)
+    flipped = UniAS(dataclasses.replace(TINY["unias"].config, augmentation=Augmentation(horizontal=("*",))))
+    assert keeps_features(plain, DataOptions())
+    assert not keeps_features(plain, DataOptions(frozen_features=False))
+    assert not keeps_features(flipped, DataOptions())
+    with pytest.raises(OptionError, match="augmentation"):
+        keeps_features(flipped, DataOptions(frozen_features=True))
+    nearest = OneNIP(dataclasses.replace(TINY["onenip"].config, prompt_sampling="nearest"))
+    with pytest.raises(OptionError, match="nearest"):
+        keeps_features(nearest, DataOptions(frozen_features=False))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"accumulate": 0},
+        {"checkpoint_every": 0},
+        {"validate_every": -1},
+        {"validation_images": 1},
+        {"max_failures": -1},
+        {"min_workers": 2},
+        {"min_workers": 0},
+    ],
+)
+def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        TrainingOptions("shards", "model", **wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- with Ray
+def options(name: str, small: Small, output: Path, config: Any, **changes: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "method": config,
+        "tracking": UNTRACKED,
+        "runtime": ONE,
+        "threshold": ThresholdOptions(target_fpr=0.5, validation_fraction=0.3),
+        "checkpoint_every": 4,
+        "validate_every": 0,
+    }
+    return train_options()[name](shards=str(small.shards), output=str(output), **{**defaults, **changes})
+
+
+LONG = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, iterations=600))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = train(options("uniad", small, folder, LONG, checkpoint_every=150))[0]
+    assert result.fresh
+    assert result.metrics["iterations"] == 600
+    assert result.threshold is not None
+    return folder
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return list((output / "_work" / "checkpoints").glob("checkpoint_*/state.pt"))
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    return (left / "weights.safetensors").read_bytes() == (right / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.ray
+def test_a_killed_job_continues_to_the_same_weights(undisturbed_model: Path, small: Small) -> None:
+    """kill -9 of driver, cluster and workers behind the first checkpoint, then the same options again."""
+    output = undisturbed_model.parent / "killed"
+    asked = options("uniad", small, output, LONG, checkpoint_every=20)
+    config = undisturbed_model.parent / "killed.yaml"
+    config.write_text(yaml.safe_dump(to_plain(asked)))
+    process = subprocess.Popen(
+        [sys.executable, "jobs/train.py", "uniad", "--config", str(config)], cwd=REPOSITORY, start_new_session=True
+    )
+    deadline = time.monotonic() + 180
+    while not checkpoints(output):
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "model.json").exists()
+
+    result = train(asked)[0]
+    assert result.fresh
+    assert same_weights(output, undisturbed_model)
+    assert unianom.load(output).threshold == unianom.load(undisturbed_model).threshold
+    assert not (output / "_work").exists()
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert not train(asked)[0].fresh
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced(undisturbed_model: Path, small: Small, capfd: pytest.CaptureFixture[str]) -> None:
+    output = undisturbed_model.parent / "worker-killed"
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            if checkpoints(output):
+                time.sleep(2.5)  # until Ray Train knows of the checkpoint
+                for process in psutil.Process().children(recursive=True):
+                    if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    train(options("uniad", small, output, LONG, checkpoint_every=20))
+    killer.join()
+    assert killed
+    assert same_weights(output, undisturbed_model)
+
+
+@pytest.mark.ray
+def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
+    undisturbed_model: Path, small: Small, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also: the frozen features that UniAD's run kept serve this one, since both have the same neck."""
+    output = undisturbed_model.parent / "onenip"
+    prepared = undisturbed_model.parent / "prepared"
+    kept = {path: path.stat().st_mtime_ns for path in prepared.rglob("*-neck.npy")}
+    assert kept
+    config = dataclasses.replace(TINY["onenip"].config, training=CONFIG.training)
+    two = RuntimeOptions(workers=2)
+    train(options("onenip", small, output, config, runtime=two, validate_every=6))
+    told = capfd.readouterr().err
+    assert "validation image_auroc" in told
+    assert "12/12 steps" in told
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*-neck.npy")} == kept
+    model = unianom.load(output)
+    assert model.categories == ["cog", "weave"]
+    assert sorted(model.method.prompt_category.tolist()) == [0, 1]
+    images = [str(path) for path in sorted((small.corpus / "cog" / "test" / "good").iterdir())[:2]]
+    assert all(np.isfinite(result.anomaly_map).all() for result in model.predict(images))
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
+    ray_cluster: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at once: what only the user can mend is not tried again."""
+    training = TrainingConfig(iterations=40, batch_size=4, learning_rate=1e30, clip_norm=None)
+    config = dataclasses.replace(CONFIG, training=training)
+    folder = DataOptions(folder=str(tmp_path / "prepared"))
+    with pytest.raises(DataError, match=r"not finite at step \d+ .*learning_rate"):
+        train(options("uniad", small, tmp_path / "model", config, data=folder))
+
+
+@pytest.mark.ray
+def test_workers_that_do_not_fit_are_refused(ray_cluster: None, small: Small, tmp_path: Path) -> None:
+    crowd = RuntimeOptions(workers=64)
+    with pytest.raises(OptionError, match=r"64 workers .* do not fit"):
+        module._check_resources(TrainingOptions(str(small.shards), str(tmp_path), runtime=crowd))
