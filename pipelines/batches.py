@@ -8,6 +8,7 @@ interrupted, and neither the number of loading processes nor their timing change
 from __future__ import annotations
 
 import io
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,9 @@ NEAREST_PROMPTS = 10
 Place = tuple[int, int]
 """Epoch, and index of an image."""
 
+# One for all shard images, so that they can be pickled: a batch is made ahead while validation asks for others.
+_groups_lock = threading.Lock()
+
 
 @dataclass(frozen=True)
 class TrainingImages:
@@ -55,14 +59,19 @@ class TrainingImages:
         return len(self.category)
 
     @staticmethod
-    def choose(shards: ShardSet, categories: list[str], learn: frozenset[str]) -> TrainingImages:
-        """Those of the shard set's normals whose sample_id is in `learn`, in the order of parts and rows."""
+    def choose(shards: ShardSet, categories: list[str], learn: frozenset[str] | None) -> TrainingImages:
+        """Those of the shard set's normals whose sample_id is in `learn`, or all; in the order of parts and rows."""
         table = shards.locate(normals(categories), ["sample_id", "category"])
-        wanted = [sample in learn for sample in table["sample_id"].to_pylist()]
-        table = table.filter(pa.array(wanted))
+        if learn is not None:
+            table = table.filter(pa.array([sample in learn for sample in table["sample_id"].to_pylist()]))
         numbers = {category: number for number, category in enumerate(categories)}
         category = np.array([numbers[name] for name in table["category"].to_pylist()], np.int64)
         return TrainingImages(category, *(table[name].to_numpy() for name in ("part", "group", "row")))
+
+    def of_parts(self, numbers: set[int]) -> TrainingImages:
+        """Those that lie in some parts."""
+        inside = np.isin(self.part, sorted(numbers))
+        return TrainingImages(self.category[inside], self.part[inside], self.group[inside], self.row[inside])
 
     def save(self, uri: str) -> None:
         """Write them as a Parquet file."""
@@ -175,7 +184,8 @@ class ShardImages:
     def pixels(self, index: int) -> np.ndarray:
         """S×S×3 uint8."""
         part, group = int(self._images.part[index]), int(self._images.group[index])
-        images = self._group(part, group)  # fills _first
+        with _groups_lock:
+            images = self._group(part, group)  # fills _first
         encoded = images[int(self._images.row[index]) - self._first[part, group]]
         return decode_prepared(encoded, self._policy, self._limits)
 

@@ -30,7 +30,16 @@ import torch
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
+from pipelines.batches import (
+    Batches,
+    Companions,
+    Order,
+    PreparedImages,
+    TrainingImages,
+    TrainingSet,
+)
 from pipelines.commandline import console, print_table
+from pipelines.features import PIXELS, Arrays, PartPreparer, array_name, normals
 from pipelines.ingest import PartIngester, plan_parts
 from pipelines.models import ModelShelf, load_model
 from pipelines.peers import (
@@ -44,6 +53,7 @@ from pipelines.peers import (
 )
 from pipelines.runtime import ENDED, STARTED, RuntimeOptions, connect, run_units, set_threads
 from pipelines.scoring import PartScorer
+from pipelines.training import Trainer, synthesiser_of
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
@@ -53,6 +63,7 @@ from unianom.errors import DataError, OptionError
 from unianom.memory.coreset import farthest_points, greedy_coreset, random_projection
 from unianom.memory.index import MemoryBank
 from unianom.methods import MemoryMethod
+from unianom.methods.trained import TrainedMethod
 from unianom.metrics import PixelAccumulator
 from unianom.model import Model
 from unianom.serialise import to_plain
@@ -790,6 +801,141 @@ def measure_search(options: SearchBenchmark) -> dict[str, Any]:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
+# --- training: frozen features kept against encoded in every step ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingBenchmark:
+    """Training steps on kept frozen features ÷ steps that run the frozen encoder on prepared images.
+
+    Args:
+        model: model folder of a trained method, whose options and weights the steps start from; path or URI.
+        shards: shard set with normal training images of the model's categories; path or URI.
+        output: JSON file to write; path or URI.
+        images: images to train on, at least; whole parts are taken.
+        steps: of a turn.
+        rounds: turns of each side.
+        threads: threads of each side.
+        device: "cpu" or "cuda".
+        precision: of the steps, "fp32" or "bf16".
+    """
+
+    model: str
+    shards: str
+    output: str
+    images: int = 128
+    steps: int = 10
+    rounds: int = 3
+    threads: int = 1
+    device: str = "cpu"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "images", "steps", "rounds", "threads")
+
+
+def measure_training(options: TrainingBenchmark) -> dict[str, Any]:
+    """The same steps on the same images from either source; also what is kept, and what waiting for data takes."""
+    shards = ShardSet.open(options.shards)
+    model = load_model(options.model, options.device)
+    method = model.method
+    if not isinstance(method, TrainedMethod) or method.needs.prompts == "nearest" or method.needs.augmentation.active:
+        raise OptionError(f"{options.model}: needs a trained method without augmentation or prompts by features")
+    waiting: dict[str, list[float]] = defaultdict(list)
+    with TemporaryDirectory(prefix="unianom-benchmark-") as folder, fixed_threads(options.threads):
+        sources, table, images = _sources(options, model, shards, Path(folder))
+
+        def side(name: str) -> Side:
+            trainer = _trainer(method, sources[name], images, options)
+
+            def turn() -> Turn:
+                start = time.perf_counter()
+                told = list(trainer.steps(trainer.step + options.steps))
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
+                waiting[name] += [step["data"] / step["all"] for step in told]
+                return Turn(options.steps, time.perf_counter() - start)
+
+            return turn
+
+        measured = interleave({name: side(name) for name in sources}, options.rounds, warm_up=True)
+    for name, shares in waiting.items():
+        table[name]["waiting for data"] = f"{100 * statistics.median(shares):.1f} %"
+    return _report(
+        options,
+        "steps",
+        measured,
+        {f"{KEPT} ÷ {ENCODED}": measured.ratio(KEPT, ENCODED)},
+        tables={f"{method.name} on {len(images)} images, batches of {method.config.training.batch_size}": table},
+    )
+
+
+KEPT, ENCODED = "features kept", "encoded every step"
+
+
+def _sources(
+    options: TrainingBenchmark, model: Model, shards: ShardSet, folder: Path
+) -> tuple[dict[str, TrainingSet], dict[str, dict[str, Any]], TrainingImages]:
+    """A training set that reads kept features and one that reads images; what each keeps; the images."""
+    method = model.method
+    assert isinstance(method, TrainedMethod)
+    features, pixels = folder / "features", folder / PIXELS
+    common: dict[str, Any] = {
+        "shards": shards,
+        "selection": normals(model.categories),
+        "policy": method.input,
+        "limits": ImageLimits(),
+        "half": True,
+        "batch_size": 8,
+        "device": options.device,
+        "threads": options.threads,
+    }
+    preparers = {
+        KEPT: PartPreparer(model=options.model, output=str(features), **common),
+        ENCODED: PartPreparer(model=None, output=str(pixels), **common),
+    }
+    table: dict[str, dict[str, Any]] = {}
+    names: tuple[str, ...] = ()
+    for name, preparer in preparers.items():
+        start, rows, size = time.perf_counter(), 0, 0
+        for part in shards.parts:
+            record = preparer.run({"part": part})
+            rows, size = rows + record["rows"], size + record["bytes"]
+            names = tuple(record["names"]) or names if name == KEPT else names
+            if rows >= options.images:
+                break
+        seconds = time.perf_counter() - start
+        table[name] = {"kB kept an image": size / rows / 1000, "prepared, images/s": rows / seconds}
+    everything = TrainingImages.choose(shards, model.categories, None)
+    images = everything.of_parts(
+        {n for n, part in enumerate(shards.parts) if (pixels / array_name(part, PIXELS)).exists()}
+    )
+    prepared = PreparedImages(Arrays(str(pixels), shards.parts, (PIXELS,), folder), images)
+    kept = Arrays(str(features), shards.parts, names, folder)
+    needs = method.needs
+    companions = Companions(images, False, None) if needs.prompts or needs.synthetic else None
+    sources = {
+        name: TrainingSet(
+            images,
+            model.categories,
+            needs,
+            prepared if name == ENCODED or needs.synthetic else None,
+            kept if name == KEPT else None,
+            companions,
+            synthesiser_of(method),
+            seed=0,
+        )
+        for name in preparers
+    }
+    return sources, table, images
+
+
+def _trainer(method: TrainedMethod, data: TrainingSet, images: TrainingImages, options: TrainingBenchmark) -> Trainer:
+    order = Order(len(images), 0, method.config.training.batch_size)
+    batches = Batches(data, order, 0, pin=options.device == "cuda")
+    return Trainer(method, batches, (options.rounds + 1) * options.steps, order.share, options.precision)
+
+
 def _check_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
@@ -803,6 +949,7 @@ BENCHMARKS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "metrics": (MetricsBenchmark, measure_metrics),
     "coreset": (CoresetBenchmark, measure_coreset),
     "search": (SearchBenchmark, measure_search),
+    "training": (TrainingBenchmark, measure_training),
 }
 """Options and measurement of each benchmark by its name on the command line."""
 
