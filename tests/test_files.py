@@ -222,5 +222,6 @@ def test_a_digest_tells_everything_else_apart():
         {"a": True},
     ]
     assert len({files.digest_of(content) for content in contents}) == len(contents)
+    assert files.digest_of({"a": (4.0, [1e3])}) == files.digest_of({"a": [4, [1000]]})
     assert files.digest_of([]) == hashlib.sha256(b"[]").hexdigest()
     assert files.digest_of(json.loads(json.dumps({"x": 0.1}))) == files.digest_of({"x": 0.1})

@@ -147,5 +147,18 @@ def sha256_file(uri: str | os.PathLike[str]) -> str:
 
 
 def digest_of(content: Any) -> str:
-    """Hexadecimal SHA-256 of anything JSON can hold, independent of the order of keys."""
-    return sha256_of(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    """Hexadecimal SHA-256 of anything JSON can hold, independent of the order of keys.
+
+    Values that compare equal have one digest: 4 and 4.0, which YAML and Python write for the same option.
+    """
+    return sha256_of(json.dumps(_one_form(content), sort_keys=True, separators=(",", ":")).encode())
+
+
+def _one_form(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _one_form(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_one_form(value) for value in content]
+    if isinstance(content, float) and content.is_integer():
+        return int(content)
+    return content
