@@ -29,6 +29,7 @@ from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import Synthesiser
+from unianom.errors import OptionError
 from unianom.methods.trained import Augmentation, BatchNeeds, TrainingBatch
 
 NEAREST_PROMPTS = 10
@@ -101,6 +102,9 @@ class Order:
         rank, workers: this worker, of how many.
         groups: N, number of the row group of each image; None to shuffle all.
         window: row groups shuffled together.
+
+    Raises:
+        OptionError: fewer images than workers that read row groups of their own.
     """
 
     def __init__(
@@ -114,8 +118,15 @@ class Order:
         window: int = 4,
     ) -> None:
         self._count, self._seed, self._batch_size = count, seed, batch_size
-        self._rank, self._workers, self._groups, self._window = rank, workers, groups, window
+        self._groups, self._window = groups, window
         self._start, self._end = (batch_size * r // workers for r in (rank, rank + 1))
+        # with groups, as much of an epoch as of a step, so that all workers end their epochs together
+        self._first, self._last = (count * bound // batch_size for bound in (self._start, self._end))
+        if groups is not None and self.share and self._first == self._last:
+            raise OptionError(
+                f"{count} training images are too few to stream to {workers} workers; lower --runtime.workers, or "
+                f"take --data.images prepared"
+            )
         self._known: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @property
@@ -149,7 +160,7 @@ class Order:
             return rng.permutation(self._count)
         rank_of_group = rng.permutation(int(self._groups.max()) + 1)
         by_group = np.argsort(rank_of_group[self._groups], kind="stable")
-        mine = by_group[self._count * self._rank // self._workers : self._count * (self._rank + 1) // self._workers]
+        mine = by_group[self._first : self._last]
         places = rank_of_group[self._groups[mine]]
         windows = (places - places[0]) // self._window
         return np.concatenate([rng.permutation(mine[windows == number]) for number in np.unique(windows)])

@@ -83,11 +83,11 @@ def counts(rows):
     return [{**dict(zip(keys, group)), "count": count} for group, count in groups.items()]
 
 
-def write_set(folder, parts, kind="shard set", **changes):
+def write_set(folder, parts, kind="shard set", group_bytes=64 << 20, **changes):
     """Parts of rows and their manifest."""
     for number, rows in enumerate(parts):
         schema = SAMPLE_SCHEMA if kind == "shard set" else SCORE_SCHEMA
-        write_part(folder, f"part-{number}.parquet", rows, schema)
+        write_part(folder, f"part-{number}.parquet", rows, schema, group_bytes)
     manifest = {
         "kind": kind,
         "schema_version": SCHEMA_VERSION,
@@ -259,6 +259,100 @@ def test_a_selection_that_holds_nothing_is_refused(shards):
     with pytest.raises(DataError, match=r"no sample of split .*train.*it has .*test with label 0"):
         shards.check(Selection(("train",), ("bolt",), (1,)))  # every bolt has label 0
     assert shards.categories == ["bolt", "nut", "washer"]
+
+
+# ---- where rows lie -----------------------------------------------------------------------------------------------
+
+PARTS = [ROWS[:33], [], ROWS[33:50], ROWS[50:]]
+"""One part is without rows."""
+
+SELECTIONS = [
+    Selection(),
+    Selection(("train", "val"), ("bolt", "washer"), (0,)),
+    Selection(("val",)),
+    Selection(("test",), labels=(1,)),
+]
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """Row groups of three images or less."""
+    return ShardSet.open(write_set(tmp_path, PARTS, group_bytes=2500))
+
+
+def selected(row, selection):
+    return (
+        (not selection.splits or row["split"] in selection.splits)
+        and (not selection.categories or row["category"] in selection.categories)
+        and (not selection.labels or row["label"] in selection.labels)
+    )
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_rows_are_located_by_part_group_and_place_among_the_selected(grouped, selection):
+    expected = []
+    for part, rows in enumerate(PARTS):
+        bounds = [0]
+        if rows:
+            metadata = pq.ParquetFile(files.join(grouped.uri, f"part-{part}.parquet")).metadata
+            for group in range(metadata.num_row_groups):
+                bounds.append(bounds[-1] + metadata.row_group(group).num_rows)
+            assert len(bounds) > 4
+        place = 0
+        for number, row in enumerate(rows):
+            if selected(row, selection):
+                group = next(g for g, end in enumerate(bounds[1:]) if number < end)
+                names = {"category": row["category"], "sample_id": row["sample_id"]}
+                expected.append({**names, "part": part, "group": group, "row": place})
+                place += 1
+    located = grouped.locate(selection, ["category", "sample_id"])
+    assert located.to_pylist() == expected
+    assert located.schema.names == ["category", "sample_id", "part", "group", "row"]
+    assert [located.schema.field(name).type for name in ("part", "group", "row")] == [pa.int64()] * 3
+
+
+def test_places_count_the_rows_that_reading_a_part_yields(grouped):
+    selection = SELECTIONS[1]
+    located = grouped.locate(selection, ["sample_id"]).to_pylist()
+    for number, part in enumerate(grouped.parts):
+        read = [name for batch in grouped.read(part, selection, ["sample_id"]) for name in batch[0].to_pylist()]
+        assert [(row["row"], row["sample_id"]) for row in located if row["part"] == number] == list(enumerate(read))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_row_groups_read_one_by_one_make_up_the_part(grouped, selection):
+    for part, rows in zip(grouped.parts, PARTS):
+        count = grouped.groups(part)
+        assert count == pq.ParquetFile(files.join(grouped.uri, part)).num_row_groups
+        tables = [grouped.read_group(part, group, selection, SAMPLE_SCHEMA.names) for group in range(count)]
+        assert [row for table in tables for row in table.to_pylist()] == [r for r in rows if selected(r, selection)]
+
+
+def test_a_row_group_has_the_columns_asked_for_and_plain_strings(grouped):
+    group = grouped.read_group("part-0.parquet", 1, Selection(), ["category", "height", "split", "image"])
+    assert group.schema.names == ["category", "height", "split", "image"]
+    assert group.schema.types == [pa.string(), pa.int32(), pa.string(), pa.binary()]
+    nothing = grouped.read_group("part-0.parquet", 1, Selection(("val",)), ["category", "image"])
+    assert (nothing.num_rows, nothing.schema.types) == (0, [pa.string(), pa.binary()])
+
+
+def test_a_missing_or_damaged_part_is_told_by_its_row_groups_too(grouped):
+    path = Path(grouped.uri) / "part-2.parquet"
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(1).column(SAMPLE_SCHEMA.names.index("image"))
+    end = column.data_page_offset + column.total_compressed_size
+    path.write_bytes(content[: end - 20] + bytes(20) + content[end:])
+    assert grouped.read_group("part-2.parquet", 0, Selection(), ["image"]).num_rows > 0
+    with pytest.raises(DataError, match=r"cannot read .*part-2.parquet: .*remove .*jobs/ingest.py again"):
+        grouped.read_group("part-2.parquet", 1, Selection(), ["image"])
+    path.unlink()
+    for look in (
+        lambda: grouped.groups("part-2.parquet"),
+        lambda: grouped.read_group("part-2.parquet", 0, Selection(), ["image"]),
+        lambda: grouped.locate(Selection(), ["sample_id"]),
+    ):
+        with pytest.raises(DataError, match=r"part-2.parquet is listed in the manifest but missing"):
+            look()
 
 
 # ---- what is missing, damaged or something else -------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Small shard sets of random images, written without ingest, for tests of what training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.data.test_shards import write_set
+from unianom.data.image import IMAGENET_MEAN, IMAGENET_STD, ImageLimits, InputPolicy, encode_png
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError
+
+SIDE = 64
+POLICY = InputPolicy(resize="stretch", size=SIDE, crop=None, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+LIMITS = ImageLimits()
+
+Row = dict[str, Any]
+
+
+def picture(seed: Sequence[int], height: int = 48, width: int = 72) -> np.ndarray:
+    """H×W×3 uint8 of random 12-pixel tiles."""
+    tiles = np.random.default_rng(seed).integers(0, 256, (height // 12 + 1, width // 12 + 1, 3), np.uint8)
+    return np.kron(tiles, np.ones((12, 12, 1), np.uint8))[:height, :width]
+
+
+def sample(
+    category: str,
+    split: str,
+    number: int,
+    label: int | None = 0,
+    pixels: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> Row:
+    """A row of SAMPLE_SCHEMA; its image is random unless given, its mask H×W bool."""
+    if pixels is None:
+        pixels = picture([*category.encode(), *split.encode(), number])
+    return {
+        "sample_id": f"set/{category}/{split}/{label}/{number:03d}.png",
+        "dataset": "set",
+        "category": category,
+        "split": split,
+        "label": label,
+        "defect": "good" if label == 0 else None,
+        "image": encode_png(pixels),
+        "format": "PNG",
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "mask": None if mask is None else encode_png(np.where(mask, np.uint8(255), np.uint8(0))),
+        "uri": f"/data/{category}/{split}/{number}.png",
+        "sha256": "0" * 64,
+    }
+
+
+def samples(category: str, split: str, count: int, label: int | None = 0, first: int = 0) -> list[Row]:
+    """Rows numbered from `first` on."""
+    return [sample(category, split, number, label) for number in range(first, first + count)]
+
+
+PARTS: list[list[Row]] = [
+    samples("bolt", "test", 3) + samples("bolt", "train", 7) + samples("nut", "train", 4) + samples("nut", "val", 3),
+    samples("washer", "test", 4, label=1),  # no image to learn from
+    samples("nut", "train", 5, first=4) + samples("nut", "train", 2, label=1) + samples("bolt", "train", 6, first=7),
+    samples("bolt", "train", 1, label=None) + samples("washer", "train", 8),
+]
+"""Row groups of two or three images; some rows are of the test split, anomalous or of unknown label."""
+
+CATEGORIES = ["washer", "nut", "bolt"]
+
+NORMALS: list[list[Row]] = [[row for row in rows if row["split"] != "test" and row["label"] == 0] for rows in PARTS]
+"""Of every part what methods may learn from, in order."""
+
+
+def write_shards(folder: Path, parts: Sequence[list[Row]] = PARTS, images_per_group: int = 3) -> ShardSet:
+    """A shard set of these parts."""
+    mean = np.mean([len(row["image"]) for rows in parts for row in rows])
+    return ShardSet.open(write_set(folder, parts, group_bytes=int(mean * (images_per_group - 1))))
+
+
+def forbid_test_rows(monkeypatch: Any) -> None:
+    """Let every reading of a shard set fail that could see a row of the test split."""
+    read = ShardSet.read
+
+    def watched(self: ShardSet, part: str, selection: Selection | None = None, *rest: Any, **more: Any) -> Any:
+        if selection is None or not selection.splits or "test" in selection.splits:
+            raise DataError(f"read test rows of {part}")
+        return read(self, part, selection, *rest, **more)
+
+    monkeypatch.setattr(ShardSet, "read", watched)
