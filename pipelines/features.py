@@ -21,9 +21,10 @@ import torch
 from pipelines import storage
 from pipelines.ingest import map_ahead
 from pipelines.models import load_model
+from pipelines.normals import decode_row
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, InputPolicy, decode_prepared, normalise
+from unianom.data.image import ImageLimits, InputPolicy, normalise
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
@@ -197,12 +198,12 @@ class PartPreparer:
         if waiting:
             yield self._arrays(waiting, part)
 
-    def _rows(self, part: str) -> Iterator[bytes]:
-        for batch in self._shards.read(part, self._selection, ["image"]):
-            yield from batch["image"].to_pylist()
+    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
+        for batch in self._shards.read(part, self._selection, ["sample_id", "image"]):
+            yield from batch.to_pylist()
 
-    def _decode(self, image: bytes) -> np.ndarray:
-        return decode_prepared(image, self._policy, self._limits)
+    def _decode(self, row: dict[str, Any]) -> np.ndarray:
+        return decode_row(row, self._policy, self._limits)
 
     def _arrays(self, images: list[np.ndarray], part: str) -> dict[str, np.ndarray]:
         if self._encoder is None:

@@ -14,11 +14,11 @@ from pipelines.ingest import map_ahead
 from pipelines.models import load_model
 from pipelines.runtime import Progress, RuntimeOptions, run_units
 from unianom import files
-from unianom.data.image import ImageLimits, decode_prepared, normalise
+from unianom.data.image import ImageLimits, InputPolicy, decode_prepared, normalise
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import few_shot, hold_out
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import Method
 from unianom.model import Model
 from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
@@ -181,6 +181,18 @@ def weights_digest(weights: str) -> str | None:
     return files.sha256_file(weights)
 
 
+def decode_row(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) -> np.ndarray:
+    """A sample's image as S×S×3 uint8 input.
+
+    Raises:
+        DataError: it cannot be read under these limits, though ingest could under its own; names the sample.
+    """
+    try:
+        return decode_prepared(row["image"], policy, limits)
+    except ImageError as error:
+        raise DataError(f"{row['sample_id']}: {error}; give --limits as at ingest, or leave the image out") from error
+
+
 class NormalReader:
     """Reads chosen samples of a part as network input, decoded ahead. What all passes over normals share."""
 
@@ -201,7 +213,7 @@ class NormalReader:
         """B×3×S×S batches of the chosen samples, in the order of the part."""
 
         def prepare(row: dict[str, Any]) -> np.ndarray:
-            return decode_prepared(row["image"], method.input, self._limits)
+            return decode_row(row, method.input, self._limits)
 
         waiting: list[np.ndarray] = []
         for pixels in map_ahead(self._pool, prepare, self._rows(part), 2 * self._batch_size):

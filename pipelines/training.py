@@ -111,7 +111,8 @@ class TrainingOptions(FitOptions):
         accumulate: forward and backward passes that make up a step, to save memory.
         checkpoint_every: steps between checkpoints.
         validate_every: steps between validations; null validates ten times a run, 0 never.
-        validation_images: images of a validation, at most; an even share of every category.
+        validation_images: images of a validation, half of them normal, an even share of every category, but at least
+            one of each.
         min_workers: let Ray shrink and regrow the run between this many workers and `runtime.workers`.
         max_failures: how often lost workers are replaced before the run fails; preempted nodes do not count.
         data: how images reach the network.

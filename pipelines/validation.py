@@ -1,5 +1,5 @@
-"""Validation during training: on a labelled "val" split if there is one, else on held-out normals and synthetic
-anomalies made of them. The test split is never read."""
+"""Validation during training: on held-out normals, and on the anomalous images of the "val" split or, where there are
+none, on synthetic anomalies made of those normals. The test split is never read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from unianom.data.image import ImageLimits, decode_mask, decode_prepared, normalise, prepare_mask
-from unianom.data.schema import NORMAL
+from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
 from unianom.data.synthesis import SynthesisConfig, Synthesiser
@@ -34,7 +34,7 @@ class Validation:
         held_out: sample_ids of normal images that are not learned from.
         method: in whose input policy images come.
         synthesiser: makes anomalies where no labelled ones are at hand; None takes self-textures.
-        count: images at most, an even share of every category.
+        count: images, half of them normal, an even share of every category, but at least one of each.
         batch_size: images in one forward pass.
         limits: what an image may cost.
         seed: of the choice of images and of the synthetic anomalies.
@@ -90,22 +90,20 @@ class Validation:
         return np.array(scores), maps
 
     def _load(self) -> list[_Image]:
-        labelled = Selection(("val",), tuple(self._categories))
-        anomalous = Selection(("val",), tuple(self._categories), (1,))
-        if self._shards.count(anomalous):
-            return self._read(labelled, self._chosen(labelled, None, self._count))
         normals = Selection(("train", "val"), tuple(self._categories), (NORMAL,))
-        images = self._read(normals, self._chosen(normals, self._held_out, self._count // 2))
+        images = self._read(normals, self._chosen(normals, self._held_out))
+        anomalous = Selection(("val",), tuple(self._categories), (ANOMALOUS,))
+        if self._shards.count(anomalous):
+            return images + self._read(anomalous, self._chosen(anomalous, None))
         return images + [self._anomalous(image, number) for number, image in enumerate(images)]
 
-    def _chosen(self, selection: Selection, among: frozenset[str] | None, count: int) -> set[str]:
-        """Names of images: an even share of every category, and of normal and anomalous ones."""
-        table = self._shards.table(selection, ["sample_id", "category", "label"])
-        groups: dict[tuple[str, int | None], list[str]] = {}
-        for row in table.to_pylist():
-            if row["label"] is not None and (among is None or row["sample_id"] in among):
-                groups.setdefault((row["category"], row["label"]), []).append(row["sample_id"])
-        share = max(1, count // max(1, len(groups)))
+    def _chosen(self, selection: Selection, among: frozenset[str] | None) -> set[str]:
+        """Names of half the images: an even share of every category."""
+        groups: dict[str, list[str]] = {}
+        for row in self._shards.table(selection, ["sample_id", "category"]).to_pylist():
+            if among is None or row["sample_id"] in among:
+                groups.setdefault(row["category"], []).append(row["sample_id"])
+        share = max(1, self._count // 2 // max(1, len(groups)))
         return {name for names in groups.values() for name in hash_order(names, self._seed)[:share]}
 
     def _read(self, selection: Selection, chosen: set[str]) -> list[_Image]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pipelines.validation import Validation
 from tests.pipelines.sharded import LIMITS, POLICY, SIDE, forbid_test_rows, picture, sample, write_shards
 from unianom.data.image import InputPolicy
-from unianom.data.shards import ShardSet
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
 from unianom.data.synthesis import Synthetic
 from unianom.methods import Method, Prediction
 
@@ -62,7 +63,10 @@ def shard_set(folder: Path, rows: list[dict[str, Any]]) -> ShardSet:
     return write_shards(folder, [stored[::2], stored[1::2]])
 
 
-def validation(shards: ShardSet, method: Method, held_out: Any = (), **changes: Any) -> Validation:
+def validation(shards: ShardSet, method: Method, held_out: Any = None, **changes: Any) -> Validation:
+    """With the normals of the "val" split held out, as training does it, unless others are named."""
+    if held_out is None:
+        held_out = shards.table(Selection(("val",), (), (NORMAL,)), ["sample_id"])["sample_id"].to_pylist()
     arguments: dict[str, Any] = {
         "categories": shards.categories,
         "held_out": frozenset(held_out),
@@ -116,7 +120,7 @@ def test_a_labelled_split_is_used_and_its_figures_are_scikit_learns(tmp_path, mo
     shards = shard_set(tmp_path, rows + unknown)
     forbid_test_rows(monkeypatch)
     method = Brightness()
-    figures = validation(shards, method, held_out=[row["sample_id"] for row in TRAIN]).run()
+    figures = validation(shards, method).run()
     assert same_images(method.seen, [row["pixels"] for row in labelled])
     assert figures == pytest.approx(expected(labelled), abs=1e-6)
     assert figures.keys() == {"image_auroc", "pixel_auroc", "pixel_ap"}

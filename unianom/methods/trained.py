@@ -11,6 +11,7 @@ The training pipeline knows a method only through this file, so a training loop 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -85,10 +86,19 @@ class TrainingConfig:
     seed: int = 133
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0 or self.batch_size < 1 or (self.iterations is not None and self.iterations < 1):
+        # comparisons with NaN are false, so each is put as what must hold
+        if (
+            not 0 < self.epochs < math.inf
+            or self.batch_size < 1
+            or (self.iterations is not None and self.iterations < 1)
+        ):
             raise OptionError("training: epochs, iterations and batch_size must be positive")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
-            raise OptionError("training: learning_rate and clip_norm must be positive, weight_decay >= 0")
+        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 < self.decay <= 1):
+            raise OptionError("training: learning_rate must be positive, weight_decay >= 0, decay in (0, 1]")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptionError(f"training.betas={self.betas} must be in [0, 1)")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise OptionError(f"training.clip_norm={self.clip_norm} must be positive, or null")
         if not all(0 < share < 1 for share in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
             raise OptionError(f"training.decay_at={self.decay_at} must be ascending shares of the run, in (0, 1)")
 
