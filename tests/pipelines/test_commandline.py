@@ -1,6 +1,7 @@
 import errno
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -60,6 +61,7 @@ class Options:
 
 SOURCE = "--source_uri=x"
 METHOD_OPTIONS = train_options()
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
 
 def exit_of(main, arguments, options=Options):
@@ -168,6 +170,24 @@ def test_the_options_of_every_method_print_and_come_back(method, config, capsys)
     again = parse(METHOD_OPTIONS, [method, *config(capsys.readouterr().out)])
     assert again == parse(METHOD_OPTIONS, given)
     assert again.method.input.crop == 200
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_config_of_its_method(recipe, capsys):
+    """The method is the first word of the file's name; every key must be known and every value stay as written."""
+    method = recipe.stem.split("_")[0]
+    given = [method, "--config", str(recipe), "--shards", "shards", "--output", "model"]
+    assert exit_of(print, [*given, "--print_config"], METHOD_OPTIONS) == DONE
+    parsed = yaml.safe_load(capsys.readouterr().out)["method"]
+
+    def check(wanted, found):
+        for key, value in wanted.items():
+            if isinstance(value, dict):
+                check(value, found[key])
+            else:
+                assert found[key] == value
+
+    check(yaml.safe_load(recipe.read_text())["method"], parsed)
 
 
 def test_options_of_ingest():
