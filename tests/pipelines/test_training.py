@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import psutil
 import pytest
@@ -28,6 +30,7 @@ from pipelines.batches import Batches, Order, Place
 from pipelines.fitting import train, train_options
 from pipelines.normals import ThresholdOptions
 from pipelines.runtime import RuntimeOptions
+from pipelines.tracking import TrackingOptions
 from pipelines.training import DataOptions, Trainer, TrainingOptions, fixed_places, keeps_features, undisturbed
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
 from tests.pipelines.conftest import ONE, UNTRACKED, Small
@@ -101,6 +104,20 @@ def test_a_restored_run_ends_with_the_same_bits() -> None:
     assert continued.step == 5
     assert run(continued, 12) == losses[5:]
     assert torch.equal(weights(other), weights(whole))
+
+
+def test_a_run_of_two_workers_continues_on_one() -> None:
+    begun = trainer(make(CONFIG))
+    run(begun, 5)
+    state = begun.state()
+    state["random"] *= 2
+    losses = []
+    for _ in range(2):
+        continued = trainer(make(CONFIG, seed=99))
+        continued.restore(copy.deepcopy(state))
+        losses.append(run(continued, 12))
+    assert len(losses[0]) == 7
+    assert losses[0] == losses[1], "a new random state must be the same in every attempt"
 
 
 def test_what_happens_in_between_does_not_change_the_run() -> None:
@@ -323,7 +340,8 @@ def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
     assert kept
     config = dataclasses.replace(TINY["onenip"].config, training=CONFIG.training)
     two = RuntimeOptions(workers=2)
-    train(options("onenip", small, output, config, runtime=two, validate_every=6))
+    store = TrackingOptions(mlflow_uri=f"sqlite:///{undisturbed_model.parent}/mlflow.db")
+    train(options("onenip", small, output, config, runtime=two, validate_every=6, tracking=store))
     told = capfd.readouterr().err
     assert "validation image_auroc" in told
     assert "12/12 steps" in told
@@ -334,17 +352,29 @@ def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
     images = [str(path) for path in sorted((small.corpus / "cog" / "test" / "good").iterdir())[:2]]
     assert all(np.isfinite(result.anomaly_map).all() for result in model.predict(images))
 
+    client = mlflow.MlflowClient(store.mlflow_uri)
+    (recorded,) = client.search_runs([client.get_experiment_by_name("unianom").experiment_id])
+    assert recorded.data.params["method.refiner"] == "True"
+    told_at = {
+        name: [metric.step for metric in client.get_metric_history(recorded.info.run_id, name)]
+        for name in ("loss", "loss/segmentation", "images_per_second", "data_share", "validation/image_auroc")
+    }
+    assert told_at["loss"][-1] == 12
+    assert told_at["loss/segmentation"] == told_at["images_per_second"] == told_at["data_share"] == told_at["loss"]
+    assert told_at["validation/image_auroc"] == [6, 12]
+
 
 @pytest.mark.ray
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     ray_cluster: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And at once: what only the user can mend is not tried again."""
+    """And at once: what only the user can mend is not tried again. Here images are streamed and encoded every step."""
     training = TrainingConfig(iterations=40, batch_size=4, learning_rate=1e30, clip_norm=None)
     config = dataclasses.replace(CONFIG, training=training)
-    folder = DataOptions(folder=str(tmp_path / "prepared"))
+    streamed = DataOptions(images="stream", frozen_features=False, folder=str(tmp_path / "prepared"))
     with pytest.raises(DataError, match=r"not finite at step \d+ .*learning_rate"):
-        train(options("uniad", small, tmp_path / "model", config, data=folder))
+        train(options("uniad", small, tmp_path / "model", config, data=streamed))
+    assert not (tmp_path / "prepared").exists()
 
 
 @pytest.mark.ray
