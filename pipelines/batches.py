@@ -417,6 +417,7 @@ class Batches:
             num_workers=self._processes,
             pin_memory=self._pin,
             multiprocessing_context="spawn",
+            generator=torch.Generator(),  # else it draws from the random state that dropout and noise depend on
         )
         yield from loader
 

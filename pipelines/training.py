@@ -9,7 +9,6 @@ ends with the same weights. Ray Train keeps the checkpoints and restarts workers
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 import threading
@@ -727,7 +726,7 @@ def _run_job(job: Job, options: TrainingOptions, work: str, run: Run, prefix: st
     events: Any = ray.remote(num_cpus=0)(Events).remote()
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": copy.deepcopy(job), "events": events},
+        train_loop_config={"job": job, "events": events},
         scaling_config=ScalingConfig(
             num_workers=workers if options.min_workers is None else (options.min_workers, workers),  # type: ignore[arg-type]
             use_gpu=bool(options.runtime.gpus_per_worker),

@@ -645,7 +645,9 @@ def test_an_error_in_making_a_batch_reaches_the_loop(bench, monkeypatch):
 def test_another_process_makes_the_same_batches(bench):
     order = Order(len(bench.images), 4, 5)
     data = bench.make(dataclasses.replace(ALL, prompts="nearest"), stream=True)
+    before = torch.get_rng_state()
     aside = list(Batches(data, order, processes=1, pin=False)(3, 6))
+    assert torch.equal(torch.get_rng_state(), before), "loading drew from the random state of training"
     beside = list(Batches(data, order, processes=0, pin=False)(3, 6))
     assert len(aside) == 3
     assert all(same(a, b) for a, b in zip(aside, beside, strict=True))
