@@ -79,7 +79,7 @@ def test_random_weights_are_those_of_timm():
 
     torch.manual_seed(4)
     plain = timm.create_model("resnet10t", features_only=True, out_indices=(1, 2)).eval()
-    encoder = CnnBackbone(BackboneConfig("resnet10t", "random", random_seed=4), (1, 2))
+    encoder = CnnBackbone(BackboneConfig("resnet10t", "random", random_seed=4), (4, 8))
     with torch.inference_mode():
         same_taps(encoder(images(64)), plain(images(64)))
 
@@ -129,32 +129,28 @@ def test_torch_files_of_training_scripts_are_unwrapped(wrap, whole_vit, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "side"),
+    ("name", "options", "indices"),
     [
-        ("resnet10t", {}, 64),
-        ("mobilenetv2_050", {"pad_type": "same"}, 64),
-        ("convnext_atto", {}, 64),  # timm's feature list renames its stages
-        (
-            "swin_tiny_patch4_window7_224",
-            {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24},
-            64,
-        ),  # channels last
-        (VIT, {**SMALL, "img_size": 64}, 64),  # timm's feature getter wraps it
+        ("resnet10t", {}, (2, 3)),
+        ("mobilenetv2_050", {"pad_type": "same"}, (2, 3)),
+        ("convnext_atto", {}, (1, 2)),  # timm's feature list renames its stages
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24}, (1, 2)),  # NHWC
+        ("twins_svt_small", {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}, (1, 2)),  # timm's getter wraps it
     ],
 )
-def test_feature_maps_from_a_file_of_the_whole_network_equal_timm(name, options, side, tmp_path):
+def test_feature_maps_from_a_file_of_the_whole_network_equal_timm(name, options, indices, tmp_path):
+    """Maps of reductions 8 and 16, which have other numbers among those of networks that begin at 2 or at 4."""
     torch.manual_seed(6)
     whole = timm.create_model(name, num_classes=10, **options).eval()
     path = save(whole.state_dict(), tmp_path / "whole.safetensors")
-    encoder = CnnBackbone(BackboneConfig(name, path, options), (1, 2))
+    encoder = CnnBackbone(BackboneConfig(name, path, options), (8, 16))
     with torch.inference_mode():
-        mine = encoder(images(side))
+        mine = encoder(images(64))
         theirs = whole.forward_intermediates(
-            images(side), indices=[1, 2], norm=False, output_fmt="NCHW", intermediates_only=True
+            images(64), indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True
         )
     same_taps(mine, theirs)
-    for found, channels, stride in zip(mine, encoder.channels, encoder.strides):
-        assert found.shape == (2, channels, side // stride, side // stride)
+    assert [found.shape for found in mine] == [(2, encoder.channels[0], 8, 8), (2, encoder.channels[1], 4, 4)]
 
 
 def test_faults_of_a_weights_file_are_named(whole_vit, tmp_path):
@@ -177,16 +173,20 @@ def test_faults_of_a_weights_file_are_named(whole_vit, tmp_path):
 def test_missing_weights_name_the_three_ways(tmp_path):
     for weights in ("pretraned", str(tmp_path / "none.pth"), str(tmp_path)):
         with pytest.raises(WeightsError, match=rf"{re.escape(weights)}; .*{THREE_WAYS}"):
-            CnnBackbone(BackboneConfig("resnet10t", weights), (1,))
+            CnnBackbone(BackboneConfig("resnet10t", weights), (4,))
 
 
 def test_pretrained_weights_that_cannot_be_had_name_the_three_ways(monkeypatch):
-    def offline(*_arguments, **_options):
-        raise OSError("no route to host")
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(WeightsError, match=rf"resnet10t: no route to host; .*{THREE_WAYS}"):
-        CnnBackbone(BackboneConfig("resnet10t"), (1,))
+        CnnBackbone(BackboneConfig("resnet10t"), (4,))
 
 
 class RunsCode:
@@ -225,21 +225,21 @@ def test_a_torch_file_without_tensors_is_refused(tmp_path):
 def test_wide_resnet_taps():
     """Stages 1 to 3 at 256 pixels: 256@64², 512@32², 1024@16²; 24,862,528 parameters."""
     with torch.device("meta"):
-        encoder = CnnBackbone(BackboneConfig("wide_resnet50_2.tv_in1k", "random"), (1, 2, 3))
+        encoder = CnnBackbone(BackboneConfig("wide_resnet50_2.tv_in1k", "random"), (4, 8, 16))
         shapes = [tuple(found.shape) for found in encoder(torch.empty(1, 3, 256, 256))]
     assert shapes == [(1, 256, 64, 64), (1, 512, 32, 32), (1, 1024, 16, 16)]
-    assert (encoder.channels, encoder.strides) == ([256, 512, 1024], [4, 8, 16])
+    assert encoder.channels == [256, 512, 1024]
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 24_862_528
 
 
 def test_efficientnet_taps():
     """The last blocks of stages 0, 1, 2 and 4 at 224 pixels, 272 channels together."""
     with torch.device("meta"):
-        encoder = CnnBackbone(BackboneConfig("tf_efficientnet_b4.aa_in1k", "random"), (0, 1, 2, 3))
+        encoder = CnnBackbone(BackboneConfig("tf_efficientnet_b4.aa_in1k", "random"), (2, 4, 8, 16))
         shapes = [tuple(found.shape) for found in encoder(torch.empty(1, 3, 224, 224))]
         whole = timm.create_model("tf_efficientnet_b4.aa_in1k")
     assert shapes == [(1, 24, 112, 112), (1, 32, 56, 56), (1, 56, 28, 28), (1, 160, 14, 14)]
-    assert (encoder.channels, encoder.strides) == ([24, 32, 56, 160], [2, 4, 8, 16])
+    assert encoder.channels == [24, 32, 56, 160]
     assert sum(parameter.numel() for parameter in whole.parameters()) == 19_341_616
 
 
@@ -300,16 +300,16 @@ def test_lower_precision_is_near_and_returned_as_float32(precision):
 
 
 def test_channels_last_changes_nothing():
-    plain = CnnBackbone(BackboneConfig("resnet10t", "random"), (1, 2))(images(64))
-    last = CnnBackbone(BackboneConfig("resnet10t", "random", channels_last=True), (1, 2))(images(64))
+    plain = CnnBackbone(BackboneConfig("resnet10t", "random"), (4, 8))(images(64))
+    last = CnnBackbone(BackboneConfig("resnet10t", "random", channels_last=True), (4, 8))(images(64))
     same_taps(last, plain)
 
 
 def test_a_frozen_encoder_stays_frozen_and_a_trainable_one_trains():
-    frozen = CnnBackbone(BackboneConfig("resnet10t", "random"), (1,)).train()
+    frozen = CnnBackbone(BackboneConfig("resnet10t", "random"), (4,)).train()
     assert not any(module.training for module in frozen.modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
-    trainable = CnnBackbone(BackboneConfig("resnet10t", "random"), (1,), trainable=True).train()
+    trainable = CnnBackbone(BackboneConfig("resnet10t", "random"), (4,), trainable=True).train()
     assert all(module.training for module in trainable.modules())
     assert all(parameter.requires_grad for parameter in trainable.parameters())
 
@@ -321,13 +321,34 @@ def test_wrong_names_are_refused():
     with pytest.raises(OptionError, match=r"nonsense.*resnet18\.tv_in1k"):
         BackboneConfig("resnet18.nonsense")
     with pytest.raises(OptionError, match="bogus"):
-        CnnBackbone(BackboneConfig("resnet10t", "random", {"bogus": 1}), (1,))
+        CnnBackbone(BackboneConfig("resnet10t", "random", {"bogus": 1}), (4,))
 
 
-@pytest.mark.parametrize("taps", [(), (-1,), (3, 1), (2, 2), (1, 7)])
+@pytest.mark.parametrize("taps", [(), (-4,), (0, 2), (16, 4), (8, 8)])
 def test_wrong_taps_are_refused(taps):
-    with pytest.raises(OptionError, match=re.escape(str(taps))):
+    with pytest.raises(OptionError, match=rf"taps={re.escape(str(taps))} must be reductions"):
         CnnBackbone(BackboneConfig("resnet10t", "random"), taps)
+
+
+@pytest.mark.parametrize(
+    ("name", "taps", "said"),
+    [
+        ("resnet18", (1, 2, 3), "resnet18 has feature maps of reduction 2, 4, 8, 16, 32; asked for 1, 2, 3;"),
+        ("convnext_atto", (2, 4), "convnext_atto has feature maps of reduction 4, 8, 16, 32; asked for 2, 4;"),
+        ("resnet18", (8, 64), "asked for 8, 64;"),
+        (VIT, (16,), f"{VIT} has several feature maps of reduction 16; this method needs a pyramid"),
+        (VIT, (4, 8), f"{VIT} has several feature maps of reduction 16; this method needs a pyramid"),
+    ],
+)
+def test_reductions_that_an_encoder_lacks_are_named_before_weights_are_read(name, taps, said):
+    with pytest.raises(OptionError, match=re.escape(said)):
+        CnnBackbone(BackboneConfig(name, "nowhere.pth"), taps)
+
+
+def test_a_dilated_network_with_two_maps_of_one_reduction_is_refused():
+    """With an output stride of 16, layer3 and layer4 share a reduction, and neither is *the* map of reduction 16."""
+    with pytest.raises(OptionError, match="several feature maps of reduction 16"):
+        CnnBackbone(BackboneConfig("resnet10t", "random", {"output_stride": 16}), (8, 16))
 
 
 def test_wrong_transformers_are_refused():
@@ -374,7 +395,7 @@ def test_real_transformer_equals_timm(real_data):
 def test_real_convolutional_encoders_equal_timm(name, options, whole, real_data):
     """A classifier of 1001 classes, and a network that ends at its third stage."""
     path = next((real_data / "weights").glob(f"{name}*.safetensors"))
-    encoder = CnnBackbone(BackboneConfig(name, str(path), options), (1, 2, 3))
+    encoder = CnnBackbone(BackboneConfig(name, str(path), options), (4, 8, 16))
     plain = timm.create_model(name, **options, **whole).eval()
     plain.load_state_dict(safetensors.torch.load_file(path))
     with torch.inference_mode():

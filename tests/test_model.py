@@ -258,7 +258,7 @@ def test_an_edited_config_is_refused(changes, fault, folder):
 
 
 def test_weights_of_another_network_are_refused(folder):
-    edit_config(folder, taps=[1, 2])
+    edit_config(folder, taps=[4, 8])
     with pytest.raises(ModelError, match=r"does not fit the config in model\.json; unknown: encoder\.encoder\.layer3"):
         load(folder)
 

@@ -1,7 +1,7 @@
 """timm encoders: where their weights come from, and their taps.
 
 `VitBackbone` gives the tokens of chosen blocks and the attention of a chosen block in one forward pass;
-`CnnBackbone` gives feature maps by timm's `features_only` indices.
+`CnnBackbone` gives the feature maps of a pyramid by their reductions: their strides with regard to the image.
 """
 
 from __future__ import annotations
@@ -121,14 +121,12 @@ def state_faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> s
     )
 
 
-def _create(config: BackboneConfig, **arguments: Any) -> Any:
-    """Make the timm model and give it its weights."""
-    arguments = {**config.options, **arguments}
-    pretrained = config.weights == "pretrained"
+def _make(config: BackboneConfig, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    """The timm model, with random weights unless `pretrained`."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.random_seed)
-            model = timm.create_model(config.name, pretrained=pretrained, **arguments)
+            return timm.create_model(config.name, pretrained=pretrained, **arguments)
     except (TypeError, IndexError, AssertionError) as error:  # what timm raises for arguments it cannot use
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise OptionError(f"timm cannot make {config.name} with {given}: {error}") from error
@@ -136,6 +134,12 @@ def _create(config: BackboneConfig, **arguments: Any) -> Any:
         if not pretrained:
             raise
         raise WeightsError(f"cannot get the pretrained weights of {config.name}: {error}; {THREE_WAYS}") from error
+
+
+def _create(config: BackboneConfig, **arguments: Any) -> Any:
+    """Make the timm model and give it its weights."""
+    arguments = {**config.options, **arguments}
+    model = _make(config, config.weights == "pretrained", arguments)
     if config.weights not in ("pretrained", "random"):
         _load_file(model, config, arguments)
     return model
@@ -190,7 +194,8 @@ class _Backbone(nn.Module):
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
             # frozen features are the same whether they are computed in a training step under autocast or beforehand
-            return nullcontext() if self.trainable else torch.autocast(device.type, enabled=False)
+            free = self.trainable or not torch.amp.is_autocast_available(device.type)
+            return nullcontext() if free else torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, torch.bfloat16 if self.config.precision == "bf16" else torch.float16)
 
     def _format(self, images: Tensor) -> Tensor:
@@ -323,33 +328,72 @@ def _roll_out(rolled: Tensor | None, weights: Tensor) -> Tensor:
     return mixed if rolled is None else mixed @ rolled
 
 
+def check_taps(taps: Sequence[int]) -> None:
+    """Refuse taps that cannot be those of any pyramid.
+
+    Raises:
+        OptionError: none, or not positive, distinct and ascending.
+    """
+    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1:
+        raise OptionError(
+            f"taps={tuple(taps)} must be reductions of feature maps (their strides), distinct and ascending, "
+            f"such as (4, 8, 16)"
+        )
+
+
+def _feature_indices(config: BackboneConfig, taps: Sequence[int]) -> tuple[int, ...]:
+    """timm's `features_only` indices of the maps with these reductions.
+
+    Raises:
+        OptionError: a reduction that no map has, or a network in which several maps have the same.
+    """
+    with torch.device("meta"):  # only the network's structure is asked for, so no weights are drawn or loaded
+        network = _make(config, False, {**config.options, "features_only": True})
+    known = [stage["reduction"] for stage in network.feature_info.info]
+    repeated = sorted({reduction for reduction in known if known.count(reduction) > 1})
+    if repeated:
+        raise OptionError(
+            f"{config.name} has several feature maps of reduction {_listed(repeated)}; this method needs a pyramid, "
+            f"each map coarser than the last, as of a ResNet, EfficientNet, ConvNeXt or Swin"
+        )
+    if not set(taps) <= set(known):
+        raise OptionError(
+            f"{config.name} has feature maps of reduction {_listed(known)}; asked for {_listed(taps)}; "
+            f"choose taps among those it has"
+        )
+    return tuple(known.index(reduction) for reduction in taps)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
 class CnnBackbone(_Backbone):
-    """A timm encoder tapped by `features_only` index.
+    """A timm encoder that gives a pyramid of feature maps, tapped at some of its levels.
 
     Args:
         config: encoder and weights.
-        taps: feature indices, fine to coarse, e.g. (1, 2, 3) for strides 4, 8, 16 of a ResNet.
+        taps: the levels wanted, by their reduction: the stride of a map with regard to the image, so that a map of
+            reduction 8 has a cell for every 8×8 pixels. Ascending, thus fine to coarse; (4, 8, 16) are layer1 to
+            layer3 of a ResNet. What lies behind the last of them is not kept where timm can cut the network.
         trainable: whether gradients are kept and batch norm may train.
 
     Attributes:
         channels: channel count of each tap.
-        strides: stride of each tap.
 
     Raises:
-        OptionError: taps that are not ascending or that the encoder does not have.
+        OptionError: taps that are not ascending or that the encoder does not have, or an encoder that is no pyramid,
+            as plain vision transformers, whose maps all have the same reduction.
         WeightsError: weights missing or not fitting.
     """
 
     def __init__(self, config: BackboneConfig, taps: Sequence[int], trainable: bool = False) -> None:
         super().__init__(config, trainable)
-        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0:
-            raise OptionError(f"taps={tuple(taps)} must be distinct feature indices from 0, ascending")
-        self.encoder: Any = _create(config, features_only=True, out_indices=tuple(taps))
+        check_taps(taps)
+        self.encoder: Any = _create(config, features_only=True, out_indices=_feature_indices(config, taps))
         # timm's feature lists keep the layout their network works in; Swin's, for one, has channels last
         self._last = getattr(self.encoder, "output_fmt", Format.NCHW) == Format.NHWC
-        info = self.encoder.feature_info
-        self.channels: list[int] = info.channels()
-        self.strides: list[int] = info.reduction()
+        self.channels: list[int] = self.encoder.feature_info.channels()
         self._finish()
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -65,16 +65,17 @@ def training_batch(method: TrainedMethod, count: int = 4, seed: int = 2) -> Trai
 RECONSTRUCTION: dict[str, Any] = {
     "backbone": BackboneConfig("resnet10t", weights="random"),
     "input": INPUT,
-    "taps": (1, 2, 3),
+    "taps": (4, 8, 16),
     "transformer": TransformerConfig(dim=16, heads=2, hidden=32, encoder_layers=2, decoder_layers=2),
 }
 """Small options that UniAD and OneNIP share: 4×4 tokens at 64 pixels."""
 
 INVALID_RECONSTRUCTION: list[dict[str, Any]] = [
     {"taps": ()},
-    {"taps": (3, 2)},
-    {"grid_tap": 3},
-    {"grid_tap": -4},
+    {"taps": (16, 8)},
+    {"taps": (0, 4)},
+    {"grid_reduction": 2},
+    {"grid_reduction": -1},
     {"neighbours": -1},
     {"score_pool": 0},
     {"score_pool": SIDE + 1},
@@ -101,8 +102,8 @@ TINY = {
         PatchCoreConfig(backbone=BackboneConfig("resnet10t", weights="random"), input=INPUT, dimension=96),
         invalid=[
             {"taps": ()},
-            {"taps": (3, 2)},
-            {"taps": (2, 2)},
+            {"taps": (16, 8)},
+            {"taps": (8, 8)},
             {"patch_size": 2},
             {"patch_size": -1},
             {"dimension": 0},
@@ -136,14 +137,14 @@ TINY = {
         UniASConfig(
             backbone=BackboneConfig("resnet10t", weights="random"),
             input=INPUT,
-            taps=(1, 2, 3),
+            taps=(4, 8, 16),
             dim=32,
             hidden=32,
             encoder_layers=1,
         ),
         invalid=[
             {"taps": ()},
-            {"taps": (3, 2)},
+            {"taps": (16, 8)},
             {"dim": 48},
             {"dim": 0},
             {"heads": 0},

@@ -242,8 +242,8 @@ def test_uniad_and_onenip_share_kept_features():
     images = random_images(1)
     assert torch.equal(make().frozen_features(images)["neck"], uniad.frozen_features(images)["neck"])
     others = [
-        make(taps=(1, 2, 3, 4)),
-        make(grid_tap=0, neighbours=3),
+        make(taps=(4, 8, 16, 32)),
+        make(grid_reduction=4, neighbours=3),
         make(backbone=BackboneConfig("resnet18", "random")),
     ]
     assert all(other.feature_key() != uniad.feature_key() for other in others)

@@ -96,22 +96,22 @@ def configure(**changes) -> PatchCoreConfig:
     return PatchCoreConfig(**({"backbone": CNN, "input": INPUT, "dimension": 50} | changes))
 
 
-def feature_maps(images: torch.Tensor) -> list[Array]:
-    """All five maps of the plain timm network with the same weights."""
+def feature_maps(images: torch.Tensor) -> dict[int, Array]:
+    """All five maps, by reduction, of the plain timm network with the same weights."""
     torch.manual_seed(CNN.random_seed)
     network = timm.create_model(CNN.name, features_only=True).eval()
     with torch.inference_mode():
-        return [level.double().numpy() for level in network(images)]
+        return {SIDE // level.shape[2]: level.double().numpy() for level in network(images)}
 
 
 @pytest.mark.parametrize(
     ("taps", "size", "dimension"),
     [
-        ((2, 3), 3, 50),
-        ((2, 3), 1, 50),
-        ((3,), 5, 64),
-        ((2, 4), 3, 37),
-        ((3, 4), 1, 700),  # longer than a patch of one cell: the pooling stretches it
+        ((8, 16), 3, 50),
+        ((8, 16), 1, 50),
+        ((16,), 5, 64),
+        ((8, 32), 3, 37),
+        ((16, 32), 1, 700),  # longer than a patch of one cell: the pooling stretches it
     ],
 )
 def test_patches_are_those_of_the_second_implementation(taps, size, dimension):
@@ -198,7 +198,7 @@ def test_published_defaults_give_784_patches_of_1024():
     config = PatchCoreConfig()
     assert config.backbone == BackboneConfig("wide_resnet50_2.tv_in1k")
     assert config.input == InputPolicy("short_side", 256, 224, interpolation="bilinear")
-    assert (config.taps, config.patch_size, config.dimension, config.neighbours) == ((2, 3), 3, 1024, 1)
+    assert (config.taps, config.patch_size, config.dimension, config.neighbours) == ((8, 16), 3, 1024, 1)
     assert config.bank.coreset_ratio == 0.1
     random = dataclasses.replace(config, backbone=BackboneConfig("wide_resnet50_2.tv_in1k", weights="random"))
     method = PatchCore(random)

@@ -103,7 +103,7 @@ def plain_maps(method: UniAD, images: torch.Tensor) -> list[np.ndarray]:
         {"masked": ("decoder_1",)},
         {"masked": ("decoder_2",)},
         {"map_form": "squared"},
-        {"taps": (1, 2, 3, 4), "grid_tap": 2},
+        {"taps": (4, 8, 16, 32)},
     ],
     ids=str,
 )
@@ -245,7 +245,7 @@ def test_wrong_sizes_are_refused(changes):
     ("name", "changes", "training"),
     [
         ("uniad_mvtec", {}, {}),
-        ("uniad_cifar10", {"taps": (0, 1, 2, 3, 4), "grid_tap": 3, "reduce": "mean"}, {"batch_size": 128, "seed": 131}),
+        ("uniad_cifar10", {"taps": (2, 4, 8, 16, 32), "reduce": "mean"}, {"batch_size": 128, "seed": 131}),
         ("uniad_cada", {"map_form": "squared"}, {"iterations": 50_000, "learning_rate": 3e-4}),
     ],
 )

@@ -432,7 +432,7 @@ def test_loss_falls_when_one_batch_is_learned_and_maps_with_it():
 
 @pytest.mark.parametrize(
     "changes",
-    [RELEASED, {"sar": "off"}, {"cnn": "mg"}, {"cnn": "conv3"}, {"cnn": "none"}, {"taps": (2,)}, {"levels": (2,)}],
+    [RELEASED, {"sar": "off"}, {"cnn": "mg"}, {"cnn": "conv3"}, {"cnn": "none"}, {"taps": (8,)}, {"levels": (2,)}],
     ids=str,
 )
 def test_every_form_trains_all_its_parameters(changes):

@@ -63,11 +63,11 @@ class OneNIPConfig:
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
-        backbone: any timm encoder with feature maps; published: EfficientNet-B4.
+        backbone: any timm pyramid of feature maps that has the taps; published: EfficientNet-B4.
         input: published: stretched to 224×224; also 256 and 320.
         training: length, batches, optimiser.
-        taps: timm feature indices, fine to coarse.
-        grid_tap: position in `taps` of the one whose grid is the token grid; -1 for the coarsest.
+        taps: reductions (strides with regard to the image) of the feature maps, fine to coarse.
+        grid_reduction: the one of the taps whose grid is the token grid.
         transformer: its size, dropout and feature jitter.
         neighbours: side of the square, in tokens, that attention does not see around each token; 0 for no mask;
             "half" for half the token grid's side, rounded down, as published.
@@ -92,8 +92,8 @@ class OneNIPConfig:
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    taps: tuple[int, ...] = (0, 1, 2, 3)
-    grid_tap: int = -1
+    taps: tuple[int, ...] = (2, 4, 8, 16)
+    grid_reduction: int = 16
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     neighbours: int | Literal["half"] = "half"
     prompt: Literal["dynamic", "static", "none"] = "dynamic"
@@ -116,7 +116,7 @@ class OneNIPConfig:
         assert self.dice_smoothing is not None
         assert self.score_pool is not None
         neighbours = 0 if self.neighbours == "half" else self.neighbours
-        check_reconstruction_options(self.taps, self.grid_tap, neighbours, self.score_pool, self.input.side)
+        check_reconstruction_options(self.taps, self.grid_reduction, neighbours, self.score_pool, self.input.side)
         if self.pool_size < 1 or self.refiner_width < 1:
             raise OptionError("pool_size and refiner_width must be >= 1")
         if not 0 < self.dice_factor < math.inf or not 0 <= self.dice_smoothing < math.inf:
@@ -232,7 +232,7 @@ class OneNIP(TrainedMethod):
 
     def __init__(self, config: OneNIPConfig) -> None:
         super().__init__()
-        self.neck = FeatureNeck(config.backbone, config.taps, config.grid_tap, config.input.side)
+        self.neck = FeatureNeck(config.backbone, config.taps, config.grid_reduction, config.input.side)
         channels, grid = self.neck.channels, self.neck.grid
         neighbours = min(grid) // 2 if config.neighbours == "half" else config.neighbours
         self.config: OneNIPConfig = with_statistics(replace(config, neighbours=neighbours))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, interpolate, unfold
 
-from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
@@ -36,10 +36,12 @@ class PatchCoreConfig:
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
-        backbone: any timm encoder with feature maps; published: Wide-ResNet-50-2 with torchvision's first weights.
+        backbone: any timm pyramid of feature maps that has the taps; published: Wide-ResNet-50-2 with
+            torchvision's first weights.
         input: published: shorter side 256, centre crop 224.
         bank: coreset and index; published coreset ratio 0.1 at 224 pixels.
-        taps: timm feature indices, fine to coarse; (2, 3) are layer2 and layer3 of a ResNet.
+        taps: reductions (strides with regard to the image) of the feature maps, fine to coarse; (8, 16) are layer2 and
+            layer3 of a ResNet.
         patch_size: odd neighbourhood, in feature cells, that a patch is averaged over.
         dimension: length to which each tap, and then their concatenation, is pooled.
         neighbours: bank vectors averaged in a patch's distance.
@@ -52,7 +54,7 @@ class PatchCoreConfig:
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
     input: InputPolicy = field(default_factory=InputPolicy)
     bank: BankConfig = field(default_factory=BankConfig)
-    taps: tuple[int, ...] = (2, 3)
+    taps: tuple[int, ...] = (8, 16)
     patch_size: int = 3
     dimension: int = 1024
     neighbours: int = 1
@@ -62,8 +64,7 @@ class PatchCoreConfig:
 
     def __post_init__(self) -> None:
         resolve_preset(self, PRESETS)
-        if not self.taps or list(self.taps) != sorted(set(self.taps)):
-            raise OptionError(f"taps={self.taps} must be distinct and ascending")
+        check_taps(self.taps)
         if self.patch_size < 1 or self.patch_size % 2 == 0:
             raise OptionError(f"patch_size={self.patch_size} must be odd and positive")
         if self.dimension < 1 or self.neighbours < 1 or not 0 <= self.blur_sigma < math.inf:

@@ -45,12 +45,12 @@ class UniADConfig:
 
     Args:
         preset: "paper" or "reference" (the released code); the two do not differ.
-        backbone: any timm encoder with feature maps; published: EfficientNet-B4.
+        backbone: any timm pyramid of feature maps that has the taps; published: EfficientNet-B4.
         input: published: stretched to 224×224.
         training: length, batches, optimiser. The released code reaches more on one GPU with batches of 8.
-        taps: timm feature indices, fine to coarse; published: (0, 1, 2, 3), for CIFAR-10 (0, 1, 2, 3, 4).
-        grid_tap: position in `taps` of the one whose grid is the token grid; -1 for the coarsest; published: the
-            one of stride 16.
+        taps: reductions (strides with regard to the image) of the feature maps, fine to coarse; published:
+            (2, 4, 8, 16), for CIFAR-10 (2, 4, 8, 16, 32).
+        grid_reduction: the one of the taps whose grid is the token grid.
         transformer: its size, dropout and feature jitter.
         neighbours: side of the square, in tokens, that attention does not see around each token; 0 for no mask.
         masked: which attentions are so masked: of the "encoder", of the decoder's queries to the encoder's tokens
@@ -65,8 +65,8 @@ class UniADConfig:
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    taps: tuple[int, ...] = (0, 1, 2, 3)
-    grid_tap: int = -1
+    taps: tuple[int, ...] = (2, 4, 8, 16)
+    grid_reduction: int = 16
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     neighbours: int = 7
     masked: tuple[Literal["encoder", "decoder_1", "decoder_2"], ...] = ("encoder", "decoder_1", "decoder_2")
@@ -76,7 +76,7 @@ class UniADConfig:
 
     def __post_init__(self) -> None:
         resolve_preset(self, PRESETS)
-        check_reconstruction_options(self.taps, self.grid_tap, self.neighbours, self.score_pool, self.input.side)
+        check_reconstruction_options(self.taps, self.grid_reduction, self.neighbours, self.score_pool, self.input.side)
 
 
 @register_method("uniad")
@@ -92,7 +92,7 @@ class UniAD(TrainedMethod):
     def __init__(self, config: UniADConfig) -> None:
         super().__init__()
         self.config: UniADConfig = with_statistics(config)
-        self.neck = FeatureNeck(config.backbone, config.taps, config.grid_tap, config.input.side)
+        self.neck = FeatureNeck(config.backbone, config.taps, config.grid_reduction, config.input.side)
         mask = grid_mask(self.neck.grid, config.neighbours)
         masks = {name: mask if name in config.masked else None for name in ("encoder", "decoder_1", "decoder_2")}
         tokens = self.neck.grid[0] * self.neck.grid[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 
-from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
@@ -82,11 +82,11 @@ class UniASConfig:
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
-        backbone: any timm encoder with feature maps; published: EfficientNet-B4.
+        backbone: any timm pyramid of feature maps that has the taps; published: EfficientNet-B4.
         input: published: stretched to 224 pixels. The maps of the taps must divide into the coarsest one's grid.
         training: published: 1000 epochs of batches of 64, learning rate divided by ten every 400 epochs.
         augmentation: flips and turns by category; frozen features cannot be kept while there are any.
-        taps: timm feature indices, fine to coarse.
+        taps: reductions (strides with regard to the image) of the feature maps, fine to coarse.
         dim: width of tokens and decoder (C'); a multiple of 32 and of `heads`.
         heads: of every attention.
         hidden: width inside every feed-forward part.
@@ -112,7 +112,7 @@ class UniASConfig:
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(decay_at=(0.4, 0.8)))
     augmentation: Augmentation = field(default_factory=Augmentation)
-    taps: tuple[int, ...] = (0, 1, 2, 3)
+    taps: tuple[int, ...] = (2, 4, 8, 16)
     dim: int = 256
     heads: int = 4
     hidden: int = 2048
@@ -134,8 +134,7 @@ class UniASConfig:
 
     def __post_init__(self) -> None:
         resolve_preset(self, PRESETS)
-        if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
-            raise OptionError(f"taps={self.taps} must be distinct feature indices from 0, ascending")
+        check_taps(self.taps)
         if min(self.dim, self.heads) < 1 or self.dim % NORM_GROUPS or self.dim % self.heads:
             raise OptionError(f"dim={self.dim} must be a multiple of {NORM_GROUPS} and of heads={self.heads}")
         if self.hidden < 1 or self.encoder_layers < 1:
@@ -354,10 +353,9 @@ def _level_sizes(encoder: CnnBackbone, config: UniASConfig) -> list[int]:
         sizes = [level.shape[-1] for level in encoder(torch.zeros(1, 3, side, side))]
     coarsest = sizes[-1]
     if any(size % coarsest for size in sizes):
-        step = max(encoder.strides)
         raise OptionError(
             f"the maps of {config.backbone.name} for an input of {side} pixels have {sizes} cells a side, which do not "
-            f"divide into those of the coarsest; set input.size (or crop, pad) to a multiple of {step}"
+            f"divide into those of the coarsest; set input.size (or crop, pad) to a multiple of {config.taps[-1]}"
         )
     blurred = config.input.side if config.fuse_at == "input" else sizes[0]
     if coarsest < 2 or (config.level_blur and blurred <= len(sizes)):

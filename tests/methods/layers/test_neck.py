@@ -29,14 +29,16 @@ def resized(feature_map: np.ndarray, height: int, width: int) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize(("taps", "grid_tap", "grid"), [((1, 2, 3), -1, 6), ((0, 2, 3, 4), 2, 6), ((2, 3), 0, 12)])
-def test_all_taps_come_to_one_grid_fine_to_coarse(taps, grid_tap, grid):
+@pytest.mark.parametrize(
+    ("taps", "grid_reduction", "grid"), [((4, 8, 16), 16, 6), ((2, 8, 16, 32), 16, 6), ((8, 16), 8, 12)]
+)
+def test_all_taps_come_to_one_grid_fine_to_coarse(taps, grid_reduction, grid):
     images = random_images(2, side=96)
-    neck = FeatureNeck(CNN, taps, grid_tap, 96)
+    neck = FeatureNeck(CNN, taps, grid_reduction, 96)
     torch.manual_seed(CNN.random_seed)
     network = timm.create_model(CNN.name, features_only=True).eval()
     with torch.inference_mode():
-        levels = [level.double().numpy() for level in network(images)]
+        levels = {96 // level.shape[2]: level.double().numpy() for level in network(images)}
     assert neck.grid == (grid, grid)
     assert neck.channels == sum(levels[tap].shape[1] for tap in taps)
     features = neck(images)
@@ -48,7 +50,7 @@ def test_all_taps_come_to_one_grid_fine_to_coarse(taps, grid_tap, grid):
 
 
 def test_no_gradient_reaches_the_encoder_or_the_images():
-    neck = FeatureNeck(CNN, (1, 2), -1, 64).train()
+    neck = FeatureNeck(CNN, (4, 8), 8, 64).train()
     features = neck(random_images(1).requires_grad_())
     assert not features.requires_grad
     assert not features.is_inference()  # else nothing could be learned from them
@@ -58,16 +60,15 @@ def test_no_gradient_reaches_the_encoder_or_the_images():
 def test_published_necks():
     """EfficientNet-B4: 272 channels of four taps; for CIFAR-10 720 of five, the coarsest enlarged to stride 16."""
     encoder = BackboneConfig("tf_efficientnet_b4.aa_in1k", weights="random")
-    neck = FeatureNeck(encoder, (0, 1, 2, 3, 4), 3, 224)
+    neck = FeatureNeck(encoder, (2, 4, 8, 16, 32), 16, 224)
     assert neck.encoder.channels == [24, 32, 56, 160, 448]
-    assert neck.encoder.strides == [2, 4, 8, 16, 32]
     assert (neck.channels, neck.grid) == (720, (14, 14))
 
 
 def test_other_pyramids_will_do():
-    """A transformer whose layout has channels last, and an input that its strides do not divide."""
-    neck = FeatureNeck(BackboneConfig("swin_tiny_patch4_window7_224", weights="random"), (0, 1, 2), -1, 224)
+    """A transformer whose layout has channels last, and an input that its reductions do not divide."""
+    neck = FeatureNeck(BackboneConfig("swin_tiny_patch4_window7_224", weights="random"), (4, 8, 16), 16, 224)
     assert (neck.channels, neck.grid) == (96 + 192 + 384, (14, 14))
-    neck = FeatureNeck(CNN, (0, 1, 2, 3), -1, 100)
+    neck = FeatureNeck(CNN, (2, 4, 8, 16), 16, 100)
     assert neck.grid == (7, 7)
     assert neck(random_images(1, side=100)).shape == (1, neck.channels, 7, 7)

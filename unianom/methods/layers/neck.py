@@ -15,12 +15,12 @@ class FeatureNeck(nn.Module):
     """A frozen encoder whose taps are resized to one grid and stacked along channels, fine to coarse, without any
     normalisation (the multi-scale feature concatenation of UniAD and OneNIP).
 
-    Taps 0…3 of EfficientNet-B4 give 24 + 32 + 56 + 160 = 272 channels on a 14×14 grid at 224 pixels.
+    Reductions 2, 4, 8, 16 of EfficientNet-B4 give 24 + 32 + 56 + 160 = 272 channels on a 14×14 grid at 224 pixels.
 
     Args:
         backbone: encoder and weights.
-        taps: feature indices, fine to coarse.
-        grid_tap: position in `taps` of the one whose grid the others take; -1 for the coarsest.
+        taps: reductions of its maps, fine to coarse, as of `CnnBackbone`.
+        grid_reduction: the one of the taps whose grid the others take.
         side: height and width of the images in pixels.
 
     Attributes:
@@ -31,12 +31,13 @@ class FeatureNeck(nn.Module):
         OptionError, WeightsError: as `CnnBackbone`.
     """
 
-    def __init__(self, backbone: BackboneConfig, taps: Sequence[int], grid_tap: int, side: int) -> None:
+    def __init__(self, backbone: BackboneConfig, taps: Sequence[int], grid_reduction: int, side: int) -> None:
         super().__init__()
         self.encoder = CnnBackbone(backbone, taps)
         self.channels = sum(self.encoder.channels)
+        level = list(taps).index(grid_reduction)
         with torch.no_grad():
-            height, width = self.encoder(torch.zeros(1, 3, side, side))[grid_tap].shape[2:]
+            height, width = self.encoder(torch.zeros(1, 3, side, side))[level].shape[2:]
         self.grid: tuple[int, int] = (height, width)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
+from unianom.backbones import check_taps
 from unianom.errors import OptionError
 from unianom.methods.layers.tokens import AttentionBlock, FeedForward, LearnedPosition, feature_jitter, neighbour_mask
 
@@ -52,17 +53,16 @@ class TransformerConfig:
 
 
 def check_reconstruction_options(
-    taps: Sequence[int], grid_tap: int, neighbours: int, score_pool: int, side: int
+    taps: Sequence[int], grid_reduction: int, neighbours: int, score_pool: int, side: int
 ) -> None:
     """Refuse what no neck, mask or image score can be made of; for the configs that have these options.
 
     Raises:
         OptionError: as it says.
     """
-    if not taps or list(taps) != sorted(set(taps)):
-        raise OptionError(f"taps={tuple(taps)} must be distinct and ascending")
-    if not -len(taps) <= grid_tap < len(taps):
-        raise OptionError(f"grid_tap={grid_tap} must be a position among the {len(taps)} taps, or -1 for the last")
+    check_taps(taps)
+    if grid_reduction not in taps:
+        raise OptionError(f"grid_reduction={grid_reduction} must be one of taps={tuple(taps)}")
     if neighbours < 0:
         raise OptionError(f"neighbours={neighbours} must be >= 0; 0 is for no mask")
     if not 1 <= score_pool <= side:
