@@ -417,7 +417,7 @@ def _artifact_folder(uri: str) -> str | None:
 
 def pinned_requirements() -> list[str]:
     """What a model needs to run, in the versions installed here."""
-    names = ["torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pyarrow", "fsspec", "scipy"]
+    names = ["torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pyarrow", "fsspec", "scipy", "pyyaml"]
     pins = [f"{name}=={_public_version(name)}" for name in names]
     for name in ("faiss-cpu", "faiss-gpu"):
         try:

@@ -225,7 +225,7 @@ def test_one_model_per_category(small: Small, tmp_path: Path) -> None:
 
 def test_few_shot_takes_so_many_images_per_category(small: Small, tmp_path: Path) -> None:
     results = train(tiny_training(small.shards, tmp_path / "model", few_shot=2))
-    assert results[0].images == 4
+    assert results[0].metrics["images"] == 4
 
 
 def test_a_rate_the_normals_cannot_support_is_refused_before_any_work(small: Small, tmp_path: Path) -> None:
