@@ -354,7 +354,7 @@ def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
 
     client = mlflow.MlflowClient(store.mlflow_uri)
     (recorded,) = client.search_runs([client.get_experiment_by_name("unianom").experiment_id])
-    assert recorded.data.params["method.refiner"] == "True"
+    assert recorded.data.params["method.refiner"] == "true"
     told_at = {
         name: [metric.step for metric in client.get_metric_history(recorded.info.run_id, name)]
         for name in ("loss", "loss/segmentation", "images_per_second", "data_share", "validation/image_auroc")
