@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from pipelines import storage
-from pipelines.models import load_model, write_index
+from pipelines.models import load_model
 from pipelines.normals import (
     WORK,
     FitOptions,
     FitResult,
     NormalReader,
     choose_samples,
+    fit_models,
     held_out_threshold,
     weights_digest,
 )
@@ -53,15 +54,11 @@ def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:
     Raises:
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
-    shards = ShardSet.open(options.shards)
-    shards.check(Selection(("train",), options.categories, (NORMAL,)))
-    categories = list(options.categories) or shards.categories
-    output = files.full_uri(options.output)
-    if not options.per_category:
-        return [_fit(name, config, options, shards, categories, output)]
-    results = [_fit(name, config, options, shards, [category], files.join(output, category)) for category in categories]
-    write_index(output, {category: category for category in categories})
-    return results
+
+    def fit(shards: ShardSet, categories: list[str], output: str) -> FitResult:
+        return _fit(name, config, options, shards, categories, output)
+
+    return fit_models(options, fit)
 
 
 def _fit(

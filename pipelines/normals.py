@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines.ingest import map_ahead
-from pipelines.models import load_model
+from pipelines.models import load_model, write_index
 from pipelines.runtime import Progress, RuntimeOptions, run_units
 from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared, normalise
@@ -111,6 +111,27 @@ class FitResult:
     metrics: dict[str, float]
     threshold: Threshold | None
     notice: str
+
+
+def fit_models(options: FitOptions, fit: Callable[[ShardSet, list[str], str], FitResult]) -> list[FitResult]:
+    """Fit one model for all categories, or one each with an index of them.
+
+    Args:
+        options: data and output.
+        fit: makes one model, given the shard set, its categories and its output folder.
+
+    Raises:
+        DataError: there is no such category, or not a single normal training image.
+    """
+    shards = ShardSet.open(options.shards)
+    shards.check(Selection(("train",), options.categories, (NORMAL,)))
+    categories = list(options.categories) or shards.categories
+    output = files.full_uri(options.output)
+    if not options.per_category:
+        return [fit(shards, categories, output)]
+    results = [fit(shards, [category], files.join(output, category)) for category in categories]
+    write_index(output, {category: category for category in categories})
+    return results
 
 
 @dataclass(frozen=True)

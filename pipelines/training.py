@@ -43,13 +43,14 @@ from pipelines.batches import (
     to_input,
 )
 from pipelines.features import PIXELS, Arrays, PreparedSet, normals, prepare
-from pipelines.models import load_model, write_index
+from pipelines.models import load_model
 from pipelines.normals import (
     WORK,
     Chosen,
     FitOptions,
     FitResult,
     choose_samples,
+    fit_models,
     held_out_threshold,
     weights_digest,
 )
@@ -357,11 +358,18 @@ class Job:
 
 
 def synthesiser_of(method: TrainedMethod) -> Synthesiser | None:
-    """What makes a method's synthetic anomalies; None if it needs none."""
+    """What makes a method's synthetic anomalies; None if it needs none.
+
+    Raises:
+        DataError: the folder of textures is missing or holds no image.
+    """
     config = method.needs.synthetic
-    if config is None:
-        return None
-    return Synthesiser(config, None if config.textures is None else TextureSource(config.textures, method.input.side))
+    if config is None or config.textures is None:
+        return None if config is None else Synthesiser(config)
+    try:
+        return Synthesiser(config, TextureSource(config.textures, method.input.side))
+    except DataError as error:
+        raise DataError(f"--method.synthesis.textures: {error}") from error
 
 
 class Events:
@@ -555,17 +563,12 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
     Raises:
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
-    shards = ShardSet.open(options.shards)
-    categories = list(options.categories) or shards.categories
-    output = files.full_uri(options.output)
-    if not options.per_category:
-        return [_train(name, config, options, shards, categories, output, run, "")]
-    results = []
-    for category in categories:
-        folder = files.join(output, category)
-        results.append(_train(name, config, options, shards, [category], folder, run, f"{category}/"))
-    write_index(output, {category: category for category in categories})
-    return results
+
+    def fit(shards: ShardSet, categories: list[str], output: str) -> FitResult:
+        prefix = f"{categories[0]}/" if options.per_category else ""
+        return _train(name, config, options, shards, categories, output, run, prefix)
+
+    return fit_models(options, fit)
 
 
 def _train(
@@ -593,6 +596,7 @@ def _train(
         "frozen_features": options.data.frozen_features,
         "feature_precision": options.data.feature_precision,
         "images": options.data.images,
+        "window": options.data.window,
         "device": options.runtime.device,
         "weights": weights_digest(config.backbone.weights),
     }
@@ -671,6 +675,7 @@ def _plan_job(
         options=options,
     )
     method = job.make()
+    synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
     beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
     folder = files.full_uri(options.data.folder or files.join(beside, "prepared"))
     features = keeps_features(method, options.data)

@@ -34,6 +34,7 @@ from pipelines.tracking import TrackingOptions
 from pipelines.training import DataOptions, Trainer, TrainingOptions, fixed_places, keeps_features, undisturbed
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
 from tests.pipelines.conftest import ONE, UNTRACKED, Small
+from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, OptionError
 from unianom.methods.onenip import OneNIP, OneNIPConfig
 from unianom.methods.trained import Augmentation, TrainedMethod, TrainingBatch, TrainingConfig
@@ -374,6 +375,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     streamed = DataOptions(images="stream", frozen_features=False, folder=str(tmp_path / "prepared"))
     with pytest.raises(DataError, match=r"not finite at step \d+ .*learning_rate"):
         train(options("uniad", small, tmp_path / "model", config, data=streamed))
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.ray
+def test_wrong_inputs_show_before_any_work(ray_cluster: None, small: Small, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY["onenip"].config, synthesis=SynthesisConfig(textures=str(tmp_path / "dtd")))
+    with pytest.raises(DataError, match=r"synthesis\.textures: no folder .*dtd"):
+        train(options("onenip", small, tmp_path / "model", config))
+    with pytest.raises(DataError, match="no category nut; it has cog, weave"):
+        train(options("uniad", small, tmp_path / "other", CONFIG, categories=("nut",)))
     assert not (tmp_path / "prepared").exists()
 
 
