@@ -218,6 +218,7 @@ class Trainer:
             started = time.perf_counter()
 
     def _take(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        self.method.begin_step(self.step, self.iterations)
         for optimisation in self._optimisations:
             optimisation.optimiser.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
@@ -233,8 +234,7 @@ class Trainer:
         if clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, clip)
         for optimisation in self._optimisations:
-            optimisation.optimiser.step()
-            optimisation.schedule.step()
+            optimisation.step(self.step)
         return total
 
     def _no_sync(self) -> AbstractContextManager[Any]:

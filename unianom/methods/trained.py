@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from unianom.data.synthesis import SynthesisConfig
@@ -36,27 +36,32 @@ FeatureMaps = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random flips and right-angle turns of training images, by category.
+    """Random flips and turns of training images and their masks, by category.
 
     Args:
         horizontal, vertical: categories whose images are mirrored; "*" for all.
         turns: categories whose images are turned by 0, 90, 180 or 270 degrees; "*" for all.
         probability: of each mirroring.
+        rotation: degrees; every image is turned about its centre by an angle drawn evenly between minus and plus this,
+            and filled with black.
     """
 
     horizontal: tuple[str, ...] = ()
     vertical: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
     probability: float = 0.3
+    rotation: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
             raise OptionError(f"augmentation.probability={self.probability} must be in [0, 1]")
+        if not 0 <= self.rotation <= 180:
+            raise OptionError(f"augmentation.rotation={self.rotation} must be in [0, 180] degrees")
 
     @property
     def active(self) -> bool:
         """Whether any image is ever changed; if so, frozen features cannot be kept."""
-        return bool(self.horizontal or self.vertical or self.turns)
+        return bool(self.horizontal or self.vertical or self.turns or self.rotation)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class TrainingConfig:
         epochs: passes over the training images; converted to iterations.
         iterations: steps; takes the place of `epochs` if given.
         batch_size: images of a step, over all workers together.
-        learning_rate, weight_decay, betas: of AdamW.
+        optimiser: "adamw", or "adam", whose weight decay is an L2 penalty.
+        learning_rate, weight_decay, betas, eps, amsgrad: of the optimiser.
         decay_at: shares of the run after which the learning rate is multiplied by `decay`.
         decay: that factor.
         clip_norm: largest gradient norm; null for no clipping.
@@ -77,9 +83,12 @@ class TrainingConfig:
     epochs: float = 1000
     iterations: int | None = None
     batch_size: int = 64
+    optimiser: Literal["adamw", "adam"] = "adamw"
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
     decay_at: tuple[float, ...] = (0.8,)
     decay: float = 0.1
     clip_norm: float | None = 0.1
@@ -95,16 +104,16 @@ class TrainingConfig:
             raise OptionError("training: epochs, iterations and batch_size must be positive")
         if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 < self.decay <= 1):
             raise OptionError("training: learning_rate must be positive, weight_decay >= 0, decay in (0, 1]")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise OptionError(f"training.betas={self.betas} must be in [0, 1)")
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < math.inf:
+            raise OptionError(f"training.betas={self.betas} must be in [0, 1), eps={self.eps} positive")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise OptionError(f"training.clip_norm={self.clip_norm} must be positive, or null")
         if not all(0 < share < 1 for share in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
             raise OptionError(f"training.decay_at={self.decay_at} must be ascending shares of the run, in (0, 1)")
 
-    def steps(self, images: int) -> int:
-        """Iterations of the whole run on so many training images."""
-        return self.iterations or max(1, round(self.epochs * images / self.batch_size))
+    def steps(self, images: int, repeats: int = 1) -> int:
+        """Iterations of the whole run on so many training images, each batch of which serves for `repeats` steps."""
+        return self.iterations or max(1, round(self.epochs * images / self.batch_size) * repeats)
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,19 @@ class BatchNeeds:
         prompts: another normal image for every image: a random one of its "category", or, where categories are not
             known, one of those with the "nearest" frozen features; None for none.
         augmentation: flips and turns.
+        images: whether images come along even where frozen features are kept.
+        labels: whether anomalous images of the "train" split are learned from, too; the batch tells which they are.
+        masks: whether masks come along; they need `labels`.
+        repeats: successive steps that take the same batch.
     """
 
     synthetic: SynthesisConfig | None = None
     prompts: Literal["category", "nearest"] | None = None
     augmentation: Augmentation = Augmentation()
+    images: bool = False
+    labels: bool = False
+    masks: bool = False
+    repeats: int = 1
 
 
 @dataclass
@@ -129,11 +146,14 @@ class TrainingBatch:
 
     Attributes:
         category: B int64, index into the model's categories.
-        images: B×3×S×S normalised normal images; None where `features` stand for them.
+        images: B×3×S×S normalised images, normal ones unless the method needs labels; None where `features` stand for
+            them.
         features: the frozen features of `images`, computed earlier; None where they were not kept.
         synthetic_images: B×3×S×S, the pseudo-anomalous copies; None where the method needs none.
         synthetic_mask: B×1×S×S float32 of 0 and 1; 1 where the copy was changed.
         prompt_images, prompt_features: as `images` and `features`, of the prompts.
+        label: B int64, 0 normal, 1 anomalous; None where the method needs no labels.
+        mask: B×1×S×S float32 of 0 and 1; 1 where `images` are anomalous; None where the method needs no masks.
     """
 
     category: Tensor
@@ -143,6 +163,8 @@ class TrainingBatch:
     synthetic_mask: Tensor | None = None
     prompt_images: Tensor | None = None
     prompt_features: FeatureMaps | None = None
+    label: Tensor | None = None
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.category)
@@ -179,10 +201,25 @@ class Optimisation:
     Attributes:
         optimiser: over some of the method's parameters.
         schedule: its learning rate by iteration.
+        period: iterations of a period; None for none.
+        forget: whether every period but the first begins with the optimiser's moments at zero.
+        rest: iterations at the beginning of every period but the first in which its parameters stay as they are.
     """
 
     optimiser: Optimizer
     schedule: LRScheduler
+    period: int | None = None
+    forget: bool = False
+    rest: int = 0
+
+    def step(self, number: int) -> None:
+        """Take step `number`, counted from 0, with the gradients that its parameters hold."""
+        inside = None if self.period is None or number < self.period else number % self.period
+        if self.forget and inside == 0:
+            self.optimiser.state.clear()
+        if inside is None or inside >= self.rest:
+            self.optimiser.step()
+        self.schedule.step()
 
 
 class TrainedMethod(Method):
@@ -214,17 +251,34 @@ class TrainedMethod(Method):
         """Scalar losses of a batch, each a mean over its images; the one to minimise under "loss"."""
         raise NotImplementedError
 
+    def begin_step(self, step: int, iterations: int) -> None:
+        """Told before every training step which it is, counted from 0, and of how many; for what follows a schedule
+        besides the learning rate."""
+
     def optimisers(self, iterations: int) -> list[Optimisation]:
-        """Fresh optimisers for a run of so many iterations: AdamW over all that learns, with stepped decay."""
+        """Fresh optimisers for a run of so many iterations: one over all that learns, with stepped decay."""
+        return [self.optimisation([p for p in self.parameters() if p.requires_grad], iterations)]
+
+    def optimisation(self, parameters: Iterable[Any], iterations: int, **periods: Any) -> Optimisation:
+        """An optimiser as `config.training` has it, with stepped decay.
+
+        Args:
+            parameters: parameters, or groups of them with learning rates of their own.
+            iterations: of the whole run.
+            periods: see `Optimisation`.
+        """
         training: TrainingConfig = self.config.training
-        optimiser = AdamW(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
+        kind = AdamW if training.optimiser == "adamw" else Adam
+        optimiser = kind(
+            parameters,
             lr=training.learning_rate,
             betas=training.betas,
+            eps=training.eps,
             weight_decay=training.weight_decay,
+            amsgrad=training.amsgrad,
         )
         milestones = [round(share * iterations) for share in training.decay_at]
-        return [Optimisation(optimiser, MultiStepLR(optimiser, milestones, training.decay))]
+        return Optimisation(optimiser, MultiStepLR(optimiser, milestones, training.decay), **periods)
 
     def finish(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
         """Fix what prediction needs besides weights, from `finish_images` training images, as many of every category
