@@ -33,6 +33,24 @@ class GridToMap(nn.Module):
         return self.rows @ grid @ self.columns.T
 
 
+class GaussianBlur(nn.Module):
+    """A Gaussian blur (SciPy's: cut at four sigma, reflecting border) of square maps, as a matrix product on either side.
+
+    Args:
+        size: height and width of the maps in pixels.
+        sigma: standard deviation in pixels; 0 for none.
+    """
+
+    def __init__(self, size: int, sigma: float) -> None:
+        super().__init__()
+        self.matrix: Tensor
+        self.register_buffer("matrix", _upsample_and_blur(size, size, sigma), persistent=False)  # S S
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """B×S×S to B×S×S."""
+        return self.matrix @ maps @ self.matrix.T
+
+
 def _upsample_and_blur(short: int, long: int, sigma: float) -> Tensor:
     identity = torch.eye(short, dtype=torch.float64)[None]  # 1 channels=short, positions=short
     matrix = nn.functional.interpolate(identity, size=long, mode="linear", align_corners=False)[0].T.numpy()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from torch import Tensor, nn
 
 
-def gaussian_filter(maps: Tensor, size: int, sigma: float) -> Tensor:
-    """Filter the last two dimensions with a size×size Gaussian; the border reflects, its own cells not repeated.
+def gaussian_filter(maps: Tensor, size: int, sigma: float, padding: Literal["reflect", "zeros"] = "reflect") -> Tensor:
+    """Filter the last two dimensions with a size×size Gaussian.
 
     Sums of shifted maps and no convolution, so that autocast leaves the precision as it is.
 
@@ -16,11 +17,12 @@ def gaussian_filter(maps: Tensor, size: int, sigma: float) -> Tensor:
         maps: B×C×H×W, of more than ⌊size/2⌋ rows and columns.
         size: of the kernel; odd.
         sigma: standard deviation in cells.
+        padding: the border reflects, its own cells not repeated, or there are zeros beyond it.
     """
     reach = size // 2
     kernel = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
     weights = [weight / sum(kernel) for weight in kernel]
-    padded = nn.functional.pad(maps, [reach] * 4, mode="reflect")
+    padded = nn.functional.pad(maps, [reach] * 4, mode="reflect" if padding == "reflect" else "constant")
     return _filter(_filter(padded, weights, dim=-1), weights, dim=-2)
 
 
