@@ -44,6 +44,8 @@ class EvaluateOptions:
         output: folder for evaluation.json and categories.csv; path or URI.
         aupro_limit: highest false-positive rate of AUPRO.
         aupro_variant: "exact", or a published approximation: "legacy_global_200", "legacy_per_image".
+        soft_dice: also give Dice and IoU without a threshold of maps scaled by their own extremes, image by image, as
+            polyp segmentation is measured.
         curve_points: points kept of each curve.
         runtime: actors and their CPUs.
         tracking: where MLflow records the run.
@@ -54,6 +56,7 @@ class EvaluateOptions:
     output: str
     aupro_limit: float = 0.3
     aupro_variant: AuproVariant = "exact"
+    soft_dice: bool = False
     curve_points: int = 400
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
@@ -80,6 +83,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "aupro_limit": options.aupro_limit,
         "aupro_variant": options.aupro_variant,
         "curve_points": options.curve_points,
+        "soft_dice": options.soft_dice,
     }
     units = [{"name": category, "categories": [category]} for category in labelled]
     if len(labelled) > 1:
@@ -117,14 +121,21 @@ class TableMaker:
         scores, shards: what was scored, and its labels and masks.
         aupro_limit, aupro_variant: see `unianom.metrics.region.aupro`.
         curve_points: points kept of each curve.
+        soft_dice: also give soft Dice and soft IoU.
     """
 
     def __init__(
-        self, scores: ScoreSet, shards: ShardSet, aupro_limit: float, aupro_variant: AuproVariant, curve_points: int
+        self,
+        scores: ScoreSet,
+        shards: ShardSet,
+        aupro_limit: float,
+        aupro_variant: AuproVariant,
+        curve_points: int,
+        soft_dice: bool = False,
     ) -> None:
         self._scores, self._shards = scores, shards
         self._aupro_limit, self._aupro_variant = aupro_limit, aupro_variant
-        self._curve_points = curve_points
+        self._curve_points, self._soft_dice = curve_points, soft_dice
         models = scores.manifest["models"]
         self._policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in models}
         self._thresholds = {m["digest"]: m["threshold"] for m in models}
@@ -147,7 +158,7 @@ class TableMaker:
             accumulator.update([anomaly_map], [mask])
         pixels = accumulator.compute()
         if pixels.n_anomalous_maps:
-            metrics.update(pixels.as_dict())
+            metrics.update(pixels.as_dict(self._soft_dice))
             found = accumulator.curves(self._curve_points)
             curves.update({"pixel_roc": found["roc"], "pixel_pr": found["pr"], "pro": found["pro"]})
         return {
@@ -282,6 +293,8 @@ SHOWN = {
     "pixel_f1_max": "P-F1max",
     "dsc": "DSC",
     "iou": "IoU",
+    "soft_dice": "soft DSC",
+    "soft_iou": "soft IoU",
 }
 """Metrics of the printed table, and their usual short names; AUPRO is added under the name of its variant."""
 

@@ -509,6 +509,12 @@ PIXEL_METRICS = (
         "Dice coefficient of each image, averaged, at the one threshold with the largest sum of precision and recall",
     ),
     Metric("iou", "IoU", "overlap over union of each image, averaged, at the threshold of DSC"),
+    Metric(
+        "soft_dice",
+        "soft DSC",
+        "Dice coefficient of each anomalous image with its map scaled to 0 to 1 in place of a threshold, averaged",
+    ),
+    Metric("soft_iou", "soft IoU", "overlap over union of the same maps, averaged"),
 )
 AUPRO_MEANING = (
     "mean share of each anomalous region that is covered, averaged over false-positive rates of pixels from 0 to 30 % "
@@ -704,10 +710,11 @@ def _undefined(rows: Sequence[Mapping[str, Any]], table: pa.Table) -> list[str]:
     """Which metrics are undefined, where, and why."""
     sentences = []
     for kind, count in (("anomalous", "n_anomalous"), ("normal", "n_normal")):
-        counted = {row["category"]: {**row, "n_normal": row["n_images"] - row["n_anomalous"]}[count] for row in rows}
-        without = [name for name, number in counted.items() if number == 0]
-        if without:
-            sentences.append(f"All metrics are undefined for {_listed(without)}: there are no {kind} images.")
+        without = [row for row in rows if {**row, "n_normal": row["n_images"] - row["n_anomalous"]}[count] == 0]
+        for metrics, pixel in (("All", False), ("Image-level", True)):  # masks have normal pixels, too
+            names = [row["category"] for row in without if (row.get("pixel_auroc") is not None) == pixel]
+            if names:
+                sentences.append(f"{metrics} metrics are undefined for {_listed(names)}: there are no {kind} images.")
     if table["map_offset"].null_count == len(table):
         sentences.append(
             "There are no pixel metrics: the scores hold no anomaly maps; jobs/score.py --maps true keeps them."

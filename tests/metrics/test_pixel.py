@@ -95,6 +95,43 @@ def test_dsc_of_a_normal_map_is_zero_as_soon_as_a_pixel_is_flagged():
     assert metrics.dsc == pytest.approx((1 + 0 + 1) / 3)
 
 
+def soft_overlaps_by_loops(maps, masks):
+    """Mean soft Dice and soft IoU over maps with an anomalous pixel, pixel by pixel."""
+    dice, iou = [], []
+    for m, mask in zip(maps, masks):
+        if not mask.any():
+            continue
+        low, high = float(m.min()), float(m.max())
+        both = flagged = anomalous = 0.0
+        for value, truth in zip(m.ravel().tolist(), mask.ravel().tolist()):
+            scaled = (value - low) / (high - low) if high > low else 0.0
+            both, flagged, anomalous = both + scaled * truth, flagged + scaled, anomalous + truth
+        dice.append((2 * both + 1) / (flagged + anomalous + 1))
+        iou.append((both + 1) / (flagged + anomalous - both + 1))
+    return np.mean(dice), np.mean(iou)
+
+
+def test_soft_overlaps_by_hand():
+    # Scaled: 0 1/2 / 1 1/4, of which 1/2 and 1 are anomalous; the normal map takes no part.
+    maps = np.array([[[10, 12], [14, 11]], [[900, 0], [0, 0]]], np.float32)
+    masks = np.array([[[0, 1], [1, 0]], [[0, 0], [0, 0]]], bool)
+    metrics = pixel_metrics(maps, masks)
+    assert metrics.soft_dice == pytest.approx((2 * 1.5 + 1) / (1.75 + 2 + 1), abs=1e-12)
+    assert metrics.soft_iou == pytest.approx((1.5 + 1) / (1.75 + 2 - 1.5 + 1), abs=1e-12)
+    perfect = pixel_metrics(masks.astype(np.float32), masks)
+    assert (perfect.soft_dice, perfect.soft_iou) == (1, 1)
+
+
+@pytest.mark.parametrize("levels", [1, 3, None])
+def test_soft_overlaps_agree_with_plain_loops_whatever_the_scale_of_each_map(levels):
+    maps, masks = scenes(n=8, size=20, levels=levels, seed=5)
+    masks[3] = True  # no normal pixel in this one
+    metrics = pixel_metrics(maps, masks)
+    assert (metrics.soft_dice, metrics.soft_iou) == pytest.approx(soft_overlaps_by_loops(maps, masks), abs=1e-9)
+    rescaled = maps * np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1) - 5
+    assert pixel_metrics(rescaled, masks).soft_dice == pytest.approx(metrics.soft_dice, abs=1e-5)
+
+
 def test_constant_maps_say_nothing_and_do_not_fail():
     maps, masks = np.full((4, 5, 5), 0.3), np.zeros((4, 5, 5), bool)
     masks[0, :2] = True
@@ -103,6 +140,7 @@ def test_constant_maps_say_nothing_and_do_not_fail():
     assert metrics.ap == 0.1
     assert metrics.f1_max == pytest.approx(2 * 0.1 / 1.1, abs=1e-6)
     assert metrics.dsc == pytest.approx(2 * 10 / 35 / 4)  # everything flagged: nothing left of the normal maps
+    assert metrics.soft_dice == metrics.soft_iou == 1 / 11  # nothing flagged of 10 pixels
 
 
 def test_minus_zero_ties_with_zero():
@@ -114,6 +152,7 @@ def test_minus_zero_ties_with_zero():
 def test_one_kind_of_pixel_leaves_all_but_the_counts_undefined(fill):
     values = pixel_metrics(np.arange(18.0).reshape(2, 3, 3), np.full((2, 3, 3), fill)).as_dict()
     assert {k for k, v in values.items() if not math.isnan(v)} == {"n_maps", "n_anomalous_maps", "n_regions"}
+    assert math.isnan(pixel_metrics(np.zeros((1, 2, 2)), np.full((1, 2, 2), fill)).soft_dice)
 
 
 def test_nothing_at_all_is_undefined_too():
@@ -215,6 +254,8 @@ def test_names_in_tables():
     other = pixel_metrics(maps, masks, aupro_limit=0.05, aupro_variant="legacy_global_200").as_dict()
     assert other["aupro_legacy_global_200_0.05"] == aupro(maps, masks, 0.05, "legacy_global_200")
     assert "aupro" not in other
+    soft = pixel_metrics(maps, masks).as_dict(soft=True)
+    assert [name for name in soft if name not in pixel_metrics(maps, masks).as_dict()] == ["soft_dice", "soft_iou"]
 
 
 def test_curves_enclose_the_areas():

@@ -77,13 +77,15 @@ def model_entry(policy: InputPolicy, threshold: float | None, **changes: Any) ->
     return entry | changes
 
 
-def write_evaluation(folder: Path, samples: Sequence[Scored], models: Sequence[dict[str, Any]], parts: int = 2) -> str:
+def write_evaluation(
+    folder: Path, samples: Sequence[Scored], models: Sequence[dict[str, Any]], parts: int = 2, soft_dice: bool = False
+) -> str:
     """Write `shards`, `scores` and `evaluation` below a folder; returns the evaluation's folder."""
     shards = _write_shards(folder / "shards", samples, parts)
     scores = _write_scores(folder / "scores", samples, models, shards, parts)
     output = str(folder / "evaluation")
     categories = sorted({sample.category for sample in samples})
-    maker = TableMaker(scores, shards, aupro_limit=0.3, aupro_variant="exact", curve_points=400)
+    maker = TableMaker(scores, shards, aupro_limit=0.3, aupro_variant="exact", curve_points=400, soft_dice=soft_dice)
     units = [{"name": name, "categories": [name]} for name in categories]
     results = {unit["name"]: maker.run(unit) for unit in [*units, {"name": "union", "categories": categories}]}
     files.write_json(files.join(output, "evaluation.json"), _content(scores, shards, categories, results))

@@ -187,7 +187,8 @@ def test_a_killed_worker_loses_nothing(ray_cluster: None, tmp_path: Path) -> Non
 
 
 def test_evaluation_agrees_with_metrics_of_the_scores(small: Small, scores: Path, tmp_path: Path) -> None:
-    found = evaluate(EvaluateOptions(str(scores), str(small.shards), str(tmp_path / "evaluation"), tracking=UNTRACKED))
+    output = str(tmp_path / "evaluation")
+    found = evaluate(EvaluateOptions(str(scores), str(small.shards), output, soft_dice=True, tracking=UNTRACKED))
     table = ScoreSet.open(scores).table(columns=["category", "score", "label"]).to_pylist()
     for row in found["metrics"]["categories"]:
         mine = [r for r in table if r["category"] == row["category"]]
@@ -195,6 +196,7 @@ def test_evaluation_agrees_with_metrics_of_the_scores(small: Small, scores: Path
         assert row["image_auroc"] == expected["image_auroc"]
         assert row["n_maps"] == len(mine)
         assert 0 <= row["aupro"] <= 1
+        assert 0 < row["soft_iou"] < row["soft_dice"] < 1
     union = image_metrics([r["score"] for r in table], [r["label"] for r in table])
     assert found["metrics"]["union"]["image_auroc"] == union["image_auroc"]
     rates = found["threshold"]["union"]

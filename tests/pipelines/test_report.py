@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from pipelines.evaluation import print_evaluation
 from pipelines.report import COLUMNS, ReportOptions, choose, figures, labelled, margins, percent, write_report
 from pipelines.tracking import TrackingOptions
 from tests.pipelines.evaluated import MODEL, Scored, model_entry, write_evaluation
@@ -24,6 +25,7 @@ from unianom.data.image import InputPolicy, prepare_image
 from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import MANIFEST, ScoreSet
 from unianom.errors import DataError, OptionError
+from unianom.metrics.pixel import pixel_metrics
 from unianom.visual import HeatScale, draw_outline, overlay
 
 POLICY = InputPolicy("stretch", 64, None)
@@ -194,6 +196,31 @@ def test_every_category_the_mean_and_the_union_are_in_the_results(evaluation: st
     assert page.row("results", "plain")[:4] == ["–"] * 4
     assert page.row("results", "disc")[-3:] == ["17", "9", "8"]
     assert page.row("results", "union")[-3:] == ["37", "17", "16"]
+
+
+def test_soft_overlaps_are_shown_where_they_were_asked_for_even_without_normal_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As of polyps: every image shows one, so nothing can be told of images, but of pixels."""
+    samples = [_sample("polyp", number, 1, 3.0 + number) for number in range(3)]
+    uri = write_evaluation(tmp_path, samples, [model_entry(POLICY, None)], soft_dice=True)
+    content = files.read_json(f"{uri}/evaluation.json")
+    (row,) = content["metrics"]["categories"]
+    maps, masks = [s.anomaly_map for s in samples], [s.mask > 0 for s in samples if s.mask is not None]
+    expected = pixel_metrics(maps, masks)
+    assert row["image_auroc"] is None
+    assert (row["soft_dice"], row["soft_iou"]) == pytest.approx((expected.soft_dice, expected.soft_iou), abs=1e-3)
+    assert content["metrics"]["mean"]["soft_dice"] == content["metrics"]["union"]["soft_dice"] == row["soft_dice"]
+    page = Page(Path(write_report(untracked(uri, str(tmp_path / "report.html")))).read_text())
+    shown = dict(zip(page.tables["results"][1][1:], page.row("results", "polyp"), strict=True))
+    assert shown["soft DSC"] == f"{100 * row['soft_dice']:.1f}"
+    assert shown["soft IoU"] == f"{100 * row['soft_iou']:.1f}"
+    (notice,) = [notice for notice in page.notices() if "undefined" in notice]
+    assert "Image-level metrics are undefined for polyp: there are no normal images." in notice
+    print_evaluation(content)
+    told = capsys.readouterr().out
+    assert "soft DSC" in told
+    assert f"{100 * row['soft_dice']:.1f}" in told
 
 
 def test_decisions_show_the_rates_met(page: Page):

@@ -55,6 +55,10 @@ class PixelMetrics:
         dsc_threshold: the (highest) threshold with the largest sum of precision and recall over all pixels. Only
             scores of anomalous pixels are candidates, so the point (recall 0, precision 1), which no threshold
             reaches, never wins; where nothing is told apart it falls to the lowest of them (recall 1).
+        soft_dice: mean over maps with an anomalous pixel of (2 Σpg + 1) / (Σp + Σg + 1), with g the mask and p the map
+            scaled to 0…1 between its own minimum and maximum (0 where it is constant): no threshold, as the field
+            reports it for polyps. What the scale of the scores tells between images is lost.
+        soft_iou: mean over the same maps of (Σpg + 1) / (Σp + Σg − Σpg + 1).
         aupro: area under the per-region overlap curve, see `unianom.metrics.region.aupro`.
         aupro_limit: highest false-positive rate of `aupro`.
         aupro_variant: how `aupro` was computed.
@@ -72,6 +76,8 @@ class PixelMetrics:
     dsc: float
     iou: float
     dsc_threshold: float
+    soft_dice: float
+    soft_iou: float
     aupro: float
     aupro_limit: float
     aupro_variant: AuproVariant
@@ -79,8 +85,9 @@ class PixelMetrics:
     n_anomalous_maps: int
     n_regions: int
 
-    def as_dict(self) -> dict[str, float]:
-        """The numbers under the names tables use.
+    def as_dict(self, soft: bool = False) -> dict[str, float]:
+        """The numbers under the names tables use; soft Dice and soft IoU, which suit maps of probabilities, only on
+        demand.
 
         AUPRO is "aupro" if exact with limit 0.3; any other variant or limit is part of its name
         ("aupro_legacy_global_200", "aupro_0.05").
@@ -100,6 +107,7 @@ class PixelMetrics:
             "dsc": self.dsc,
             "iou": self.iou,
             "dsc_threshold": self.dsc_threshold,
+            **({"soft_dice": self.soft_dice, "soft_iou": self.soft_iou} if soft else {}),
             aupro_name: self.aupro,
             "n_maps": self.n_maps,
             "n_anomalous_maps": self.n_anomalous_maps,
@@ -158,7 +166,7 @@ class PixelAccumulator:
         """Metrics of all maps so far."""
         within, points = self._operating_points()
         nan = float("nan")
-        f1_max = f1_threshold = iou_max = dsc = iou = dsc_threshold = nan
+        f1_max = f1_threshold = iou_max = dsc = iou = dsc_threshold = soft_dice = soft_iou = nan
         if points.defined:
             f1 = f1_scores(points)
             best = int(np.argmax(f1))
@@ -166,6 +174,7 @@ class PixelAccumulator:
             iou_max = float(np.max(points.true_positives / (points.n_anomalous + points.false_positives)))
             dsc_threshold = float(points.thresholds[np.argmax(points.precision + points.recall)])
             dsc, iou = _mean_overlap(self._maps, dsc_threshold)
+            soft_dice, soft_iou = _mean_soft_overlap(self._maps)
         return PixelMetrics(
             auroc=auroc(points),
             auroc_anomalous_only=auroc(within),
@@ -176,6 +185,8 @@ class PixelAccumulator:
             dsc=dsc,
             iou=iou,
             dsc_threshold=dsc_threshold,
+            soft_dice=soft_dice,
+            soft_iou=soft_iou,
             aupro=aupro_of(self._maps, points, self.aupro_limit, self.aupro_variant),
             aupro_limit=self.aupro_limit,
             aupro_variant=self.aupro_variant,
@@ -227,3 +238,20 @@ def _mean_overlap(maps: Sequence[SplitMap], threshold: float) -> tuple[float, fl
             iou.append(float(false_alarms == 0))
     # Exact sums make the means independent of the order of the maps.
     return math.fsum(dice) / len(maps), math.fsum(iou) / len(maps)
+
+
+def _mean_soft_overlap(maps: Sequence[SplitMap]) -> tuple[float, float]:
+    """Mean soft Dice and mean soft IoU over maps with an anomalous pixel, each scaled by its own extremes."""
+    dice: list[float] = []
+    iou: list[float] = []
+    for m in maps:
+        if not len(m.anomalous):
+            continue
+        low = float(min(m.anomalous.min(), m.normal.min(initial=np.inf)))
+        high = float(max(m.anomalous.max(), m.normal.max(initial=-np.inf)))
+        scale = 1 / (high - low) if high > low else 0.0
+        hits = float(np.sum(m.anomalous, dtype=np.float64) - low * len(m.anomalous)) * scale
+        total = hits + float(np.sum(m.normal, dtype=np.float64) - low * len(m.normal)) * scale
+        dice.append((2 * hits + 1) / (total + len(m.anomalous) + 1))
+        iou.append((hits + 1) / (total + len(m.anomalous) - hits + 1))
+    return math.fsum(dice) / len(dice), math.fsum(iou) / len(iou)
