@@ -1,8 +1,8 @@
 """Training batches: which images a step takes, and how they reach the network.
 
 The order of images is a pure function of seed, epoch and number of workers, and whatever is random in making an image
-(its prompt, flips, synthetic anomaly) of seed, epoch and image. So a run continues at any step as if it had not been
-interrupted, and neither the number of loading processes nor their timing changes a batch.
+(its prompt, flips and turns, synthetic anomaly) of seed, epoch and image. So a run continues at any step as if it had
+not been interrupted, and neither the number of loading processes nor their timing changes a batch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.features import DESCRIPTOR, PIXELS, Arrays, normals
+from pipelines.features import DESCRIPTOR, MASKS, PIXELS, Arrays, learnable
+from pipelines.normals import decode_row_mask
 from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import ShardSet
@@ -48,10 +51,12 @@ class TrainingImages:
 
     Attributes:
         category: N int64, index into the categories.
-        part, group, row: N int64, where each lies: part number, row group, place among the normals of its part.
+        label: N int64, 0 normal, 1 anomalous.
+        part, group, row: N int64, where each lies: part number, row group, place among the `learnable` of its part.
     """
 
     category: np.ndarray
+    label: np.ndarray
     part: np.ndarray
     group: np.ndarray
     row: np.ndarray
@@ -60,31 +65,35 @@ class TrainingImages:
         return len(self.category)
 
     @staticmethod
-    def choose(shards: ShardSet, categories: list[str], learn: frozenset[str] | None) -> TrainingImages:
-        """Those of the shard set's normals whose sample_id is in `learn`, or all; in the order of parts and rows."""
-        table = shards.locate(normals(categories), ["sample_id", "category"])
+    def choose(
+        shards: ShardSet, categories: list[str], learn: frozenset[str] | None, labels: bool = False
+    ) -> TrainingImages:
+        """Those of the shard set's `learnable` images whose sample_id is in `learn`, or all; in the order of parts and
+        rows."""
+        table = shards.locate(learnable(categories, labels), ["sample_id", "category", "label"])
         if learn is not None:
             table = table.filter(pa.array([sample in learn for sample in table["sample_id"].to_pylist()]))
         numbers = {category: number for number, category in enumerate(categories)}
         category = np.array([numbers[name] for name in table["category"].to_pylist()], np.int64)
-        return TrainingImages(category, *(table[name].to_numpy() for name in ("part", "group", "row")))
+        label = table["label"].to_numpy().astype(np.int64)
+        return TrainingImages(category, label, *(table[name].to_numpy() for name in ("part", "group", "row")))
 
     def of_parts(self, numbers: set[int]) -> TrainingImages:
         """Those that lie in some parts."""
         inside = np.isin(self.part, sorted(numbers))
-        return TrainingImages(self.category[inside], self.part[inside], self.group[inside], self.row[inside])
+        return TrainingImages(*(getattr(self, field.name)[inside] for field in fields(self)))
 
     def save(self, uri: str) -> None:
         """Write them as a Parquet file."""
         buffer = io.BytesIO()
-        pq.write_table(pa.table({name: getattr(self, name) for name in ("category", "part", "group", "row")}), buffer)
+        pq.write_table(pa.table({field.name: getattr(self, field.name) for field in fields(self)}), buffer)
         files.write_bytes(uri, buffer.getvalue())
 
     @staticmethod
     def load(uri: str) -> TrainingImages:
         """Read what `save` wrote."""
         table = pq.read_table(io.BytesIO(files.read_bytes(uri)))
-        return TrainingImages(*(table[name].to_numpy() for name in ("category", "part", "group", "row")))
+        return TrainingImages(*(table[field.name].to_numpy() for field in fields(TrainingImages)))
 
 
 # ----------------------------------------------------------------------------------------------------------- order
@@ -176,6 +185,8 @@ class ShardImages:
         policy: how they become input.
         limits: what an image may cost.
         keep: row groups kept, encoded.
+        labels: whether anomalous images are among them.
+        masks: whether masks are asked for.
     """
 
     def __init__(
@@ -186,29 +197,37 @@ class ShardImages:
         policy: InputPolicy,
         limits: ImageLimits,
         keep: int,
+        labels: bool = False,
+        masks: bool = False,
     ) -> None:
-        self._shards, self._selection = shards, normals(categories)
+        self._shards, self._selection = shards, learnable(categories, labels)
         self._images, self._policy, self._limits, self._keep = images, policy, limits, keep
+        self._columns = ["image", "mask", "sample_id", "label"] if masks else ["image"]
         self._first: dict[tuple[int, int], int] = {}
-        self._groups: OrderedDict[tuple[int, int], list[bytes]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
 
     def pixels(self, index: int) -> np.ndarray:
         """S×S×3 uint8."""
+        return decode_prepared(self._row(index)["image"], self._policy, self._limits)
+
+    def mask(self, index: int) -> np.ndarray:
+        """S×S bool."""
+        return decode_row_mask(self._row(index), self._policy, self._limits)
+
+    def _row(self, index: int) -> dict[str, Any]:
         part, group = int(self._images.part[index]), int(self._images.group[index])
         with _groups_lock:
-            images = self._group(part, group)  # fills _first
-        encoded = images[int(self._images.row[index]) - self._first[part, group]]
-        return decode_prepared(encoded, self._policy, self._limits)
+            rows = self._group(part, group)  # fills _first
+        return rows[int(self._images.row[index]) - self._first[part, group]]
 
-    def _group(self, part: int, group: int) -> list[bytes]:
+    def _group(self, part: int, group: int) -> list[dict[str, Any]]:
         if (part, group) not in self._groups:
             name = self._shards.parts[part]
             for before in range(group + 1):
                 if (part, before) not in self._first:
                     ended = self._shards.read_group(name, before - 1, self._selection, ["sample_id"]) if before else []
                     self._first[part, before] = self._first.get((part, before - 1), 0) + len(ended)
-            table = self._shards.read_group(name, group, self._selection, ["image"])
-            self._groups[part, group] = table["image"].to_pylist()
+            self._groups[part, group] = self._shards.read_group(name, group, self._selection, self._columns).to_pylist()
             while len(self._groups) > self._keep:
                 self._groups.popitem(last=False)
         self._groups.move_to_end((part, group))
@@ -227,6 +246,10 @@ class PreparedImages:
     def pixels(self, index: int) -> np.ndarray:
         """S×S×3 uint8."""
         return self._arrays.row(PIXELS, int(self._images.part[index]), int(self._images.row[index]))
+
+    def mask(self, index: int) -> np.ndarray:
+        """S×S bool."""
+        return self._arrays.row(MASKS, int(self._images.part[index]), int(self._images.row[index]))
 
 
 class Companions:
@@ -266,20 +289,44 @@ class Companions:
 
 
 def flip_and_turn(
-    pixels: np.ndarray, category: str, augmentation: Augmentation, rng: np.random.Generator
-) -> np.ndarray:
-    """A random mirroring and right-angle turn of an S×S×3 image, as its category allows."""
+    pixels: np.ndarray, mask: np.ndarray | None, category: str, augmentation: Augmentation, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A random mirroring, right-angle turn and rotation, as the category of the image allows.
+
+    Args:
+        pixels: S×S×3 uint8.
+        mask: S×S bool, changed alike, or None.
+        category: of the image.
+        augmentation: what is asked for.
+        rng: draws the same whether there is a mask or not.
+    """
 
     def chosen(names: tuple[str, ...]) -> bool:
         return category in names or "*" in names
 
+    changes: list[Callable[[np.ndarray], np.ndarray]] = []
     if chosen(augmentation.horizontal) and rng.random() < augmentation.probability:
-        pixels = pixels[:, ::-1]
+        changes.append(np.fliplr)
     if chosen(augmentation.vertical) and rng.random() < augmentation.probability:
-        pixels = pixels[::-1]
+        changes.append(np.flipud)
     if chosen(augmentation.turns):
-        pixels = np.rot90(pixels, int(rng.integers(4)))
-    return pixels
+        changes.append(partial(np.rot90, k=int(rng.integers(4))))
+    if augmentation.rotation:
+        changes.append(partial(_rotated, angle=float(rng.uniform(-augmentation.rotation, augmentation.rotation))))
+    for change in changes:
+        pixels, mask = change(pixels), None if mask is None else change(mask)
+    return pixels, mask
+
+
+def _rotated(values: np.ndarray, angle: float) -> np.ndarray:
+    """An image turned bilinearly, or a mask of bool by nearest neighbours; what comes from outside is black."""
+    if values.dtype == bool:
+        return _rotated_by(values.astype(np.uint8), angle, Image.Resampling.NEAREST).astype(bool)
+    return _rotated_by(values, angle, Image.Resampling.BILINEAR)
+
+
+def _rotated_by(values: np.ndarray, angle: float, resampling: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(np.ascontiguousarray(values)).rotate(angle, resampling))
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -295,6 +342,9 @@ class TrainingSet(Dataset[TrainingBatch]):
         companions: for prompts and textures; None where no image needs one.
         synthesiser: makes synthetic anomalies; None for none.
         seed: of all that is random in making an image.
+
+    Raises:
+        NotImplementedError: prompts or synthetic anomalies beside labels; both are made of normal images.
     """
 
     def __init__(
@@ -308,6 +358,8 @@ class TrainingSet(Dataset[TrainingBatch]):
         synthesiser: Synthesiser | None,
         seed: int,
     ) -> None:
+        if needs.labels and (needs.prompts or needs.synthetic):
+            raise NotImplementedError("a method that needs labels can have neither prompts nor synthetic anomalies")
         self._images, self._categories, self._needs = images, categories, needs
         self._pixels, self._features = pixels, features
         self._companions, self._synthesiser, self._seed = companions, synthesiser, seed
@@ -323,9 +375,11 @@ class TrainingSet(Dataset[TrainingBatch]):
             rng = np.random.default_rng([self._seed, epoch + 1, index, 1])
             for name, value in self._sample(index, rng, augment).items():
                 columns[name].append(value)
-        values: dict[str, Any] = {"category": torch.tensor(columns.pop("category"))}
+        values: dict[str, Any] = {}
         for name, column in columns.items():
-            if isinstance(column[0], dict):
+            if isinstance(column[0], int):
+                values[name] = torch.tensor(column)
+            elif isinstance(column[0], dict):
                 values[name] = {key: torch.from_numpy(np.stack([row[key] for row in column])) for key in column[0]}
             else:
                 values[name] = torch.from_numpy(np.stack(column))
@@ -333,16 +387,21 @@ class TrainingSet(Dataset[TrainingBatch]):
 
     def _sample(self, index: int, rng: np.random.Generator, augment: bool) -> dict[str, Any]:
         sample: dict[str, Any] = {"category": int(self._images.category[index])}
-        pixels = None
+        if self._needs.labels:
+            sample["label"] = int(self._images.label[index])
+        pixels = mask = None
         if self._pixels is not None:
             pixels = self._pixels.pixels(index)
+            mask = self._pixels.mask(index) if self._needs.masks else None
             augmentation = self._needs.augmentation
             if augment and augmentation.active:
-                pixels = flip_and_turn(pixels, self._categories[sample["category"]], augmentation, rng)
+                pixels, mask = flip_and_turn(pixels, mask, self._categories[sample["category"]], augmentation, rng)
         if self._features is not None:
             sample["features"] = self._row(index)
-        elif pixels is not None:
+        if pixels is not None and (self._features is None or self._needs.images):
             sample["images"] = _channels_first(pixels)
+        if mask is not None:
+            sample["mask"] = mask[None].astype(np.float32)
         if self._companions is not None and self._needs.prompts is not None:
             prompt = self._companions.prompt(index, rng)
             if self._features is not None:
@@ -398,13 +457,23 @@ class Batches:
         order: which images each holds.
         processes: that make batches beside training; 0 uses a thread.
         pin: whether batches are put into page-locked memory.
+        repeats: successive steps that take the same batch.
     """
 
-    def __init__(self, data: TrainingSet, order: Order, processes: int, pin: bool) -> None:
+    def __init__(self, data: TrainingSet, order: Order, processes: int, pin: bool, repeats: int = 1) -> None:
         self._data, self._order, self._processes, self._pin = data, order, processes, pin
+        self._repeats = repeats
 
     def __call__(self, start: int, end: int) -> Iterator[TrainingBatch]:
         """The batches of steps start … end−1."""
+        first = start // self._repeats
+        for number, batch in enumerate(self._made(first, -(-end // self._repeats)), first):
+            steps = range(number * self._repeats, (number + 1) * self._repeats)
+            for _ in range(max(start, steps.start), min(end, steps.stop)):
+                yield batch
+
+    def _made(self, start: int, end: int) -> Iterator[TrainingBatch]:
+        """The batches start … end−1, each once."""
         places = (self._order.step(number) for number in range(start, end))
         if self._processes == 0:
             yield from _one_ahead(self._data, places, self._pin)
@@ -423,7 +492,7 @@ class Batches:
 
 
 class _Steps:
-    """The places of every step, for a data loader."""
+    """The places of every batch, for a data loader."""
 
     def __init__(self, order: Order, start: int, end: int) -> None:
         self._order, self._start, self._end = order, start, end

@@ -39,7 +39,7 @@ from pipelines.batches import (
     TrainingSet,
 )
 from pipelines.commandline import console, print_table
-from pipelines.features import PIXELS, Arrays, PartPreparer, array_name, normals
+from pipelines.features import MASKS, PIXELS, Arrays, PartPreparer, array_name, learnable
 from pipelines.ingest import PartIngester, plan_parts
 from pipelines.models import ModelShelf, load_model
 from pipelines.peers import (
@@ -53,7 +53,7 @@ from pipelines.peers import (
 )
 from pipelines.runtime import ENDED, STARTED, RuntimeOptions, connect, run_units, set_threads
 from pipelines.scoring import PartScorer
-from pipelines.training import Trainer, synthesiser_of
+from pipelines.training import Trainer, synthesiser_of, wants_pixels
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
@@ -882,7 +882,7 @@ def _sources(
     features, pixels = folder / "features", folder / PIXELS
     common: dict[str, Any] = {
         "shards": shards,
-        "selection": normals(model.categories),
+        "selection": learnable(model.categories, method.needs.labels),
         "policy": method.input,
         "limits": ImageLimits(),
         "half": True,
@@ -892,7 +892,7 @@ def _sources(
     }
     preparers = {
         KEPT: PartPreparer(model=options.model, output=str(features), **common),
-        ENCODED: PartPreparer(model=None, output=str(pixels), **common),
+        ENCODED: PartPreparer(model=None, output=str(pixels), masks=method.needs.masks, **common),
     }
     table: dict[str, dict[str, Any]] = {}
     names: tuple[str, ...] = ()
@@ -906,11 +906,11 @@ def _sources(
                 break
         seconds = time.perf_counter() - start
         table[name] = {"kB kept an image": size / rows / 1000, "prepared, images/s": rows / seconds}
-    everything = TrainingImages.choose(shards, model.categories, None)
+    everything = TrainingImages.choose(shards, model.categories, None, method.needs.labels)
     images = everything.of_parts(
         {n for n, part in enumerate(shards.parts) if (pixels / array_name(part, PIXELS)).exists()}
     )
-    prepared = PreparedImages(Arrays(str(pixels), shards.parts, (PIXELS,), folder), images)
+    prepared = PreparedImages(Arrays(str(pixels), shards.parts, (PIXELS, MASKS), folder), images)
     kept = Arrays(str(features), shards.parts, names, folder)
     needs = method.needs
     companions = Companions(images, False, None) if needs.prompts or needs.synthetic else None
@@ -919,7 +919,7 @@ def _sources(
             images,
             model.categories,
             needs,
-            prepared if name == ENCODED or needs.synthetic else None,
+            prepared if wants_pixels(needs, name == KEPT) else None,
             kept if name == KEPT else None,
             companions,
             synthesiser_of(method),
@@ -932,7 +932,7 @@ def _sources(
 
 def _trainer(method: TrainedMethod, data: TrainingSet, images: TrainingImages, options: TrainingBenchmark) -> Trainer:
     order = Order(len(images), 0, method.config.training.batch_size)
-    batches = Batches(data, order, 0, pin=options.device == "cuda")
+    batches = Batches(data, order, 0, pin=options.device == "cuda", repeats=method.needs.repeats)
     return Trainer(method, batches, (options.rounds + 1) * options.steps, order.share, options.precision)
 
 

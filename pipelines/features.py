@@ -1,9 +1,9 @@
-"""Arrays of normal images that are computed once and read in every epoch: prepared pixels, frozen features.
+"""Arrays of training images that are computed once and read in every epoch: prepared pixels, masks, frozen features.
 
     shards ─▶ actors: decode, prepare (and encode) ─▶ one .npy file per part and array ─▶ memory-mapped by training
 
 A set lies below its content key (shards, input policy, encoder …), so runs that need the same arrays share them, and
-a killed run continues. Rows are the normal images of the "train" and "val" splits, in the order of the part.
+a killed run continues. Rows are the images of `learnable`, in the order of the part.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from pipelines import storage
 from pipelines.ingest import map_ahead
 from pipelines.models import load_model
-from pipelines.normals import decode_row
+from pipelines.normals import decode_row, decode_row_mask
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, InputPolicy, normalise
-from unianom.data.schema import NORMAL
+from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
 from unianom.methods.trained import TrainedMethod
@@ -34,6 +34,9 @@ from unianom.serialise import to_plain
 
 PIXELS = "pixels"
 """Name of the array of prepared images, N×S×S×3 uint8."""
+
+MASKS = "masks"
+"""Name of the array of prepared masks beside the pixels, N×S×S bool."""
 
 DESCRIPTOR = "descriptor"
 """Name of the array of descriptors, N×D float32: every frozen feature, averaged over its places."""
@@ -57,8 +60,18 @@ class PreparedSet:
 
 
 def normals(categories: list[str]) -> Selection:
-    """The images that prepared sets hold."""
+    """The images that prepared sets hold for methods that learn from normal images."""
     return Selection(("train", "val"), tuple(categories), (NORMAL,))
+
+
+def learnable(categories: list[str], labels: bool) -> Selection:
+    """The images that prepared sets hold.
+
+    Args:
+        categories: of the model.
+        labels: whether the method learns from anomalous images, too; only the "train" split has any to learn from.
+    """
+    return Selection(("train",), tuple(categories), (NORMAL, ANOMALOUS)) if labels else normals(categories)
 
 
 def prepare(
@@ -72,11 +85,13 @@ def prepare(
     key: dict[str, Any] | None = None,
     half: bool = True,
     batch_size: int = 8,
+    labels: bool = False,
+    masks: bool = False,
 ) -> PreparedSet:
     """Compute a set, or find it computed.
 
     Args:
-        shards, categories: whose normal images.
+        shards, categories: whose images.
         policy: how images become input.
         folder: below which sets lie, each under its key.
         limits: what an image may cost.
@@ -85,10 +100,14 @@ def prepare(
         key: what the features depend on besides images and policy.
         half: keep features as float16 instead of float32.
         batch_size: images in one forward pass.
+        labels: see `learnable`.
+        masks: keep masks beside the pixels.
 
     Raises:
-        DataError: features are not finite in the chosen precision, or an image cannot be read.
+        DataError: features are not finite in the chosen precision, an image or mask cannot be read, or an anomalous
+            image has no mask.
     """
+    selection = learnable(categories, labels)
     plan = {
         "tool": __version__,
         "shards": shards.digest,
@@ -97,6 +116,8 @@ def prepare(
         "encoder": key,
         "half": half and encoder is not None,
         "limits": to_plain(limits),
+        "labels": labels,
+        "masks": masks,
     }
     uri = files.join(folder, files.digest_of(plan)[:20])
     storage.claim(uri, plan, False, "preparation")
@@ -110,7 +131,7 @@ def prepare(
         Model(encoder, categories).save(model)
     arguments = {
         "shards": shards,
-        "selection": normals(categories),
+        "selection": selection,
         "policy": policy,
         "output": uri,
         "limits": limits,
@@ -119,9 +140,10 @@ def prepare(
         "batch_size": batch_size,
         "device": runtime.device if model else "cpu",
         "threads": runtime.cpus_per_worker,
+        "masks": masks,
     }
     records = {part: storage.part_record(uri, part) for part in shards.parts}
-    progress = Progress("frozen features" if model else "prepare images", shards.count(normals(categories)))
+    progress = Progress("frozen features" if model else "prepare images", shards.count(selection))
     progress.advance(sum(record["rows"] for record in records.values() if record))
     units = [{"part": part} for part, record in records.items() if record is None]
     for record in run_units(PartPreparer, arguments, units, runtime):
@@ -157,8 +179,9 @@ class PartPreparer:
         batch_size: int,
         device: str,
         threads: int,
+        masks: bool = False,
     ) -> None:
-        self._shards, self._selection, self._policy = shards, selection, policy
+        self._shards, self._selection, self._policy, self._masks = shards, selection, policy, masks
         self._output, self._limits, self._half, self._batch_size = output, limits, half, batch_size
         self._encoder: TrainedMethod | None = None
         if model is not None:
@@ -189,9 +212,9 @@ class PartPreparer:
         return record
 
     def _batches(self, part: str) -> Iterator[dict[str, np.ndarray]]:
-        waiting: list[np.ndarray] = []
-        for pixels in map_ahead(self._pool, self._decode, self._rows(part), 2 * self._batch_size):
-            waiting.append(pixels)
+        waiting: list[dict[str, np.ndarray]] = []
+        for decoded in map_ahead(self._pool, self._decode, self._rows(part), 2 * self._batch_size):
+            waiting.append(decoded)
             if len(waiting) == self._batch_size:
                 yield self._arrays(waiting, part)
                 waiting = []
@@ -199,16 +222,21 @@ class PartPreparer:
             yield self._arrays(waiting, part)
 
     def _rows(self, part: str) -> Iterator[dict[str, Any]]:
-        for batch in self._shards.read(part, self._selection, ["sample_id", "image"]):
+        columns = ["sample_id", "image", "label", "mask"] if self._masks else ["sample_id", "image"]
+        for batch in self._shards.read(part, self._selection, columns):
             yield from batch.to_pylist()
 
-    def _decode(self, row: dict[str, Any]) -> np.ndarray:
-        return decode_row(row, self._policy, self._limits)
+    def _decode(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
+        decoded = {PIXELS: decode_row(row, self._policy, self._limits)}
+        if self._masks:
+            decoded[MASKS] = decode_row_mask(row, self._policy, self._limits)
+        return decoded
 
-    def _arrays(self, images: list[np.ndarray], part: str) -> dict[str, np.ndarray]:
+    def _arrays(self, decoded: list[dict[str, np.ndarray]], part: str) -> dict[str, np.ndarray]:
         if self._encoder is None:
-            return {PIXELS: np.stack(images)}
-        features = self._encoder.frozen_features(normalise(images, self._policy).to(self._encoder.device))
+            return {name: np.stack([arrays[name] for arrays in decoded]) for name in decoded[0]}
+        images = normalise([arrays[PIXELS] for arrays in decoded], self._policy)
+        features = self._encoder.frozen_features(images.to(self._encoder.device))
         means = [value.flatten(2).mean(2) for value in features.values()]  # each B C
         arrays = {DESCRIPTOR: torch.cat(means, dim=1).float().cpu().numpy()}
         for name, value in features.items():

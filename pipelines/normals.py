@@ -1,4 +1,5 @@
-"""What fitting any method begins and ends with: which normal images it learns from, and the threshold from the rest."""
+"""What fitting any method begins and ends with: which images it learns from, and the threshold from the rest of the
+normal ones."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from pipelines.ingest import map_ahead
 from pipelines.models import load_model, write_index
 from pipelines.runtime import Progress, RuntimeOptions, run_units
 from unianom import files
-from unianom.data.image import ImageLimits, InputPolicy, decode_prepared, normalise
-from unianom.data.schema import NORMAL
+from unianom.data.image import ImageLimits, InputPolicy, decode_mask, decode_prepared, normalise, prepare_mask
+from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.data.splits import few_shot, hold_out
+from unianom.data.splits import few_shot, hash_order, hold_out
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import Method
 from unianom.model import Model
@@ -63,7 +64,8 @@ class FitOptions:
         output: model folder to write; path or URI.
         categories: those to fit on; empty for all.
         per_category: one model for each category, in folders below `output`, instead of one for all.
-        few_shot: normal images per category, drawn with `seed`; null takes all.
+        few_shot: normal images per category, drawn with `seed`, and where a method learns from labels at most as many
+            anomalous ones; null takes all.
         seed: of the held-out normals and the few-shot draw; coresets and training have their own, among the
             method's options.
         batch_size: images in one forward pass, of what is not a training step.
@@ -113,19 +115,29 @@ class FitResult:
     notice: str
 
 
-def fit_models(options: FitOptions, fit: Callable[[ShardSet, list[str], str], FitResult]) -> list[FitResult]:
+def fit_models(
+    options: FitOptions, fit: Callable[[ShardSet, list[str], str], FitResult], labels: bool = False
+) -> list[FitResult]:
     """Fit one model for all categories, or one each with an index of them.
 
     Args:
         options: data and output.
         fit: makes one model, given the shard set, its categories and its output folder.
+        labels: whether the method learns from anomalous training images, too.
 
     Raises:
-        DataError: there is no such category, or not a single normal training image.
+        DataError: there is no such category, not a single normal training image, or, where anomalous ones are learned
+            from, none of these for one of the models.
     """
     shards = ShardSet.open(options.shards)
-    shards.check(Selection(("train",), options.categories, (NORMAL,)))
+    shards.check(Selection(("train",), options.categories, (NORMAL, ANOMALOUS) if labels else (NORMAL,)))
     categories = list(options.categories) or shards.categories
+    for group in [[category] for category in categories] if options.per_category else [categories]:
+        if labels and not shards.count(Selection(("train",), tuple(group), (ANOMALOUS,))):
+            raise DataError(
+                f"{shards.uri} has no anomalous training image of {', '.join(group)} for a method that learns from "
+                f"labels; ingest a data set whose train split holds some, or take a method or options without labels"
+            )
     output = files.full_uri(options.output)
     if not options.per_category:
         return [fit(shards, categories, output)]
@@ -136,34 +148,46 @@ def fit_models(options: FitOptions, fit: Callable[[ShardSet, list[str], str], Fi
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which samples a method learns from, and which are held out for validation and the threshold."""
+    """Which samples a method learns from, and which are held out for validation and the threshold.
+
+    Attributes:
+        learn: sample_ids of all that is learned from.
+        held_out: of normal images that are not.
+        anomalous: which of `learn` are anomalous.
+    """
 
     learn: frozenset[str]
     held_out: frozenset[str]
+    anomalous: frozenset[str] = frozenset()
 
 
 def choose_samples(
-    shards: ShardSet, categories: list[str], options: FitOptions, validate: bool = False
+    shards: ShardSet, categories: list[str], options: FitOptions, validate: bool = False, labels: bool = False
 ) -> tuple[Chosen, str]:
     """Split the normal training images into those to learn from and held-out ones.
 
     Args:
         shards, categories, options: what to split, and how.
         validate: hold normals out even if they are too few for a threshold.
+        labels: learn from the anomalous training images, too; a category may then be without normal ones.
 
     Returns:
         The split, and why there will be no threshold, or "".
 
     Raises:
         OptionError: the held-out normals cannot support an explicitly given target rate.
-        DataError: a category has no normal training image.
+        DataError: a category has no training image, or no normal one where only these are learned from.
     """
     columns = ["sample_id", "category", "split"]
     normals = shards.table(Selection(("train", "val"), tuple(categories), (NORMAL,)), columns).to_pylist()
     train = [row for row in normals if row["split"] == "train"]
-    empty = sorted(set(categories) - {row["category"] for row in train})
+    labelled = []
+    if labels:
+        labelled = shards.table(Selection(("train",), tuple(categories), (ANOMALOUS,)), columns).to_pylist()
+    empty = sorted(set(categories) - {row["category"] for row in [*train, *labelled]})
     if empty:
-        raise DataError(f"{shards.uri} has no normal training image of category {', '.join(empty)}")
+        kind = "labelled" if labels else "normal"
+        raise DataError(f"{shards.uri} has no {kind} training image of category {', '.join(empty)}")
     held_out = frozenset(row["sample_id"] for row in normals if row["split"] == "val")
     if not held_out and options.threshold.validation_fraction:
         ids, groups = [row["sample_id"] for row in train], [row["category"] for row in train]
@@ -173,6 +197,7 @@ def choose_samples(
     if options.few_shot is not None:
         ids, groups = [row["sample_id"] for row in rest], [row["category"] for row in rest]
         learn = frozenset(few_shot(ids, groups, options.few_shot, options.seed))
+    anomalous = _anomalous_shots(labelled, options)
     target, confidence = options.threshold.target_fpr, options.threshold.confidence
     needed = normals_needed(target or USUAL_FPR, confidence)
     notice = ""
@@ -186,13 +211,22 @@ def choose_samples(
             raise OptionError(
                 f"{shortage}; raise --threshold.target_fpr or --threshold.validation_fraction, or add normal images"
             )
-        notice = f"no threshold: {shortage}; ask for a higher --threshold.target_fpr"
+        remedy = "ask for a higher --threshold.target_fpr" if held_out else "it takes normal images to hold out"
+        notice = f"no threshold: {shortage}; {remedy}"
         if validate:
-            return Chosen(learn, held_out), notice
+            return Chosen(learn | anomalous, held_out, anomalous), notice
         held_out = frozenset()
         if options.few_shot is None and not any(row["split"] == "val" for row in normals):
             learn = frozenset(row["sample_id"] for row in train)
-    return Chosen(learn, held_out), notice
+    return Chosen(learn | anomalous, held_out, anomalous), notice
+
+
+def _anomalous_shots(rows: list[dict[str, Any]], options: FitOptions) -> frozenset[str]:
+    """Names of the anomalous images to learn from: all, or of each category as many as of the normal ones at most."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row["category"], []).append(row["sample_id"])
+    return frozenset(name for names in groups.values() for name in hash_order(names, options.seed)[: options.few_shot])
 
 
 def weights_digest(weights: str) -> str | None:
@@ -212,6 +246,33 @@ def decode_row(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) ->
         return decode_prepared(row["image"], policy, limits)
     except ImageError as error:
         raise DataError(f"{row['sample_id']}: {error}; give --limits as at ingest, or leave the image out") from error
+
+
+def decode_row_mask(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) -> np.ndarray:
+    """A sample's mask as S×S bool, where `decode_row` has its image; nothing is marked in a normal one.
+
+    Raises:
+        DataError: the sample is anomalous and has no mask, or it cannot be read under these limits; names the sample.
+    """
+    if row["label"] == NORMAL:
+        return np.zeros((policy.side, policy.side), bool)
+    if row["mask"] is None:
+        raise DataError(missing_masks([row["sample_id"]]))
+    try:
+        return prepare_mask(decode_mask(row["mask"], limits=limits), policy)
+    except ImageError as error:
+        raise DataError(
+            f"mask of {row['sample_id']}: {error}; give --limits as at ingest, or leave the image out"
+        ) from error
+
+
+def missing_masks(sample_ids: list[str]) -> str:
+    """What to tell of anomalous training images that need a mask and have none."""
+    more = f" (and {len(sample_ids) - 1} more)" if len(sample_ids) > 1 else ""
+    return (
+        f"{sample_ids[0]}{more} is anomalous but has no mask, which the method learns from; add the mask, or leave the "
+        f"image out, and run jobs/ingest.py again"
+    )
 
 
 class NormalReader:

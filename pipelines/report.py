@@ -710,9 +710,9 @@ def _undefined(rows: Sequence[Mapping[str, Any]], table: pa.Table) -> list[str]:
     """Which metrics are undefined, where, and why."""
     sentences = []
     for kind, count in (("anomalous", "n_anomalous"), ("normal", "n_normal")):
-        without = [row for row in rows if {**row, "n_normal": row["n_images"] - row["n_anomalous"]}[count] == 0]
+        lacking = [row for row in rows if {**row, "n_normal": row["n_images"] - row["n_anomalous"]}[count] == 0]
         for metrics, pixel in (("All", False), ("Image-level", True)):  # masks have normal pixels, too
-            names = [row["category"] for row in without if (row.get("pixel_auroc") is not None) == pixel]
+            names = [row["category"] for row in lacking if (row.get("pixel_auroc") is not None) == pixel]
             if names:
                 sentences.append(f"{metrics} metrics are undefined for {_listed(names)}: there are no {kind} images.")
     if table["map_offset"].null_count == len(table):

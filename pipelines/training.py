@@ -42,7 +42,7 @@ from pipelines.batches import (
     descriptors,
     to_input,
 )
-from pipelines.features import PIXELS, Arrays, PreparedSet, normals, prepare
+from pipelines.features import MASKS, PIXELS, Arrays, PreparedSet, learnable, prepare
 from pipelines.models import load_model
 from pipelines.normals import (
     WORK,
@@ -52,17 +52,19 @@ from pipelines.normals import (
     choose_samples,
     fit_models,
     held_out_threshold,
+    missing_masks,
     weights_digest,
 )
 from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
 from pipelines.tracking import Run
 from pipelines.validation import Validation
 from unianom import files
-from unianom.data.shards import ShardSet
+from unianom.data.schema import ANOMALOUS
+from unianom.data.shards import Selection, ShardSet
 from unianom.data.synthesis import Synthesiser, TextureSource
 from unianom.errors import DataError, OptionError, UnianomError
 from unianom.methods import METHODS
-from unianom.methods.trained import LOSS, TrainedMethod, TrainingBatch
+from unianom.methods.trained import LOSS, BatchNeeds, TrainedMethod, TrainingBatch
 from unianom.model import Model, is_model, versions
 from unianom.serialise import from_plain, to_plain
 
@@ -70,7 +72,7 @@ STATE = "state.pt"
 """The one file of a checkpoint."""
 
 ALL_PREPARED_BYTES = 32 << 30
-"""Up to this size prepared images are kept; beyond it they are decoded in every epoch."""
+"""Up to this size prepared images are kept, and frozen features; beyond it they are made anew in every epoch."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class DataOptions:
         images: "prepared" decodes every image once and memory-maps the result; "stream" decodes row group after row
             group in every epoch, for corpora that do not fit the disk; null decides by size.
         frozen_features: compute what the frozen encoder makes of the images once and keep it; null does so where
-            nothing but the encoder stands between image and features (no augmentation).
+            nothing but the encoder stands between image and features (no augmentation) and they take at most 32 GB,
+            as one forward pass of one image tells.
         feature_precision: "half" or "full", of kept features.
         folder: where prepared images and features are kept for all runs; null takes `prepared` beside the output.
         processes: that load batches beside each worker; 0 is a thread; null takes as many as the worker's CPUs but
@@ -323,13 +326,11 @@ class Job:
 
     def make(self) -> TrainedMethod:
         """The method with its initial weights, the same in every process."""
-        method_class = METHODS[self.name]
-        config: Any = from_plain(method_class.Config, self.config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.training.seed)
-            method = method_class(config)
-        assert isinstance(method, TrainedMethod)
-        return method
+        return make_method(self.name, from_plain(METHODS[self.name].Config, self.config))
+
+    def streams(self, method: TrainedMethod) -> bool:
+        """Whether images are decoded anew in every epoch."""
+        return self.pixels is None and wants_pixels(method.needs, self.features is not None)
 
     def data(self, method: TrainedMethod, copies: Path) -> tuple[TrainingSet, TrainingImages]:
         """What makes the batches."""
@@ -337,10 +338,19 @@ class Job:
         needs, options, parts = method.needs, self.options, self.shards.parts
         pixels: ShardImages | PreparedImages | None = None
         if self.pixels is not None:
-            pixels = PreparedImages(Arrays(self.pixels, parts, (PIXELS,), copies), images)
-        elif self.features is None or needs.synthetic is not None:
-            keep = 2 * options.data.window
-            pixels = ShardImages(self.shards, self.categories, images, method.input, options.limits, keep)
+            names = (PIXELS, MASKS) if needs.masks else (PIXELS,)
+            pixels = PreparedImages(Arrays(self.pixels, parts, names, copies), images)
+        elif self.streams(method):
+            pixels = ShardImages(
+                self.shards,
+                self.categories,
+                images,
+                method.input,
+                options.limits,
+                2 * options.data.window,
+                needs.labels,
+                needs.masks,
+            )
         features = None if self.features is None else Arrays(self.features, parts, self.feature_names, copies)
         companions = None
         if needs.prompts or needs.synthetic:
@@ -355,6 +365,21 @@ class Job:
             TrainingSet(images, self.categories, needs, pixels, features, companions, synthesiser, seed),
             images,
         )
+
+
+def make_method(name: str, config: Any) -> TrainedMethod:
+    """A trained method with its initial weights, the same in every process."""
+    method_class = METHODS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        method = method_class(config)
+    assert isinstance(method, TrainedMethod)
+    return method
+
+
+def wants_pixels(needs: BatchNeeds, features: bool) -> bool:
+    """Whether batches take more than frozen features, if these are kept, to make."""
+    return not features or needs.images or needs.masks or needs.synthetic is not None
 
 
 def synthesiser_of(method: TrainedMethod) -> Synthesiser | None:
@@ -421,7 +446,7 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
         data, images = job.data(method, Path(folder))
         training = method.config.training
         groups = None
-        if job.pixels is None and job.features is None:
+        if job.streams(method):
             groups = np.unique(np.stack([images.part, images.group], axis=1), axis=0, return_inverse=True)[1].ravel()
         order = Order(
             len(images),
@@ -432,7 +457,8 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
             groups,
             options.data.window,
         )
-        batches = Batches(data, order, _processes(method, options, job), pin=device.type == "cuda")
+        processes, repeats = _processes(method, options, job), method.needs.repeats
+        batches = Batches(data, order, processes, pin=device.type == "cuda", repeats=repeats)
         trainer = Trainer(
             method, batches, job.iterations, order.share, options.precision, options.compile, options.accumulate
         )
@@ -546,7 +572,7 @@ def finish(method: TrainedMethod, data: TrainingSet, fixed: list[Place], categor
 def _processes(method: TrainedMethod, options: TrainingOptions, job: Job) -> int:
     if options.data.processes is not None:
         return options.data.processes
-    busy = method.needs.synthetic is not None or (job.pixels is None and job.features is None)
+    busy = method.needs.synthetic is not None or method.needs.augmentation.active or job.streams(method)
     return options.runtime.cpus_per_worker - 1 if busy else 0
 
 
@@ -564,16 +590,19 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
 
+    needs = make_method(name, config).needs
+
     def fit(shards: ShardSet, categories: list[str], output: str) -> FitResult:
         prefix = f"{categories[0]}/" if options.per_category else ""
-        return _train(name, config, options, shards, categories, output, run, prefix)
+        return _train(name, config, needs, options, shards, categories, output, run, prefix)
 
-    return fit_models(options, fit)
+    return fit_models(options, fit, needs.labels)
 
 
 def _train(
     name: str,
     config: Any,
+    needs: BatchNeeds,
     options: TrainingOptions,
     shards: ShardSet,
     categories: list[str],
@@ -581,7 +610,9 @@ def _train(
     run: Run,
     prefix: str,
 ) -> FitResult:
-    chosen, notice = choose_samples(shards, categories, options, validate=True)
+    chosen, notice = choose_samples(shards, categories, options, validate=True, labels=needs.labels)
+    if needs.masks:
+        check_masks(shards, categories)
     plan = {
         "method": name,
         "config": to_plain(config),
@@ -617,7 +648,8 @@ def _train(
         "shards": {"uri": shards.uri, "digest": shards.digest},
         "training": {
             "images": len(chosen.learn),
-            "iterations": config.training.steps(len(chosen.learn)),
+            "anomalous": len(chosen.anomalous),
+            "iterations": config.training.steps(len(chosen.learn), needs.repeats),
             "workers": options.workers,
             "precision": options.precision,
         },
@@ -636,11 +668,13 @@ def _train(
 
 def _result(model: Model, output: str, fresh: bool) -> FitResult:
     made = model.provenance["training"]
+    anomalous = made.get("anomalous", 0)  # models of before have none
+    kinds = f"{made['images'] - anomalous} normal" + (f" and {anomalous} anomalous" if anomalous else "")
     return FitResult(
         folder=output,
         categories=model.categories,
         fresh=fresh,
-        summary=f"{made['iterations']} steps on {made['images']} normal images",
+        summary=f"{made['iterations']} steps on {kinds} images",
         metrics={"images": made["images"], "iterations": made["iterations"]},
         threshold=model.threshold,
         notice=model.provenance["notice"],
@@ -657,7 +691,9 @@ def _plan_job(
     work: str,
 ) -> Job:
     """Prepare what is computed once, and write down which images are learned from."""
-    images = TrainingImages.choose(shards, categories, chosen.learn)
+    method = make_method(name, config)
+    needs = method.needs
+    images = TrainingImages.choose(shards, categories, chosen.learn, needs.labels)
     places = files.join(work, "images.parquet")
     images.save(places)
     job = Job(
@@ -670,15 +706,15 @@ def _plan_job(
         pixels=None,
         features=None,
         feature_names=(),
-        iterations=config.training.steps(len(images)),
+        iterations=config.training.steps(len(images), needs.repeats),
         output=files.join(work, "trained"),
         options=options,
     )
-    method = job.make()
     synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
     beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
     folder = files.full_uri(options.data.folder or files.join(beside, "prepared"))
-    features = keeps_features(method, options.data)
+    rows = shards.count(learnable(categories, needs.labels))
+    features = keeps_features(method, options.data, rows)
 
     def prepared(runtime: RuntimeOptions, encoder: TrainedMethod | None) -> PreparedSet:
         return prepare(
@@ -692,20 +728,41 @@ def _plan_job(
             None if encoder is None else {**encoder.feature_key(), "weights": weights_digest(config.backbone.weights)},
             options.data.feature_precision == "half",
             options.batch_size,
+            needs.labels,
+            needs.masks and encoder is None,
         )
 
     if features:
         made = prepared(options.runtime, method)
         job = replace(job, features=made.uri, feature_names=made.names)
-    size = shards.count(normals(categories)) * 3 * method.input.side**2
+    size = rows * (4 if needs.masks else 3) * method.input.side**2
     keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
-    if keep_pixels and (not features or method.needs.synthetic is not None):
+    if keep_pixels and wants_pixels(needs, features):
         job = replace(job, pixels=prepared(replace(options.runtime, gpus_per_worker=0), None).uri)
     return job
 
 
-def keeps_features(method: TrainedMethod, data: DataOptions) -> bool:
+def check_masks(shards: ShardSet, categories: list[str]) -> None:
+    """Refuse anomalous training images without a mask, before any work.
+
+    Raises:
+        DataError: there are some; names the first.
+    """
+    without: list[str] = []
+    for part in shards.parts:
+        for batch in shards.read(part, Selection(("train",), tuple(categories), (ANOMALOUS,)), ["sample_id", "mask"]):
+            without += batch.filter(batch["mask"].is_null())["sample_id"].to_pylist()
+    if without:
+        raise DataError(missing_masks(without))
+
+
+def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> bool:
     """Whether frozen features are computed once.
+
+    Args:
+        method: whose features.
+        data: what is asked for.
+        images: how many there are to keep features of.
 
     Raises:
         OptionError: they are asked for where augmentation makes that impossible, or not, where prompts need them.
@@ -715,10 +772,20 @@ def keeps_features(method: TrainedMethod, data: DataOptions) -> bool:
         raise OptionError(
             "data.frozen_features needs images that do not change; empty method.augmentation, or leave it out"
         )
-    features = not augmented if data.frozen_features is None else data.frozen_features
+    features = data.frozen_features
+    if features is None:
+        features = not augmented and images * feature_bytes(method, data) <= ALL_PREPARED_BYTES
     if method.needs.prompts == "nearest" and not features:
         raise OptionError("prompts by nearest features need --data.frozen_features true")
     return features
+
+
+def feature_bytes(method: TrainedMethod, data: DataOptions) -> int:
+    """What the frozen features of an image take, from a forward pass of one."""
+    side = method.input.side
+    with undisturbed(method), torch.inference_mode():
+        features = method.frozen_features(torch.zeros(1, 3, side, side, device=method.device))
+    return sum(value.numel() for value in features.values()) * (2 if data.feature_precision == "half" else 4)
 
 
 def _run_job(job: Job, options: TrainingOptions, work: str, run: Run, prefix: str) -> None:

@@ -58,8 +58,8 @@ class Validation:
         self._images: list[_Image] | None = None
 
     def run(self) -> dict[str, float]:
-        """Image AUROC, and pixel AUROC and AP where there are masks, each a mean over categories; empty where nothing
-        can be told."""
+        """Image AUROC where there are both normal and anomalous images, and pixel AUROC and AP where there are masks,
+        each a mean over categories; empty where nothing can be told."""
         if self._images is None:
             self._images = self._load()
         scores, maps = self._predict(self._images)
@@ -67,9 +67,9 @@ class Validation:
         for category in self._categories:
             mine = [n for n, image in enumerate(self._images) if image.category == category]
             labels = [self._images[n].label for n in mine]
-            if len(set(labels)) < 2:
-                continue
-            row = {"image_auroc": image_metrics(scores[mine], labels)["image_auroc"]}
+            row: dict[str, float] = {}
+            if len(set(labels)) == 2:
+                row["image_auroc"] = image_metrics(scores[mine], labels)["image_auroc"]
             masks = {n: mask for n in mine if (mask := self._images[n].mask) is not None}
             if any(mask.any() for mask in masks.values()):
                 pixel = pixel_metrics([maps[n] for n in masks], list(masks.values()))

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from tests.data.test_shards import write_set
-from unianom.data.image import IMAGENET_MEAN, IMAGENET_STD, ImageLimits, InputPolicy, encode_png
+from unianom.data.image import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageLimits,
+    InputPolicy,
+    decode_mask,
+    encode_png,
+    prepare_mask,
+)
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
 
@@ -71,6 +79,40 @@ CATEGORIES = ["washer", "nut", "bolt"]
 
 NORMALS: list[list[Row]] = [[row for row in rows if row["split"] != "test" and row["label"] == 0] for rows in PARTS]
 """Of every part what methods may learn from, in order."""
+
+
+def masked(category: str, split: str, count: int, first: int = 0) -> list[Row]:
+    """Anomalous rows, each with a mask of its own."""
+    rows = []
+    for number in range(first, first + count):
+        mask = np.zeros((48, 72), bool)
+        mask[number % 20 : 20 + number % 25, 3 * (number % 9) : 50] = True
+        rows.append(sample(category, split, number, 1, mask=mask))
+    return rows
+
+
+LABELLED_PARTS: list[list[Row]] = [
+    samples("bolt", "test", 2) + masked("bolt", "test", 2) + samples("bolt", "train", 4) + masked("bolt", "train", 3),
+    masked("nut", "val", 2) + samples("nut", "val", 2),  # nothing to learn from
+    masked("nut", "train", 4)
+    + samples("nut", "train", 4)
+    + samples("bolt", "train", 1, label=None)
+    + masked("bolt", "train", 2, first=20)
+    + [sample("bolt", "train", 30, 0, mask=np.ones((48, 72), bool))],  # marked, though normal
+]
+"""As `PARTS`, for methods that learn from labels and masks; there is no washer."""
+
+LABELLED: list[list[Row]] = [
+    [row for row in rows if row["split"] == "train" and row["label"] is not None] for rows in LABELLED_PARTS
+]
+"""Of every part what these may learn from, in order."""
+
+
+def truth(row: Row) -> np.ndarray:
+    """A row's mask as S×S bool under `POLICY`."""
+    if row["label"] == 0:
+        return np.zeros((SIDE, SIDE), bool)
+    return prepare_mask(decode_mask(row["mask"]), POLICY)
 
 
 def write_shards(folder: Path, parts: Sequence[list[Row]] = PARTS, images_per_group: int = 3) -> ShardSet:

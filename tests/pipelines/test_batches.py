@@ -28,13 +28,24 @@ from pipelines.batches import (
     flip_and_turn,
     to_input,
 )
-from pipelines.features import PIXELS, Arrays, PartPreparer, normals
+from pipelines.features import MASKS, PIXELS, Arrays, PartPreparer, learnable, normals
 from tests.methods.test_trained import flat
-from tests.pipelines.sharded import CATEGORIES, LIMITS, NORMALS, POLICY, SIDE, write_shards
+from tests.pipelines.sharded import (
+    CATEGORIES,
+    LABELLED,
+    LABELLED_PARTS,
+    LIMITS,
+    NORMALS,
+    POLICY,
+    SIDE,
+    sample,
+    truth,
+    write_shards,
+)
 from unianom.data.image import decode_prepared, normalise
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import SynthesisConfig, Synthesiser
-from unianom.errors import OptionError
+from unianom.errors import DataError, OptionError
 from unianom.methods.trained import Augmentation, BatchNeeds, FeatureMaps, TrainedMethod, TrainingBatch
 
 # ---- order --------------------------------------------------------------------------------------------------------
@@ -351,7 +362,7 @@ DIHEDRAL = {
 def outcomes(augmentation: Augmentation, category: str = "nut", draws: int = 400) -> dict[str, int]:
     rng, found = np.random.default_rng(0), Counter[str]()
     for _ in range(draws):
-        changed = flip_and_turn(PICTURE, category, augmentation, rng)
+        changed, _ = flip_and_turn(PICTURE, None, category, augmentation, rng)
         (name,) = [name for name, image in DIHEDRAL.items() if np.array_equal(image, changed)]
         found[name] += 1
     return dict(found)
@@ -376,6 +387,68 @@ def test_named_categories_are_changed_as_often_as_asked(named):
 def test_other_categories_are_left_alone():
     changes = Augmentation(horizontal=("bolt",), vertical=("bolt",), turns=("bolt", "washer"), probability=1)
     assert outcomes(changes, "nut", 20) == {"same": 20}
+
+
+def test_masks_are_flipped_and_turned_with_their_images():
+    every = Augmentation(horizontal=("*",), vertical=("*",), turns=("*",), probability=0.5)
+    mask = PICTURE[:, :, 0] > 128
+    seen = set()
+    for seed in range(60):
+        image, marked = flip_and_turn(PICTURE, mask, "nut", every, np.random.default_rng(seed))
+        assert marked.dtype == bool
+        assert np.array_equal(marked, image[:, :, 0] > 128)
+        seen.add(marked.tobytes())
+        alone, nothing = flip_and_turn(PICTURE, None, "nut", every, np.random.default_rng(seed))
+        assert np.array_equal(alone, image)
+        assert nothing is None
+    assert len(seen) == 8
+
+
+def rotated_by_loops(values: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """An S×S image turned counter-clockwise about its centre, by nearest neighbours and bilinearly."""
+    side = len(values)
+    angle, centre = np.radians(degrees), side / 2
+    nearest, bilinear = np.zeros((side, side)), np.zeros((side, side))
+    for row in range(side):
+        for column in range(side):
+            x, y = column + 0.5 - centre, row + 0.5 - centre
+            across = np.cos(angle) * x - np.sin(angle) * y + centre  # where this pixel was before, y pointing down
+            down = np.sin(angle) * x + np.cos(angle) * y + centre
+            if not (0 <= across < side and 0 <= down < side):
+                continue
+            nearest[row, column] = values[int(down), int(across)]
+            left, top = int(np.floor(across - 0.5)), int(np.floor(down - 0.5))
+            for r, c in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+                weight = (1 - abs(down - 0.5 - r)) * (1 - abs(across - 0.5 - c))
+                bilinear[row, column] += weight * values[min(max(r, 0), side - 1), min(max(c, 0), side - 1)]
+    return nearest, bilinear
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rotation_is_bilinear_for_images_and_nearest_for_masks_about_the_same_centre(seed):
+    side = 24
+    image = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    mask = np.kron(np.random.default_rng(seed).random((6, 6)) > 0.5, np.ones((4, 4))).astype(bool)
+    degrees = np.random.default_rng(seed).uniform(-90, 90)
+    turned, marked = flip_and_turn(image, mask, "nut", Augmentation(rotation=90), np.random.default_rng(seed))
+    assert (turned.dtype, turned.shape, marked.dtype, marked.shape) == (np.uint8, image.shape, bool, mask.shape)
+    for channel in range(3):
+        expected = rotated_by_loops(image[:, :, channel], degrees)[1]
+        assert np.abs(turned[:, :, channel] - expected).max() <= 1.01  # Pillow cuts off what is behind the point
+    assert (marked != rotated_by_loops(mask, degrees)[0].astype(bool)).mean() < 0.01  # ties
+
+
+def test_angles_are_drawn_evenly_to_both_sides():
+    spot, centre = np.zeros((65, 65, 3), np.uint8), 32
+    spot[centre - 2 : centre + 3, 52:57] = 255
+    rng, angles = np.random.default_rng(0), []
+    for _ in range(400):
+        turned, _ = flip_and_turn(spot, None, "nut", Augmentation(rotation=60), rng)
+        rows, columns = np.nonzero(turned[:, :, 0] > 100)
+        angles.append(np.degrees(np.arctan2(centre - rows.mean(), columns.mean() - centre)))
+    assert max(np.abs(angles)) < 61
+    counts = np.histogram(angles, [-61, -30, 0, 30, 61])[0]
+    assert all(abs(count - 100) < 30 for count in counts)
 
 
 # ---- samples ------------------------------------------------------------------------------------------------------
@@ -563,10 +636,130 @@ def test_prompts_by_nearness_are_among_the_nearest_descriptors(bench):
 
 
 def test_a_corpus_smaller_than_the_number_of_nearest_prompts_is_taken_whole():
-    few = TrainingImages(*(np.zeros(3, np.int64) for _ in range(4)))
+    few = TrainingImages(*(np.zeros(3, np.int64) for _ in range(5)))
     companions = Companions(few, False, np.eye(3, dtype=np.float32))
     rng = np.random.default_rng(0)
     assert {companions.prompt(1, rng) for _ in range(50)} == {0, 1, 2}
+
+
+# ---- labels and masks ---------------------------------------------------------------------------------------------
+
+LEARNED_LABELLED = [row for rows in LABELLED for row in rows if row["sample_id"] != LABELLED[2][3]["sample_id"]]
+"""What is learned from; the fourth anomalous nut is left out."""
+
+MARKED = BatchNeeds(labels=True, masks=True)
+
+
+@dataclasses.dataclass
+class Labelled:
+    """Makes training sets of images with labels and masks."""
+
+    shards: ShardSet
+    images: TrainingImages
+    folder: str
+
+    def make(self, needs: BatchNeeds = MARKED, stream: bool = False, features: str | None = None) -> TrainingSet:
+        arrays = Arrays(self.folder, self.shards.parts, (PIXELS, MASKS), Path("nowhere"))
+        source: Any = PreparedImages(arrays, self.images)
+        if stream:
+            source = ShardImages(self.shards, ["nut", "bolt"], self.images, POLICY, LIMITS, 2, True, needs.masks)
+        kept = None if features is None else Arrays(features, self.shards.parts, ("coarse", "fine"), Path("nowhere"))
+        return TrainingSet(self.images, ["nut", "bolt"], needs, source, kept, None, None, 4)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
+    shards = write_shards(tmp_path_factory.mktemp("labelled"), LABELLED_PARTS)
+    learn = frozenset(row["sample_id"] for row in LEARNED_LABELLED)
+    images = TrainingImages.choose(shards, ["nut", "bolt"], learn, labels=True)
+    folder = str(tmp_path_factory.mktemp("prepared"))
+    selection = learnable(["nut", "bolt"], labels=True)
+    for encoder in (None, Pooled()):
+        worker = PartPreparer(shards, selection, POLICY, folder, LIMITS, None, False, 4, "cpu", 1, encoder is None)
+        worker._encoder = encoder
+        for part in shards.parts:
+            worker.run({"part": part})
+    return Labelled(shards, images, folder)
+
+
+def test_anomalous_training_images_are_learned_from_in_the_order_of_the_parts(labelled, tmp_path):
+    images = labelled.images
+    assert [["nut", "bolt"][number] for number in images.category] == [row["category"] for row in LEARNED_LABELLED]
+    assert images.label.tolist() == [row["label"] for row in LEARNED_LABELLED]
+    assert (images.label.dtype, images.label.sum()) == (np.int64, 8)
+    places = [(0, row) for row in range(7)] + [(2, row) for row in range(11) if row != 3]
+    assert list(zip(images.part, images.row, strict=True)) == places
+    images.save(str(tmp_path / "images.parquet"))
+    assert np.array_equal(TrainingImages.load(str(tmp_path / "images.parquet")).label, images.label)
+    assert images.of_parts({2}).label.tolist() == images.label.tolist()[7:]
+    normal = TrainingImages.choose(labelled.shards, ["nut", "bolt"], None)
+    assert (len(normal), normal.label.any()) == (11, False)  # nine to learn from and two for validation
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_labels_and_masks_are_those_of_their_images(labelled, stream):
+    indices = np.random.default_rng(3).permutation(len(LEARNED_LABELLED)).tolist()
+    data = pickle.loads(pickle.dumps(labelled.make(stream=stream)))
+    batch = data.batch([(0, index) for index in indices])
+    assert set(flat(batch)) == {"category", "images", "label", "mask"}
+    assert (batch.label.dtype, batch.label.shape) == (torch.int64, (17,))
+    assert (batch.mask.dtype, batch.mask.shape) == (torch.float32, (17, 1, SIDE, SIDE))
+    for number, index in enumerate(indices):
+        row = LEARNED_LABELLED[index]
+        expected = decode_prepared(row["image"], POLICY)
+        assert np.array_equal(batch.images[number].permute(1, 2, 0).numpy(), expected)
+        assert batch.label[number] == row["label"]
+        assert np.array_equal(batch.mask[number, 0].numpy(), truth(row).astype(np.float32))
+    ready = to_input(batch, torch.device("cpu"), POLICY)
+    assert torch.equal(ready.mask, batch.mask)
+    assert torch.equal(ready.label, batch.label)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_labels_come_without_masks_and_images_beside_kept_features(labelled, stream):
+    places = [(0, 3), (0, 9), (1, 16)]
+    assert set(flat(labelled.make(BatchNeeds(labels=True), stream).batch(places))) == {"category", "images", "label"}
+    needs = BatchNeeds(labels=True, images=True)
+    both = labelled.make(needs, stream, labelled.folder).batch(places)
+    assert set(flat(both)) == {"category", "images", "label", "features.coarse", "features.fine"}
+    with torch.inference_mode():
+        now = Pooled().frozen_features(to_input(both, torch.device("cpu"), POLICY).images)
+    for name, value in now.items():
+        torch.testing.assert_close(both.features[name], value, rtol=1e-6, atol=1e-7)
+    alone = labelled.make(dataclasses.replace(MARKED, images=False), stream, labelled.folder).batch(places)
+    assert set(flat(alone)) == {"category", "label", "mask", "features.coarse", "features.fine"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_masks_are_changed_with_their_images_but_never_for_fixed_batches(labelled, stream):
+    everything = Augmentation(("*",), ("nut",), ("*",), 0.5, rotation=30)
+    needs = dataclasses.replace(MARKED, augmentation=everything)
+    data, places = labelled.make(needs, stream), [(epoch, index) for epoch in range(2) for index in range(17)]
+    batch = data.batch(places)
+    changed = 0
+    for number, (epoch, index) in enumerate(places):
+        row, rng = LEARNED_LABELLED[index], np.random.default_rng([4, epoch + 1, index, 1])
+        image, mask = flip_and_turn(decode_prepared(row["image"], POLICY), truth(row), row["category"], everything, rng)
+        assert np.array_equal(batch.images[number].permute(1, 2, 0).numpy(), image)
+        assert np.array_equal(batch.mask[number, 0].numpy(), mask)
+        changed += not np.array_equal(mask, truth(row))
+    assert changed > 12  # of 16
+    assert same(data.batch(places[:17], augment=False), labelled.make(stream=stream).batch(places[:17]))
+
+
+def test_a_streamed_anomalous_image_without_mask_is_named(tmp_path):
+    shards = write_shards(tmp_path, [[sample("nut", "train", 0), sample("nut", "train", 1, 1)]])
+    images = TrainingImages.choose(shards, ["nut"], None, labels=True)
+    pixels = ShardImages(shards, ["nut"], images, POLICY, LIMITS, 2, labels=True, masks=True)
+    assert not pixels.mask(0).any()
+    with pytest.raises(DataError, match=r"^set/nut/train/1/001.png is anomalous but has no mask"):
+        pixels.mask(1)
+
+
+@pytest.mark.parametrize("others", [{"prompts": "category"}, {"synthetic": SynthesisConfig()}])
+def test_prompts_and_synthetic_anomalies_of_anomalous_images_are_refused(labelled, others):
+    with pytest.raises(NotImplementedError):
+        labelled.make(BatchNeeds(labels=True, **others))
 
 
 # ---- frozen features ----------------------------------------------------------------------------------------------
@@ -633,6 +826,28 @@ def test_batches_from_any_step_on_are_those_of_the_steps(bench, start, end):
         assert same(batch, bench.make(ALL, stream=True).batch(order.step(number)))
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_successive_steps_take_the_same_batch_which_is_made_once(labelled, repeats, monkeypatch):
+    order, data = Order(17, 4, 3), labelled.make()
+    straight = [labelled.make().batch(order.step(number // repeats)) for number in range(14)]
+    made: list[Any] = []
+    real = TrainingSet.batch
+
+    def counted(self: TrainingSet, places: Any, augment: bool = True) -> TrainingBatch:
+        made.append(places)
+        return real(self, places, augment)
+
+    monkeypatch.setattr(TrainingSet, "batch", counted)
+    batches = Batches(data, order, processes=0, pin=False, repeats=repeats)
+    for start, end in ((0, 14), (1, 14), (5, 8), (6, 7), (4, 4)):
+        made.clear()
+        found = list(batches(start, end))
+        assert len(found) == end - start
+        assert all(same(batch, wanted) for batch, wanted in zip(found, straight[start:end], strict=True))
+        if found:
+            assert made == [order.step(n) for n in sorted({step // repeats for step in range(start, end)})]
+
+
 def test_an_error_in_making_a_batch_reaches_the_loop(bench, monkeypatch):
     def fail(self: TrainingSet, places: Any, augment: bool = True) -> TrainingBatch:
         raise ValueError("no such image")
@@ -646,8 +861,8 @@ def test_another_process_makes_the_same_batches(bench):
     order = Order(len(bench.images), 4, 5)
     data = bench.make(dataclasses.replace(ALL, prompts="nearest"), stream=True)
     before = torch.get_rng_state()
-    aside = list(Batches(data, order, processes=1, pin=False)(3, 6))
+    aside = list(Batches(data, order, processes=1, pin=False, repeats=2)(7, 11))
     assert torch.equal(torch.get_rng_state(), before), "loading drew from the random state of training"
     beside = list(Batches(data, order, processes=0, pin=False)(3, 6))
-    assert len(aside) == 3
-    assert all(same(a, b) for a, b in zip(aside, beside, strict=True))
+    assert len(aside) == 4
+    assert all(same(aside[n], beside[m]) for n, m in enumerate((0, 1, 1, 2)))

@@ -13,9 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import storage
-from pipelines.features import DESCRIPTOR, PIXELS, Arrays, PartPreparer, array_name, normals
+from pipelines.features import (
+    DESCRIPTOR,
+    MASKS,
+    PIXELS,
+    Arrays,
+    PartPreparer,
+    array_name,
+    learnable,
+    normals,
+    prepare,
+)
+from pipelines.runtime import RuntimeOptions
 from tests.methods.conftest import TINY
-from tests.pipelines.sharded import CATEGORIES, LIMITS, NORMALS, POLICY, SIDE, forbid_test_rows, write_shards
+from tests.pipelines.sharded import (
+    CATEGORIES,
+    LABELLED,
+    LABELLED_PARTS,
+    LIMITS,
+    NORMALS,
+    POLICY,
+    SIDE,
+    forbid_test_rows,
+    masked,
+    sample,
+    samples,
+    truth,
+    write_shards,
+)
 from unianom import files
 from unianom.data.image import decode_prepared, normalise
 from unianom.data.shards import ShardSet
@@ -102,6 +127,89 @@ def test_only_the_selected_categories_are_prepared(shards, tmp_path):
     assert [worker.run({"part": part})["rows"] for part in shards.parts] == [7, 0, 5, 0]
     expected = [decode_prepared(row["image"], POLICY) for row in NORMALS[2] if row["category"] == "nut"]
     assert np.array_equal(all_of(tmp_path, "part-2.parquet", PIXELS), np.stack(expected))
+
+
+# ---- labels and masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_anomalous_training_images_and_masks_lie_in_the_order_of_the_part(tmp_path, batch_size, monkeypatch):
+    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
+    forbid_test_rows(monkeypatch)
+    selection = learnable(CATEGORIES, labels=True)
+    worker = preparer(shards, tmp_path / "set", selection=selection, masks=True, batch_size=batch_size)
+    for part, rows in zip(shards.parts, LABELLED, strict=True):
+        record = worker.run({"part": part})
+        assert (record["rows"], record["names"]) == (len(rows), [PIXELS, MASKS] if rows else [])
+        if not rows:
+            continue
+        pixels, masks = (all_of(tmp_path / "set", part, name) for name in (PIXELS, MASKS))
+        assert (masks.dtype, masks.shape) == (bool, (len(rows), SIDE, SIDE))
+        for row, image, mask in zip(rows, pixels, masks, strict=True):
+            assert np.array_equal(image, decode_prepared(row["image"], POLICY))
+            assert np.array_equal(mask, truth(row))
+            assert mask.any() == bool(row["label"])
+    assert [len(rows) for rows in LABELLED] == [7, 0, 11]
+
+
+def test_features_of_anomalous_training_images_are_kept_in_the_same_rows(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
+    method = pooling(monkeypatch)
+    selection = learnable(CATEGORIES, labels=True)
+    preparer(shards, tmp_path / "set", selection=selection, model="somewhere", half=False).run(
+        {"part": shards.parts[2]}
+    )
+    images = [decode_prepared(row["image"], POLICY) for row in LABELLED[2]]
+    expected = method.frozen_features(normalise(images, POLICY))["fine"].detach()
+    np.testing.assert_allclose(all_of(tmp_path / "set", shards.parts[2], "fine"), expected, rtol=1e-6)
+
+
+def test_an_anomalous_image_without_mask_is_named(tmp_path):
+    rows = [*masked("nut", "train", 2), sample("nut", "train", 7, 1), *samples("nut", "train", 2)]
+    shards = write_shards(tmp_path / "shards", [rows])
+    selection = learnable(["nut"], labels=True)
+    message = r"^set/nut/train/1/007.png is anomalous but has no mask, which .*; add the mask, or leave the image out"
+    with pytest.raises(DataError, match=message):
+        preparer(shards, tmp_path / "set", selection=selection, masks=True).run({"part": "part-0.parquet"})
+    preparer(shards, tmp_path / "set", selection=selection).run({"part": "part-0.parquet"})
+
+
+def test_a_mask_that_cannot_be_read_is_named(tmp_path):
+    rows = masked("nut", "train", 2)
+    rows[1]["mask"] = rows[1]["mask"][:40]
+    shards = write_shards(tmp_path / "shards", [rows])
+    worker = preparer(shards, tmp_path / "set", selection=learnable(["nut"], labels=True), masks=True)
+    with pytest.raises(DataError, match=r"^mask of set/nut/train/1/001.png: .*; give --limits as at ingest, or"):
+        worker.run({"part": "part-0.parquet"})
+
+
+def test_sets_with_and_without_anomalous_images_and_masks_are_told_apart(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
+    monkeypatch.setattr("pipelines.features.connect", lambda runtime: None)
+    made: list[str] = []
+
+    def run_here(worker: Any, arguments: dict[str, Any], units: list[Any], runtime: Any) -> list[Any]:
+        made.append(arguments["output"])
+        return [worker(**arguments).run(unit) for unit in units]
+
+    monkeypatch.setattr("pipelines.features.run_units", run_here)
+    sets = {
+        flags: prepare(
+            shards,
+            ["bolt", "nut"],
+            POLICY,
+            str(tmp_path / "sets"),
+            LIMITS,
+            RuntimeOptions(),
+            labels=flags[0],
+            masks=flags[1],
+        )
+        for flags in [(False, False), (True, False), (True, True), (True, True)]
+    }
+    assert made == [found.uri for found in sets.values()]  # the last was there already
+    rows = {flags: files.read_json(f"{found.uri}/_manifest.json")["rows"] for flags, found in sets.items()}
+    assert rows == {(False, False): 11, (True, False): 18, (True, True): 18}
+    assert [found.names for found in sets.values()] == [(PIXELS,), (PIXELS,), (PIXELS, MASKS)]
 
 
 # ---- features -----------------------------------------------------------------------------------------------------

@@ -216,14 +216,14 @@ def test_finishing_sees_every_category_alike() -> None:
 def test_features_are_kept_where_images_stay_as_they_are() -> None:
     plain = UniAS(TINY["unias"].config)
     flipped = UniAS(dataclasses.replace(TINY["unias"].config, augmentation=Augmentation(horizontal=("*",))))
-    assert keeps_features(plain, DataOptions())
-    assert not keeps_features(plain, DataOptions(frozen_features=False))
-    assert not keeps_features(flipped, DataOptions())
+    assert keeps_features(plain, DataOptions(), 9)
+    assert not keeps_features(plain, DataOptions(frozen_features=False), 9)
+    assert not keeps_features(flipped, DataOptions(), 9)
     with pytest.raises(OptionError, match="augmentation"):
-        keeps_features(flipped, DataOptions(frozen_features=True))
+        keeps_features(flipped, DataOptions(frozen_features=True), 9)
     nearest = OneNIP(dataclasses.replace(TINY["onenip"].config, prompt_sampling="nearest"))
     with pytest.raises(OptionError, match="nearest"):
-        keeps_features(nearest, DataOptions(frozen_features=False))
+        keeps_features(nearest, DataOptions(frozen_features=False), 9)
 
 
 @pytest.mark.parametrize(

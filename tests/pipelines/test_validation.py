@@ -80,12 +80,13 @@ def validation(shards: ShardSet, method: Method, held_out: Any = None, **changes
 
 
 def expected(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over categories of scikit-learn's figures."""
+    """Means over categories of scikit-learn's figures, each over the categories where it is defined."""
     figures: dict[str, list[float]] = {"image_auroc": [], "pixel_auroc": [], "pixel_ap": []}
     for category in sorted({row["category"] for row in rows}):
         mine = [row for row in rows if row["category"] == category]
-        scores = [row["pixels"].mean() for row in mine]
-        figures["image_auroc"].append(roc_auc_score([row["label"] for row in mine], scores))
+        scores, labels = [row["pixels"].mean() for row in mine], [row["label"] for row in mine]
+        if len(set(labels)) == 2:
+            figures["image_auroc"].append(roc_auc_score(labels, scores))
         known = [row for row in mine if not row["label"] or row["mask"] is not None]
         truth = np.concatenate([row["truth"].ravel() for row in known])
         if truth.any():
@@ -160,8 +161,19 @@ def test_without_masks_there_are_only_image_figures(tmp_path):
 
 def test_categories_of_which_nothing_can_be_told_do_not_count(tmp_path):
     told = images("cog", "val", 4) + images("cog", "val", 3, label=1)
-    shards = shard_set(tmp_path, told + images("nut", "val", 5) + images("washer", "val", 2, label=1))
-    assert validation(shards, Brightness()).run() == pytest.approx(expected(told), abs=1e-6)
+    untold = images("nut", "val", 5) + images("washer", "val", 2, label=1, masked=False)
+    assert validation(shard_set(tmp_path, told + untold), Brightness()).run() == pytest.approx(expected(told), abs=1e-6)
+
+
+@pytest.mark.parametrize("others", [[], images("cog", "val", 4) + images("cog", "val", 3, label=1)])
+def test_without_normal_images_there_are_pixel_figures(tmp_path, others):
+    """As of polyps: every image shows one."""
+    polyps = images("polyp", "val", 4, label=1)
+    method = Brightness()
+    figures = validation(shard_set(tmp_path, images("polyp", "train", 2, label=1) + polyps + others), method).run()
+    assert figures == pytest.approx(expected(polyps + others), abs=1e-6)
+    assert ("image_auroc" in figures) == bool(others)
+    assert same_images(method.seen, [row["pixels"] for row in polyps + others])
 
 
 def test_categories_not_asked_for_are_not_looked_at(tmp_path):
