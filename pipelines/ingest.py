@@ -2,7 +2,8 @@
 
     source ─ layout ─▶ plan: samples dealt out to parts ─ actors: read, check, pack ─▶ parts ─▶ manifest
 
-Encoded bytes are stored untouched. A file that cannot be used becomes a rejected row with its reason.
+Encoded bytes are stored untouched, unless the layout crops: then the crop is stored, as PNG. A file that cannot be
+used becomes a rejected row with its reason.
 """
 
 from __future__ import annotations
@@ -21,9 +22,22 @@ from typing import Any, TypeVar
 from pipelines import storage
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, check_image, decode_mask, encode_png, reduce_image, reduce_mask
+from unianom.data.image import (
+    CropWindow,
+    ImageFacts,
+    ImageLimits,
+    check_image,
+    crop_image,
+    crop_mask,
+    decode_image,
+    decode_mask,
+    encode_png,
+    find_crop,
+    reduce_image,
+    reduce_mask,
+)
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
-from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SampleRef
+from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, Crop, SampleRef
 from unianom.data.shards import PartWriter, ShardSet, write_rejected
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.serialise import to_plain
@@ -43,7 +57,7 @@ class IngestOptions:
         source: root folder, or the file of a manifest or merged layout; path or URI.
         output: folder of the shard set; path or URI.
         layout_options: options of the layout, by name.
-        resize: store images reduced to this shorter side; null stores the original bytes.
+        resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
         part_bytes: aimed size of a part.
         min_parts: parts at least, where there are so many samples; a part is the unit of work of later jobs.
         max_reject_fraction: above this share of rejected samples the job fails, after finishing the rest.
@@ -170,8 +184,11 @@ def _digest_of_refs(refs: Sequence[SampleRef]) -> str:
     digest = hashlib.sha256()
     for ref in sorted(refs, key=lambda ref: ref.sample_id):
         content = hashlib.sha256(ref.data).hexdigest() if ref.data else None
-        digest.update(repr(dataclasses.astuple(dataclasses.replace(ref, data=None))).encode())
+        *plain, _ = dataclasses.astuple(dataclasses.replace(ref, data=None, crop=None))
+        digest.update(repr(tuple(plain)).encode())
         digest.update(repr(content).encode())
+        if ref.crop is not None:  # only then, so that shard sets from before there were crops stay the same plan
+            digest.update(repr(ref.crop).encode())
     return digest.hexdigest()
 
 
@@ -226,7 +243,7 @@ class PartIngester:
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SAMPLE_SCHEMA)
-            refs = (SampleRef(**ref) for ref in unit["refs"])
+            refs = (SampleRef.from_plain(ref) for ref in unit["refs"])
             for row, problem in map_ahead(self._pool, self._read, refs, 4 * self._threads):
                 if "status" in row:
                     rejected.append(row)
@@ -254,15 +271,13 @@ class PartIngester:
         }
         try:
             self._limits.check_bytes(ref.size or 0)  # a file of many gigabytes is not even read
-            data = ref.data if ref.data is not None else read_image_file(ref.uri)
-            original = data
-            facts = check_image(data, self._limits)
-            if self._resize is not None:
-                data = reduce_image(data, self._resize, self._limits)
+            whole = ref.data if ref.data is not None else read_image_file(ref.uri)
+            facts, original, window = self._crop(whole, ref.crop)
+            data = original if self._resize is None else reduce_image(original, self._resize, self._limits)
+            stored = facts if data is whole else check_image(data, self._limits)
         except ImageError as error:
             return {**known, "status": error.status, "error": str(error)}, None
-        stored = facts if data is original else check_image(data, self._limits)
-        mask, problem = self._read_mask(ref, (facts.height, facts.width), (stored.height, stored.width))
+        mask, problem = self._read_mask(ref, (facts.height, facts.width), window, (stored.height, stored.width))
         row = {
             **known,
             "image": data,
@@ -274,9 +289,19 @@ class PartIngester:
         }
         return row, problem
 
+    def _crop(self, data: bytes, crop: Crop | None) -> tuple[ImageFacts, bytes, CropWindow | None]:
+        """Facts of the whole image, the bytes that its sample is made of, and the window of it that they hold."""
+        if crop is None:
+            return check_image(data, self._limits), data, None
+        decoded = decode_image(data, self._limits)
+        window = find_crop(decoded.pixels, crop, self._limits)
+        height, width = decoded.pixels.shape[:2]
+        return ImageFacts(decoded.format, height, width), encode_png(crop_image(decoded.pixels, window)), window
+
     def _read_mask(
-        self, ref: SampleRef, size: tuple[int, int], stored: tuple[int, int]
+        self, ref: SampleRef, size: tuple[int, int], window: CropWindow | None, stored: tuple[int, int]
     ) -> tuple[bytes | None, str | None]:
+        """PNG of the mask of an image of `size` and what is wrong with it; cropped and reduced as its image was."""
         if ref.mask_uri is None:
             return None, "missing" if ref.label == 1 else None
         try:
@@ -285,8 +310,10 @@ class PartIngester:
             return None, "missing" if error.status == "missing" else "unreadable"
         if mask.shape != size:
             return None, "wrong_size"
+        if window is not None:
+            mask = crop_mask(mask, window)  # before it is called empty: a crop may leave the defect out
         empty = "empty" if ref.label == 1 and not mask.any() else None
-        return encode_png(mask if stored == size else reduce_mask(mask, *stored)), empty
+        return encode_png(mask if mask.shape == stored else reduce_mask(mask, *stored)), empty
 
 
 def read_image_file(uri: str, tries: int = 3) -> bytes:

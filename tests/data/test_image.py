@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from scipy import ndimage
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -17,22 +18,27 @@ from unianom.data.image import (
     FORMATS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    CropWindow,
     ImageFacts,
     ImageLimits,
     InputPolicy,
     check_image,
+    crop_image,
+    crop_mask,
     decode_image,
     decode_map,
     decode_mask,
     decode_prepared,
     encode_map,
     encode_png,
+    find_crop,
     normalise,
     prepare_image,
     prepare_mask,
     reduce_image,
     reduce_mask,
 )
+from unianom.data.schema import Crop
 from unianom.errors import ImageError, OptionError
 
 RNG = np.random.default_rng(20)
@@ -764,3 +770,113 @@ def test_decoding_and_preparing_at_once_gives_the_same_bits(pixels, policy):
     fused = decode_prepared(data, policy)
     np.testing.assert_array_equal(fused, prepare_image(decode_image(data).pixels, policy))
     assert fused.flags.c_contiguous
+
+
+# ---- crops ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 37), (25, 36), (16, 16), (9, 40), (10, 11), (40, 15), (16, 9)])
+def test_centre_crops_agree_with_torchvision_with_padding_and_without(height, width):
+    rng = np.random.default_rng(height * width)
+    pixels = rng.integers(1, 256, (height, width, 3)).astype(np.uint8)
+    mask = np.where(rng.random((height, width)) < 0.5, np.uint8(255), np.uint8(0))
+    window = find_crop(pixels, Crop("centre", 16, pad=True))
+    crop = transforms.CenterCrop(16)
+    np.testing.assert_array_equal(crop_image(pixels, window), np.asarray(crop(Image.fromarray(pixels))))
+    np.testing.assert_array_equal(crop_mask(mask, window), np.asarray(crop(Image.fromarray(mask))))
+    if min(height, width) >= 16:
+        assert find_crop(pixels, Crop("centre", 16)) == window
+    else:
+        with pytest.raises(ImageError, match=f"{width} x {height} pixels, smaller than .* 16; .*crop=false") as caught:
+            find_crop(pixels, Crop("centre", 16))
+        assert caught.value.status == "unsupported"
+
+
+def fundus(height=120, width=200, y=60, x=90, radius=40):
+    """A drawn photograph of a retina: a dark ground with noise below the threshold, and bright specks on it."""
+    rng = np.random.default_rng(radius)
+    rows, columns = np.mgrid[:height, :width]
+    inside = (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+    pixels = rng.integers(0, 11, (height, width, 3)).astype(np.uint8)  # R + G + B up to 30
+    pixels[inside] = rng.integers(60, 200, (inside.sum(), 3))
+    pixels[2:5, 2:6] = 255  # the name of the camera
+    pixels[-3:, -9:] = 40
+    return pixels
+
+
+def plain_fundus_crop(pixels, margin=5, threshold=30):
+    """What to keep, written out pixel by pixel, before it is resized."""
+    bright = pixels.astype(int).sum(axis=2) > threshold
+    regions, count = ndimage.label(bright, structure=[[1, 1, 1], [1, 1, 1], [1, 1, 1]])
+    sizes = ndimage.sum_labels(bright, regions, range(1, count + 1))
+    largest = int(np.argmax(sizes)) + 1
+    rows, columns = ndimage.find_objects(regions)[largest - 1]
+    y, x = ndimage.center_of_mass(bright, regions, largest)
+    length = max(rows.stop - rows.start, columns.stop - columns.start)
+    top, left = int(np.floor(y - length / 2)) - margin, int(np.floor(x - length / 2)) - margin
+    side = length + 2 * margin
+    kept = np.zeros((side, side, 3), np.uint8)
+    for row in range(side):
+        for column in range(side):
+            if 0 <= top + row < pixels.shape[0] and 0 <= left + column < pixels.shape[1]:
+                kept[row, column] = pixels[top + row, left + column]
+    return kept
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        fundus(),
+        fundus(y=55, x=88, radius=33),
+        fundus(y=20, x=30, radius=45),  # cut off at the top and the left
+        fundus(y=110, x=190, radius=50),  # and at the bottom and the right
+        fundus(height=70, y=35, radius=60),  # and on both sides, as some cameras do
+    ],
+    ids=["whole", "odd", "top left", "bottom right", "band"],
+)
+def test_fundus_crops_against_a_plain_implementation(pixels):
+    kept = plain_fundus_crop(pixels)
+    window = find_crop(pixels, Crop("fundus", 64))
+    expected = np.asarray(Image.fromarray(kept).resize((64, 64), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(crop_image(pixels, window), expected)
+    unscaled = find_crop(pixels, Crop("fundus", len(kept)))
+    np.testing.assert_array_equal(crop_image(pixels, unscaled), kept)
+    tight = find_crop(pixels, Crop("fundus", 64, margin=0))
+    assert (tight.top - 5, tight.left - 5, tight.length + 10) == (window.top, window.left, window.length)
+
+
+def test_a_fundus_crop_by_hand():
+    """A bright bar of 4 rows and 10 columns whose first row touches the next only at a corner; a larger dark one."""
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[10, 4] = 11
+    pixels[11:14, 5:14] = 11
+    pixels[20:, :] = 10
+    # The corner counts: 28 pixels, columns 4…13 and rows 10…13; centroid 334 / 28 = 11.9 and 247 / 28 = 8.8.
+    y, x = (3 * 27 * 4 + 10) / 28, (9 * 27 + 4) / 28
+    window = find_crop(pixels, Crop("fundus", 12, margin=1))
+    assert window == CropWindow(int(y - 5) - 1, int(x - 5) - 1, 12, 12) == CropWindow(5, 2, 12, 12)
+    np.testing.assert_array_equal(crop_image(pixels, window), pixels[5:17, 2:14])
+    assert find_crop(pixels, Crop("fundus", 12, threshold=29)).length == 40 + 10
+    with pytest.raises(ImageError, match=r"no pixel has R \+ G \+ B above 33, .*crop=false") as caught:
+        find_crop(pixels, Crop("fundus", 12, threshold=33))
+    assert caught.value.status == "unsupported"
+
+
+def test_a_cropped_mask_lies_on_its_cropped_image():
+    pixels = fundus()
+    mask = np.zeros(pixels.shape[:2], np.uint8)
+    mask[50:80, 70:90] = 255
+    pixels[mask > 0] = 255
+    window = find_crop(pixels, Crop("fundus", 128))
+    cropped = crop_mask(mask, window)
+    assert set(np.unique(cropped)) == {0, 255}
+    seen = crop_image(pixels, window).min(axis=2) > 227  # halfway between the spot and the brightest of the rest
+    assert (seen != (cropped > 0)).mean() < 0.01
+
+
+@pytest.mark.parametrize("crop", [Crop("fundus", 8), Crop("centre", 1000, pad=True)])
+def test_a_crop_larger_than_the_limit_is_refused_before_it_is_made(crop):
+    strip = np.full((1, 1000, 3), 99, np.uint8)
+    with pytest.raises(ImageError, match=r"its crop has \d+ x \d+ pixels, more than --limits.max_pixels") as caught:
+        find_crop(strip, crop, ImageLimits(max_pixels=999_999))
+    assert caught.value.status == "too_large"

@@ -31,7 +31,7 @@ from pipelines.ingest import (
 )
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, decode_mask
-from unianom.data.schema import REJECTED_SCHEMA, SampleRef
+from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
 from unianom.data.shards import MANIFEST, REJECTED, Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
 
@@ -354,13 +354,93 @@ def test_reduced_images_keep_the_name_of_their_original(tmp_path):
     assert untouched["image"] == small
 
 
+def test_a_crop_is_stored_as_png_with_its_mask_and_its_own_checksum(tmp_path):
+    pixels = picture(1, 41, 60)
+    mask = np.zeros((41, 60), np.uint8)
+    mask[10:20, 30:50] = 255
+    beside = np.zeros((41, 60), np.uint8)
+    beside[:, :5] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg = encoded(picture(2, 40, 60), "JPEG", exif=exif)
+    image, crop = write(tmp_path / "i.png", encoded(pixels)), Crop("centre", 20)
+    refs = [
+        ref("cut", uri=image, label=1, mask_uri=write(tmp_path / "m.png", encoded(mask)), crop=crop),
+        ref("cut_away", uri=image, label=1, mask_uri=write(tmp_path / "b.png", encoded(beside)), crop=crop),
+        ref("mask_of_crop", uri=image, label=1, mask_uri=write(tmp_path / "s.png", encoded(mask[:20, :20])), crop=crop),
+        ref("upright", uri=write(tmp_path / "u.jpg", jpeg), crop=crop),
+        ref("padded", uri=image, label=1, mask_uri=str(tmp_path / "m.png"), crop=Crop("centre", 50, pad=True)),
+        ref("whole", uri=image),
+    ]
+    rows, rejected, record = run_part(tmp_path / "out", refs)
+    assert rejected == {}
+    assert record["masks"] == {
+        "missing": [],
+        "wrong_size": ["set/mask_of_crop"],
+        "unreadable": [],
+        "empty": ["set/cut_away"],
+    }
+    cut, cut_away, _, upright, padded, whole = rows
+    # (41 - 20) / 2 is rounded to 10, the even one, as torchvision does
+    for row, expected in (
+        (cut, pixels[10:30, 20:40]),
+        (cut_away, pixels[10:30, 20:40]),
+        (upright, decode_image(jpeg).pixels[20:40, 10:30]),
+    ):
+        assert (row["format"], row["height"], row["width"]) == ("PNG", 20, 20)
+        assert row["image"] == encoded(expected, compress_level=1)
+        assert row["sha256"] == hashlib.sha256(row["image"]).hexdigest()
+    np.testing.assert_array_equal(decode_mask(cut["mask"]), mask[10:30, 20:40])
+    assert (padded["height"], padded["width"]) == (50, 50)
+    np.testing.assert_array_equal(decode_image(padded["image"]).pixels[4:45], pixels[:, 5:55])
+    assert not decode_image(padded["image"]).pixels[:4].any()
+    np.testing.assert_array_equal(decode_mask(padded["mask"])[4:45], mask[:, 5:55])
+    assert whole["image"] == (tmp_path / "i.png").read_bytes()
+
+
+def test_a_crop_that_an_image_does_not_allow_is_a_rejected_row(tmp_path):
+    write(tmp_path / "small.png", encoded(picture(1, 30, 19)))
+    write(tmp_path / "dark.png", encoded(np.full((30, 30, 3), 10, np.uint8)))
+    write(tmp_path / "strip.png", encoded(picture(2, 1, 300)))
+    write(tmp_path / "broken.png", b"no image")
+    fundus = Crop("fundus", 20)
+    refs = [
+        ref("small", uri=str(tmp_path / "small.png"), crop=Crop("centre", 20)),
+        ref("dark", uri=str(tmp_path / "dark.png"), crop=fundus),
+        ref("strip", uri=str(tmp_path / "strip.png"), crop=fundus),
+        ref("broken", uri=str(tmp_path / "broken.png"), crop=fundus),
+    ]
+    rows, rejected, _ = run_part(tmp_path / "out", refs, limits=ImageLimits(max_pixels=50_000))
+    assert rows == []
+    assert {name: row["status"] for name, row in rejected.items()} == {
+        "set/small": "unsupported",
+        "set/dark": "unsupported",
+        "set/strip": "too_large",
+        "set/broken": "corrupt",
+    }
+    assert "19 x 30 pixels, smaller than its layout's crop of 20" in rejected["set/small"]["error"]
+
+
+def test_a_crop_may_be_reduced_too(tmp_path):
+    pixels = np.zeros((60, 60, 3), np.uint8)
+    pixels[20:40, 20:40] = 255
+    mask = np.ascontiguousarray(pixels[..., 0])
+    uri, mask_uri = write(tmp_path / "i.png", encoded(pixels)), write(tmp_path / "m.png", encoded(mask))
+    refs = [ref("a", uri=uri, mask_uri=mask_uri, label=1, crop=Crop("centre", 40))]
+    ((row,), _, _) = run_part(tmp_path / "out", refs, resize=20)
+    assert (row["height"], row["width"]) == decode_mask(row["mask"]).shape == (20, 20)
+    assert row["sha256"] == hashlib.sha256(encoded(pixels[10:50, 10:50], compress_level=1)).hexdigest()
+    np.testing.assert_array_equal(decode_mask(row["mask"])[5:15, 5:15], np.full((10, 10), 255))
+    assert decode_mask(row["mask"]).sum() == 100 * 255
+
+
 @pytest.mark.parametrize("resize", [None, 8])
 def test_the_bytes_of_a_part_do_not_depend_on_threads_or_repetition(tmp_path, resize):
     refs = []
     for number in range(30):
         data = b"broken" if number % 7 == 3 else encoded(picture(number, 10 + number % 5, 12))
-        split = ("test", "train")[number > 12]
-        refs.append(ref(f"{number}", uri=write(tmp_path / f"{number}.png", data), split=split))
+        split, crop = ("test", "train")[number > 12], (None, Crop("fundus", 12), Crop("centre", 9))[number % 3]
+        refs.append(ref(f"{number}", uri=write(tmp_path / f"{number}.png", data), split=split, crop=crop))
     made = []
     for threads in (1, 3, 8, 1):
         output = tmp_path / f"out{len(made)}"
@@ -650,6 +730,15 @@ def test_a_source_that_changed_is_another_plan(corpus, tmp_path, units):
     write(corpus / "nut" / "train" / "good" / "new.png", encoded(picture(99)))
     with pytest.raises(DataError, match=r"differing in: samples"):
         ingest(options(corpus, tmp_path))
+
+
+def test_crops_are_part_of_the_plan_and_plans_from_before_there_were_any_still_hold():
+    refs = [ref("a", size=9, mask_uri="/m", mask_threshold=127), ref("b", data=b"x")]
+    digest = module._digest_of_refs
+    assert digest(refs) == "baf8b959863c1c70e89ada8e219a9b3bee8d0f008af3d540ee08799bb1d7e1e0"
+    cropped = [dataclasses.replace(refs[0], crop=Crop("centre", 9)), refs[1]]
+    wider = [dataclasses.replace(refs[0], crop=Crop("centre", 9, pad=True)), refs[1]]
+    assert len({digest(refs), digest(cropped), digest(wider)}) == 3
 
 
 def test_workers_and_threads_are_no_part_of_the_plan(corpus, tmp_path, units):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -33,8 +35,9 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("sha256", pa.string(), nullable=False),
     ]
 )
-"""One sample. `image` holds the original encoded bytes; `mask` a one-channel PNG of 0 and 255 with the size of
-the image as it is shown (EXIF orientation applied); `label` 0 normal, 1 anomalous, null unknown."""
+"""One sample. `image` holds the original encoded bytes or, where the layout crops, the crop as PNG; `height` and
+`width` are those of `image`, and `sha256` is of the original or of the crop. `mask` is a one-channel PNG of 0 and 255
+with the size of the image as it is shown (EXIF orientation applied); `label` 0 normal, 1 anomalous, null unknown."""
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -79,6 +82,28 @@ SCORE_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class Crop:
+    """What ingest cuts out of an image, and of its mask, before it stores them.
+
+    One class for both kinds, so that its plain form has the same keys in every row.
+
+    Attributes:
+        kind: "centre" is the square in the middle of the image. "fundus" is the square around the retina in a
+            photograph of the eye: as wide as the larger side of the largest bright region, around its centroid.
+        side: height and width of what is stored; a centre crop is cut at this size, a fundus crop is resized to it.
+        pad: of a centre crop: fill up with black what a smaller image lacks; else such an image is rejected.
+        threshold: of a fundus crop: pixels whose R + G + B lies above this are bright.
+        margin: of a fundus crop: pixels added on each side; black where they lie beyond the image.
+    """
+
+    kind: Literal["centre", "fundus"]
+    side: int
+    pad: bool = False
+    threshold: int = 30
+    margin: int = 5
+
+
+@dataclass(frozen=True)
 class SampleRef:
     """One sample as a layout finds it, before any image is opened.
 
@@ -94,6 +119,7 @@ class SampleRef:
         mask_threshold: mask values above this are anomalous (0 unless the data set's masks are anti-aliased).
         size: bytes of the image file where the listing told, else None.
         data: the encoded image itself where images do not lie in files of their own (CIFAR's binary form).
+        crop: what to store of the image and its mask; None stores the image untouched.
     """
 
     sample_id: str
@@ -107,3 +133,10 @@ class SampleRef:
     mask_threshold: int = 0
     size: int | None = None
     data: bytes | None = None
+    crop: Crop | None = None
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> SampleRef:
+        """The sample that `dataclasses.asdict` made plain."""
+        crop = values.get("crop")
+        return cls(**{**values, "crop": None if crop is None else Crop(**crop)})
