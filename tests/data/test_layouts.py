@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import logging
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from unianom.data.layouts import (
     iter_samples,
     make_options,
 )
+from unianom.data.layouts.aptos import AptosOptions
 from unianom.data.layouts.btad import BtadOptions
 from unianom.data.layouts.cifar import CifarOptions
 from unianom.data.layouts.class_folders import ClassOptions
@@ -32,7 +34,12 @@ from unianom.data.layouts.manifest import ManifestOptions
 from unianom.data.layouts.merged import MergedOptions
 from unianom.data.layouts.mtd import MtdOptions
 from unianom.data.layouts.mvtec import MvtecOptions
+from unianom.data.layouts.mvtec3d import Mvtec3dOptions
+from unianom.data.layouts.oct2017 import Oct2017Options
+from unianom.data.layouts.ped2 import Ped2Options
+from unianom.data.layouts.polyps import PolypOptions
 from unianom.data.layouts.visa import VisaOptions
+from unianom.data.schema import Crop
 from unianom.errors import DataError, OptionError
 
 FORMATS = {".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
@@ -393,6 +400,494 @@ def test_kolektor_needs_every_mask(tmp_path):
     mask.unlink()
     fails(DataError, f"no mask Part1_label beside {tmp_path}/kos02/Part1.jpg", "kolektor", tmp_path)
     fails(DataError, f"no commutator folders in {tmp_path}/kos01; found: Part0.jpg,", "kolektor", tmp_path / "kos01")
+
+
+# --- MVTec 3D-AD and VAD ---------------------------------------------------------------------------------------------
+
+
+def draw_mvtec3d(root: Path) -> None:
+    for category in ("bagel", "rope"):
+        for folder, numbers in (("train/good", (0, 1)), ("validation/good", (0,)), ("test/good", (0,))):
+            draw(root, *(f"{category}/{folder}/{kind}/00{n}.png" for n in numbers for kind in ("rgb", "gt")))
+            draw(root, *(f"{category}/{folder}/xyz/00{n}.tiff" for n in numbers))
+        draw(
+            root,
+            f"{category}/test/cut/rgb/000.png",
+            f"{category}/test/cut/xyz/000.tiff",
+            f"{category}/test/cut/gt/000.png",
+        )
+    (root / "bagel/calibration").mkdir()
+    (root / "bagel/calibration/camera_parameters.json").write_text("{}")
+    (root / "license.txt").write_text("…")
+
+
+def test_mvtec3d(tmp_path):
+    draw_mvtec3d(tmp_path)
+    bagel = [
+        ("mvtec3d/bagel/train/good/rgb/000.png", "bagel", "train", 0, "good", None),
+        ("mvtec3d/bagel/train/good/rgb/001.png", "bagel", "train", 0, "good", None),
+        ("mvtec3d/bagel/validation/good/rgb/000.png", "bagel", "val", 0, "good", None),
+        ("mvtec3d/bagel/test/good/rgb/000.png", "bagel", "test", 0, "good", None),
+        ("mvtec3d/bagel/test/cut/rgb/000.png", "bagel", "test", 1, "cut", "bagel/test/cut/gt/000.png"),
+    ]
+    samples = list(iter_samples("mvtec3d", tmp_path))
+    assert facts(samples, tmp_path)[:5] == bagel
+    assert [sample.category for sample in samples] == ["bagel"] * 5 + ["rope"] * 5
+    assert {sample.mask_threshold for sample in samples if sample.label} == {127}
+    assert facts(iter_samples("mvtec3d", tmp_path / "bagel"), tmp_path) == bagel
+    only = Mvtec3dOptions(categories=("rope",), crop=False, mask_threshold=0)
+    whole = list(iter_samples("mvtec3d", tmp_path, only))
+    assert {(sample.category, sample.crop, sample.mask_threshold) for sample in whole} == {("rope", None, 0)}
+
+
+def test_mvtec3d_crops(tmp_path):
+    """The sides of UniNet's released code, METHODS 1.3; only the images of cookie and rope may be smaller."""
+    names = ("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire")
+    for name in names:
+        draw(tmp_path, *(f"{name}/{folder}/good/rgb/0.png" for folder in ("train", "validation", "test")))
+    samples = list(iter_samples("mvtec3d", tmp_path))
+    assert len(samples) == 30
+    crops = {(sample.category, sample.crop.kind, sample.crop.side, sample.crop.pad) for sample in samples}
+    sides = (512, 256, 512, 512, 256, 700, 512, 384, 900, 512)
+    assert crops == {(name, "centre", side, name in ("cookie", "rope")) for name, side in zip(names, sides)}
+
+
+def test_mvtec3d_half_complete(tmp_path):
+    draw_mvtec3d(tmp_path)
+    mask = tmp_path / "bagel/test/cut/gt/000.png"
+    mask.rename(mask.with_name("001.png"))
+    fails(
+        DataError,
+        f"no mask of {tmp_path}/bagel/test/cut/rgb/000.png in {mask.parent}, which should be named 000 or 000_mask; "
+        f"found: 001.png",
+        "mvtec3d",
+        tmp_path,
+    )
+    mask.parent.rename(tmp_path / "bagel/test/cut/masks")
+    fails(DataError, f"no gt under {tmp_path}/bagel/test/cut; found: masks/, rgb/, xyz/", "mvtec3d", tmp_path)
+    (tmp_path / "bagel/validation").rename(tmp_path / "bagel/val")
+    fails(DataError, f"no validation/good/rgb under {tmp_path}/bagel; found: calibration/", "mvtec3d", tmp_path)
+    draw(tmp_path, "rope/train/cut/rgb/0.png")
+    rope = Mvtec3dOptions(categories=("rope",))
+    fails(DataError, f"{tmp_path}/rope/train holds cut beside good", "mvtec3d", tmp_path, rope)
+    (tmp_path / "mvtec/a").mkdir(parents=True)
+    draw(tmp_path / "mvtec", "a/train/good/0.png", "a/test/good/0.png")
+    fails(
+        DataError,
+        f"no train/good/rgb under {tmp_path}/mvtec/a; found in train/good: 0.png",
+        "mvtec3d",
+        tmp_path / "mvtec",
+    )
+    (tmp_path / "bare").mkdir()
+    fails(DataError, f"no category folders under {tmp_path}/bare", "mvtec3d", tmp_path / "bare")
+    with pytest.raises(OptionError, match="mask_threshold"):
+        Mvtec3dOptions(mask_threshold=255)
+
+
+def test_vad(tmp_path):
+    names = ("train/good/0.png", "train/good/1.png", "train/bad/0.png")
+    draw(tmp_path / "vad", *names, *(f"test/{name}/9.png" for name in ("good", "bad", "bad_unseen_defects")))
+    (tmp_path / "vad/low_shot_train.json").write_text("{}")
+    expected = [
+        ("vad/train/good/0.png", "vad", "train", 0, "good", None),
+        ("vad/train/good/1.png", "vad", "train", 0, "good", None),
+        ("vad/train/bad/0.png", "vad", "train", 1, "bad", None),
+        ("vad/test/good/9.png", "vad", "test", 0, "good", None),
+        ("vad/test/bad/9.png", "vad", "test", 1, "bad", None),
+        ("vad/test/bad_unseen_defects/9.png", "vad", "test", 1, "bad_unseen_defects", None),
+    ]
+    assert facts(iter_samples("vad", tmp_path / "vad"), tmp_path / "vad") == expected
+    assert facts(iter_samples("vad", tmp_path), tmp_path / "vad") == expected
+    (tmp_path / "vad/test/bad_unseen_defects").rename(tmp_path / "vad/test/unseen")
+    fails(
+        DataError,
+        f"no test/bad_unseen_defects under {tmp_path}/vad; found in test: bad/, good/, unseen/; expected the vad",
+        "vad",
+        tmp_path,
+    )
+    (tmp_path / "vad/test/unseen").rename(tmp_path / "vad/test/bad_unseen_defects")
+    (tmp_path / "vad/train/bad/0.png").unlink()
+    fails(DataError, f"no images in {tmp_path}/vad/train/bad; found: nothing", "vad", tmp_path)
+
+
+# --- Medicine: APTOS 2019, OCT2017, ISIC 2018, polyps -----------------------------------------------------------------
+
+
+def draw_aptos(root: Path) -> dict[str, int]:
+    """Twelve normal images among six of other grades, in no order."""
+    grades = {
+        f"{number * 7919 % 1000:03x}": grade for number, grade in enumerate((0, 2, 0, 1, 0, 3, 0, 4, 0, 2, *[0] * 7, 1))
+    }
+    draw(root, *(f"train_images/{name}.png" for name in grades), "test_images/fff.png")
+    (root / "train.csv").write_text(
+        "id_code,diagnosis\n" + "".join(f"{name},{grade}\n" for name, grade in grades.items())
+    )
+    return grades
+
+
+def test_aptos(tmp_path):
+    grades = draw_aptos(tmp_path)
+    samples = list(iter_samples("aptos", tmp_path, AptosOptions(train_normals=8)))
+    # As the published script has it: the normal images in the order of the table, shuffled by the global generator.
+    normal = [name for name, grade in grades.items() if grade == 0]
+    random.seed(1)
+    random.shuffle(normal)
+    assert len(normal) == 12
+    assert facts(samples, tmp_path) == [
+        (
+            f"aptos/train_images/{name}.png",
+            "aptos",
+            "train" if name in normal[:8] else "test",
+            min(grade, 1),
+            f"grade_{grade}" if grade else "good",
+            None,
+        )
+        for name, grade in grades.items()
+    ]
+    assert Counter((sample.split, sample.label) for sample in samples) == {
+        ("train", 0): 8,
+        ("test", 0): 4,
+        ("test", 1): 6,
+    }
+    assert {sample.crop for sample in samples} == {Crop("fundus", 512, threshold=30, margin=5)}
+    other = list(iter_samples("aptos", tmp_path, AptosOptions(train_normals=8, seed=2, crop=False)))
+    assert {sample.crop for sample in other} == {None}
+    assert [sample.split for sample in other] != [sample.split for sample in samples]
+    # An image that is not there does not change what is drawn, and is left for ingest to reject.
+    (tmp_path / f"train_images/{normal[0]}.png").unlink()
+    again = list(iter_samples("aptos", tmp_path, AptosOptions(train_normals=8)))
+    assert [sample.split for sample in again] == [sample.split for sample in samples]
+    assert [sample.sample_id for sample in again if sample.size is None] == [f"aptos/train_images/{normal[0]}.png"]
+
+
+def test_aptos_wrong(tmp_path):
+    fails(DataError, f"no train.csv in {tmp_path}; found: nothing; expected the aptos layout", "aptos", tmp_path)
+    draw_aptos(tmp_path)
+    table = tmp_path / "train.csv"
+    fails(OptionError, f"train_normals=1000 leaves none of the 12 normal images of {table}", "aptos", tmp_path)
+    fails(OptionError, "train_normals=12 leaves none", "aptos", tmp_path, AptosOptions(train_normals=12))
+    for text, sentence in (
+        ("id_code,grade\na,0\n", f"{table} lacks the column diagnosis; its header should be id_code,diagnosis"),
+        ("id_code,diagnosis\n", f"{table} has a header but no rows"),
+        ("id_code,diagnosis\na,0\na,1\n", f"line 3 of {table} names a a second time"),
+        ("id_code,diagnosis\na,5\n", f"line 2 of {table} is not a row of id_code and diagnosis (0…4)"),
+        ("id_code,diagnosis\na\n", f"line 2 of {table} is not a row"),
+        ("id_code,diagnosis\nö,0\n".encode("latin-1"), f"{table} is not UTF-8 text"),
+    ):
+        table.write_bytes(text if isinstance(text, bytes) else text.encode())
+        fails(DataError, sentence, "aptos", tmp_path)
+    (tmp_path / "train_images").rename(tmp_path / "images")
+    fails(DataError, f"no train_images under {tmp_path}; found: images/", "aptos", tmp_path)
+    with pytest.raises(OptionError, match="train_normals=0 must be at least 1"):
+        AptosOptions(train_normals=0)
+
+
+def test_oct2017(tmp_path):
+    draw(tmp_path, *(f"train/{name}/{n}.jpeg" for name in ("CNV", "NORMAL") for n in range(2)))
+    draw(tmp_path, *(f"test/{name}/9.jpeg" for name in ("CNV", "DME", "DRUSEN", "NORMAL")))
+    tested = [
+        ("oct2017/test/CNV/9.jpeg", "oct2017", "test", 1, "CNV", None),
+        ("oct2017/test/DME/9.jpeg", "oct2017", "test", 1, "DME", None),
+        ("oct2017/test/DRUSEN/9.jpeg", "oct2017", "test", 1, "DRUSEN", None),
+        ("oct2017/test/NORMAL/9.jpeg", "oct2017", "test", 0, "good", None),
+    ]
+    normal = [(f"oct2017/train/NORMAL/{n}.jpeg", "oct2017", "train", 0, "good", None) for n in range(2)]
+    diseased = [(f"oct2017/train/CNV/{n}.jpeg", "oct2017", "train", 1, "CNV", None) for n in range(2)]
+    assert facts(iter_samples("oct2017", tmp_path), tmp_path) == normal + tested
+    keep = Oct2017Options(abnormal_train="keep")
+    assert facts(iter_samples("oct2017", tmp_path, keep), tmp_path) == diseased + normal + tested
+    draw(tmp_path, "val/NORMAL/5.jpeg", "val/DME/5.jpeg")
+    held = [sample for sample in iter_samples("oct2017", tmp_path) if sample.split == "val"]
+    assert [(sample.label, sample.defect) for sample in held] == [(1, "DME"), (0, "good")]
+
+
+def test_oct2017_wrong(tmp_path):
+    draw(tmp_path, "train/CNV/0.jpeg", "test/NORMAL/0.jpeg")
+    fails(DataError, f"no train/NORMAL under {tmp_path}; found in train: CNV/", "oct2017", tmp_path)
+    draw(tmp_path, "train/NORMAL/0.jpeg")
+    fails(DataError, f"only NORMAL in {tmp_path}/test; expected the oct2017 layout", "oct2017", tmp_path)
+    (tmp_path / "test/DME").mkdir()
+    fails(DataError, f"no images in {tmp_path}/test/DME; found: nothing", "oct2017", tmp_path)
+
+
+def draw_isic(root: Path) -> None:
+    prefix = "ISIC2018_Task3_"
+    classes = {"Training": {"a": "NV", "b": "MEL", "c": "NV"}, "Validation": {"d": "VASC", "e": "NV", "f": "MEL"}}
+    # The columns lie in another order than that of the published files: names count.
+    columns = ("VASC", "MEL", "BCC", "AKIEC", "NV", "BKL", "DF")
+    for part, rows in classes.items():
+        draw(root, *(f"{prefix}{part}_Input/{name}.jpg" for name in rows))
+        (root / f"{prefix}{part}_Input/LICENSE.txt").write_text("…")
+        lines = [",".join([name, *(f"{float(column == given)}" for column in columns)]) for name, given in rows.items()]
+        folder = root / f"{prefix}{part}_GroundTruth"
+        folder.mkdir()
+        (folder / f"{folder.name}.csv").write_text("\n".join([",".join(["image", *columns]), *lines]))
+
+
+def test_isic2018(tmp_path):
+    draw_isic(tmp_path)
+    training, validation = (f"isic2018/ISIC2018_Task3_{part}_Input" for part in ("Training", "Validation"))
+    expected = [
+        (f"{training}/a.jpg", "isic2018", "train", 0, "good", None),
+        (f"{training}/c.jpg", "isic2018", "train", 0, "good", None),
+        (f"{validation}/d.jpg", "isic2018", "test", 1, "VASC", None),
+        (f"{validation}/e.jpg", "isic2018", "test", 0, "good", None),
+        (f"{validation}/f.jpg", "isic2018", "test", 1, "MEL", None),
+    ]
+    assert facts(iter_samples("isic2018", tmp_path), tmp_path) == expected
+    (tmp_path / "ISIC2018_Task3_Validation_Input/f.jpg").unlink()
+    found = list(iter_samples("isic2018", tmp_path))
+    assert [sample.size is None for sample in found] == [False] * 4 + [True]
+
+
+def test_isic2018_wrong(tmp_path):
+    draw_isic(tmp_path)
+    folder = tmp_path / "ISIC2018_Task3_Validation_GroundTruth"
+    table = folder / f"{folder.name}.csv"
+    header = "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
+    for text, sentence in (
+        ("image,MEL,NV\n", f"{table} lacks the column BCC, AKIEC, BKL, DF, VASC"),
+        (header + "d,1,1,0,0,0,0,0\n", f"line 2 of {table} is not an image with a 1 in one of the columns"),
+        (header + "d,0,0,0,0,0,0,0\n", "is not an image with a 1"),
+        (header + "d,0,1\n", "is not an image with a 1"),
+        (header + "d,1,0,0,0,0,0,0\n", f"no row of class NV in {folder}"),
+    ):
+        table.write_text(text)
+        fails(DataError, sentence, "isic2018", tmp_path)
+    (folder / "second.csv").write_text(header)
+    fails(DataError, f"{folder} should hold one CSV file, {folder.name}.csv, but holds 2", "isic2018", tmp_path)
+    folder.rename(tmp_path / "elsewhere")
+    fails(
+        DataError,
+        f"no {folder.name} under {tmp_path}; found: ISIC2018_Task3_Training_GroundTruth/",
+        "isic2018",
+        tmp_path,
+    )
+
+
+def test_polyps_divided(tmp_path):
+    for name in ("CVC-ColonDB", "Kvasir"):
+        draw(tmp_path / name, *(f"train/{kind}/{n}.png" for kind in ("images", "masks") for n in range(2)))
+        draw(tmp_path / name, "test/images/9.jpg", "test/masks/9.jpg")
+    samples = list(iter_samples("polyps", tmp_path))
+    kvasir = [
+        ("polyps/Kvasir/train/images/0.png", "Kvasir", "train", 1, "polyp", "Kvasir/train/masks/0.png"),
+        ("polyps/Kvasir/train/images/1.png", "Kvasir", "train", 1, "polyp", "Kvasir/train/masks/1.png"),
+        ("polyps/Kvasir/test/images/9.jpg", "Kvasir", "test", 1, "polyp", "Kvasir/test/masks/9.jpg"),
+    ]
+    assert facts(samples, tmp_path)[3:] == kvasir
+    assert [sample.category for sample in samples[:3]] == ["CVC-ColonDB"] * 3
+    assert {sample.mask_threshold for sample in samples} == {127}
+    assert facts(iter_samples("polyps", tmp_path / "Kvasir"), tmp_path) == kvasir
+    assert facts(iter_samples("polyps", tmp_path, PolypOptions(categories=("Kvasir",))), tmp_path) == kvasir
+    draw(tmp_path, "Kvasir/val/images/5.png", "Kvasir/val/masks/5.png")
+    assert [sample.split for sample in iter_samples("polyps", tmp_path / "Kvasir")] == ["train", "train", "val", "test"]
+
+
+def draw_polyps(root: Path, images: str, masks: str, count: int, suffix: str = ".tif") -> list[str]:
+    """An undivided set of links to two drawn files; gives the names of its images."""
+    draw(root.parent, f"drawn{suffix}")
+    for folder in (images, masks):
+        (root / folder).mkdir(parents=True)
+        for number in range(1, count + 1):
+            (root / folder / f"{number}{suffix}").symlink_to(root.parent / f"drawn{suffix}")
+    return [f"{number}{suffix}" for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "sizes"),
+    [
+        ("Kvasir-SEG", 1000, (900, 0, 100)),
+        ("CVC-ClinicDB", 612, (550, 0, 62)),
+        ("CVC-ColonDB", 380, (304, 38, 38)),
+        ("ETIS", 5, (3, 1, 1)),
+    ],
+)
+def test_polyps_undivided(tmp_path, name, count, sizes):
+    names = draw_polyps(tmp_path / name, "images", "masks", count)
+    samples = list(iter_samples("polyps", tmp_path / name))
+    splits = {Path(sample.uri).name: sample.split for sample in samples}
+    assert sorted(splits) == sorted(names)
+    assert tuple(Counter(splits.values())[split] for split in ("train", "val", "test")) == sizes
+    drawn = lowest_hashes(names, sizes[1] + sizes[2])
+    assert {name for name, split in splits.items() if split == "test"} == set(drawn[: sizes[2]])
+    assert {name for name, split in splits.items() if split == "val"} == set(drawn[sizes[2] :])
+    for sample in samples:
+        assert (sample.category, sample.label, sample.defect, sample.mask_threshold) == (name, 1, "polyp", 127)
+        assert Path(sample.mask_uri) == tmp_path / name / "masks" / Path(sample.uri).name
+    # The split goes with the files, not with the folder that the set lies in.
+    draw(tmp_path, "drawn.txt")
+    alone = list(iter_samples("polyps", tmp_path, PolypOptions(dataset="other", categories=(name,))))
+    assert [sample.split for sample in alone] == [sample.split for sample in samples]
+
+
+@pytest.mark.parametrize("place", ["", "PNG/", "TIF/"])
+def test_polyps_as_clinicdb_is_published(tmp_path, place):
+    draw_polyps(tmp_path / "CVC-ClinicDB", f"{place}Original", f"{place}Ground Truth", 10)
+    for root in (tmp_path / "CVC-ClinicDB", tmp_path):
+        options = PolypOptions(categories=("CVC-ClinicDB",), split=(6, 3, 1), seed=3)
+        samples = list(iter_samples("polyps", root, options))
+        assert Counter(sample.split for sample in samples) == {"train": 6, "val": 3, "test": 1}
+        assert samples[0].sample_id == f"polyps/CVC-ClinicDB/{place}Original/1.tif"
+        assert samples[0].mask_uri == f"{tmp_path}/CVC-ClinicDB/{place}Ground Truth/1.tif"
+    other = list(iter_samples("polyps", tmp_path, dataclasses.replace(options, seed=4)))
+    assert [sample.split for sample in other] != [sample.split for sample in samples]
+
+
+def test_polyps_wrong(tmp_path):
+    (tmp_path / "bare").mkdir()
+    fails(DataError, f"no sets under {tmp_path}/bare; found: nothing; expected", "polyps", tmp_path / "bare")
+    fails(DataError, f"no images of {tmp_path}/bare; found: nothing; expected the polyps layout", "polyps", tmp_path)
+    draw_polyps(tmp_path / "Kvasir", "images", "masks", 4)
+    root = tmp_path / "Kvasir"
+    fails(DataError, f"{root} has 4 images, which is not 900 + 100; name how to split them", "polyps", root)
+    fails(DataError, f"{root} has only 4 images, too few", "polyps", root, PolypOptions(split=(0.1, 0.1, 0.8)))
+    (root / "masks/3.tif").unlink()
+    fails(DataError, f"no mask of {root}/images/3.tif in {root}/masks", "polyps", root)
+    (root / "masks").rename(root / "labels")
+    fails(DataError, f"no masks under {root}; found: images/, labels/", "polyps", root)
+    (root / "train").mkdir()
+    fails(DataError, f"no train/images under {root}; found in train: nothing", "polyps", root)
+    for split in ((900,), (0, 1), (1, 0), (2, -1, 3), (1, 2, 3, 4)):
+        with pytest.raises(OptionError, match="must be two or three numbers"):
+            PolypOptions(split=split)
+    for split in ((0.5, 0.6), (2.5, 1), (float("nan"), 1), (float("inf"), 1)):
+        with pytest.raises(OptionError, match="whole numbers of images, or shares that add up to 1"):
+            PolypOptions(split=split)
+    assert make_options(LAYOUTS["polyps"], {"split": [900, 100]}) == PolypOptions(split=(900, 100))
+    assert make_options(LAYOUTS["polyps"], {"split": [0.7, 0.1, 0.2]}).split == (0.7, 0.1, 0.2)
+
+
+# --- UCSD Ped2 --------------------------------------------------------------------------------------------------------
+
+
+def draw_frames(root: Path) -> list[str]:
+    """Twelve test frames in three clips, the first of which lacks leading zeros as its frames do."""
+    draw(root, *(f"training/frames/01/00{n}.jpg" for n in range(2)))
+    tested = [f"testing/frames/1/{n}.jpg" for n in (*range(7, 12),)]
+    tested += [f"testing/frames/{clip}/00{n}.jpg" for clip, count in (("02", 3), ("10", 4)) for n in range(count)]
+    draw(root, *tested)
+    return tested
+
+
+LABELS = [0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1]
+
+
+def save(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("labels.csv", "\n".join(map(str, LABELS)).encode()),
+        ("labels.csv", b"\xef\xbb\xbflabel\r\n" + b"".join(b"%d.0\r\n" % label for label in LABELS)),
+        ("labels.npy", save(np.array(LABELS, np.int8))),
+        ("frame_labels_ped2.npy", save(np.array([LABELS], np.float64))),
+        ("meta/mine.npy", save(np.array(LABELS, bool))),
+    ],
+)
+def test_ped2_frames_with_labels(tmp_path, file, content):
+    tested = draw_frames(tmp_path)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / file).write_bytes(content)
+    options = Ped2Options(labels=file if "/" in file else "")
+    assert facts(iter_samples("ped2", tmp_path, options), tmp_path) == [
+        *((f"ped2/training/frames/01/00{n}.jpg", "ped2", "train", 0, "good", None) for n in range(2)),
+        *(
+            (f"ped2/{path}", "ped2", "test", label, "anomaly" if label else "good", None)
+            for path, label in zip(tested, LABELS)
+        ),
+    ]
+
+
+def draw_ped2(root: Path) -> None:
+    draw(root, "Train/Train001/001.tif", "Train/Train001/002.tif", "Train/Train002/001.tif")
+    draw(root, *(f"Test/Test00{clip}/00{n}.tif" for clip in (1, 2) for n in (1, 2)))
+    draw(root, "Test/Test001_gt/001.bmp", "Test/Test002_gt/001.bmp", "Test/Test002_gt/002.bmp", value=0)
+    draw(root, "Test/Test001_gt/002.bmp", value=255)
+    (root / "Test/UCSDped2.m").write_text("…")
+
+
+def test_ped2_as_published(tmp_path):
+    root = tmp_path / "UCSDped2"
+    draw_ped2(root)
+    expected = [
+        ("ped2/Train/Train001/001.tif", "ped2", "train", 0, "good", None),
+        ("ped2/Train/Train001/002.tif", "ped2", "train", 0, "good", None),
+        ("ped2/Train/Train002/001.tif", "ped2", "train", 0, "good", None),
+        ("ped2/Test/Test001/001.tif", "ped2", "test", 0, "good", None),
+        ("ped2/Test/Test001/002.tif", "ped2", "test", 1, "anomaly", "Test/Test001_gt/002.bmp"),
+        ("ped2/Test/Test002/001.tif", "ped2", "test", 0, "good", None),
+        ("ped2/Test/Test002/002.tif", "ped2", "test", 0, "good", None),
+    ]
+    assert facts(iter_samples("ped2", root), root) == expected
+    assert facts(iter_samples("ped2", tmp_path), root) == expected
+    # A file of labels outweighs the masks, which stay with the frames that it calls anomalous.
+    (tmp_path / "labels.csv").write_text("0\n1\n1\n0\n")
+    labelled = facts(iter_samples("ped2", tmp_path), root)[3:]
+    assert [(row[3], row[5]) for row in labelled] == [
+        (0, None),
+        (1, "Test/Test001_gt/002.bmp"),
+        (1, "Test/Test002_gt/001.bmp"),
+        (0, None),
+    ]
+
+
+def test_ped2_wrong(tmp_path):
+    fails(DataError, f"no training/frames under {tmp_path}; found: nothing; expected the ped2 layout", "ped2", tmp_path)
+    draw_frames(tmp_path)
+    fails(
+        DataError,
+        f"no labels of {tmp_path}/testing/frames/1: neither one of labels.csv, labels.npy, frame_labels_ped2.npy in "
+        f"the root nor a folder of masks testing/frames/1_gt; name a file of labels with the layout's option labels",
+        "ped2",
+        tmp_path,
+    )
+    wanted = Ped2Options(labels="mine.npy")
+    fails(DataError, f"no file of labels {tmp_path}/mine.npy", "ped2", tmp_path, wanted)
+    for name, content, sentence in (
+        ("labels.npy", save(np.array(LABELS[:-1])), "labels.npy holds 11 labels, but there are 12 test frames"),
+        ("labels.npy", save(np.array([*LABELS[:-1], 2])), "labels.npy holds labels other than 0 (normal) and 1"),
+        ("labels.npy", save(np.array([np.nan] * 12)), "holds labels other than 0"),
+        ("labels.npy", b"no array", "labels.npy is not a NumPy array of numbers"),
+        ("labels.csv", b"0\n1\nx\n", "labels.csv should hold one 0 or 1 a line"),
+        ("labels.csv", b"", "labels.csv holds 0 labels"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        fails(DataError, sentence, "ped2", tmp_path)
+    with pytest.raises(OptionError, match=r"must name a \.csv or \.npy file"):
+        Ped2Options(labels="ped2.mat")
+    (tmp_path / "testing/frames").rename(tmp_path / "testing/pictures")
+    fails(DataError, f"no testing/frames under {tmp_path}; found in testing: pictures/", "ped2", tmp_path)
+
+
+def test_ped2_labels_that_are_pickled_are_not_opened(tmp_path):
+    draw_frames(tmp_path)
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([*LABELS[:-1], Trap()], object), allow_pickle=True)
+    (tmp_path / "labels.npy").write_bytes(buffer.getvalue())
+    fails(DataError, "labels.npy is not a NumPy array of numbers: Object arrays cannot be loaded", "ped2", tmp_path)
+
+
+class Trap:
+    """An object that fails the test when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_ped2_needs_every_mask(tmp_path):
+    draw_ped2(tmp_path)
+    mask = tmp_path / "Test/Test002_gt/001.bmp"
+    mask.write_bytes(b"BM damaged")
+    fails(DataError, f"mask {mask} cannot be read, so the label is unknown", "ped2", tmp_path)
+    mask.unlink()
+    fails(DataError, f"no mask of {tmp_path}/Test/Test002/001.tif in {tmp_path}/Test/Test002_gt", "ped2", tmp_path)
+    (tmp_path / "Train/Train002/001.tif").unlink()
+    fails(DataError, f"no images in {tmp_path}/Train/Train002", "ped2", tmp_path)
 
 
 # --- Classes: ImageNet-30, Species-60, CIFAR --------------------------------------------------------------------------

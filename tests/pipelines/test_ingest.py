@@ -808,6 +808,31 @@ def test_an_object_store_as_source_and_output(units):
         files.remove("memory://test-ingest")
 
 
+def test_a_layout_that_crops(tmp_path, units):
+    """MVTec 3D-AD's crops of 256 pixels, of images too small for one and of whole ones."""
+    root = tmp_path / "corpus" / "dowel"
+    mask = np.zeros((300, 280), np.uint8)
+    mask[:30, 100:150] = 255
+    for number, place in enumerate(("train/good", "validation/good", "test/good", "test/cut")):
+        write(root / place / "rgb" / "000.png", encoded(picture(number, 300, 280)))
+    write(root / "test/cut/gt/000.png", encoded(mask))
+    write(root / "train/good/rgb/001.png", encoded(picture(9, 255, 280)))
+    given = options(tmp_path / "corpus", tmp_path, layout="mvtec3d", max_reject_fraction=0.5)
+    shards = ingest(given).shards
+    (rejected,) = shards.rejected().to_pylist()
+    assert (rejected["sample_id"], rejected["status"]) == ("mvtec3d/dowel/train/good/rgb/001.png", "unsupported")
+    rows = {row["split"] + "/" + row["defect"]: row for row in shards.table().to_pylist()}
+    assert sorted(rows) == ["test/cut", "test/good", "train/good", "val/good"]
+    for number, name in enumerate(("train/good", "val/good", "test/good", "test/cut")):
+        cropped = decode_image(rows[name]["image"]).pixels
+        np.testing.assert_array_equal(cropped, picture(number, 300, 280)[22:278, 12:268])
+    np.testing.assert_array_equal(decode_mask(rows["test/cut"]["mask"]), mask[22:278, 12:268])
+    whole = dataclasses.replace(given, layout_options={"crop": False}, output=str(tmp_path / "whole"))
+    assert set(ingest(whole).shards.table().column("width").to_pylist()) == {280}
+    with pytest.raises(DataError, match="output of another ingest"):
+        ingest(dataclasses.replace(whole, output=given.output))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -8,7 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from unianom.data.layouts import btad, cifar, class_folders, folder, kolektor, manifest, merged, mtd, mvtec, visa
+from unianom.data.layouts import (
+    aptos,
+    btad,
+    cifar,
+    class_folders,
+    folder,
+    isic2018,
+    kolektor,
+    manifest,
+    merged,
+    mtd,
+    mvtec,
+    mvtec3d,
+    oct2017,
+    ped2,
+    polyps,
+    vad,
+    visa,
+)
 from unianom.data.layouts.base import Layout, LayoutOptions, Source, make_options, nearest
 from unianom.data.layouts.class_lists import IMAGENET_30, SPECIES_60, SPECIES_60_SPLITS
 from unianom.data.schema import SampleRef
@@ -30,10 +48,17 @@ LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout("mvtec", mvtec.MvtecOptions, mvtec.samples, "MVTec AD, one category of it, or its merged form"),
+        Layout("mvtec3d", mvtec3d.Mvtec3dOptions, mvtec3d.samples, "MVTec 3D-AD: its colour images, centre-cropped"),
         Layout("visa", visa.VisaOptions, visa.samples, "VisA, raw with its split file or prepared"),
         Layout("btad", btad.BtadOptions, btad.samples, "BTAD, the beanTech products 01, 02 and 03"),
         Layout("mtd", mtd.MtdOptions, mtd.samples, "MTD, magnetic tiles: seeded split of the images without defect"),
         Layout("kolektor", kolektor.KolektorOptions, kolektor.samples, "KolektorSDD: seeded split by commutator"),
+        Layout("vad", vad.VadOptions, vad.samples, "VAD: labelled images, defects in the training split too"),
+        Layout("aptos", aptos.AptosOptions, aptos.samples, "APTOS 2019: graded retinas, published draw, cropped"),
+        Layout("oct2017", oct2017.Oct2017Options, oct2017.samples, "OCT2017: retinal tomography in four classes"),
+        Layout("isic2018", isic2018.Isic2018Options, isic2018.samples, "ISIC 2018 task 3: skin lesions, naevi normal"),
+        Layout("polyps", polyps.PolypOptions, polyps.samples, "Kvasir, CVC-ClinicDB, CVC-ColonDB: polyps with masks"),
+        Layout("ped2", ped2.Ped2Options, ped2.samples, "UCSD Ped2: frames of surveillance video with labels or masks"),
         Layout(
             "class_folders",
             class_folders.ClassOptions,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import os
 import posixpath
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from unianom.data.schema import SampleRef
+from unianom.data.schema import Crop, SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.files import resolve
 
@@ -153,6 +155,7 @@ class Source:
         defect: str | None,
         mask: str | None = None,
         mask_threshold: int = 0,
+        crop: Crop | None = None,
     ) -> SampleRef:
         """The sample of a listed image; `mask` is the path of its mask, if it has one."""
         return SampleRef(
@@ -166,6 +169,7 @@ class Source:
             mask_uri=None if mask is None else self.uri(mask),
             mask_threshold=mask_threshold,
             size=image.size,
+            crop=crop,
         )
 
     def entries(self, folder: str = "") -> list[Entry]:
@@ -333,6 +337,53 @@ def masks_by_stem(source: Source, folder: str) -> dict[str, str]:
             raise DataError(f"two masks for '{stem}' in {source.uri(folder)}: {masks[stem]} and {entry.path}")
         masks[stem] = entry.path
     return masks
+
+
+def mask_of(source: Source, image: Entry, masks: Mapping[str, str], folder: str) -> str:
+    """Path of the mask of an image among the `masks` of `folder`, as `masks_by_stem` gives them.
+
+    Raises:
+        DataError: there is none.
+    """
+    if image.stem not in masks:
+        raise DataError(
+            f"no mask of {source.uri(image.path)} in {source.uri(folder)}, which should be named {image.stem} or "
+            f"{image.stem}_mask; found: {source.found(folder)}"
+        )
+    return masks[image.stem]
+
+
+def read_table(source: Source, path: str, columns: Sequence[str], key: str) -> list[tuple[str, dict[str, str]]]:
+    """Rows of a CSV file, each with what to call its place in an error message.
+
+    Args:
+        source: where it lies.
+        path: of the file.
+        columns: names of the columns that must be there, in any order and among others.
+        key: column that names a row.
+
+    Raises:
+        DataError: there is no such file, it is not text, lacks a column or has no rows, or two rows have one name.
+    """
+    where = source.uri(path)
+    try:
+        text = source.read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text; fetch the file again") from error
+    reader = csv.DictReader(io.StringIO(text), restval="")
+    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{where} lacks the column {', '.join(missing)}; its header should be {','.join(columns)}")
+    rows: list[tuple[str, dict[str, str]]] = []
+    names: set[str] = set()
+    for row in reader:
+        if row[key] in names:
+            raise DataError(f"line {reader.line_num} of {where} names {row[key]} a second time")
+        names.add(row[key])
+        rows.append((f"line {reader.line_num} of {where}", row))
+    if not rows:
+        raise DataError(f"{where} has a header but no rows")
+    return rows
 
 
 def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose
+from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, read_table
 from unianom.data.layouts.mvtec import category_samples
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, OptionError
@@ -89,23 +87,11 @@ def _read_split(source: Source, path: str) -> dict[str, list[dict[str, str]]]:
     Raises:
         DataError: a column is missing, a split or label is unknown, or an image is named twice.
     """
-    where = source.uri(path)
-    reader = csv.DictReader(io.StringIO(source.read(path).decode("utf-8-sig")))
-    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(f"{where} lacks the column {', '.join(missing)}; its header should be {','.join(COLUMNS)}")
     rows: dict[str, list[dict[str, str]]] = {}
-    images: set[str] = set()
-    for row in reader:
+    for where, row in read_table(source, path, COLUMNS, key="image"):
         if row["split"] not in ("train", "test") or row["label"] not in ("normal", "anomaly") or not row["image"]:
             raise DataError(
-                f"line {reader.line_num} of {where} is not a row of object, split (train or test), label (normal or "
-                f"anomaly), image and mask"
+                f"{where} is not a row of object, split (train or test), label (normal or anomaly), image and mask"
             )
-        if row["image"] in images:
-            raise DataError(f"line {reader.line_num} of {where} names {row['image']} a second time")
-        images.add(row["image"])
         rows.setdefault(row["object"], []).append(row)
-    if not rows:
-        raise DataError(f"{where} has a header but no rows")
     return rows

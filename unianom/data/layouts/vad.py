@@ -1,0 +1,45 @@
+"""VAD, piezoelectric elements with many defects to learn from (Baitieva et al., CVPR Workshops 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unianom.data.layouts.base import LayoutOptions, Source
+from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
+
+EXPECTED = "the vad layout: train/{good,bad} and test/{good,bad,bad_unseen_defects}, directly or in vad"
+FOLDERS = {"train": ("good", "bad"), "test": ("good", "bad", "bad_unseen_defects")}
+
+
+@dataclass(frozen=True)
+class VadOptions(LayoutOptions):
+    """Options of the `vad` layout.
+
+    Args:
+        dataset: name of the data set and of its one category.
+    """
+
+    dataset: str = "vad"
+
+
+def samples(source: Source, options: VadOptions) -> Iterator[SampleRef]:
+    """Samples of VAD, for supervised methods: the training split holds defects too. There are no masks.
+
+    Unseen defects, of kinds that training does not show, are a defect type of their own: "bad_unseen_defects".
+    """
+    if source.has_folder("vad"):
+        source = source.at("vad")
+    for split, names in FOLDERS.items():
+        for name in names:
+            source.require("", f"{split}/{name}", EXPECTED)
+    for split, names in FOLDERS.items():
+        for name in names:
+            for image in source.images(f"{split}/{name}"):
+                yield source.sample(
+                    image,
+                    category=source.dataset,
+                    split=split,
+                    label=NORMAL if name == "good" else ANOMALOUS,
+                    defect=name,
+                )
