@@ -59,8 +59,8 @@ def residual_plan(backbone: BackboneConfig) -> ResidualPlan:
     kinds = {type(block) for stage in range(1, 5) for block in getattr(model, f"layer{stage}", ())}
     if not isinstance(model, ResNet) or not kinds or not kinds <= {BasicBlock, Bottleneck}:
         raise OptionError(
-            f"backbone.name={backbone.name}: this method mirrors the blocks of a residual network; choose a timm ResNet "
-            f"(resnet18 … wide_resnet50_2, resnext50_32x4d)"
+            f"backbone.name={backbone.name}: this method mirrors the blocks of a residual network; choose a "
+            f"timm ResNet (resnet18 … wide_resnet50_2, resnext50_32x4d)"
         )
     stages = [getattr(model, f"layer{stage}") for stage in range(1, 5)]
     bottleneck = kinds == {Bottleneck}
@@ -72,6 +72,16 @@ def residual_plan(backbone: BackboneConfig) -> ResidualPlan:
         depths=tuple(len(stage) for stage in stages),
         groups=last[0].conv2.groups,
     )
+
+
+def check_side(side: int) -> None:
+    """Refuse inputs whose levels the decoder cannot meet, which doubles what encoder and bottleneck halve five times.
+
+    Raises:
+        OptionError: the input's side is no multiple of 32.
+    """
+    if side % 32:
+        raise OptionError(f"an input of {side} pixels does not halve five times; set input.size to a multiple of 32")
 
 
 class TeacherPair(nn.Module):
@@ -106,9 +116,10 @@ class TeacherPair(nn.Module):
 
 
 def _is_folded(encoder: nn.Module) -> bool:
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    return bool(norms) and all(
-        not n.running_mean.any() and bool((n.running_var == n.running_var[0]).all()) for n in norms
+    states = [module.state_dict() for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    return bool(states) and all(
+        not state["running_mean"].any() and bool((state["running_var"] == state["running_var"][0]).all())
+        for state in states
     )
 
 
@@ -186,8 +197,8 @@ class ResidualBlock(nn.Module):
 
 
 class PyramidFusion(nn.Module):
-    """Three levels on the grid of the coarsest, stacked along channels: 3×3 convolutions of stride 2 bring the finer ones
-    there (RD4AD, sec. 3.3).
+    """Three levels on the grid of the coarsest, stacked along channels; 3×3 convolutions of stride 2 bring the finer
+    ones there (RD4AD, sec. 3.3).
 
     Args:
         plan: channels of the levels.
@@ -274,8 +285,8 @@ class ReverseDecoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses and maps
 def flattened_distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 − cosine of whole maps B×C×h×w, each taken as one vector; mean over images (ReContrast, eq. 1)."""
-    return (1 - cosine_similarity(teacher.flatten(1), student.flatten(1), dim=1)).mean()
+    """1 − cosine of whole maps B×C×h×w, each taken as one vector; mean over images (ReContrast, eq. 1). In float32."""
+    return (1 - cosine_similarity(teacher.float().flatten(1), student.float().flatten(1), dim=1)).mean()
 
 
 def distance_map(teacher: Tensor, student: Tensor) -> Tensor:

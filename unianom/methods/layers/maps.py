@@ -34,7 +34,7 @@ class GridToMap(nn.Module):
 
 
 class GaussianBlur(nn.Module):
-    """A Gaussian blur (SciPy's: cut at four sigma, reflecting border) of square maps, as a matrix product on either side.
+    """A Gaussian blur (SciPy's: cut at four sigma, reflecting border) of square maps: a matrix product on either side.
 
     Args:
         size: height and width of the maps in pixels.

@@ -1,0 +1,314 @@
+"""ReContrast: reverse distillation whose encoder learns, too, held in place by a frozen copy of itself (Guo et al.,
+"ReContrast: Domain-Specific Anomaly Detection via Contrastive Reconstruction", NeurIPS 2023).
+
+A bottleneck and a decoder see the levels of both encoders. What was grown from the trained one's has to match the
+frozen one's and the other way round, and only positions that are still far apart are learned from. Where levels and
+their copies point different ways is an anomaly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unianom.backbones import BackboneConfig
+from unianom.data.image import InputPolicy
+from unianom.errors import OptionError
+from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.distillation import (
+    DistanceMap,
+    DistanceMapConfig,
+    OneClassBottleneck,
+    ResidualPlan,
+    ReverseDecoder,
+    TeacherPair,
+    check_side,
+    convolution,
+    distance_map,
+    flattened_distance,
+    initialise_residual,
+    residual_plan,
+)
+from unianom.methods.trained import (
+    LOSS,
+    BatchNeeds,
+    FeatureMaps,
+    Optimisation,
+    TrainedMethod,
+    TrainingBatch,
+    TrainingConfig,
+)
+from unianom.serialise import to_plain
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "reference": {}}
+"""Text and released code agree. What the code has besides, for stability and for a model for all categories, is options
+that the recipes set."""
+
+
+@dataclass(frozen=True)
+class ReContrastTraining(TrainingConfig):
+    """Length, batches and optimisers: one for the encoder, one for bottleneck and decoder.
+
+    Args:
+        epochs, iterations, batch_size, optimiser: as of every trained method; published: 2000 iterations (MVTec AD),
+            which stand in place of epochs until they are set to null.
+        learning_rate: of bottleneck and decoder.
+        weight_decay, betas, eps, amsgrad: of both optimisers.
+        decay_at, decay, clip_norm, seed: as of every trained method.
+        encoder_learning_rate: of the trained encoder.
+        reset_every: iterations after which the optimiser of bottleneck and decoder forgets its moments, again and
+            again; 0 for never. Published for the stable variant: 500.
+        encoder_rest: iterations after each such reset in which the encoder's weights stay as they are; 100.
+    """
+
+    iterations: int | None = 2000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-5
+    decay_at: tuple[float, ...] = ()
+    clip_norm: float | None = None
+    seed: int = 111
+    encoder_learning_rate: float = 1e-5
+    reset_every: int = 0
+    encoder_rest: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.encoder_learning_rate < math.inf:
+            raise OptionError(f"training.encoder_learning_rate={self.encoder_learning_rate} must be >= 0")
+        if self.reset_every < 0 or not 0 <= self.encoder_rest <= self.reset_every:
+            raise OptionError(
+                f"training.reset_every={self.reset_every} must be >= 0, training.encoder_rest={self.encoder_rest} "
+                f"from 0 to that"
+            )
+
+
+@dataclass(frozen=True)
+class ReContrastConfig:
+    """ReContrast's options; the defaults are the published ones for a model for each category of MVTec AD.
+
+    Args:
+        preset: "paper" or "reference" (the released code); the two do not differ.
+        backbone: any timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
+            torchvision's first weights.
+        input: published: stretched to 256 pixels, a multiple of 32; its code has mask_resize "bilinear_any".
+        training: length, batches, optimisers.
+        encoder_norm: batch norm of the trained encoder takes a batch's statistics in training ("train") or keeps those
+            of its weights ("eval"); published: "eval" for some categories and for a model for all.
+        norm_guard: where a channel's variance in a batch is below this and below that of the weights, the trained
+            encoder's batch norm takes the smaller of these two; 0 for never. Stable variant: 0.0005.
+        norm_eps: of the trained encoder's batch norm; 0 leaves it as it is. Stable variant: 0.000001.
+        activation: of the decoder: "relu", or "gelu" (a model for all categories).
+        mining: a at the start and at the end. A position is learned from where its distance is at least the mean plus
+            a standard deviations of those of the batch.
+        mining_ramp: share of the run in which a goes from one to the other. Stable variant: 0.2.
+        map: from distances to map and score; published for a model for all categories: mean, box, 0.01.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
+    input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=256, crop=None))
+    training: ReContrastTraining = field(default_factory=ReContrastTraining)
+    encoder_norm: Literal["train", "eval"] = "train"
+    norm_guard: float = 0.0
+    norm_eps: float = 0.0
+    activation: Literal["relu", "gelu"] = "relu"
+    mining: tuple[float, float] = (-3.0, 1.0)
+    mining_ramp: float = 0.1
+    map: DistanceMapConfig = field(default_factory=DistanceMapConfig)
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        check_side(self.input.side)
+        if not (0 <= self.norm_guard < math.inf and 0 <= self.norm_eps < math.inf):
+            raise OptionError(f"norm_guard={self.norm_guard} and norm_eps={self.norm_eps} must be >= 0")
+        if self.norm_guard and self.encoder_norm == "eval":
+            raise OptionError("norm_guard is for a batch's statistics; set encoder_norm=train, or norm_guard=0")
+        if not all(map(math.isfinite, self.mining)) or not 0 <= self.mining_ramp <= 1:
+            raise OptionError(f"mining={self.mining} must be finite, mining_ramp={self.mining_ramp} in [0, 1]")
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+class GuardedBatchNorm(nn.BatchNorm2d):
+    """Batch norm that does not blow up channels which are nearly constant in a batch: where a channel's variance is not
+    above the floor, the floor takes its place. As batch norm in evaluation mode.
+
+    Args:
+        norm: whose weights, statistics and settings it takes over.
+        guard: largest floor; that of a channel is its variance in `norm`, if this is smaller.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, guard: float) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.load_state_dict(norm.state_dict())
+        assert norm.running_var is not None
+        self.floor: Tensor
+        self.register_buffer("floor", norm.running_var.clamp(max=guard))  # C
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B×C×h×w to the same."""
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.float()
+            variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)  # C
+            count = values.numel() // values.shape[1]
+            unbiased = variance.detach() * (count / max(count - 1, 1))  # what batch norm keeps
+            varied = unbiased > self.floor
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(torch.where(varied, unbiased, self.floor), self.momentum)
+                self.num_batches_tracked.add_(1)
+            used = torch.where(varied, variance, self.floor)
+            # the mean is taken away first, for it may be far larger than what is left
+            scale = self.weight * (used + self.eps).rsqrt()
+            normed = (values - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        return normed.to(x.dtype)
+
+
+def guard_batch_norm(module: nn.Module, guard: float) -> None:
+    """Put `GuardedBatchNorm` in the place of every batch norm."""
+    for name, part in module.named_children():
+        if isinstance(part, nn.BatchNorm2d):
+            setattr(module, name, GuardedBatchNorm(part, guard))
+        else:
+            guard_batch_norm(part, guard)
+
+
+class TwoHeadDecoder(nn.Module):
+    """The reverse decoder with two 1×1 convolutions behind each level: one for what was grown from the trained encoder,
+    one for what was grown from the frozen one.
+
+    Args:
+        plan: of the encoder.
+        activation: "relu" or "gelu".
+    """
+
+    def __init__(self, plan: ResidualPlan, activation: str) -> None:
+        super().__init__()
+        self.decoder = ReverseDecoder(plan, activation)
+        levels = [*plan.channels[:3], *plan.channels[:3]]
+        self.heads = nn.ModuleList(convolution(channels, channels, 1, bias=True) for channels in levels)
+        initialise_residual(self.heads)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """2B×2048×8×8, of the trained encoder and then of the frozen one, to three levels B×C×h×w of the former and
+        three of the latter."""
+        of_target, of_source = zip(*(level.chunk(2) for level in self.decoder(x)))
+        return [head(level) for head, level in zip(self.heads, [*of_target, *of_source])]
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def mined_distance(teacher: Tensor, student: Tensor, a: Tensor | float) -> Tensor:
+    """1 − cosine of flattened levels, which easy positions add to but do not learn from (sec. 3.4).
+
+    Args:
+        teacher, student: B×C×h×w.
+        a: a position is easy where its own distance is below the mean plus a standard deviations of the batch's.
+    """
+    fixed = student.detach()
+    distances = distance_map(teacher, fixed)  # B h w
+    easy = distances < distances.mean() + a * distances.std()
+    # values as they were; the gradient is zero where the student is easy and as it was elsewhere
+    return flattened_distance(teacher, torch.where(easy[:, None], fixed, student))
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+@register_method("recontrast")
+class ReContrast(TrainedMethod):
+    """ReContrast: a frozen and a trained encoder, bottleneck and decoder.
+
+    Levels are listed fine to coarse.
+
+    Args:
+        config: options.
+
+    Attributes:
+        bottleneck: from three levels of either encoder to an embedding, B×2048×8×8 as published.
+
+    Raises:
+        OptionError: the backbone is no residual network.
+        WeightsError: see `TeacherPair`.
+    """
+
+    Config = ReContrastConfig
+
+    def __init__(self, config: ReContrastConfig) -> None:
+        super().__init__()
+        self.config: ReContrastConfig = with_statistics(config)
+        plan = residual_plan(config.backbone)
+        self.encoders = TeacherPair(config.backbone, config.encoder_norm)
+        if config.norm_guard:
+            guard_batch_norm(self.encoders.target, config.norm_guard)
+        for part in self.encoders.target.modules():
+            if isinstance(part, nn.BatchNorm2d) and config.norm_eps:
+                part.eps = config.norm_eps
+        self.bottleneck = OneClassBottleneck(plan)
+        self.decoder = TwoHeadDecoder(plan, config.activation)
+        self.to_map = DistanceMap(config.map, config.input.side)
+        # a tensor and no number, of which torch.compile would make a constant and compile anew at every step
+        self.a: Tensor
+        self.register_buffer("a", torch.tensor(config.mining[0]), persistent=False)
+
+    # ------------------------------------------------------------------------------------------------------- training
+    @property
+    def needs(self) -> BatchNeeds:
+        return BatchNeeds(images=True)  # for the trained encoder, also where the frozen one's levels are kept
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """The frozen encoder's maps B×C_l×h_l×w_l, "level_0" the finest; 256@64², 512@32², 1024@16² as published."""
+        return {f"level_{index}": level for index, level in enumerate(self.encoders.source(images))}
+
+    def feature_key(self) -> dict[str, Any]:
+        """The same for all methods whose frozen encoder gives this pyramid."""
+        return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
+
+    def optimisers(self, iterations: int) -> list[Optimisation]:
+        """One for bottleneck and decoder, one for the trained encoder."""
+        training = self.config.training
+        period = training.reset_every or None
+        others = [*self.bottleneck.parameters(), *self.decoder.parameters()]
+        encoder = {"params": list(self.encoders.target.parameters()), "lr": training.encoder_learning_rate}
+        return [
+            self.optimisation(others, iterations, period=period, forget=period is not None),
+            self.optimisation([encoder], iterations, period=period, rest=training.encoder_rest),
+        ]
+
+    def begin_step(self, step: int, iterations: int) -> None:
+        start, end = self.config.mining
+        ramp = self.config.mining_ramp * iterations
+        self.a.fill_(start + (end - start) * (min(step / ramp, 1.0) if ramp else 1.0))
+
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Distances to the frozen and to the trained encoder's levels, each summed over the three, and their mean."""
+        assert batch.images is not None
+        source = list(self.features_of(batch).values())
+        target = self.encoders.target(batch.images)
+        # the trained encoder learns by what is grown from its levels, not by being compared with
+        aims = [*source, *(level.detach() for level in target)]
+        distances = [mined_distance(*pair, self.a) for pair in zip(aims, self.grow(target, source))]
+        to_source, to_target = torch.stack(distances).view(2, 3).sum(1)
+        return {LOSS: (to_source + to_target) / 2, "to_source": to_source, "to_target": to_target}
+
+    def grow(self, target: Sequence[Tensor], source: Sequence[Tensor]) -> list[Tensor]:
+        """Three levels grown from those of the trained encoder, then three from those of the frozen one; either are to
+        match the other encoder's (sec. 3.3). One pass, so that batch norm sees both."""
+        return self.decoder(self.bottleneck([torch.cat(pair) for pair in zip(target, source)]))
+
+    # ----------------------------------------------------------------------------------------------------- prediction
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        self.check_images(images)
+        source, target = self.encoders.source(images), self.encoders.target(images)
+        pairs = zip([*source, *target], self.grow(target, source))
+        return Prediction(*self.to_map([distance_map(*pair) for pair in pairs]))

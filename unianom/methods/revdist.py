@@ -1,0 +1,136 @@
+"""RevDist, known as RD4AD: from a narrow embedding of a frozen encoder's levels a decoder grows them again (Deng and
+Li, "Anomaly Detection via Reverse Distillation from One-Class Embedding", CVPR 2022).
+
+It has learned to do so for normal images only; where a level and its copy point different ways is an anomaly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.data.image import InputPolicy
+from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.distillation import (
+    TAPS,
+    DistanceMap,
+    DistanceMapConfig,
+    OneClassBottleneck,
+    ReverseDecoder,
+    check_side,
+    distance_map,
+    flattened_distance,
+    residual_plan,
+)
+from unianom.methods.trained import LOSS, FeatureMaps, TrainedMethod, TrainingBatch, TrainingConfig
+from unianom.serialise import to_plain
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": {"loss": "positions"}, "reference": {"loss": "flattened"}}
+"""Where text and released code differ.
+
+- loss: the text averages distances over the positions of a level (eqs. 1 and 2); the code takes a whole level of an
+  image for one vector, as ReContrast and CADA say of it, too.
+"""
+
+
+def one_class_training() -> TrainingConfig:
+    """The published training of a model for each category."""
+    return TrainingConfig(
+        epochs=200,
+        batch_size=16,
+        optimiser="adam",
+        learning_rate=5e-3,
+        weight_decay=0.0,
+        betas=(0.5, 0.999),
+        decay_at=(),
+        clip_norm=None,
+        seed=111,
+    )
+
+
+@dataclass(frozen=True)
+class RevDistConfig:
+    """RevDist's options; the defaults are the published ones for a model for each category.
+
+    Args:
+        preset: "paper" or "reference" (the released code); fills what is left null below.
+        backbone: any timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
+            torchvision's first weights.
+        input: published: stretched to 256 pixels, a multiple of 32; its code has mask_resize "bilinear_half".
+        training: length, batches, optimiser. A model for all categories learns as CADA says, which the recipes set.
+        activation: of the decoder: "relu", or "gelu" (CADA, a model for all categories).
+        loss: distance of two levels: mean over "positions", or of levels "flattened" to one vector.
+        map: from distances to map and score; published for a model for all categories: mean, box, 0.01.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
+    input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=256, crop=None))
+    training: TrainingConfig = field(default_factory=one_class_training)
+    activation: Literal["relu", "gelu"] = "relu"
+    loss: Literal["positions", "flattened"] | None = None
+    map: DistanceMapConfig = field(default_factory=DistanceMapConfig)
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        check_side(self.input.side)
+
+
+@register_method("revdist")
+class RevDist(TrainedMethod):
+    """RevDist: frozen encoder, and a bottleneck and a decoder that learn.
+
+    Levels are listed fine to coarse.
+
+    Args:
+        config: options.
+
+    Attributes:
+        bottleneck: from three levels to the one-class embedding, B×2048×8×8 as published.
+
+    Raises:
+        OptionError: the backbone is no residual network.
+    """
+
+    Config = RevDistConfig
+
+    def __init__(self, config: RevDistConfig) -> None:
+        super().__init__()
+        self.config: RevDistConfig = with_statistics(config)
+        plan = residual_plan(config.backbone)
+        self.encoder = CnnBackbone(config.backbone, TAPS)
+        self.bottleneck = OneClassBottleneck(plan)
+        self.decoder = ReverseDecoder(plan, config.activation)
+        self.to_map = DistanceMap(config.map, config.input.side)
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """The encoder's maps B×C_l×h_l×w_l, "level_0" the finest; 256@64², 512@32², 1024@16² as published."""
+        return {f"level_{index}": level for index, level in enumerate(self.encoder(images))}
+
+    def feature_key(self) -> dict[str, Any]:
+        """The same for all methods whose frozen encoder gives this pyramid."""
+        return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
+
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """The distance of every level and its copy, and their sum."""
+        teacher = list(self.features_of(batch).values())
+        student = self.decoder(self.bottleneck(teacher))
+        parts = {f"level_{index}": self._distance(*pair) for index, pair in enumerate(zip(teacher, student))}
+        return {LOSS: torch.stack(list(parts.values())).sum(), **parts}
+
+    def _distance(self, teacher: Tensor, student: Tensor) -> Tensor:
+        if self.config.loss == "flattened":
+            return flattened_distance(teacher, student)
+        return distance_map(teacher, student).mean()
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        self.check_images(images)
+        teacher = self.encoder(images)
+        student = self.decoder(self.bottleneck(teacher))
+        return Prediction(*self.to_map([distance_map(*pair) for pair in zip(teacher, student)]))
