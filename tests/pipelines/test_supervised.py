@@ -6,6 +6,7 @@ import dataclasses
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
 from pipelines import training as module
-from pipelines.batches import Batches, Order, ShardImages, TrainingImages, TrainingSet, to_input
+from pipelines.batches import Batches, Order, Place, ShardImages, TrainingImages, TrainingSet, to_input
 from pipelines.features import learnable
 from pipelines.models import load_model
 from pipelines.normals import FitResult, ThresholdOptions, choose_samples
@@ -234,13 +235,21 @@ PLENTY = ThresholdOptions(target_fpr=0.8)
     [
         (DataOptions(), True, True),
         (DataOptions(frozen_features=False), True, False),
-        (DataOptions(images="stream"), False, True),
-        (DataOptions(images="stream", frozen_features=False), False, False),
+        (DataOptions(images="stream", window=1), False, True),
+        (DataOptions(images="stream", window=1, frozen_features=False), False, False),
     ],
 )
 def test_a_labelled_corpus_is_learned_from_however_images_come(
-    here: Here, shards: ShardSet, data: DataOptions, pixels: bool, features: bool
+    here: Here, shards: ShardSet, data: DataOptions, pixels: bool, features: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made: list[list[Place]] = []
+    real = TrainingSet.batch
+
+    def watched(self: TrainingSet, places: list[Place], augment: bool = True) -> TrainingBatch:
+        made.append(places)
+        return real(self, places, augment)
+
+    monkeypatch.setattr(TrainingSet, "batch", watched)
     config = MarkedConfig(repeats=2)
     (result,) = here.train(shards, config, data=data, threshold=PLENTY, validate_every=15)
     (job,) = here.jobs
@@ -249,6 +258,11 @@ def test_a_labelled_corpus_is_learned_from_however_images_come(
     assert result.summary == "36 steps on 9 normal and 9 anomalous images"  # 4 epochs of 18 in batches of 4, twice each
     assert result.metrics == {"images": 18, "iterations": 36}
     assert job.iterations == 36
+    assert len(made) == 18
+    images = here.images[0]
+    groups = [(images.part[index], images.group[index]) for places in made for epoch, index in places if epoch == 0]
+    changes = sum(group != before for before, group in pairwise(groups))
+    assert (changes == len(set(groups)) - 1) == (not pixels)  # one row group after the other
     assert result.threshold is not None
     assert result.threshold.n_normals == 2
     assert load_model(result.folder, "cpu").provenance["training"]["anomalous"] == 9
