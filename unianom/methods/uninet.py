@@ -1,0 +1,582 @@
+"""UniNet: a student learns from a frozen teacher and from one that adapts, what is alike is drawn together and what is
+anomalous pushed apart (Wei et al., CVPR 2025).
+
+Two teachers see the image, one frozen (source), one trained (target). A bottleneck fuses either one's three levels, and
+a student grows them again; what was grown from one teacher has to match the other. Where it does not is an anomaly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import (
+    avg_pool2d,
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    interpolate,
+    relu,
+)
+
+from unianom.backbones import BackboneConfig
+from unianom.data.image import InputPolicy
+from unianom.errors import OptionError
+from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.distillation import (
+    OneClassBottleneck,
+    PyramidFusion,
+    ResidualPlan,
+    ReverseDecoder,
+    TeacherPair,
+    convolution,
+    distance_map,
+    initialise_residual,
+    norm_act,
+    residual_plan,
+    top_mean,
+    upsampled,
+)
+from unianom.methods.layers.maps import GaussianBlur
+from unianom.methods.layers.similarity import EPSILON, log_similarity
+from unianom.methods.trained import (
+    LOSS,
+    Augmentation,
+    BatchNeeds,
+    FeatureMaps,
+    Optimisation,
+    TrainedMethod,
+    TrainingBatch,
+    TrainingConfig,
+)
+from unianom.serialise import to_plain
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "mem_kernel": 7,
+        "dfs_theta": "learned",
+        "stop_gradient": True,
+        "score_blur": 0.0,
+        "structure_bce": "weighted",
+    },
+    "reference": {
+        "mem_kernel": 3,
+        "dfs_theta": "one",
+        "stop_gradient": False,
+        "score_blur": 4.0,
+        "structure_bce": "mean",
+    },
+}
+"""Where text and released code differ.
+
+- mem_kernel: the text has 3×3 and 7×7 convolutions (sec. 4.2, Table 9); the code replaces the latter by 3×3 ones with a
+  bias before anything is trained, since folding batch norm (eq. 3) cannot change the size of a kernel.
+- dfs_theta: θ of eq. 6 is learnable in the text; in the code it never reaches the optimiser, so it stays at one.
+- stop_gradient: the text stops gradients to the distillation's targets (eq. 7); the code does so for medical images and
+  for VAD only, where the recipes set it.
+- score_blur: the text takes the image score from the map as it is (sec. 4.5); the code from the blurred map.
+- structure_bce: the code's cross-entropy over a mask loses its weights to an outdated argument of PyTorch.
+
+In five places the text cannot be followed, and both presets do as the code does: distances are taken at every position
+and not of flattened maps, for they have to become maps (eq. 1); losses are means, and sums over the six pairs of maps
+(eqs. 10 and 11); the weight of eq. 14 is computed from the maps' maxima themselves, with β = 0.00003, since from their
+softmax with β = 0.03 it would always be β (`decision=literal` is eq. 14 as printed); the distillation takes all samples
+(`kd_normal_only`); and the supervised loss of eq. 13 has one level, of either teacher.
+"""
+
+
+@dataclass(frozen=True)
+class UniNetTraining(TrainingConfig):
+    """Length, batches and optimisers: one for the target teacher, one for all else.
+
+    Args:
+        epochs, iterations, batch_size, optimiser: as of every trained method.
+        learning_rate: of student, bottleneck, feature selection and heads.
+        weight_decay, betas, eps, amsgrad: of both optimisers.
+        decay_at, decay, clip_norm, seed: as of every trained method.
+        encoder_learning_rate: of the target teacher.
+    """
+
+    epochs: float = 100
+    batch_size: int = 8
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-5
+    decay_at: tuple[float, ...] = ()
+    clip_norm: float | None = None
+    seed: int = 1203
+    encoder_learning_rate: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.encoder_learning_rate < float("inf"):
+            raise OptionError("training.encoder_learning_rate must be >= 0")
+
+
+@dataclass(frozen=True)
+class UniNetConfig:
+    """UniNet's options; the defaults are the published ones.
+
+    Args:
+        preset: "paper" or "reference" (the released code); fills what is left null below.
+        task: "anomaly" learns from normal images; "classification" also from anomalous ones, by their labels (VAD);
+            "segmentation" from masks, and gives their probability as map (polyps); "video" is "anomaly" with a head
+            that paints the frame again, whose error adds to the score (Ped2).
+        backbone: any timm ResNet; published: Wide-ResNet-50-2 with torchvision's first weights.
+        input: published: stretched to 256 pixels, Lanczos.
+        training: length, batches, optimisers.
+        augmentation: flips and turns of images and masks.
+        training_sizes: sides to which a batch is scaled, one step for each; () for the input's alone.
+        encoder_norm: batch norm of the target teacher in training: of the batch ("train") or as loaded ("eval").
+        bottleneck: "mem", or the residual blocks of reverse distillation ("ocbe", an ablation).
+        mem_kernel: side of MEM's larger kernel; 3 has a bias, as released.
+        selection: what of the student's maps is compared in training: the positions that the teacher's map finds
+            "representative" (DFS), "all", weighed by channel alone, or "none", the maps as they are.
+        dfs_theta: θ of the selection is "learned", or "one".
+        stop_gradient: whether the target teacher learns nothing by being compared with.
+        similarity_loss, margin_loss: whether these losses take part.
+        temperature: T of the similarities. With 2 the margin loss is almost constant; with 0.1 it acts.
+        margin: τ.
+        balance: λ, share of the distillation against the similarity loss.
+        kd_normal_only: leave anomalous images out of the distillation.
+        contrast: which positions count as anomalous in similarity and margin loss: those of an image by its "label", or
+            by its "mask"; or "none", so that all count as normal; null takes labels for classification, else none.
+        supervision: weight of the task's own loss.
+        structure_bce: cross-entropy of the segmentation, "weighted" by closeness to the mask's edge, or a plain "mean".
+        similarity_rows: rows of the similarity matrices held at once; 0 takes as many as fit 64 MiB.
+        decision: how many pixels the image score is the mean of: by the weighted decision mechanism ("weighted"), by
+            eq. 14 as printed ("literal"), a fixed "share", or the largest alone ("max").
+        alpha, beta: limits of that weight; null takes 0.01 and 0.00003, of "literal" 0.03.
+        decision_share: the fixed share.
+        score_blur: sigma in pixels of the Gaussian blur before; 0 for none. The map itself is not blurred.
+    """
+
+    preset: Literal["paper", "reference"] = "paper"
+    task: Literal["anomaly", "classification", "segmentation", "video"] = "anomaly"
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
+    input: InputPolicy = field(
+        default_factory=lambda: InputPolicy(resize="stretch", size=256, crop=None, interpolation="lanczos")
+    )
+    training: UniNetTraining = field(default_factory=UniNetTraining)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    training_sizes: tuple[int, ...] = ()
+    encoder_norm: Literal["train", "eval"] = "train"
+    bottleneck: Literal["mem", "ocbe"] = "mem"
+    mem_kernel: int | None = None
+    selection: Literal["representative", "all", "none"] = "representative"
+    dfs_theta: Literal["learned", "one"] | None = None
+    stop_gradient: bool | None = None
+    similarity_loss: bool = True
+    margin_loss: bool = True
+    temperature: float = 2.0
+    margin: float = 1.0
+    balance: float = 0.7
+    kd_normal_only: bool = False
+    contrast: Literal["label", "mask", "none"] | None = None
+    supervision: float = 1.0
+    structure_bce: Literal["weighted", "mean"] | None = None
+    similarity_rows: int = 0
+    decision: Literal["weighted", "literal", "share", "max"] = "weighted"
+    alpha: float = 0.01
+    beta: float | None = None
+    decision_share: float = 0.03
+    score_blur: float | None = None
+
+    def __post_init__(self) -> None:
+        resolve_preset(self, PRESETS)
+        if self.contrast is None:
+            object.__setattr__(self, "contrast", "label" if self.task == "classification" else "none")
+        if self.beta is None:
+            object.__setattr__(self, "beta", 0.03 if self.decision == "literal" else 3e-5)
+        assert self.mem_kernel is not None
+        assert self.score_blur is not None
+        if self.mem_kernel < 1 or self.mem_kernel % 2 == 0:
+            raise OptionError(f"mem_kernel={self.mem_kernel} must be odd")
+        if any(size < 32 or size % 32 for size in (self.input.side, *self.training_sizes)):
+            raise OptionError(f"input.size={self.input.side} and training_sizes={self.training_sizes}: multiples of 32")
+        if not (0 < self.temperature < float("inf") and 0 < self.margin < float("inf")):
+            raise OptionError(f"temperature={self.temperature} and margin={self.margin} must be positive")
+        if not 0 <= self.balance <= 1 or not 0 <= self.supervision < float("inf"):
+            raise OptionError(f"balance={self.balance} must be in [0, 1], supervision={self.supervision} >= 0")
+        assert self.beta is not None
+        if not (0 <= self.alpha < float("inf") and 0 <= self.beta <= 1 and 0 < self.decision_share <= 1):
+            raise OptionError("alpha must be >= 0, beta in [0, 1], decision_share in (0, 1]")
+        if not 0 <= self.score_blur < float("inf"):
+            raise OptionError(f"score_blur={self.score_blur} must be >= 0")
+        if self.similarity_rows < 0:
+            raise OptionError(f"similarity_rows={self.similarity_rows} must be >= 0")
+        labelled = self.task in ("classification", "segmentation")
+        if (self.contrast != "none" or self.kd_normal_only) and not labelled:
+            raise OptionError(f"contrast and kd_normal_only need labels; task={self.task} learns from normal images")
+        if self.contrast == "mask" and self.task != "segmentation":
+            raise OptionError("contrast=mask needs masks, which come with task=segmentation")
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+class MultiScaleEmbedding(nn.Module):
+    """The multi-scale embedding module, MEM (sec. 4.2): half of the channels pass two 3×3 convolutions, the other half
+    two larger ones; both together, a 1×1 convolution.
+
+    Args:
+        inputs, width, outputs: channels before, inside and after.
+        kernel: side of the larger kernels; those of 3 have a bias.
+        half: whether the grid is halved.
+    """
+
+    def __init__(self, inputs: int, width: int, outputs: int, kernel: int, half: bool) -> None:
+        super().__init__()
+        stride = 2 if half else 1
+
+        def branch(size: int, bias: bool) -> nn.Sequential:
+            first = convolution(inputs // 2, width // 2, size, stride, bias=bias)
+            second = convolution(width // 2, width // 2, size, bias=bias)
+            return nn.Sequential(first, *norm_act(width // 2, nn.ReLU), second, nn.BatchNorm2d(width // 2))
+
+        self.small, self.large = branch(3, bias=False), branch(kernel, bias=kernel == 3)
+        self.join = nn.Sequential(convolution(width, outputs, 1), nn.BatchNorm2d(outputs))
+        self.shortcut: nn.Module = nn.Identity()
+        if half:
+            self.shortcut = nn.Sequential(convolution(inputs, outputs, 1, 2), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B×inputs×h×w to B×outputs×h'×w'."""
+        first, second = x.chunk(2, dim=1)
+        joined = self.join(torch.cat([self.small(first), self.large(second)], dim=1))
+        return relu(joined + self.shortcut(x))
+
+
+class MemBottleneck(nn.Module):
+    """Fusion of three levels, then MEMs in place of the encoder's fourth stage.
+
+    Args:
+        plan: of the encoder.
+        kernel: see `MultiScaleEmbedding`.
+    """
+
+    def __init__(self, plan: ResidualPlan, kernel: int) -> None:
+        super().__init__()
+        self.fusion = PyramidFusion(plan, nn.ReLU)
+        fused, width, outputs = 3 * plan.channels[2], plan.widths[3], plan.channels[3]
+        blocks = [MultiScaleEmbedding(fused, width, outputs, kernel, half=True)]
+        blocks += [MultiScaleEmbedding(outputs, width, outputs, kernel, half=False) for _ in range(plan.depths[3] - 1)]
+        self.stage = nn.Sequential(*blocks)
+        initialise_residual(self)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """256@64², 512@32², 1024@16² to 2048@8²."""
+        return self.stage(self.fusion(levels))
+
+
+class FeatureSelection(nn.Module):
+    """Domain-related feature selection, DFS (sec. 4.3).
+
+    Args:
+        channels: of each level.
+        learned: whether θ is, or one.
+        by_position: whether positions are weighed too, or channels alone.
+    """
+
+    def __init__(self, channels: tuple[int, ...], learned: bool, by_position: bool) -> None:
+        super().__init__()
+        self.by_position = by_position
+        self.raw = nn.ParameterList(nn.Parameter(torch.zeros(count)) for count in channels) if learned else None
+
+    def forward(self, student: Tensor, teacher: Tensor, level: int) -> Tensor:
+        """The student's B×C×h×w, weighed by what the teacher's finds representative (eqs. 4 to 6).
+
+        θ = min(1, sigmoid(raw) + ½), as released; the shift by ϱ in eq. 4 is the softmax's own.
+        """
+        mean = teacher.mean((2, 3), keepdim=True)  # B C 1 1
+        theta: Tensor | float = 1.0
+        if self.raw is not None:
+            theta = (self.raw[level].sigmoid() + 0.5).clamp(max=1).view(1, -1, 1, 1)
+        weight = theta + mean
+        if self.by_position:
+            weight = teacher.flatten(2).softmax(dim=2).view_as(teacher) * weight
+        return student * weight
+
+
+class FrameHead(nn.Module):
+    """From the finest level to a frame of four times its grid, with values about −1 to 1 (Ped2).
+
+    Args:
+        channels: of the level.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+        def pair(inputs: int, outputs: int) -> list[nn.Module]:
+            both = [convolution(inputs, outputs, 3), *norm_act(outputs, nn.ReLU)]
+            return [*both, convolution(outputs, outputs, 3), *norm_act(outputs, nn.ReLU)]
+
+        def double(inputs: int, outputs: int) -> nn.Module:
+            return nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+
+        layers = [*pair(channels, 128), double(128, 64), *pair(64, 64), double(64, 32), *pair(32, 32)]
+        layers += [convolution(32, 32, 3, bias=True), nn.ReLU(), convolution(32, 32, 3, bias=True), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, convolution(32, 3, 3, bias=True))
+        initialise_residual(self)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """B×C×h×w to B×3×4h×4w."""
+        return self.layers(level)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of B×N values where the equally shaped `chosen` is true; 0 where nothing is."""
+    weight = chosen.to(values.dtype)
+    return (values * weight).sum() / weight.sum().clamp_min(1)
+
+
+def similarity_losses(log_diagonal: Tensor, normal: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Similarity-contrastive loss (eq. 10) and margin loss (eq. 11), as means.
+
+    Args:
+        log_diagonal: B×N, log of diag(m̂).
+        normal: B×N bool.
+        margin: τ.
+    """
+    diagonal = log_diagonal.exp()
+    similarity = -masked_mean((diagonal + EPSILON).log(), normal)
+    low = masked_mean(relu(margin - diagonal), normal)
+    return similarity, low + masked_mean(relu(diagonal - margin / 2), ~normal)
+
+
+def structure_loss(logits: Tensor, mask: Tensor, weighted_bce: bool) -> Tensor:
+    """Cross-entropy and soft IoU loss, both weighted by 1 + 5·|mean of the mask around − mask|, high at its edge.
+
+    Args:
+        logits: B×1×S×S.
+        mask: B×1×S×S of 0 and 1.
+        weighted_bce: whether the weights count in the cross-entropy, too.
+    """
+    weight = 1 + 5 * (avg_pool2d(mask, 31, stride=1, padding=15) - mask).abs()
+    if weighted_bce:
+        entropy = binary_cross_entropy_with_logits(logits, mask, reduction="none")
+        entropy = (weight * entropy).sum((2, 3)) / weight.sum((2, 3))
+    else:
+        entropy = binary_cross_entropy_with_logits(logits, mask)
+    probability = logits.sigmoid()
+    overlap = (weight * probability * mask).sum((2, 3))
+    total = (weight * (probability + mask)).sum((2, 3))
+    return (entropy + 1 - (overlap + 1) / (total - overlap + 1)).mean()
+
+
+def decision_weights(maxima: Tensor, alpha: float, beta: float, literal: bool) -> Tensor:
+    """The share of pixels that an image's score is the mean of (eq. 14), of each image by itself; B.
+
+    Args:
+        maxima: B×2n, the largest value of every map.
+        alpha, beta: as in eq. 14.
+        literal: average the probabilities above their mean, as printed, and not the maxima that have them.
+    """
+    probability = maxima.softmax(dim=1)
+    above = probability > probability.mean(dim=1, keepdim=True)  # nowhere, if all are equal
+    values = probability if literal else maxima
+    mean = (values * above).sum(1) / above.sum(1).clamp_min(1)
+    return (alpha * mean).clamp_min(beta)
+
+
+def largest_mean(maps: Tensor, share: Tensor) -> Tensor:
+    """Mean of the ⌊share · H · W⌋ largest pixels of each map, at least of one; B×S×S and B to B."""
+    pixels = maps.flatten(1)
+    counts = (share.double() * pixels.shape[1]).long().clamp(1, pixels.shape[1])
+    # which K are largest differs by image, the sorted values up to the largest K serve all; on the whole few hundred
+    values = pixels.topk(int(counts.max()), dim=1).values.double()
+    return (values.cumsum(1).gather(1, counts[:, None] - 1)[:, 0] / counts).to(maps.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+@register_method("uninet")
+class UniNet(TrainedMethod):
+    """UniNet.
+
+    Args:
+        config: options.
+
+    Raises:
+        OptionError: the backbone is no residual network.
+        WeightsError: see `TeacherPair`.
+    """
+
+    Config = UniNetConfig
+
+    def __init__(self, config: UniNetConfig) -> None:
+        super().__init__()
+        self.config: UniNetConfig = with_statistics(config)
+        plan = residual_plan(config.backbone)
+        self.teachers = TeacherPair(config.backbone, config.encoder_norm)
+        assert config.mem_kernel is not None
+        self.bottleneck: nn.Module = OneClassBottleneck(plan)
+        if config.bottleneck == "mem":
+            self.bottleneck = MemBottleneck(plan, config.mem_kernel)
+        self.student = ReverseDecoder(plan)
+        self.selection: FeatureSelection | None = None
+        if config.selection != "none":
+            by_position = config.selection == "representative"
+            self.selection = FeatureSelection(plan.channels[:3], config.dfs_theta == "learned", by_position)
+        self.head: nn.Module | None = None
+        if config.task == "classification":
+            self.head = nn.Linear(plan.channels[0], 1)
+        elif config.task == "segmentation":
+            self.head = convolution(plan.channels[0], 1, 1)
+        elif config.task == "video":
+            self.head = FrameHead(plan.channels[0])
+        assert config.score_blur is not None
+        self.blur = GaussianBlur(config.input.side, config.score_blur)
+        self._side = config.input.side
+
+    # ------------------------------------------------------------------------------------------------------- training
+    @property
+    def needs(self) -> BatchNeeds:
+        task = self.config.task
+        return BatchNeeds(
+            augmentation=self.config.augmentation,
+            images=True,
+            labels=task in ("classification", "segmentation"),
+            masks=task == "segmentation",
+            repeats=max(1, len(self.config.training_sizes)),
+        )
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        """The source teacher's maps B×C_l×h_l×w_l, "level_0" the finest."""
+        return {f"level_{index}": level for index, level in enumerate(self.teachers.source(images))}
+
+    def feature_key(self) -> dict[str, Any]:
+        """The same for all methods whose frozen encoder gives this pyramid."""
+        return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
+
+    def optimisers(self, iterations: int) -> list[Optimisation]:
+        """One for the target teacher, one for all else that learns."""
+        encoder = [p for p in self.teachers.parameters() if p.requires_grad]
+        known = {id(p) for p in encoder}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        rate = self.config.training.encoder_learning_rate
+        return [
+            self.optimisation(others, iterations),
+            self.optimisation([{"params": encoder, "lr": rate}], iterations),
+        ]
+
+    def begin_step(self, step: int, iterations: int) -> None:
+        sizes = self.config.training_sizes
+        self._side = sizes[step % len(sizes)] if sizes else self.input.side
+
+    def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Total (eqs. 12 and 13) with its parts "distillation", "similarity", "margin" and, where there is a task
+        besides, "supervised", each summed over the six pairs of maps or the two teachers."""
+        config = self.config
+        assert batch.images is not None
+        images, mask, side = batch.images, batch.mask, self._side
+        if side != self.input.side:  # kept features are of the input's size
+            images = interpolate(images, size=side, mode="bilinear", align_corners=False)
+            mask = None if mask is None else interpolate(mask, size=side, mode="nearest")
+            source = list(self.frozen_features(images).values())
+        else:
+            source = list(self.features_of(batch).values())
+        target = self.teachers.target(images)
+        students = self._students(source, target)
+
+        distillation = similarity = margin = torch.zeros((), device=images.device)
+        for level, (teacher, student) in enumerate(_pairs(source, target, students)):
+            of_target, level = divmod(level, 3)
+            compared = student.float() if self.selection is None else self.selection(student, teacher.float(), level)
+            aim = teacher.float()
+            if of_target and config.stop_gradient:
+                aim = aim.detach()
+            normal = self._normal(batch, mask, config.contrast, student.shape[2:])  # B N
+            distance = 1 - cosine_similarity(aim, compared.float(), dim=1).flatten(1)  # B N
+            kind = ("label" if config.contrast == "none" else config.contrast) if config.kd_normal_only else "none"
+            learned_from = self._normal(batch, mask, kind, student.shape[2:])  # B N
+            distillation = distillation + masked_mean(distance, learned_from)
+            if config.similarity_loss or config.margin_loss:
+                logs = log_similarity(compared, aim, config.temperature, config.similarity_rows or None)
+                parts = similarity_losses(logs, normal, config.margin)
+                similarity, margin = similarity + parts[0], margin + parts[1]
+        total = config.balance * distillation
+        losses = {"distillation": distillation}
+        if config.similarity_loss:
+            losses["similarity"] = similarity
+            total = total + (1 - config.balance) * similarity
+        if config.margin_loss:
+            losses["margin"] = margin
+            total = total + margin
+        if self.head is not None:
+            losses["supervised"] = self._supervised(students, images, batch.label, mask)
+            total = total + config.supervision * losses["supervised"]
+        return {LOSS: total, **losses}
+
+    def _students(self, source: list[Tensor], target: list[Tensor]) -> list[Tensor]:
+        """The student's three levels of 2B×C×h×w: B grown from the target teacher, then B from the source teacher."""
+        levels = [torch.cat(pair) for pair in zip(target, source)]
+        skips = [levels[2], levels[1]] if self.config.task == "segmentation" else []
+        return self.student(self.bottleneck(levels), skips)
+
+    def _normal(self, batch: TrainingBatch, mask: Tensor | None, contrast: str | None, grid: torch.Size) -> Tensor:
+        """B×N bool: positions that count as normal, by mask or label, or all."""
+        if contrast == "mask":
+            assert mask is not None
+            return interpolate(mask, size=tuple(grid), mode="nearest").flatten(1) == 0
+        if contrast == "label":
+            assert batch.label is not None
+            return (batch.label == 0)[:, None].expand(-1, grid.numel())
+        return torch.ones(len(batch), grid.numel(), dtype=torch.bool, device=batch.category.device)
+
+    def _supervised(self, students: list[Tensor], images: Tensor, label: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The task's own loss, of the student's finest level; summed over the two teachers."""
+        assert self.head is not None
+        halves = students[0].chunk(2)
+        if self.config.task == "classification":
+            assert label is not None
+            truth = label[:, None].float()
+            means = [half.mean((2, 3)) for half in halves]
+            return torch.stack([binary_cross_entropy_with_logits(self.head(m).float(), truth) for m in means]).sum()
+        if self.config.task == "segmentation":
+            assert mask is not None
+            weighted = self.config.structure_bce == "weighted"
+            logits = [interpolate(self.head(h).float(), scale_factor=4, mode="bilinear") for h in halves]
+            return torch.stack([structure_loss(each, mask, weighted) for each in logits]).sum()
+        return torch.stack([(self.head(half).float() - images).square().mean() for half in halves]).sum()
+
+    # ----------------------------------------------------------------------------------------------------- prediction
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        self.check_images(images)
+        source, target = self.teachers.source(images), self.teachers.target(images)
+        students = self._students(source, target)
+        if self.config.task == "segmentation":
+            assert self.head is not None
+            logits = torch.stack(self.head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
+            logits = interpolate(logits, scale_factor=4, mode="bilinear")[:, 0]  # B S S
+            return Prediction(logits.sigmoid(), logits.amax((1, 2)))
+        distances = [distance_map(teacher, student) for teacher, student in _pairs(source, target, students)]
+        anomaly_map = upsampled(distances, self.input.side).sum(0)
+        score = self._score(anomaly_map, distances)
+        if self.config.task == "video":
+            assert self.head is not None
+            for half in students[0].chunk(2):
+                score = score + (self.head(half).float() - images).square().mean((1, 2, 3))
+        return Prediction(anomaly_map, score)
+
+    def _score(self, anomaly_map: Tensor, distances: list[Tensor]) -> Tensor:
+        """Image scores of B×S×S maps (Algorithm 1)."""
+        config = self.config
+        assert config.beta is not None
+        blurred = self.blur(anomaly_map) if config.score_blur else anomaly_map
+        if config.decision in ("max", "share"):
+            return top_mean(blurred, config.decision_share if config.decision == "share" else 0.0)
+        maxima = torch.stack([m.amax((1, 2)) for m in distances], dim=1)  # B 6
+        share = decision_weights(maxima, config.alpha, config.beta, literal=config.decision == "literal")
+        return largest_mean(blurred, share)
+
+
+def _pairs(source: list[Tensor], target: list[Tensor], students: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Teacher's and student's maps to compare: what was grown from the target teacher with the source teacher's, then
+    the other way round, each fine to coarse."""
+    from_target, from_source = zip(*(level.chunk(2) for level in students))
+    return [*zip(source, from_target), *zip(target, from_source)]
