@@ -55,10 +55,10 @@ def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
 
-    def fit(shards: ShardSet, categories: list[str], output: str) -> FitResult:
-        return _fit(name, config, options, shards, categories, output)
+    def fit(own: Any, shards: ShardSet, categories: list[str], output: str) -> FitResult:
+        return _fit(name, own, options, shards, categories, output)
 
-    return fit_models(options, fit)
+    return fit_models(config, options, fit)
 
 
 def _fit(

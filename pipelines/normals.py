@@ -22,6 +22,7 @@ from unianom.data.splits import few_shot, hash_order, hold_out
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import Method
 from unianom.model import Model
+from unianom.serialise import from_plain, to_plain
 from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
 
 WORK = "_work"
@@ -64,6 +65,8 @@ class FitOptions:
         output: model folder to write; path or URI.
         categories: those to fit on; empty for all.
         per_category: one model for each category, in folders below `output`, instead of one for all.
+        category_options: for the model of one category alone, options of the method that differ, by category, such as
+            {screw: {temperature: 0.1}}; categories that are not fitted are passed over.
         few_shot: normal images per category, drawn with `seed`, and where a method learns from labels at most as many
             anomalous ones; null takes all.
         seed: of the held-out normals and the few-shot draw; coresets and training have their own, among the
@@ -79,6 +82,7 @@ class FitOptions:
     output: str
     categories: tuple[str, ...] = ()
     per_category: bool = False
+    category_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     few_shot: int | None = None
     seed: int = 0
     batch_size: int = 8
@@ -115,24 +119,59 @@ class FitResult:
     notice: str
 
 
+def own_config(config: Any, categories: list[str], options: FitOptions) -> Any:
+    """A method's options for the model of these categories.
+
+    Raises:
+        OptionError: one category's options are not the method's, or for a model of several categories.
+    """
+    if len(categories) > 1:
+        if named := sorted(set(options.category_options) & set(categories)):
+            raise OptionError(
+                f"category_options of {', '.join(named)} are for models of one category; give --per_category true, or "
+                f"leave them out"
+            )
+        return config
+    changes = options.category_options.get(categories[0], {})
+    if "preset" in changes:
+        raise OptionError(f"category_options.{categories[0]}.preset: a preset is chosen for all categories")
+    try:
+        return from_plain(type(config), _merged(to_plain(config), changes))
+    except OptionError as error:
+        raise OptionError(f"category_options.{categories[0]}: {error}") from error
+
+
+def _merged(plain: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain data with some values changed."""
+    merged = dict(plain)
+    for key, value in changes.items():
+        inside = merged.get(key)
+        merged[key] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
+    return merged
+
+
 def fit_models(
-    options: FitOptions, fit: Callable[[ShardSet, list[str], str], FitResult], labels: bool = False
+    config: Any, options: FitOptions, fit: Callable[[Any, ShardSet, list[str], str], FitResult], labels: bool = False
 ) -> list[FitResult]:
     """Fit one model for all categories, or one each with an index of them.
 
     Args:
+        config: the method's options.
         options: data and output.
-        fit: makes one model, given the shard set, its categories and its output folder.
+        fit: makes one model, given its options, the shard set, its categories and its output folder.
         labels: whether the method learns from anomalous training images, too.
 
     Raises:
         DataError: there is no such category, not a single normal training image, or, where anomalous ones are learned
             from, none of these for one of the models.
+        OptionError: see `own_config`.
     """
     shards = ShardSet.open(options.shards)
     shards.check(Selection(("train",), options.categories, (NORMAL, ANOMALOUS) if labels else (NORMAL,)))
     categories = list(options.categories) or shards.categories
-    for group in [[category] for category in categories] if options.per_category else [categories]:
+    groups = [[category] for category in categories] if options.per_category else [categories]
+    configs = [own_config(config, group, options) for group in groups]
+    for group in groups:
         if labels and not shards.count(Selection(("train",), tuple(group), (ANOMALOUS,))):
             raise DataError(
                 f"{shards.uri} has no anomalous training image of {', '.join(group)} for a method that learns from "
@@ -140,8 +179,8 @@ def fit_models(
             )
     output = files.full_uri(options.output)
     if not options.per_category:
-        return [fit(shards, categories, output)]
-    results = [fit(shards, [category], files.join(output, category)) for category in categories]
+        return [fit(configs[0], shards, categories, output)]
+    results = [fit(c, shards, group, files.join(output, group[0])) for c, group in zip(configs, groups, strict=True)]
     write_index(output, {category: category for category in categories})
     return results
 

@@ -589,14 +589,13 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
     Raises:
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
-
     needs = make_method(name, config).needs
 
-    def fit(shards: ShardSet, categories: list[str], output: str) -> FitResult:
+    def fit(own: Any, shards: ShardSet, categories: list[str], output: str) -> FitResult:
         prefix = f"{categories[0]}/" if options.per_category else ""
-        return _train(name, config, needs, options, shards, categories, output, run, prefix)
+        return _train(name, own, needs, options, shards, categories, output, run, prefix)
 
-    return fit_models(options, fit, needs.labels)
+    return fit_models(config, options, fit, needs.labels)
 
 
 def _train(

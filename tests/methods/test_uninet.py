@@ -383,19 +383,27 @@ def test_batch_norm_of_the_target_teacher():
 
 
 def test_a_small_batch_is_learned():
-    training = UniNetTraining(learning_rate=5e-3, encoder_learning_rate=1e-6)
-    method = make(temperature=0.1, training=training).train()
+    """The loss comes near that of a student whose maps are the teachers' own, or below: neighbouring positions of a
+    smooth image are alike, and a student may tell them apart better than its teachers do."""
+    training = UniNetTraining(learning_rate=5e-3, encoder_learning_rate=1e-8)
+    method = make(temperature=0.1, training=training, encoder_norm="eval").train()
     made, losses = batch(2), []
-    steps = method.optimisers(200)
-    for number in range(200):
+    floor = 0.0
+    for teacher in (method.teachers.source, method.teachers.target):
+        for level in teacher(made.images):
+            logs = log_similarity(level, level, 0.1)
+            similarity, margin = similarity_losses(logs, torch.ones_like(logs, dtype=torch.bool), 1.0)
+            floor += 0.3 * similarity.item() + margin.item()
+    steps = method.optimisers(100)
+    for number in range(100):
         loss = method.training_loss(made)["loss"]
         for step in steps:
             step.optimiser.zero_grad()
         loss.backward()
         for step in steps:
             step.step(number)
-        losses.append(loss.item())
-    assert losses[-1] < 0.35 * losses[0]
+        losses.append(loss.item() - floor)
+    assert losses[-1] < 0.15 * losses[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -607,7 +615,7 @@ def test_recipes(path):
         assert config.augmentation.rotation == 90
     overrides = recipe.get("category_options", {})
     cold = {c for c, options in overrides.items() if options.get("temperature") == 0.1}
-    assert cold == ({"transistor", "pill", "cable", "bottle", "grid", "foam"} if name == "mvtec" else
+    assert cold == ({"transistor", "pill", "cable", "bottle", "grid"} if name == "mvtec" else
                     {"foam"} if name == "mvtec3d" else set())  # fmt: skip
     if name == "mvtec":
         assert overrides["transistor"]["selection"] == "none"
