@@ -21,10 +21,13 @@ from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.layers.reconstruction import TransformerConfig
 from unianom.methods.onenip import OneNIPConfig
 from unianom.methods.patchcore import PatchCoreConfig
+from unianom.methods.recontrast import ReContrastConfig
+from unianom.methods.revdist import RevDistConfig
 from unianom.methods.trained import TrainedMethod, TrainingBatch
 from unianom.methods.uniad import UniADConfig
 from unianom.methods.unias import UniASConfig
 from unianom.methods.uniformaly import UniFormalyConfig
+from unianom.methods.uninet import UniNetConfig
 
 SIDE = 64
 INPUT = InputPolicy(resize="stretch", size=SIDE, crop=None)
@@ -160,6 +163,50 @@ TINY = {
             {"levels": (0,)},
             {"levels": (4,)},
             {"levels": (1, 1)},
+        ],
+        training_batch=training_batch,
+    ),
+    "revdist": Tiny(
+        RevDistConfig(backbone=BackboneConfig("resnet10t", weights="random"), input=INPUT),
+        invalid=[{"input": InputPolicy(resize="stretch", size=72, crop=None)}],
+        training_batch=training_batch,
+    ),
+    "recontrast": Tiny(
+        ReContrastConfig(backbone=BackboneConfig("resnet10t", weights="random"), input=INPUT, norm_guard=5e-4),
+        invalid=[
+            {"input": InputPolicy(resize="stretch", size=72, crop=None)},
+            {"norm_guard": -1.0},
+            {"norm_eps": -1.0},
+            {"encoder_norm": "eval"},  # which has no use for the guard
+            {"mining": (-3.0, float("inf"))},
+            {"mining": (0.0, 1.0, 2.0)},
+            {"mining_ramp": 1.5},
+        ],
+        training_batch=training_batch,
+    ),
+    "uninet": Tiny(
+        UniNetConfig(
+            backbone=BackboneConfig("resnet10t", weights="random"),
+            input=INPUT,
+        ),
+        invalid=[
+            {"mem_kernel": 4},
+            {"mem_kernel": 0},
+            {"training_sizes": (72,)},
+            {"input": InputPolicy(resize="stretch", size=80, crop=None)},
+            {"temperature": 0.0},
+            {"temperature": float("nan")},
+            {"margin": 0.0},
+            {"balance": 1.5},
+            {"supervision": -1.0},
+            {"alpha": -0.1},
+            {"beta": 1.5},
+            {"decision_share": 0.0},
+            {"score_blur": -1.0},
+            {"similarity_rows": -1},
+            {"contrast": "label"},
+            {"kd_normal_only": True},
+            {"task": "classification", "contrast": "mask"},
         ],
         training_batch=training_batch,
     ),

@@ -1,6 +1,6 @@
 """The methods, each in a file of its own; importing this package registers them all."""
 
-from unianom.methods import onenip, patchcore, uniad, unias, uniformaly
+from unianom.methods import onenip, patchcore, recontrast, revdist, uniad, unias, uniformaly, uninet
 from unianom.methods.base import METHODS, Embedding, MemoryMethod, Method, Prediction
 
 __all__ = [
@@ -11,7 +11,10 @@ __all__ = [
     "Prediction",
     "onenip",
     "patchcore",
+    "recontrast",
+    "revdist",
     "uniad",
     "unias",
     "uniformaly",
+    "uninet",
 ]
