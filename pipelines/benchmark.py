@@ -63,6 +63,7 @@ from unianom.errors import DataError, OptionError
 from unianom.memory.coreset import farthest_points, greedy_coreset, random_projection
 from unianom.memory.index import MemoryBank
 from unianom.methods import MemoryMethod
+from unianom.methods.layers.similarity import EPSILON, log_similarity
 from unianom.methods.trained import TrainedMethod
 from unianom.metrics import PixelAccumulator
 from unianom.model import Model
@@ -798,9 +799,6 @@ def measure_search(options: SearchBenchmark) -> dict[str, Any]:
     )
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
-
-
 # --- training: frozen features kept against encoded in every step ----------------------------------------------------
 
 
@@ -936,6 +934,165 @@ def _trainer(method: TrainedMethod, data: TrainingSet, images: TrainingImages, o
     return Trainer(method, batches, (options.rounds + 1) * options.steps, order.share, options.precision)
 
 
+# --- inference: batch norm folded against left alone -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InferenceBenchmark:
+    """Predictions of a network with its batch norm folded into convolutions ÷ those of the network as it was trained.
+
+    Args:
+        model: model folder of a trained method; path or URI.
+        output: JSON file to write; path or URI.
+        images: random ones, predicted in a turn.
+        batch_size: images in one forward pass.
+        rounds: turns of each side.
+        threads: threads of each side.
+        device: "cpu" or "cuda".
+    """
+
+    model: str
+    output: str
+    images: int = 32
+    batch_size: int = 8
+    rounds: int = 5
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "images", "batch_size", "rounds", "threads")
+
+
+def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
+    """Images per second of both, and how far their scores and maps are apart."""
+    trained, folded = (load_model(options.model, options.device) for _ in range(2))
+    if not isinstance(trained.method, TrainedMethod):
+        raise OptionError(f"{options.model} holds a {trained.method.name}; give a model of a trained method")
+    folded.fold()
+    side, count = trained.method.input.side, options.images
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, side, side, generator=generator).to(options.device)
+
+    def predict(model: Model) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        made = [tuple(part.cpu() for part in model.method.predict(batch)) for batch in images.split(options.batch_size)]
+        return [(anomaly_map, score) for anomaly_map, score in made]
+
+    with fixed_threads(options.threads):
+        sides = {
+            "folded": clocked(count, lambda: predict(folded)),
+            "as trained": clocked(count, lambda: predict(trained)),
+        }
+        measured = interleave(sides, options.rounds, warm_up=True)
+    apart: dict[str, Any] = {}
+    for place, name in enumerate(("map", "score")):
+        one, other = (torch.cat([batch[place] for batch in measured.result(s)]) for s in ("folded", "as trained"))
+        apart[f"largest difference, {name}"] = float((one - other).abs().max() / other.abs().max())
+    ratios = {"folded ÷ as trained": measured.ratio("folded", "as trained")}
+    return _report(options, "images", measured, ratios, tables={f"{trained.method.name}, relative": {"folded": apart}})
+
+
+# --- similarity: UniNet's loss in blocks against whole matrices ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SimilarityBenchmark:
+    """UniNet's similarities (forward and backward pass) in blocks of rows ÷ with whole HW×HW matrices.
+
+    Args:
+        output: JSON file to write; path or URI.
+        batch_size: images; published: 8.
+        channels: of the level.
+        side: height and width of the level; 64 of the finest one at 256 pixels.
+        temperature: of the similarities.
+        rounds: turns of each side.
+        threads: threads of each side.
+        device: "cpu" or "cuda".
+    """
+
+    output: str
+    batch_size: int = 8
+    channels: int = 256
+    side: int = 64
+    temperature: float = 0.1
+    rounds: int = 3
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "batch_size", "channels", "side", "rounds", "threads")
+
+
+def measure_similarity(options: SimilarityBenchmark) -> dict[str, Any]:
+    """Passes per second, memory at the peak beyond the maps themselves, and how far losses and gradients are apart."""
+    steps = {
+        name: partial(similarity_step, name, options.batch_size, options.channels, options.side, options.temperature)
+        for name in (BLOCKS, WHOLE)
+    }
+    with fixed_threads(options.threads):
+        sides = {name: clocked(1, partial(step, options.device)) for name, step in steps.items()}
+        measured = interleave(sides, options.rounds, warm_up=True)
+    table: dict[str, dict[str, Any]] = {}
+    for name in steps:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a process's peak only ever rises
+            peak = pool.submit(similarity_peak, steps[name], options.device, options.threads).result()
+        table[name] = {"MB at the peak": peak / 1e6}
+    (loss, gradient), (other_loss, other_gradient) = (measured.result(name) for name in (BLOCKS, WHOLE))
+    table[BLOCKS]["loss apart, relative"] = abs(loss - other_loss) / abs(other_loss)
+    table[BLOCKS]["gradient apart, relative"] = float(
+        (gradient - other_gradient).abs().max() / other_gradient.abs().max()
+    )
+    name = f"{options.batch_size} maps of {options.channels}×{options.side}×{options.side}"
+    return _report(
+        options, "passes", measured, {f"{BLOCKS} ÷ {WHOLE}": measured.ratio(BLOCKS, WHOLE)}, tables={name: table}
+    )
+
+
+BLOCKS, WHOLE = "in blocks", "whole matrices"
+
+
+def similarity_step(
+    kind: str, count: int, channels: int, side: int, temperature: float, device: str
+) -> tuple[float, torch.Tensor]:
+    """One forward and backward pass; the loss, and the gradient of the student's maps."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, channels, side, side)
+    student, teacher = (torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2))
+    if kind == BLOCKS:
+        logs = log_similarity(student, teacher, temperature)
+    else:
+        s, t = (torch.nn.functional.normalize(maps, dim=1).flatten(2).mT for maps in (student, teacher))
+        similarity = (s @ t.mT / temperature).exp()
+        logs = (similarity / (similarity.sum(2, keepdim=True) + EPSILON)).diagonal(dim1=1, dim2=2).log()
+    loss = -logs.mean()
+    loss.backward()
+    assert student.grad is not None
+    return float(loss.detach()), student.grad.cpu()
+
+
+def similarity_peak(step: Callable[[str], Any], device: str, threads: int) -> float:
+    """Bytes at the peak of a pass, of a process of its own on the CPU, beyond what it held before."""
+    with fixed_threads(threads):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step(device)
+            return float(torch.cuda.max_memory_allocated())
+        before = _resident_peak()
+        step(device)
+        return float(_resident_peak() - before)
+
+
+def _resident_peak() -> int:
+    """Bytes of memory that this process ever held; getrusage would count its parent's, too."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except FileNotFoundError as error:
+        raise OptionError("memory on the CPU is measured on Linux alone; take --device cuda") from error
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
 def _check_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
@@ -950,6 +1107,8 @@ BENCHMARKS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "coreset": (CoresetBenchmark, measure_coreset),
     "search": (SearchBenchmark, measure_search),
     "training": (TrainingBenchmark, measure_training),
+    "inference": (InferenceBenchmark, measure_inference),
+    "similarity": (SimilarityBenchmark, measure_similarity),
 }
 """Options and measurement of each benchmark by its name on the command line."""
 

@@ -24,6 +24,7 @@ from unianom.data.image import ImageLimits, decode_prepared, encode_map, normali
 from unianom.data.schema import SCHEMA_VERSION, SCORE_SCHEMA
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 from unianom.serialise import to_plain
 
@@ -42,6 +43,7 @@ class ScoreOptions:
         categories: categories to score; empty for all.
         maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
         batch_size: images in one forward pass.
+        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores, up to rounding, sooner.
         max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
         overwrite: replace what another scoring left in the output.
         limits: what an image may cost.
@@ -55,6 +57,7 @@ class ScoreOptions:
     categories: tuple[str, ...] = ()
     maps: bool | None = None
     batch_size: int = 8
+    fold_batch_norm: bool = True
     max_reject_fraction: float = 0.01
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
@@ -106,6 +109,7 @@ def score(options: ScoreOptions) -> ScoreResult:
         "categories": list(options.categories),
         "maps": maps,
         "batch_size": options.batch_size,
+        "fold_batch_norm": options.fold_batch_norm,
         "limits": to_plain(options.limits),
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
@@ -127,6 +131,7 @@ def score(options: ScoreOptions) -> ScoreResult:
             "limits": options.limits,
             "device": options.runtime.device,
             "threads": options.runtime.cpus_per_worker,
+            "fold": options.fold_batch_norm,
         }
         rate = _write_parts(arguments, shards, selection, options.runtime)
         _commit(output, digest, shards, selection, models, plan)
@@ -174,6 +179,7 @@ class PartScorer:
         limits: what an image may cost.
         device: where networks run.
         threads: images decoded at the same time, ahead of the network.
+        fold: whether batch norm of trained methods is folded.
     """
 
     def __init__(
@@ -189,10 +195,11 @@ class PartScorer:
         limits: ImageLimits,
         device: str,
         threads: int,
+        fold: bool = True,
     ) -> None:
         self._shards, self._selection, self._shelf, self._digests = shards, selection, shelf, digests
         self._output, self._plan, self._maps = output, plan, maps
-        self._batch_size, self._limits, self._device = batch_size, limits, device
+        self._batch_size, self._limits, self._device, self._fold = batch_size, limits, device, fold
         self._pool = ThreadPoolExecutor(threads)
         self._ahead = 2 * batch_size
         self._models: dict[str, Model] = {}
@@ -254,7 +261,10 @@ class PartScorer:
 
     def _model(self, folder: str) -> Model:
         if folder not in self._models:
-            self._models[folder] = load_model(folder, self._device)
+            model = load_model(folder, self._device)
+            if self._fold and isinstance(model.method, TrainedMethod):
+                model.fold()
+            self._models[folder] = model
         return self._models[folder]
 
     def _predict(self, folder: str, waiting: list[tuple[dict[str, Any], np.ndarray]]) -> Iterator[dict[str, Any]]:

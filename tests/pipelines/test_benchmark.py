@@ -14,8 +14,10 @@ import unianom
 from pipelines.benchmark import (
     BENCHMARKS,
     CoresetBenchmark,
+    InferenceBenchmark,
     Measured,
     PipeBenchmark,
+    SimilarityBenchmark,
     StagedScorer,
     Turn,
     cover_radius,
@@ -28,6 +30,7 @@ from pipelines.benchmark import (
 from pipelines.peers import bare_network, plain_coreset, swept_aupro
 from pipelines.runtime import ENDED, STARTED
 from pipelines.scoring import PartScorer
+from tests.methods.conftest import TINY
 from tests.pipelines.conftest import tiny_method
 from tests.pipelines.evaluated import Scored
 from tests.pipelines.evaluated import _write_shards as write_shards
@@ -35,6 +38,7 @@ from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
 from unianom.memory.coreset import farthest_points
 from unianom.memory.index import MemoryBank
+from unianom.methods import METHODS
 from unianom.methods.uniformaly import UniFormaly
 from unianom.metrics.pixel import pixel_metrics
 from unianom.model import Model
@@ -153,6 +157,26 @@ def test_measuring_the_stages_changes_nothing(
     assert set(stages) == {"decode", "forward", "search, map", "read, write, rest"}
     assert stages["decode"] > 0
     assert stages["forward"] > 0
+
+
+def test_a_similarity_benchmark_end_to_end(tmp_path: Path) -> None:
+    output = tmp_path / "similarity.json"
+    content = measure(SimilarityBenchmark(str(output), batch_size=2, channels=4, side=48, rounds=1))
+    assert json.loads(output.read_text()) == content
+    (table,) = content["tables"].values()
+    assert table["in blocks"]["loss apart, relative"] < 1e-5
+    assert table["in blocks"]["gradient apart, relative"] < 1e-4
+    assert table["whole matrices"]["MB at the peak"] > 2 * 48**4 * 4 / 1e6, "a matrix for each image at least"
+
+
+def test_an_inference_benchmark_end_to_end(tmp_path: Path, model_and_shards: tuple[str, ShardSet]) -> None:
+    method = METHODS["revdist"](TINY["revdist"].config).eval()
+    Model(method, ["a"]).save(tmp_path / "model")
+    options = InferenceBenchmark(str(tmp_path / "model"), str(tmp_path / "inference.json"), images=3, rounds=1)
+    (table,) = measure(options)["tables"].values()
+    assert 0 < table["folded"]["largest difference, map"] < 1e-3
+    with pytest.raises(OptionError, match="give a model of a trained method"):
+        measure(InferenceBenchmark(model_and_shards[0], str(tmp_path / "inference.json")))
 
 
 def test_every_benchmark_documents_its_options() -> None:

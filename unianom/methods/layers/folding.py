@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+
+
+REMAINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.BatchNorm2d: lambda norm: nn.Identity(),
+    BatchNormAct2d: lambda norm: nn.Sequential(norm.drop, norm.act),  # timm's, of EfficientNets and MobileNets
+}
+"""Kinds of batch norm that can be folded, and what is left of each."""
 
 
 def fold_batch_norm(module: nn.Module) -> int:
@@ -25,10 +35,10 @@ def fold_batch_norm(module: nn.Module) -> int:
         for (_, convolution), (norm_name, norm) in pairwise(children):
             if not isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d) or not isinstance(norm, nn.BatchNorm2d):
                 continue
-            if norm.num_features != convolution.out_channels or norm.training:
+            if type(norm) not in REMAINS or norm.num_features != convolution.out_channels or norm.training:
                 continue
             _fold(convolution, norm)
-            setattr(part, norm_name, nn.Identity())
+            setattr(part, norm_name, REMAINS[type(norm)](norm))
             count += 1
     return count
 
