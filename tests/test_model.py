@@ -73,6 +73,45 @@ def edit_config(folder: Path, **changes) -> None:
     edit(folder, config=json.loads((folder / "model.json").read_text())["config"] | changes)
 
 
+# ----------------------------------------------------------------------------------------------------------- folding
+def norms(model: Model) -> int:
+    return sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.method.modules())
+
+
+@pytest.mark.parametrize("name", ["uninet", "recontrast", "uniad"])
+def test_a_folded_model_predicts_the_same(name):
+    model = Model(fit(METHODS[name](TINY[name].config)), ["a", "b"])
+    before, count = model.predict(pictures(2)), norms(model)
+    model.fold()
+    assert norms(model) < count / 3
+    for one, other in zip(model.predict(pictures(2)), before):
+        assert one.score == pytest.approx(other.score, rel=1e-4)
+        np.testing.assert_allclose(one.anomaly_map, other.anomaly_map, rtol=1e-3, atol=1e-4 * other.anomaly_map.max())
+
+
+def test_an_encoder_of_efficientnet_blocks_folds_with_its_activations():
+    backbone = BackboneConfig("efficientnet_lite0", weights="random")
+    config = dataclasses.replace(TINY["uniad"].config, backbone=backbone)
+    model = Model(fit(METHODS["uniad"](config)))
+    before, count = model.predict(pictures(1)), norms(model)
+    model.fold()
+    assert norms(model) == 0 < count
+    assert model.predict(pictures(1))[0].score == pytest.approx(before[0].score, rel=1e-4)
+
+
+def test_what_would_change_by_folding_is_refused(monkeypatch):
+    model = Model(fit(METHODS["revdist"](TINY["revdist"].config)))
+
+    def wrong(module: torch.nn.Module) -> int:
+        for parameter in module.parameters():
+            parameter.data.mul_(1.01 + 0.01 * torch.rand(parameter.shape))
+        return 1
+
+    monkeypatch.setattr("unianom.model.fold_batch_norm", wrong)
+    with pytest.raises(ModelError, match=r"batch norm of \S+ cannot be folded .* fold_batch_norm"):
+        model.fold()
+
+
 # ---------------------------------------------------------------------------------------------------- save and load
 def test_a_loaded_model_is_the_saved_one(model, folder):
     loaded = unianom.load(folder)

@@ -24,6 +24,7 @@ from pipelines.models import load_model
 from pipelines.normals import FitResult, ThresholdOptions, choose_samples
 from pipelines.runtime import RuntimeOptions
 from pipelines.training import DataOptions, Trainer, TrainingOptions, train_networks
+from tests.methods.conftest import TINY
 from tests.pipelines.sharded import LABELLED, LABELLED_PARTS, LIMITS, POLICY, masked, sample, samples, write_shards
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
@@ -38,6 +39,7 @@ from unianom.methods.trained import (
     TrainingBatch,
     TrainingConfig,
 )
+from unianom.methods.uninet import UniNetTraining
 
 TRAINING = TrainingConfig(epochs=4, batch_size=4, learning_rate=3e-3, decay_at=(), clip_norm=None)
 
@@ -333,6 +335,68 @@ def test_one_model_per_category(here: Here, shards: ShardSet) -> None:
         assert here.jobs[number].categories == [category]
         mine = {name for name in named(LABELLED) if f"/{category}/" in name}
         assert set(here.learned(number)) == mine - here.jobs[number].held_out
+
+
+TINY_UNINET = dataclasses.replace(
+    TINY["uninet"].config, training=UniNetTraining(iterations=3, batch_size=4), preset="reference", mem_kernel=3
+)
+
+
+def test_options_of_one_category(here: Here, shards: ShardSet) -> None:
+    """A model of that category alone has them; the others stay as they are."""
+    changes = {"nut": {"temperature": 0.1, "training": {"encoder_learning_rate": 1e-4}}, "cog": {"margin": 0.5}}
+    options = TrainingOptions(
+        shards.uri, str(here.folder / "m"), per_category=True, category_options=changes, validate_every=0
+    )
+    train_networks("uninet", TINY_UNINET, options, None)  # type: ignore[arg-type]
+    made = {c: load_model(str(here.folder / "m" / c), "cpu").method.config for c in ("bolt", "nut")}
+    assert made["bolt"].temperature == TINY_UNINET.temperature
+    assert made["bolt"].training == TINY_UNINET.training
+    assert made["nut"].temperature == 0.1
+    assert made["nut"].training == dataclasses.replace(TINY_UNINET.training, encoder_learning_rate=1e-4)
+    assert made["nut"].margin == TINY_UNINET.margin
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_category", "fault"),
+    [
+        ({"nut": {"temperatur": 0.1}}, True, "category_options.nut: .*'temperatur'; did you mean 'temperature'"),
+        ({"nut": {"temperature": -1.0}}, True, "category_options.nut: temperature=-1.0"),
+        ({"nut": {"temperature": "cold"}}, True, "category_options.nut: temperature='cold'"),
+        ({"nut": {"preset": "paper"}}, True, "a preset is chosen for all"),
+        ({"nut": {"temperature": 0.1}}, False, "category_options of nut are for models of one category"),
+    ],
+)
+def test_wrong_options_of_a_category_show_before_any_work(
+    here: Here, shards: ShardSet, changes: dict[str, Any], per_category: bool, fault: str
+) -> None:
+    options = TrainingOptions(
+        shards.uri, str(here.folder / "m"), per_category=per_category, category_options=changes, validate_every=0
+    )
+    with pytest.raises(OptionError, match=fault):
+        train_networks("uninet", TINY_UNINET, options, None)  # type: ignore[arg-type]
+    assert not here.jobs
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_uninet_learns_from_labels_and_masks(here: Here, shards: ShardSet, task: str) -> None:
+    """Masks turn with their images, and every batch serves for two sizes."""
+    config = dataclasses.replace(TINY_UNINET, task=task, contrast=None)
+    if task == "segmentation":
+        config = dataclasses.replace(
+            config, training_sizes=(32, 64), augmentation=Augmentation(rotation=90.0), contrast="none"
+        )
+    options = TrainingOptions(shards.uri, str(here.folder / "m"), threshold=PLENTY, validate_every=2)
+    (result,) = train_networks("uninet", config, options, None)  # type: ignore[arg-type]
+    assert result.threshold is not None
+    assert set(here.told[-1]) >= {"step"}
+    losses = [event["losses"] for event in here.told if "losses" in event]
+    assert all(loss["supervised"] > 0 for loss in losses)
+    assert any("validation" in event for event in here.told)
+    model = load_model(result.folder, "cpu")
+    assert dataclasses.replace(model.method.config, input=config.input) == config
+    images = torch.randn(2, 3, model.method.input.side, model.method.input.side)
+    assert torch.isfinite(model.method.predict(images).anomaly_map).all()
 
 
 def test_held_out_normal_images_of_the_train_split_are_not_learned_from(here: Here, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from pipelines.batches import Batches, Order, Place
 from pipelines.fitting import train, train_options
 from pipelines.normals import ThresholdOptions
 from pipelines.runtime import RuntimeOptions
+from pipelines.scoring import ScoreOptions, score
 from pipelines.tracking import TrackingOptions
 from pipelines.training import DataOptions, Trainer, TrainingOptions, fixed_places, keeps_features, undisturbed
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
@@ -40,6 +41,7 @@ from unianom.methods.onenip import OneNIP, OneNIPConfig
 from unianom.methods.trained import Augmentation, TrainedMethod, TrainingBatch, TrainingConfig
 from unianom.methods.uniad import UniAD, UniADConfig
 from unianom.methods.unias import UniAS
+from unianom.methods.uninet import UniNetTraining
 from unianom.serialise import to_plain
 
 REPOSITORY = Path(__file__).parents[2]
@@ -363,6 +365,26 @@ def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
     assert told_at["loss"][-1] == 12
     assert told_at["loss/segmentation"] == told_at["images_per_second"] == told_at["data_share"] == told_at["loss"]
     assert told_at["validation/image_auroc"] == [6, 12]
+
+
+@pytest.mark.ray
+def test_uninet_goes_from_training_to_scores_with_and_without_batch_norm_folded(
+    ray_cluster: None, small: Small, tmp_path: Path
+) -> None:
+    """Its frozen teacher's features are kept, its other teacher sees the images."""
+    config = dataclasses.replace(TINY["uninet"].config, training=UniNetTraining(iterations=4, batch_size=4))
+    train(options("uninet", small, tmp_path / "model", config))
+    assert list((tmp_path / "prepared").rglob("*-level_2.npy"))
+    assert list((tmp_path / "prepared").rglob("*-pixels.npy"))
+    scores = {}
+    for fold in (True, False):
+        folder = str(tmp_path / f"scores-{fold}")
+        given = ScoreOptions(str(tmp_path / "model"), str(small.shards), folder, fold_batch_norm=fold, runtime=ONE)
+        table = score(given).scores.table(columns=["sample_id", "score"])
+        scores[fold] = dict(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    assert scores[True].keys() == scores[False].keys()
+    assert scores[True] == pytest.approx(scores[False], rel=1e-4)
+    assert scores[True] != scores[False], "nothing was folded"
 
 
 @pytest.mark.ray
