@@ -10,6 +10,7 @@ import yaml
 from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, parse, print_table, run
 from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions
+from pipelines.normals import own_config
 from unianom import files
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.serialise import to_plain
@@ -188,6 +189,10 @@ def test_every_recipe_is_a_config_of_its_method(recipe, capsys):
                 assert found[key] == value
 
     check(yaml.safe_load(recipe.read_text())["method"], parsed)
+    options = parse(METHOD_OPTIONS, given)
+    for category, changes in options.category_options.items():
+        assert options.per_category
+        check(changes, to_plain(own_config(options.method, [category], options)))
 
 
 def test_options_of_ingest():
