@@ -43,7 +43,8 @@ class ScoreOptions:
         categories: categories to score; empty for all.
         maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
         batch_size: images in one forward pass.
-        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores, up to rounding, sooner.
+        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, from fewer
+            operations; jobs/benchmark.py inference measures what that saves.
         max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
         overwrite: replace what another scoring left in the output.
         limits: what an image may cost.
@@ -57,7 +58,7 @@ class ScoreOptions:
     categories: tuple[str, ...] = ()
     maps: bool | None = None
     batch_size: int = 8
-    fold_batch_norm: bool = True
+    fold_batch_norm: bool = False
     max_reject_fraction: float = 0.01
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
@@ -195,7 +196,7 @@ class PartScorer:
         limits: ImageLimits,
         device: str,
         threads: int,
-        fold: bool = True,
+        fold: bool = False,
     ) -> None:
         self._shards, self._selection, self._shelf, self._digests = shards, selection, shelf, digests
         self._output, self._plan, self._maps = output, plan, maps

@@ -115,8 +115,8 @@ class Model:
                 yield batch
 
     def fold(self) -> None:
-        """Fold batch norm into convolutions: the same predictions, up to rounding, in less time. The model can then
-        neither be saved nor trained.
+        """Fold batch norm into convolutions: the same predictions, up to rounding, from fewer operations. The model can
+        then neither be saved nor trained.
 
         Raises:
             ModelError: predictions would change, as in networks that do not call their parts in order.
@@ -129,7 +129,7 @@ class Model:
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())):
                 raise ModelError(
                     f"{self.method.name}: batch norm of {self.method.config.backbone.name} cannot be folded into its "
-                    f"convolutions; set fold_batch_norm to false"
+                    f"convolutions; leave out fold_batch_norm"
                 )
 
     def save(self, uri: str | os.PathLike[str]) -> None:
