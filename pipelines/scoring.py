@@ -43,7 +43,7 @@ class ScoreOptions:
         categories: categories to score; empty for all.
         maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
         batch_size: images in one forward pass.
-        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, from fewer
+        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, by fewer
             operations; jobs/benchmark.py inference measures what that saves.
         max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
         overwrite: replace what another scoring left in the output.

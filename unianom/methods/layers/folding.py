@@ -10,7 +10,6 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-
 REMAINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.BatchNorm2d: lambda norm: nn.Identity(),
     BatchNormAct2d: lambda norm: nn.Sequential(norm.drop, norm.act),  # timm's, of EfficientNets and MobileNets
