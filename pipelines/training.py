@@ -593,7 +593,8 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
 
     def fit(own: Any, shards: ShardSet, categories: list[str], output: str) -> FitResult:
         prefix = f"{categories[0]}/" if options.per_category else ""
-        return _train(name, own, needs, options, shards, categories, output, run, prefix)
+        own_needs = needs if own == config else make_method(name, own).needs
+        return _train(name, own, own_needs, options, shards, categories, output, run, prefix)
 
     return fit_models(config, options, fit, needs.labels)
 
