@@ -87,7 +87,19 @@ def test_published_shapes(published):
 
 def test_published_training():
     training = UniASConfig().training
-    assert training == TrainingConfig(1000, None, 64, 1e-4, 1e-4, (0.9, 0.999), (0.4, 0.8), 0.1, 0.1, 133)
+    assert training == TrainingConfig(
+        epochs=1000,
+        iterations=None,
+        batch_size=64,
+        optimiser="adamw",
+        learning_rate=1e-4,
+        weight_decay=1e-4,
+        betas=(0.9, 0.999),
+        decay_at=(0.4, 0.8),
+        decay=0.1,
+        clip_norm=0.1,
+        seed=133,
+    )
     (optimisation,) = tiny().optimisers(100)
     rates = []
     for _ in range(100):

