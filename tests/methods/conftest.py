@@ -185,10 +185,7 @@ TINY = {
         training_batch=training_batch,
     ),
     "uninet": Tiny(
-        UniNetConfig(
-            backbone=BackboneConfig("resnet10t", weights="random"),
-            input=INPUT,
-        ),
+        UniNetConfig(preset="paper", backbone=BackboneConfig("resnet10t", weights="random"), input=INPUT),
         invalid=[
             {"mem_kernel": 4},
             {"mem_kernel": 0},

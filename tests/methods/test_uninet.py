@@ -83,8 +83,9 @@ def test_published_size_of_the_bottleneck(plan, kernel, parameters):
 
 
 def test_presets_differ_where_the_register_says():
-    paper = UniNetConfig(**TINY_OPTIONS)
+    paper = UniNetConfig(**TINY_OPTIONS, preset="paper")
     reference = UniNetConfig(**TINY_OPTIONS, preset="reference")
+    assert UniNetConfig(**TINY_OPTIONS) == reference, "the default, by measurement"
     changed = {
         field.name: (getattr(paper, field.name), getattr(reference, field.name))
         for field in dataclasses.fields(paper)

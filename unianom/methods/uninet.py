@@ -118,7 +118,8 @@ class UniNetConfig:
     """UniNet's options; the defaults are the published ones.
 
     Args:
-        preset: "paper" or "reference" (the released code); fills what is left null below.
+        preset: "paper" or "reference" (the released code, which did better here and so is the default); fills what is
+            left null below.
         task: "anomaly" learns from normal images; "classification" also from anomalous ones, by their labels (VAD);
             "segmentation" from masks, and gives their probability as map (polyps); "video" is "anomaly" with a head
             that paints the frame again, whose error adds to the score (Ped2).
@@ -151,7 +152,10 @@ class UniNetConfig:
         score_blur: sigma in pixels of the Gaussian blur before; 0 for none. The map itself is not blurred.
     """
 
-    preset: Literal["paper", "reference"] = "paper"
+    # Measured on magnetic tiles (ResNet-18, 96 pixels, 80 steps, 3 seeds; README): "reference" has the higher AUPRO
+    # with every seed, 58.2 against 55.2 on average, image AUROC and pixel AP within a standard deviation, and trains
+    # faster.
+    preset: Literal["paper", "reference"] = "reference"
     task: Literal["anomaly", "classification", "segmentation", "video"] = "anomaly"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
     input: InputPolicy = field(
