@@ -344,7 +344,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         seed: of all that is random in making an image.
 
     Raises:
-        NotImplementedError: prompts or synthetic anomalies beside labels; both are made of normal images.
+        ValueError: prompts or synthetic anomalies beside labels; both are made of normal images.
     """
 
     def __init__(
@@ -359,7 +359,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         seed: int,
     ) -> None:
         if needs.labels and (needs.prompts or needs.synthetic):
-            raise NotImplementedError("a method that needs labels can have neither prompts nor synthetic anomalies")
+            raise ValueError("a method that needs labels can have neither prompts nor synthetic anomalies")
         self._images, self._categories, self._needs = images, categories, needs
         self._pixels, self._features = pixels, features
         self._companions, self._synthesiser, self._seed = companions, synthesiser, seed

@@ -758,7 +758,7 @@ def test_a_streamed_anomalous_image_without_mask_is_named(tmp_path):
 
 @pytest.mark.parametrize("others", [{"prompts": "category"}, {"synthetic": SynthesisConfig()}])
 def test_prompts_and_synthetic_anomalies_of_anomalous_images_are_refused(labelled, others):
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match="neither prompts nor synthetic"):
         labelled.make(BatchNeeds(labels=True, **others))
 
 
