@@ -21,7 +21,7 @@ from pipelines.models import ModelShelf, load_model
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, decode_prepared, encode_map, normalise
-from unianom.data.schema import SCHEMA_VERSION, SCORE_SCHEMA
+from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods.trained import TrainedMethod
@@ -329,7 +329,7 @@ def _commit(
     ]
     manifest = {
         "kind": ScoreSet.kind,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCORE_VERSION,
         "tool_version": __version__,
         "plan_digest": digest,
         "shards": {"digest": shards.digest},

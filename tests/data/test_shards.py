@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unianom import files
-from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA
+from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import (
     MANIFEST,
     REJECTED,
@@ -90,7 +90,7 @@ def write_set(folder, parts, kind="shard set", group_bytes=64 << 20, **changes):
         write_part(folder, f"part-{number}.parquet", rows, schema, group_bytes)
     manifest = {
         "kind": kind,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION if kind == "shard set" else SCORE_VERSION,
         "counts": counts([row for rows in parts for row in rows]),
         "files": [{"name": f"part-{number}.parquet"} for number in range(len(parts))],
         **changes,

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipelines.evaluation import TableMaker, _content
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
-from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA
+from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, ShardSet, write_rejected
 from unianom.serialise import to_plain
 
@@ -197,7 +197,7 @@ def _write_scores(
         )
     manifest = {
         "kind": "score set",
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCORE_VERSION,
         "tool_version": "0.1.0",
         "shards": {"digest": shards.digest},
         "models": list(models),

@@ -9,6 +9,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+"""Of shard sets."""
+
+SCORE_VERSION = 2
+"""Of score sets; 2 added the two calibration columns."""
 
 SPLITS = ("train", "val", "test")
 NORMAL, ANOMALOUS = 0, 1
@@ -72,13 +76,16 @@ SCORE_SCHEMA = pa.schema(
         pa.field("anomaly_map", pa.binary()),
         pa.field("map_offset", pa.float32()),
         pa.field("map_scale", pa.float32()),
+        pa.field("calibration_offset", pa.float32()),
+        pa.field("calibration_scale", pa.float32()),
         pa.field("status", _text, nullable=False),
         pa.field("error", pa.string()),
         pa.field("model", _text, nullable=False),
     ]
 )
 """One scored sample. `score` is raw: never clipped, never rescaled by what else was scored. `anomaly_map` is a
-16-bit grey PNG at the model's input resolution; a pixel v stands for `map_offset + map_scale * v`."""
+16-bit grey PNG at the model's input resolution; a pixel v stands for `map_offset + map_scale * v`. Where the model has
+a calibrator, `calibrated_score` is given, and the calibrated map is (map − calibration_offset) / calibration_scale."""
 
 
 @dataclass(frozen=True)

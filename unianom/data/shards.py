@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unianom import files
-from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SPLITS
+from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION, SPLITS
 from unianom.errors import DataError
 
 MANIFEST = "_manifest.json"
@@ -64,6 +64,7 @@ class PartSet:
     digest: str
 
     schema: ClassVar[pa.Schema]
+    version: ClassVar[int]
     kind: ClassVar[str]
     job: ClassVar[str]
 
@@ -89,9 +90,9 @@ class PartSet:
             raise DataError(f"{path} is damaged: {error}; {cls._again(folder)}") from error
         if manifest.get("kind") != cls.kind:
             raise DataError(f"{folder} is a {manifest.get('kind')}, not a {cls.kind}; make one with {cls.job}")
-        if manifest.get("schema_version") != SCHEMA_VERSION:
+        if manifest.get("schema_version") != cls.version:
             raise DataError(
-                f"{folder} has schema version {manifest.get('schema_version')}, this unianom reads {SCHEMA_VERSION}; "
+                f"{folder} has schema version {manifest.get('schema_version')}, this unianom reads {cls.version}; "
                 f"run {cls.job} again"
             )
         return cls(folder, manifest, files.sha256_file(path))
@@ -236,6 +237,7 @@ class ShardSet(PartSet):
     """Samples, as jobs/ingest.py writes them."""
 
     schema: ClassVar[pa.Schema] = SAMPLE_SCHEMA
+    version: ClassVar[int] = SCHEMA_VERSION
     kind: ClassVar[str] = "shard set"
     job: ClassVar[str] = "jobs/ingest.py"
 
@@ -258,6 +260,7 @@ class ScoreSet(PartSet):
     """Scores, as jobs/score.py writes them; rejected samples are rows too, with their status and no score."""
 
     schema: ClassVar[pa.Schema] = SCORE_SCHEMA
+    version: ClassVar[int] = SCORE_VERSION
     kind: ClassVar[str] = "score set"
     job: ClassVar[str] = "jobs/score.py"
 
