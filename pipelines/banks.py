@@ -26,6 +26,7 @@ from pipelines.normals import (
     NormalReader,
     choose_samples,
     fit_models,
+    held_out_record,
     held_out_threshold,
     weights_digest,
 )
@@ -106,6 +107,7 @@ def _fit(
             "cover_radius": radius,
         },
         "held_out_normals": len(chosen.held_out),
+        "held_out": held_out_record(shards, categories, options),
         "notice": notice,
         "seeds": {"split": options.seed, "coreset": config.bank.seed},
         "few_shot": options.few_shot,

@@ -260,6 +260,16 @@ def choose_samples(
     return Chosen(learn | anomalous, held_out, anomalous), notice
 
 
+def held_out_record(shards: ShardSet, categories: list[str], options: FitOptions) -> dict[str, Any]:
+    """What a model's provenance keeps of how `choose_samples` holds normals out, so that later jobs can tell which."""
+    val = shards.count(Selection(("val",), tuple(categories), (NORMAL,)))
+    return {
+        "split": "val" if val else "train",
+        "fraction": None if val else options.threshold.validation_fraction,
+        "seed": options.seed,
+    }
+
+
 def _anomalous_shots(rows: list[dict[str, Any]], options: FitOptions) -> frozenset[str]:
     """Names of the anomalous images to learn from: all, or of each category as many as of the normal ones at most."""
     groups: dict[str, list[str]] = {}
