@@ -209,28 +209,18 @@ class PartEmbedder:
         return record
 
 
-class PatchFiles:
-    """The patch files of all parts, in order, as one matrix of M×D float32 that stays on disk.
+class PatchMatrix:
+    """Patches in several arrays, in order, as one matrix of M×D float32; memory-mapped ones stay on disk.
 
     Args:
-        work: folder of the patch files.
-        parts: shard parts, in order.
-        copies: local folder to fetch the files to, where they lie on an object store.
+        arrays: each m×D float32.
 
     Raises:
         DataError: not a single patch was kept.
     """
 
-    def __init__(self, work: str, parts: list[str], copies: Path) -> None:
-        self._arrays: list[np.ndarray] = []
-        for part in parts:
-            uri = files.join(work, patch_part(part))
-            if not files.is_local(uri):
-                (copies / patch_part(part)).write_bytes(files.read_bytes(uri))
-                uri = str(copies / patch_part(part))
-            array = np.load(uri, mmap_mode="r", allow_pickle=False)
-            if len(array):
-                self._arrays.append(array)
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self._arrays = [array for array in arrays if len(array)]
         if not self._arrays:
             raise DataError(
                 "masking left no patch for the bank; lower --method.mask_threshold or take --method.mask off"
@@ -255,7 +245,32 @@ class PatchFiles:
         return taken
 
 
-def build_bank(patches: PatchFiles, config: BankConfig) -> tuple[MemoryBank, float]:
+class PatchFiles(PatchMatrix):
+    """The patch files of all parts, in order, as one matrix that stays on disk.
+
+    Args:
+        work: folder of the patch files.
+        parts: shard parts, in order.
+        copies: local folder to fetch the files to, where they lie on an object store.
+
+    Raises:
+        DataError: not a single patch was kept.
+    """
+
+    def __init__(self, work: str, parts: list[str], copies: Path) -> None:
+        super().__init__([open_array(work, patch_part(part), copies) for part in parts])
+
+
+def open_array(folder: str, name: str, copies: Path) -> np.ndarray:
+    """A .npy file, memory-mapped; one on an object store is fetched to the local folder `copies` first."""
+    uri = files.join(folder, name)
+    if not files.is_local(uri):
+        uri = str(copies / name)
+        Path(uri).write_bytes(files.read_bytes(files.join(folder, name)))
+    return np.load(uri, mmap_mode="r", allow_pickle=False)
+
+
+def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, float]:
     """Choose the coreset and index it; also the cover radius in the projected space."""
     count = max(1, int(config.coreset_ratio * patches.rows))
     radius = 0.0
