@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unianom.errors import DataError, ModelError, OptionError
-from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
+from unianom.thresholds import (
+    DecisionRule,
+    Threshold,
+    fit_bands,
+    fit_rule,
+    fit_threshold,
+    normals_needed,
+    smallest_supported_rate,
+)
 
 
 def risks(n, rate):
@@ -188,3 +196,100 @@ def test_damaged_content_is_named(change, message):
     del content["value"]
     with pytest.raises(ModelError, match="a threshold has the keys"):
         Threshold.from_dict(content)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(60, 400), st.floats(0.05, 0.3), st.floats(0.0, 0.4), st.integers(0, 10**6))
+def test_bands_divide_scores_as_two_thresholds_do(n, target, more, seed):
+    scores = np.random.default_rng(seed).normal(size=n)
+    bands = fit_bands(scores, target, target + more)
+    assert bands.fail == fit_threshold(scores, target)
+    assert bands.review == fit_threshold(scores, target + more)
+    judged = np.random.default_rng(seed + 1).normal(size=50)
+    for score, decision, margin in zip(judged, bands.decide(judged), bands.margin(judged)):
+        expected = "fail" if score > bands.fail.value else "review" if score > bands.review.value else "pass"
+        assert decision == expected
+        assert (margin > 0) == (decision == "fail")
+        assert margin == pytest.approx((score - bands.fail.value) / scores.std())
+
+
+def test_scores_at_a_threshold_belong_to_the_milder_band():
+    bands = fit_bands(np.arange(200), 0.05, 0.2)
+    assert list(bands.decide([bands.fail.value, bands.review.value])) == ["review", "pass"]
+    assert bands.decide(bands.fail.value + 1e-9) == "fail"
+
+
+def test_equal_scores_have_a_spread_of_one():
+    bands = fit_bands(np.full(100, 3.0), 0.05, 0.2)
+    assert bands.spread == 1
+    assert bands.margin(5.0) == 2
+
+
+def test_a_review_rate_below_the_target_is_refused():
+    with pytest.raises(OptionError, match=r"review_fpr=0.01 is below target_fpr=0.05"):
+        fit_bands(np.arange(100), 0.05, 0.01)
+
+
+def normals_of_three():
+    rng = np.random.default_rng(3)
+    return {"bolt": rng.normal(size=100), "nut": 10 + rng.normal(size=80), "ring": rng.normal(size=7)}
+
+
+def test_one_rule_for_all_is_fitted_to_all_normals_together():
+    normals = normals_of_three()
+    rule = fit_rule(normals, "raw", 0.05, 0.2)
+    assert rule.common == fit_bands(np.concatenate(list(normals.values())), 0.05, 0.2)
+    assert rule.bands("bolt") == rule.bands("never seen") == rule.bands(None) == rule.common
+
+
+def test_every_category_gets_the_bands_of_its_own_normals():
+    normals = normals_of_three()
+    del normals["ring"]
+    rule = fit_rule(normals, "raw", 0.05, 0.2, per_category=True)
+    assert rule.bands("nut") == fit_bands(normals["nut"], 0.05, 0.2)
+    assert rule.decide(9.0, None, "nut") == "pass"
+    assert rule.decide(9.0, None, "bolt") == "fail"
+    for unknown in ("ring", None):
+        with pytest.raises(DataError, match="judges bolt, nut only"):
+            rule.decide(9.0, None, unknown)
+
+
+def test_too_few_normals_are_named_with_the_rate_they_support_or_pooled_when_asked():
+    normals = {**normals_of_three(), "disc": []}
+    with pytest.raises(OptionError, match=r"which takes 59: disc has 0, ring has 7 \(which support 0.349 at best\)"):
+        fit_rule(normals, "raw", 0.05, 0.2, per_category=True)
+    fit_threshold(normals["ring"], 0.349)  # what was printed works
+    rule = fit_rule(normals, "raw", 0.05, 0.2, per_category=True, pool_small=True)
+    assert sorted(rule.categories) == ["bolt", "nut"]
+    assert rule.bands("ring") == rule.bands("disc") == fit_bands(np.concatenate(list(normals.values())), 0.05, 0.2)
+
+
+def test_a_rule_judges_the_kind_of_score_it_was_fitted_to():
+    rule = fit_rule({"bolt": np.arange(100)}, "calibrated", 0.05, 0.2)
+    assert rule.decide(-5.0, 99.5, "bolt") == "fail"
+    assert rule.decide(99.5, -5.0, "bolt") == "pass"
+    with pytest.raises(DataError, match="calibrated scores and there is none"):
+        rule.decide(99.5, None, "bolt")
+
+
+@pytest.mark.parametrize("pool_small", [False, True])
+def test_rules_survive_json(pool_small):
+    normals = normals_of_three() if pool_small else {"nut": normals_of_three()["nut"]}
+    rule = fit_rule(normals, "raw", 0.05, 0.2, per_category=True, pool_small=pool_small)
+    again = DecisionRule.from_dict(json.loads(json.dumps(rule.to_dict(), allow_nan=False)))
+    assert again == rule
+    assert again.restricted(["nut"]).bands("nut") == rule.bands("nut")
+    assert "bolt" not in again.restricted(["nut"]).categories
+
+
+def test_damaged_rules_are_named():
+    content = fit_rule({"bolt": np.arange(100)}, "raw", 0.05, 0.2).to_dict()
+    with pytest.raises(ModelError, match="DecisionRule has the keys"):
+        DecisionRule.from_dict({**content, "extra": 1})
+    with pytest.raises(ModelError, match="not 'cooked'"):
+        DecisionRule.from_dict({**content, "kind": "cooked"})
+    with pytest.raises(ModelError, match="without any bands"):
+        DecisionRule.from_dict({**content, "common": None})
+    swapped = {**content["common"], "fail": content["common"]["review"], "review": content["common"]["fail"]}
+    with pytest.raises(ModelError, match="at or below the threshold to fail"):
+        DecisionRule.from_dict({**content, "common": swapped})

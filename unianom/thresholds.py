@@ -9,20 +9,29 @@ distribution the true rate of false positives follows Beta(n − r + 1, r), what
 The smallest r that keeps this at or below 1 − confidence is taken. If scores can tie, the rate can only be lower:
 a score equal to the threshold passes, and the distribution function at s_(r) is then at least the uniform order
 statistic it is in the continuous case. ("score ≥ threshold" would lose the guarantee.)
+
+Two such thresholds, for a low and a higher rate, make bands: fail above the one, review between both, pass below. A
+`DecisionRule` has bands for all categories together, or for each; every promise is then kept with the confidence
+asked for by itself, not all of them at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom
 
 from unianom.errors import DataError, ModelError, OptionError
+
+PASS, REVIEW, FAIL = "pass", "review", "fail"
+
+ScoreKind = Literal["raw", "calibrated"]
+"""Which score of an image is judged."""
 
 # Slack for rounding in logarithms, so that the smallest rate n normals support needs n normals and not n + 1.
 _ROUNDING = 1e-9
@@ -165,6 +174,236 @@ def normals_needed(rate: float, confidence: float = 0.95) -> int:
     _check_probability("rate", rate)
     _check_probability("confidence", confidence)
     return max(1, math.ceil((math.log1p(-confidence) + _ROUNDING) / math.log1p(-rate)))
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Two thresholds on one kind of score: what fails, what a person should look at, what passes.
+
+    Attributes:
+        fail: scores above it fail.
+        review: scores above it that do not fail are to be reviewed; for a rate that is not below that of `fail`.
+        spread: standard deviation of the normal scores both were fitted to; 1 where they are all the same.
+
+    Raises:
+        ModelError: the review threshold lies above the other, or the spread is not positive.
+    """
+
+    fail: Threshold
+    review: Threshold
+    spread: float
+
+    def __post_init__(self) -> None:
+        if self.review.value > self.fail.value or not 0 < self.spread < math.inf:
+            raise ModelError(
+                f"bands need a review threshold ({self.review.value:g}) at or below the threshold to fail "
+                f"({self.fail.value:g}) and a positive spread ({self.spread:g}); fit them again"
+            )
+
+    def decide(self, scores: ArrayLike) -> NDArray[np.str_]:
+        """Decide "pass", "review" or "fail" for each score; the same shape.
+
+        Raises:
+            DataError: a score is NaN or infinite.
+        """
+        values = _finite_scores(scores)
+        return np.where(values > self.fail.value, FAIL, np.where(values > self.review.value, REVIEW, PASS))
+
+    def margin(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """How far each score lies above the threshold to fail, in standard deviations of normal scores; the same
+        shape."""
+        return (np.asarray(scores, dtype=np.float64) - self.fail.value) / self.spread
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {"fail": self.fail.to_dict(), "review": self.review.to_dict(), "spread": self.spread}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Bands:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ModelError: keys are missing or unknown, or a value is not what it should be.
+        """
+        _check_keys(cls, content)
+        try:
+            spread = float(content["spread"])
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"the spread of these bands is not a number ({error}); fit them again") from error
+        return cls(Threshold.from_dict(content["fail"]), Threshold.from_dict(content["review"]), spread)
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """How image scores become decisions.
+
+    Attributes:
+        kind: whether raw or calibrated scores are judged.
+        common: bands for every category that has none of its own; None where an image cannot be judged without them.
+        categories: bands by category; empty where one pair of thresholds judges all.
+
+    Raises:
+        ModelError: an unknown kind, or no bands at all.
+    """
+
+    kind: ScoreKind
+    common: Bands | None
+    categories: dict[str, Bands]
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ScoreKind):
+            raise ModelError(f"a decision rule judges raw or calibrated scores, not '{self.kind}'; fit it again")
+        if self.common is None and not self.categories:
+            raise ModelError("a decision rule without any bands decides nothing; fit it again")
+
+    def bands(self, category: str | None) -> Bands:
+        """The bands that judge a category; None for an image whose category is not known.
+
+        Raises:
+            DataError: neither bands of this category nor common ones.
+        """
+        found = self.common if category is None else self.categories.get(category, self.common)
+        if found is None:
+            named = "an image of unknown category" if category is None else f"category '{category}'"
+            raise DataError(
+                f"no threshold for {named}: this rule judges {', '.join(sorted(self.categories))} only; fit a rule for "
+                f"all categories together, or score normal images of that category and fit the rule again"
+            )
+        return found
+
+    def value(self, score: float, calibrated_score: float | None) -> float:
+        """The score that is judged.
+
+        Raises:
+            DataError: it is the calibrated one and there is none.
+        """
+        if self.kind == "raw":
+            return score
+        if calibrated_score is None:
+            raise DataError("this rule judges calibrated scores and there is none; score with a calibrated model")
+        return calibrated_score
+
+    def decide(self, score: float, calibrated_score: float | None, category: str | None) -> str:
+        """Decide "pass", "review" or "fail" for one image.
+
+        Raises:
+            DataError: no bands for the category, or no score of the right kind, or it is NaN or infinite.
+        """
+        return str(self.bands(category).decide(self.value(score, calibrated_score)))
+
+    def restricted(self, categories: Collection[str]) -> DecisionRule:
+        """The same rule without what other categories have of their own.
+
+        Raises:
+            ModelError: nothing is left.
+        """
+        return DecisionRule(self.kind, self.common, {c: b for c, b in self.categories.items() if c in categories})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {
+            "kind": self.kind,
+            "common": None if self.common is None else self.common.to_dict(),
+            "categories": {name: bands.to_dict() for name, bands in sorted(self.categories.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> DecisionRule:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ModelError: keys are missing or unknown, or a value is not what it should be.
+        """
+        _check_keys(cls, content)
+        common = content["common"]
+        return cls(
+            kind=content["kind"],
+            common=None if common is None else Bands.from_dict(common),
+            categories={name: Bands.from_dict(bands) for name, bands in content["categories"].items()},
+        )
+
+
+def fit_bands(scores: ArrayLike, target_fpr: float, review_fpr: float, confidence: float = 0.95) -> Bands:
+    """Choose both thresholds from the same normal scores.
+
+    Args:
+        scores: (n,) scores of held-out normal images.
+        target_fpr: highest share of normal images that may fail.
+        review_fpr: highest share of normal images that may fail or come to review; at least `target_fpr`.
+        confidence: of each promise.
+
+    Raises:
+        OptionError, DataError: as `fit_threshold`, or review_fpr is below target_fpr.
+    """
+    if review_fpr < target_fpr:
+        raise OptionError(
+            f"review_fpr={review_fpr:g} is below target_fpr={target_fpr:g}; it counts the images that fail, too, so "
+            f"give at least as much"
+        )
+    fail = fit_threshold(scores, target_fpr, confidence)
+    spread = float(np.std(np.asarray(scores, dtype=np.float64)))
+    return Bands(fail, fit_threshold(scores, review_fpr, confidence), spread or 1.0)
+
+
+def fit_rule(
+    normals: Mapping[str, ArrayLike],
+    kind: ScoreKind,
+    target_fpr: float,
+    review_fpr: float,
+    confidence: float = 0.95,
+    per_category: bool = False,
+    pool_small: bool = False,
+) -> DecisionRule:
+    """Choose the thresholds of a rule.
+
+    Args:
+        normals: (n,) scores of held-out normal images by category.
+        kind: which scores these are.
+        target_fpr, review_fpr, confidence: see `fit_bands`.
+        per_category: thresholds for each category instead of one pair for all.
+        pool_small: judge categories with too few normals by thresholds from the normals of all categories, which
+            promise a rate over the mixture of these normals and none for such a category alone.
+
+    Raises:
+        OptionError: a category has too few normals and `pool_small` is not set; or as `fit_bands`.
+        DataError: as `fit_bands`.
+    """
+    needed = normals_needed(target_fpr, confidence)
+    counts = {name: np.size(scores) for name, scores in normals.items()}
+    small = {name: count for name, count in counts.items() if count < needed}
+    everything = np.concatenate([np.asarray(scores, np.float64) for scores in normals.values()] or [np.zeros(0)])
+    if not per_category:
+        return DecisionRule(kind, fit_bands(everything, target_fpr, review_fpr, confidence), {})
+    if small and not pool_small:
+        raise OptionError(
+            f"too few held-out normal images for a false-positive rate of {target_fpr:g} at {100 * confidence:g} % "
+            f"confidence, which takes {needed}: {_shortages(small, confidence)}; ask for a higher rate or a lower "
+            f"confidence, or judge these by the normals of all categories together (too_few=pooled)"
+        )
+    own = {
+        name: fit_bands(scores, target_fpr, review_fpr, confidence)
+        for name, scores in normals.items()
+        if name not in small
+    }
+    return DecisionRule(kind, fit_bands(everything, target_fpr, review_fpr, confidence) if small else None, own)
+
+
+def _shortages(counts: Mapping[str, int], confidence: float) -> str:
+    """Which categories have too few normals, and what rate they could support."""
+    words = []
+    for name, count in sorted(counts.items()):
+        best = f" (which support {_rounded_up(smallest_supported_rate(count, confidence)):g} at best)" if count else ""
+        words.append(f"{name} has {count}{best}")
+    return ", ".join(words)
+
+
+def _check_keys(cls: type, content: Mapping[str, Any]) -> None:
+    names = {field.name for field in fields(cls)}
+    if set(content) != names:
+        raise ModelError(
+            f"{cls.__name__} has the keys {', '.join(sorted(names))} but this one has "
+            f"{', '.join(sorted(content)) or 'none'}; fit it again with this version"
+        )
 
 
 def _check_probability(name: str, value: float) -> None:
