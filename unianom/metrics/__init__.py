@@ -4,9 +4,12 @@ from unianom.metrics.curves import Curve
 from unianom.metrics.image import image_curves, image_metrics
 from unianom.metrics.pixel import PixelAccumulator, PixelMetrics, pixel_metrics
 from unianom.metrics.region import AuproVariant, aupro
+from unianom.metrics.streaming import BinnedMetrics, BinnedPixelAccumulator
 
 __all__ = [
     "AuproVariant",
+    "BinnedMetrics",
+    "BinnedPixelAccumulator",
     "Curve",
     "PixelAccumulator",
     "PixelMetrics",

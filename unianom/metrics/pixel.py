@@ -151,6 +151,10 @@ class PixelAccumulator:
         """
         self._maps.extend(split_maps(maps, masks))
 
+    def add(self, split: SplitMap) -> None:
+        """Add a map that is taken apart already."""
+        self._maps.append(split)
+
     def merge(self, other: PixelAccumulator) -> None:
         """Add all that another accumulator has seen.
 
@@ -164,7 +168,18 @@ class PixelAccumulator:
 
     def compute(self) -> PixelMetrics:
         """Metrics of all maps so far."""
+        return self._metrics(*self._operating_points())
+
+    def curves(self, max_points: int = 1000) -> dict[str, Curve]:
+        """ROC, PR and PRO curve of all maps so far, keys "roc", "pr" and "pro", thinned to `max_points` each."""
+        return self._curves(self._operating_points()[1], max_points)
+
+    def summary(self, max_points: int = 1000) -> tuple[PixelMetrics, dict[str, Curve]]:
+        """`compute` and `curves` at once, which sorts the scores once."""
         within, points = self._operating_points()
+        return self._metrics(within, points), self._curves(points, max_points)
+
+    def _metrics(self, within: OperatingPoints, points: OperatingPoints) -> PixelMetrics:
         nan = float("nan")
         f1_max = f1_threshold = iou_max = dsc = iou = dsc_threshold = soft_dice = soft_iou = nan
         if points.defined:
@@ -195,9 +210,7 @@ class PixelAccumulator:
             n_regions=sum(len(m.region_sizes) for m in self._maps),
         )
 
-    def curves(self, max_points: int = 1000) -> dict[str, Curve]:
-        """ROC, PR and PRO curve of all maps so far, keys "roc", "pr" and "pro", thinned to `max_points` each."""
-        _, points = self._operating_points()
+    def _curves(self, points: OperatingPoints, max_points: int) -> dict[str, Curve]:
         return {
             "roc": roc_curve(points, max_points),
             "pr": pr_curve(points, max_points),
@@ -241,17 +254,16 @@ def _mean_overlap(maps: Sequence[SplitMap], threshold: float) -> tuple[float, fl
 
 
 def _mean_soft_overlap(maps: Sequence[SplitMap]) -> tuple[float, float]:
-    """Mean soft Dice and mean soft IoU over maps with an anomalous pixel, each scaled by its own extremes."""
-    dice: list[float] = []
-    iou: list[float] = []
-    for m in maps:
-        if not len(m.anomalous):
-            continue
-        low = float(min(m.anomalous.min(), m.normal.min(initial=np.inf)))
-        high = float(max(m.anomalous.max(), m.normal.max(initial=-np.inf)))
-        scale = 1 / (high - low) if high > low else 0.0
-        hits = float(np.sum(m.anomalous, dtype=np.float64) - low * len(m.anomalous)) * scale
-        total = hits + float(np.sum(m.normal, dtype=np.float64) - low * len(m.normal)) * scale
-        dice.append((2 * hits + 1) / (total + len(m.anomalous) + 1))
-        iou.append((hits + 1) / (total + len(m.anomalous) - hits + 1))
-    return math.fsum(dice) / len(dice), math.fsum(iou) / len(iou)
+    """Mean soft Dice and mean soft IoU over maps with an anomalous pixel."""
+    found = [soft_overlap(m) for m in maps if len(m.anomalous)]
+    return math.fsum(dice for dice, _ in found) / len(found), math.fsum(iou for _, iou in found) / len(found)
+
+
+def soft_overlap(m: SplitMap) -> tuple[float, float]:
+    """Soft Dice and soft IoU of a map with an anomalous pixel, scaled by its own extremes; see `PixelMetrics`."""
+    low = float(min(m.anomalous.min(), m.normal.min(initial=np.inf)))
+    high = float(max(m.anomalous.max(), m.normal.max(initial=-np.inf)))
+    scale = 1 / (high - low) if high > low else 0.0
+    hits = float(np.sum(m.anomalous, dtype=np.float64) - low * len(m.anomalous)) * scale
+    total = hits + float(np.sum(m.normal, dtype=np.float64) - low * len(m.normal)) * scale
+    return (2 * hits + 1) / (total + len(m.anomalous) + 1), (hits + 1) / (total + len(m.anomalous) - hits + 1)

@@ -144,11 +144,11 @@ def aupro_of(maps: Sequence[SplitMap], points: OperatingPoints, limit: float, va
     region, sizes = _regions_of(maps)
     # PRO is a mean of recalls, so its area is the mean over regions of the mean share of their pixels. The exact
     # sum over regions makes the result independent of the order of the images.
-    share = _area_share(points, limit)[points.position]  # one value an anomalous pixel
+    share = area_share(points, limit)[points.position]  # one value an anomalous pixel
     return math.fsum(np.bincount(region, weights=share) / sizes) / len(sizes)
 
 
-def _area_share(points: OperatingPoints, limit: float) -> Array:
+def area_share(points: OperatingPoints, limit: float) -> Array:
     """(k,) what one anomalous pixel at each threshold adds to the area over FPR in [0, limit] / limit, 0 to 1.
 
     A pixel with score t is found from the false-positive rate of "above t" on; where normal pixels tie with it, it
