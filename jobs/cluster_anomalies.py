@@ -1,0 +1,16 @@
+"""Cluster test images by their anomalous patches, and compare the clusters with the defect types.
+
+python jobs/cluster_anomalies.py --model runs/uniformaly --shards shards/mvtec --output clusters/mvtec
+"""
+
+from pipelines.clustering import ClusterOptions, cluster_anomalies, print_clustering
+from pipelines.commandline import run
+
+
+def main(options: ClusterOptions) -> None:
+    """Cluster and print what came of it."""
+    print_clustering(cluster_anomalies(options))
+
+
+if __name__ == "__main__":
+    run(main, ClusterOptions)

@@ -1,0 +1,17 @@
+"""Semantic anomaly detection: one bank for every choice of normal classes, on images that are embedded once.
+
+python jobs/ingest.py --layout class_folders --layout_options.all_classes true --source S --output shards/species60
+python jobs/semantic.py uniformaly --shards shards/species60 --output results/species60
+"""
+
+from pipelines.commandline import run
+from pipelines.protocols import SemanticOptions, print_semantic, protocol_options, semantic
+
+
+def main(options: object) -> None:
+    """Run the tasks and print their table."""
+    print_semantic(semantic(options))
+
+
+if __name__ == "__main__":
+    run(main, protocol_options(SemanticOptions))
