@@ -203,7 +203,7 @@ class PartPreparer:
                     if name not in handles:
                         path = files.join(self._output, array_name(part, name))
                         handles[name] = stack.enter_context(files.open_atomic(path))
-                        size += _write_header(handles[name], array.dtype, (rows, *array.shape[1:]))
+                        size += write_npy_header(handles[name], array.dtype, (rows, *array.shape[1:]))
                     handles[name].write(array.tobytes())
                     size += array.nbytes
         names = [name for name in handles if name != DESCRIPTOR]
@@ -248,7 +248,7 @@ class PartPreparer:
         return arrays
 
 
-def _write_header(handle: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+def write_npy_header(handle: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     """Header of a .npy file whose rows follow; returns its length."""
     start = handle.tell()
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

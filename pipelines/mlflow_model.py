@@ -35,27 +35,31 @@ class UnianomPyfunc(PythonModel):
 
         Args:
             context: as MLflow gives it; not used.
-            model_input: a column `image` of encoded image files, as bytes or base64 text.
+            model_input: a column `image` of encoded image files, as bytes or base64 text; a model whose calibrator goes
+                by category also needs a column `category`.
             params: {"maps": True} adds the anomaly maps.
 
         Returns:
             For each row, under its index: `score`; `decision`, "pass" or "fail", null if the model has no
-            threshold; with maps also `anomaly_map`, a 16-bit grey PNG at the model's input resolution of which a
-            pixel v stands for `map_offset + map_scale * v`.
+            threshold; `calibrated_score`, if it has a calibrator; with maps also `anomaly_map`, a 16-bit grey PNG at the
+            model's input resolution of which a pixel v stands for `map_offset + map_scale * v`.
 
         Raises:
             ImageError: an image cannot be used; names the row.
         """
         rows = list(model_input.index)
         images = [_to_bytes(image, row) for image, row in zip(model_input["image"], rows, strict=True)]
+        categories = list(model_input["category"]) if "category" in model_input else None
         try:
-            results = self.model.predict(images)
+            results = self.model.predict(images, categories=categories)
         except ImageError as error:
             raise _name_row(error, images, rows) from error
         columns: dict[str, Any] = {
             "score": pd.Series([result.score for result in results], rows, dtype=float),
             "decision": pd.Series([result.decision for result in results], rows, dtype=object),
         }
+        if self.model.calibrator is not None:
+            columns["calibrated_score"] = pd.Series([r.calibrated_score for r in results], rows, dtype=float)
         if params and params.get("maps"):
             packed = [encode_map(result.anomaly_map) for result in results]
             columns["anomaly_map"] = pd.Series([png for png, _, _ in packed], rows, dtype=object)

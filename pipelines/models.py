@@ -74,6 +74,7 @@ class ModelShelf:
             try:
                 content = files.read_json(path)
                 kept = {key: content[key] for key in ("method", "config", "categories", "threshold", "provenance")}
+                kept["calibrator"] = content.get("calibrator")
             except FileNotFoundError as error:
                 raise ModelError(f"{path} is missing; copy the whole folder again or fit the model again") from error
             except (ValueError, KeyError) as error:

@@ -270,6 +270,44 @@ def held_out_record(shards: ShardSet, categories: list[str], options: FitOptions
     }
 
 
+def held_out_normals(
+    provenance: dict[str, Any], shards: ShardSet, categories: list[str], fraction: float | None = None
+) -> frozenset[str]:
+    """Names of the normal images that a model held out of these shards, drawn again as its training drew them.
+
+    Args:
+        provenance: the model's.
+        shards, categories: whose images; of other shards than those of its training nothing was held out.
+        fraction: share of the normal training images held out, for models that do not record it.
+
+    Raises:
+        DataError: which they were cannot be told.
+    """
+    if provenance["shards"]["digest"] != shards.digest or provenance["held_out_normals"] == 0:
+        return frozenset()
+    record = provenance.get("held_out") or {
+        "split": "train",
+        "fraction": fraction,
+        "seed": provenance["seeds"]["split"],
+    }
+    selection = Selection((record["split"],), tuple(categories), (NORMAL,))
+    rows = shards.table(selection, ["sample_id", "category"]).to_pylist()
+    names = [row["sample_id"] for row in rows]
+    if record["split"] == "train":
+        if record["fraction"] is None:
+            raise DataError(
+                "the model does not record which share of its normal images was held out; give it as "
+                "--held_out_fraction (jobs/train.py takes 0.2 unless told otherwise)"
+            )
+        names = list(hold_out(names, [row["category"] for row in rows], record["fraction"], record["seed"]))
+    if len(names) != provenance["held_out_normals"]:
+        raise DataError(
+            f"the model held out {provenance['held_out_normals']} normal images, but drawing again gives {len(names)}; "
+            f"mend --held_out_fraction"
+        )
+    return frozenset(names)
+
+
 def _anomalous_shots(rows: list[dict[str, Any]], options: FitOptions) -> frozenset[str]:
     """Names of the anomalous images to learn from: all, or of each category as many as of the normal ones at most."""
     groups: dict[str, list[str]] = {}

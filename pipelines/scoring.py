@@ -273,17 +273,26 @@ class PartScorer:
             return
         model = self._model(folder)
         images = normalise([pixels for _, pixels in waiting], model.method.input).to(model.method.device)
-        prediction = model.method.predict(images)
+        prediction, calibration = model.examine(images, [row["category"] for row, _ in waiting])
         scores = prediction.score.float().cpu().numpy()
         maps = prediction.anomaly_map.float().cpu().numpy()
-        for (row, _), value, anomaly_map in zip(waiting, scores, maps, strict=True):
-            if not np.isfinite(value):
-                raise DataError(f"{row['sample_id']} got the score {value}; check the model's weights and precision")
+        affine: list[tuple[float | None, ...]] = [(None, None, None)] * len(waiting)
+        if calibration is not None:
+            affine = list(zip(*(part.float().cpu().tolist() for part in calibration), strict=True))
+        for (row, _), value, anomaly_map, (level, spread, common) in zip(waiting, scores, maps, affine, strict=True):
+            if not np.isfinite(value) or (common is not None and not np.isfinite(common)):
+                raise DataError(
+                    f"{row['sample_id']} got the score {value} (calibrated: {common}); check the model's weights and "
+                    f"precision"
+                )
             decision = None if model.threshold is None else str(model.threshold.decide(value))
             encoded, offset, scale = encode_map(anomaly_map) if self._maps else (None, None, None)
             yield self._row(
                 row,
                 score=float(value),
+                calibrated_score=common,
+                calibration_offset=level,
+                calibration_scale=spread,
                 decision=decision,
                 anomaly_map=encoded,
                 map_offset=offset,

@@ -249,11 +249,12 @@ class MlflowRun(Run):
         from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
         signature = ModelSignature(
-            inputs=Schema([ColSpec("binary", "image")]),
+            inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "category", required=False)]),
             outputs=Schema(
                 [
                     ColSpec("double", "score"),
                     ColSpec("string", "decision", required=False),
+                    ColSpec("double", "calibrated_score", required=False),
                     ColSpec("binary", "anomaly_map", required=False),
                     ColSpec("double", "map_offset", required=False),
                     ColSpec("double", "map_scale", required=False),

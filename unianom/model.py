@@ -1,7 +1,7 @@
 """The model folder: a method with its weights, bank and threshold, ready to predict.
 
-`model.json` (what it is), `weights.safetensors` (every parameter and statistic), `bank/` (memory methods). No file
-is a pickle; loading runs no code from the folder.
+`model.json` (what it is), `weights.safetensors` (every parameter and statistic), `bank/` (memory methods),
+`calibrator.safetensors` (where scores are calibrated). No file is a pickle; loading runs no code from the folder.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from PIL import Image, ImageOps
 
 from unianom import files
 from unianom.backbones import state_faults
+from unianom.calibration import Calibration, CalibrationConfig, Calibrator
 from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
 from unianom.errors import ImageError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
-from unianom.methods import METHODS, MemoryMethod, Method
+from unianom.methods import METHODS, MemoryMethod, Method, Prediction
 from unianom.methods.layers.folding import fold_batch_norm
 from unianom.serialise import from_plain, to_plain
 from unianom.thresholds import Threshold
@@ -34,7 +35,9 @@ from unianom.thresholds import Threshold
 FORMAT_VERSION = 1
 
 KEYS = ("method", "config", "categories", "threshold", "provenance", "weights_sha256", "bank_sha256")
-"""What `model.json` holds beside its format version."""
+"""What `model.json` holds beside its format version; a calibrated model also has "calibrator"."""
+
+CALIBRATOR = "calibrator.safetensors"
 
 AnyImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
@@ -47,11 +50,15 @@ class ImageResult:
         score: raw image score; higher is more anomalous.
         anomaly_map: S×S float32 at the model's input resolution, raw.
         decision: "pass" or "fail" by the model's threshold; None if it has none.
+        calibrated_score: of the calibrated map; None if the model has no calibrator.
+        calibrated_map: S×S float32; None if the model has no calibrator.
     """
 
     score: float
     anomaly_map: np.ndarray
     decision: str | None
+    calibrated_score: float | None = None
+    calibrated_map: np.ndarray | None = None
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Model:
         threshold: from held-out normal scores; None if none was fitted.
         provenance: data manifest, options, seeds and versions it came from.
         digest: SHA-256 of `model.json` once saved or loaded; names exactly this model.
+        calibrator: brings scores to a scale that all categories share; None if none was fitted.
     """
 
     method: Method
@@ -71,29 +79,67 @@ class Model:
     threshold: Threshold | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
+    calibrator: Calibrator | None = None
 
     def predict(
-        self, images: Sequence[AnyImage], batch_size: int = 8, limits: ImageLimits | None = None
+        self,
+        images: Sequence[AnyImage],
+        batch_size: int = 8,
+        limits: ImageLimits | None = None,
+        categories: Sequence[str] | None = None,
     ) -> list[ImageResult]:
         """Score images given as paths, URIs, encoded bytes, H×W×3 or H×W uint8 arrays, or Pillow images.
+
+        Args:
+            images: a list of them.
+            batch_size: images in one forward pass.
+            limits: what an image may cost.
+            categories: of the images; only a calibrator that goes by category needs them.
 
         Raises:
             ImageError: an image is missing or cannot be read; names it by its place in the list.
             OptionError: an array is not uint8 of such a shape, or `images` is not a list.
+            DataError: categories are needed and not given, or unknown to the calibrator.
         """
         if isinstance(images, str | bytes | bytearray | os.PathLike | np.ndarray | Image.Image):
             raise OptionError("predict takes a list of images; put a single image into a list")
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size} must be at least 1")
+        if categories is not None and len(categories) != len(images):
+            raise OptionError(f"{len(categories)} categories for {len(images)} images; give one for each")
         results: list[ImageResult] = []
         for batch in self._prepared(images, batch_size, limits or ImageLimits()):
             tensor = normalise(batch, self.method.input).to(self.method.device)
-            prediction = self.method.predict(tensor)
+            names = None if categories is None else categories[len(results) : len(results) + len(batch)]
+            prediction, calibration = self.examine(tensor, names)
             scores = prediction.score.cpu().numpy()
             decisions = [None] * len(scores) if self.threshold is None else self.threshold.decide(scores).tolist()
             maps = prediction.anomaly_map.cpu().numpy()
-            results += [ImageResult(float(s), m, d) for s, m, d in zip(scores, maps, decisions, strict=True)]
+            found = [ImageResult(float(s), m, d) for s, m, d in zip(scores, maps, decisions, strict=True)]
+            if calibration is not None:
+                values = calibration.score.cpu().tolist()
+                maps = calibration.maps(prediction.anomaly_map).cpu().numpy()
+                found = [
+                    dataclasses.replace(one, calibrated_score=value, calibrated_map=own)
+                    for one, value, own in zip(found, values, maps, strict=True)
+                ]
+            results += found
         return results
+
+    @torch.inference_mode()
+    def examine(
+        self, images: torch.Tensor, categories: Sequence[str] | None = None
+    ) -> tuple[Prediction, Calibration | None]:
+        """Predict and, if there is a calibrator, calibrate B×3×S×S normalised images.
+
+        Raises:
+            OptionError, ModelError, DataError: see `Method.predict` and `Calibrator.calibrate`.
+        """
+        if self.calibrator is None:
+            return self.method.predict(images), None
+        self.method.check_images(images)
+        found = self.method.inspect(images)
+        return Prediction(found.anomaly_map, found.score), self.calibrator.calibrate(found, categories)
 
     def _prepared(self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits) -> Iterator[list[np.ndarray]]:
         """Batches of S×S×3 uint8, decoded one batch ahead of the network."""
@@ -144,6 +190,11 @@ class Model:
             bank = files.sha256_file(files.join(uri, "bank", "manifest.json"))
         else:
             files.remove(files.join(uri, "bank"))  # of a model that lay here before
+        calibrator = None
+        if self.calibrator is not None:
+            calibrator = _save_calibrator(uri, self.calibrator)
+        else:
+            files.remove(files.join(uri, CALIBRATOR))
         description = {
             "format_version": FORMAT_VERSION,
             "method": self.method.name,
@@ -153,9 +204,28 @@ class Model:
             "provenance": self.provenance,
             "weights_sha256": files.sha256_of(content),
             "bank_sha256": bank,
+            **({} if calibrator is None else {"calibrator": calibrator}),
         }
         files.write_json(files.join(uri, "model.json"), description)
         self.digest = files.sha256_file(files.join(uri, "model.json"))
+
+    @staticmethod
+    def add_calibrator(uri: str, calibrator: Calibrator, provenance: dict[str, Any]) -> None:
+        """Put a calibrator into a finished model folder, or in the place of another one there; nothing else of the
+        model is written.
+
+        Args:
+            uri: the model folder.
+            calibrator: fitted.
+            provenance: where it came from, kept under "calibration".
+        """
+        path = files.join(uri, "model.json")
+        description = files.read_json(path)
+        if description.pop("calibrator", None) is not None:
+            files.write_json(path, description)  # no moment at which the folder names a file it does not hold
+        content = _save_calibrator(uri, calibrator)
+        description["provenance"] = {**description["provenance"], "calibration": provenance}
+        files.write_json(path, {**description, "calibrator": content})
 
 
 def to_pixels(image: AnyImage, limits: ImageLimits) -> np.ndarray:
@@ -247,22 +317,59 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         None if threshold is None else Threshold.from_dict(threshold),
         description["provenance"],
         files.sha256_file(path),
+        None if description.get("calibrator") is None else _load_calibrator(uri, description["calibrator"], device),
     )
+
+
+def _save_calibrator(uri: str | os.PathLike[str], calibrator: Calibrator) -> dict[str, Any]:
+    """Write a calibrator's weights; gives what `model.json` says of it."""
+    state = {key: value.contiguous().cpu() for key, value in calibrator.state_dict().items()}
+    content = safetensors.torch.save(state)
+    files.write_bytes(files.join(uri, CALIBRATOR), content)
+    return {"config": to_plain(calibrator.config), **calibrator.plain(), "sha256": files.sha256_of(content)}
+
+
+def _load_calibrator(
+    uri: str | os.PathLike[str], description: dict[str, Any], device: str | torch.device
+) -> Calibrator:
+    path = files.join(uri, CALIBRATOR)
+    try:
+        config = from_plain(CalibrationConfig, description["config"])
+        channels, (height, width) = description["channels"], description["grid"]
+        calibrator = Calibrator(config, description["categories"], channels, (height, width))
+        expected = description["sha256"]
+    except (OptionError, TypeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the calibrator in model.json of {os.fspath(uri)} is not valid: {error}; calibrate again"
+        ) from error
+    state = _read_state(path, expected, "calibrate again")
+    _check_state(path, calibrator.state_dict(), state, "calibrate again")
+    calibrator.load_state_dict(state)
+    return calibrator.eval().to(device)
 
 
 def _fill(method: Method, uri: str | os.PathLike[str], sha256: str) -> None:
     path = files.join(uri, "weights.safetensors")
+    state = _read_state(path, sha256, "fit the model again")
+    method.size_buffers(state)
+    _check_state(path, method.state_dict(), state, "fit the model again")
+    method.load_state_dict(state)
+
+
+def _read_state(path: str, sha256: str, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that must be the one `model.json` names."""
     try:
         content = files.read_bytes(path)
     except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing; copy the whole model folder or fit the model again") from error
+        raise ModelError(f"{path} is missing; copy the whole model folder or {remedy}") from error
     if files.sha256_of(content) != sha256:
         raise ModelError(f"{path} is damaged: its checksum differs from model.json; copy it again")
-    state = safetensors.torch.load(content)
-    method.size_buffers(state)
-    if faults := state_faults(method.state_dict(), state):
-        raise ModelError(f"{path} does not fit the config in model.json; {faults}; fit the model again")
-    method.load_state_dict(state)
+    return safetensors.torch.load(content)
+
+
+def _check_state(path: str, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], remedy: str) -> None:
+    if faults := state_faults(own, state):
+        raise ModelError(f"{path} does not fit the config in model.json; {faults}; {remedy}")
 
 
 def versions() -> dict[str, str]:

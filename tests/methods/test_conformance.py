@@ -64,6 +64,16 @@ def check_prediction(method: Method) -> None:
         assert torch.isfinite(part).all()
         assert not part.requires_grad
     assert torch.equal(images, before), "predict changed its input"
+    with torch.inference_mode():
+        found = method.inspect(images)
+    assert same((found.anomaly_map, found.score), prediction)
+    assert found.unsmoothed.shape == (3, SIDE, SIDE)
+    assert found.features.ndim == 4
+    assert len(found.features) == 3
+    for part in (found.unsmoothed, found.features):
+        assert part.dtype == torch.float32
+        assert torch.isfinite(part).all()
+    assert not torch.equal(found.features[0], found.features[1]), "different images have the same embedding"
     assert not torch.equal(prediction.score[0], prediction.score[1]), "different images have the same score"
 
 
@@ -81,9 +91,11 @@ def check_determinism(cls: type[Method], tiny: Tiny) -> None:
 def check_batches(method: Method) -> None:
     """A prediction does not depend on which images share the batch."""
     images = random_images(5)
-    together = method.predict(images)
+    with torch.inference_mode():
+        together = method.inspect(images)
     for batch in ([0], [1], [2], [3], [4], [3, 0], [4, 4, 2]):
-        alone = method.predict(images[batch])
+        with torch.inference_mode():
+            alone = method.inspect(images[batch])
         for one, other in zip(alone, together):
             assert_close(one, other[batch], BATCH_TOLERANCE, "in another batch")
 
@@ -151,7 +163,7 @@ def check_embedding(method: MemoryMethod) -> None:
     images = random_images(3)
     with torch.inference_mode():
         embedding, for_bank = method.embed(images), method.embed_for_bank(images)
-        assert same(method.score_patches(embedding), method.predict(images))
+        assert same(method.score_patches(embedding), method.inspect(images))
     for made in (embedding, for_bank):
         assert isinstance(made, Embedding)
         assert made.patches.dtype == torch.float32

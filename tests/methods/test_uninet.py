@@ -215,7 +215,7 @@ def plain_loss(method: UniNet, made: TrainingBatch, normal: list[Tensor]) -> dic
     """The three losses position by position, in float64; `normal` B×h×w bool for each level."""
     config = method.config
     teachers = [method.teachers.source(made.images), method.teachers.target(made.images)]
-    students = method._students(*teachers)
+    students, _ = method._students(*teachers)
     size = len(made)
     values = dict.fromkeys(("distillation", "similarity", "margin"), 0.0)
     for which, teacher in enumerate(teachers):  # compared with what was grown from the other
@@ -357,7 +357,7 @@ def test_pairs_are_crossed():
             parameter.add_(0.1 * torch.randn_like(parameter))
     made = batch()
     source, target = method.teachers.source(made.images), method.teachers.target(made.images)
-    grown = method._students(source, target)
+    grown, _ = method._students(source, target)
     distances = 0.0
     for level in range(3):
         from_target, from_source = grown[level][:3], grown[level][3:]
@@ -434,7 +434,7 @@ def test_a_video_model_paints_frames():
     method.eval()
     with torch.inference_mode():
         source, target = method.teachers.source(made.images), method.teachers.target(made.images)
-        finest = method._students(source, target)[0]
+        finest = method._students(source, target)[0][0]
         frames = [method.head(half) for half in (finest[:3], finest[3:])]
         assert frames[0].shape == made.images.shape
         errors = sum(((frame - made.images) ** 2).mean((1, 2, 3)) for frame in frames)
@@ -482,7 +482,7 @@ def plain_prediction(method: UniNet, images: Tensor) -> tuple[np.ndarray, list[f
     for image in images:
         with torch.inference_mode():
             source, target = method.teachers.source(image[None]), method.teachers.target(image[None])
-            students = method._students(source, target)
+            students, _ = method._students(source, target)
         distances = []
         for teacher, half in ((source, 0), (target, 1)):
             for level in range(3):
@@ -551,7 +551,7 @@ def test_a_segmentation_map_is_the_probability():
     images = random_images(2)
     found = method.predict(images)
     with torch.inference_mode():
-        finest = method._students(method.teachers.source(images), method.teachers.target(images))[0]
+        finest = method._students(method.teachers.source(images), method.teachers.target(images))[0][0]
         weight = method.head.weight[0, :, 0, 0]
         logits = torch.einsum("bchw,c->bhw", finest[:2] + finest[2:], weight)
         large = functional.interpolate(logits[:, None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)[:, 0]

@@ -28,6 +28,21 @@ class Prediction(NamedTuple):
     score: Tensor
 
 
+class Inspection(NamedTuple):
+    """All that a method finds out about B images; what calibration needs besides the prediction.
+
+    Attributes:
+        anomaly_map, score: as in `Prediction`.
+        unsmoothed: B×S×S float32; the anomaly map before its final smoothing; the map itself where nothing smooths it.
+        features: B×C×h×w; the method's own embedding of the images, φ(x) in CADA. Each method says what it is.
+    """
+
+    anomaly_map: Tensor
+    score: Tensor
+    unsmoothed: Tensor
+    features: Tensor
+
+
 class Embedding(NamedTuple):
     """What a memory method makes of B images.
 
@@ -63,10 +78,23 @@ class Method(nn.Module):
         """Where the method's parameters lie."""
         return next(self.parameters()).device
 
-    def predict(self, images: Tensor) -> Prediction:
-        """Anomaly maps and image scores of B×3×H×W normalised images. The result does not depend on which
-        images share a batch."""
+    def inspect(self, images: Tensor) -> Inspection:
+        """Maps, scores and embeddings of B×3×S×S normalised images that were checked. The result does not depend on
+        which images share a batch."""
         raise NotImplementedError
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Prediction:
+        """Anomaly maps and image scores of B×3×S×S normalised images. The result does not depend on which images share
+        a batch.
+
+        Raises:
+            OptionError: not a batch of this method's input.
+            ModelError: the method is not fitted.
+        """
+        self.check_images(images)
+        found = self.inspect(images)
+        return Prediction(found.anomaly_map, found.score)
 
     def size_buffers(self, state: Mapping[str, Tensor]) -> None:
         """Before weights are loaded: give buffers whose size training decides the size they have in `state`."""
@@ -98,13 +126,11 @@ class MemoryMethod(Method):
         """As `embed`, for images that go into the bank; methods whose published code treats them otherwise override."""
         return self.embed(images)
 
-    def score_patches(self, embedding: Embedding) -> Prediction:
+    def score_patches(self, embedding: Embedding) -> Inspection:
         """Maps and scores from patches: search in the bank, then the method's own scoring."""
         raise NotImplementedError
 
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        self.check_images(images)
+    def inspect(self, images: Tensor) -> Inspection:
         return self.score_patches(self.embed(images))
 
     def require_bank(self) -> MemoryBank:
@@ -140,21 +166,25 @@ def resolve_preset(config: Any, presets: dict[str, dict[str, Any]]) -> None:
     Raises:
         OptionError: a value of another type than its option's, or not among its choices.
     """
-    _check_values(config)
+    check_values(config)
     for field in dataclasses.fields(config):
         if getattr(config, field.name) is None and field.name in presets[config.preset]:
             object.__setattr__(config, field.name, presets[config.preset][field.name])
 
 
-def _check_values(config: Any, prefix: str = "") -> None:
-    """Refuse values that are not of their option's type or among its choices, in nested configs too."""
+def check_values(config: Any, prefix: str = "") -> None:
+    """Refuse values that are not of their option's type or among its choices, in nested configs too.
+
+    Raises:
+        OptionError: there is one; names it.
+    """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         if not _fits(value, hint):
             raise OptionError(f"{prefix}{field.name}={value!r} must be {_in_words(hint)}")
         if dataclasses.is_dataclass(value):
-            _check_values(value, f"{prefix}{field.name}.")
+            check_values(value, f"{prefix}{field.name}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

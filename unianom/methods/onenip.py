@@ -21,7 +21,7 @@ from unianom.data.image import InputPolicy
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Inspection, Prediction, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
     QueryDecoder,
@@ -376,18 +376,16 @@ class OneNIP(TrainedMethod):
         similarity = cosine_similarity(neck.mean((2, 3))[:, None], self.prompt_means, dim=2)  # B P
         return similarity.argmax(1)
 
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        """Maps (eq. 10) and scores of B×3×S×S normalised images, each with the prompt that is nearest to it.
+    def inspect(self, images: Tensor) -> Inspection:
+        """Maps (eq. 10) and scores, each with the prompt that is nearest to its image. The embedding is the output of
+        the transformer's encoder, 256×14×14 as published.
 
         Raises:
-            OptionError: not a batch of this method's input.
             ModelError: the method is not finished.
         """
-        self.check_images(images)
         self._check_finished()
         neck = self.neck(images)
-        return self._predict(neck, self._entries(neck))
+        return self._inspect(neck, self._entries(neck))
 
     @torch.inference_mode()
     def predict_with_prompts(self, images: Tensor, entries: Tensor) -> Prediction:
@@ -408,7 +406,8 @@ class OneNIP(TrainedMethod):
         size = len(self.prompt_pool)
         if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
             raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
-        return self._predict(self.neck(images), entries)
+        found = self._inspect(self.neck(images), entries)
+        return Prediction(found.anomaly_map, found.score)
 
     def _check_finished(self) -> None:
         if (self.config.prompt != "none" and len(self.prompt_pool) == 0) or (
@@ -423,9 +422,8 @@ class OneNIP(TrainedMethod):
         """The entries chosen; None for a decoder that takes no prompt."""
         return None if self.config.prompt == "none" else self.choose_prompts(neck)
 
-    def _difference(self, neck: Tensor, entries: Tensor | None) -> Tensor:
-        """Reconstruction minus features, B×C×h×w."""
-        image = self.transformer.encode(neck)
+    def _difference(self, neck: Tensor, image: Tensor, entries: Tensor | None) -> Tensor:
+        """Reconstruction minus features, B×C×h×w, from the features and their tokens."""
         if entries is None:
             return self.transformer.decode(image) - neck
         distinct, which = entries.unique(return_inverse=True)  # images of one category share the work
@@ -434,13 +432,16 @@ class OneNIP(TrainedMethod):
 
     def _error_map(self, neck: Tensor, entries: Tensor | None) -> Tensor:
         """S_rec (eq. 9), B×S×S."""
-        return upsample(self._difference(neck, entries).norm(dim=1), self.input.side)
+        difference = self._difference(neck, self.transformer.encode(neck), entries)
+        return upsample(difference.norm(dim=1), self.input.side)
 
-    def _predict(self, neck: Tensor, entries: Tensor | None) -> Prediction:
-        difference = self._difference(neck, entries)
+    def _inspect(self, neck: Tensor, entries: Tensor | None) -> Inspection:
+        tokens = self.transformer.encode(neck)  # B N D
+        difference = self._difference(neck, tokens, entries)
         anomaly_map = upsample(difference.norm(dim=1), self.input.side)  # B S S
         if self.refiner is not None:
             alpha = self.config.alpha
             anomaly_map = (1 - alpha) * anomaly_map + alpha * self.fusion_scale * self._refine(difference)
         assert self.config.score_pool is not None
-        return Prediction(anomaly_map, pooled_maximum(anomaly_map, self.config.score_pool))
+        features = tokens.transpose(1, 2).unflatten(2, self.neck.grid)
+        return Inspection(anomaly_map, pooled_maximum(anomaly_map, self.config.score_pool), anomaly_map, features)

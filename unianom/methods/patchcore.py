@@ -17,14 +17,14 @@ from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import (
     Embedding,
+    Inspection,
     MemoryMethod,
-    Prediction,
     register_method,
     resolve_preset,
     with_statistics,
 )
 from unianom.methods.layers.bank import BankConfig
-from unianom.methods.layers.maps import GridToMap
+from unianom.methods.layers.maps import GridToMap, pooled_embedding
 
 PRESETS = {"paper": {"reweight": True}, "reference": {"reweight": False}}
 """The text re-weights the image score by the neighbourhood of the nearest bank vector; the released code does not."""
@@ -113,8 +113,9 @@ class PatchCore(MemoryMethod):
         finest = interpolate(coarse, size=self.grid, mode="bilinear", align_corners=False)
         return finest.flatten(2).transpose(1, 2)
 
-    def score_patches(self, embedding: Embedding) -> Prediction:
-        """Squared distances to the bank; the image score is the largest, re-weighted if so configured."""
+    def score_patches(self, embedding: Embedding) -> Inspection:
+        """Squared distances to the bank; the image score is the largest, re-weighted if so configured. The embedding is
+        the patches, on at most 14 × 14 cells."""
         batch, count = embedding.keep.shape
         queries = embedding.patches.flatten(0, 1).cpu().numpy()  # B·N D
         found, ids = self.require_bank().search(queries, self.config.neighbours)  # B·N k
@@ -123,8 +124,9 @@ class PatchCore(MemoryMethod):
         if self.config.reweight:
             peak = distances.argmax(1).numpy() + np.arange(batch) * count  # B, rows of `queries`
             score = torch.from_numpy(self._reweighted(queries[peak], found[peak, 0], ids[peak, 0]))
-        anomaly_map = self.to_map(distances.unflatten(1, self.grid).to(embedding.patches.device))
-        return Prediction(anomaly_map, score.to(embedding.patches.device))
+        cells = distances.unflatten(1, self.grid).to(embedding.patches.device)
+        features = pooled_embedding(embedding.patches, self.grid)
+        return Inspection(self.to_map(cells), score.to(cells.device), self.to_map.unsmoothed(cells), features)
 
     def _reweighted(self, queries: np.ndarray, nearest: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Eq. 7: s = (1 − exp‖q−m*‖ / Σ_{m ∈ N_b(m*)} exp‖q−m‖) · ‖q−m*‖, with unsquared distances.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     DistanceMap,
     DistanceMapConfig,
@@ -303,12 +303,17 @@ class ReContrast(TrainedMethod):
     def grow(self, target: Sequence[Tensor], source: Sequence[Tensor]) -> list[Tensor]:
         """Three levels grown from those of the trained encoder, then three from those of the frozen one; either are to
         match the other encoder's (sec. 3.3). One pass, so that batch norm sees both."""
-        return self.decoder(self.bottleneck([torch.cat(pair) for pair in zip(target, source)]))
+        return self.decoder(self._embed(target, source))
+
+    def _embed(self, target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+        """What the bottleneck makes of the trained encoder's levels, then of the frozen one's; 2B×2048×8×8."""
+        return self.bottleneck([torch.cat(pair) for pair in zip(target, source)])
 
     # ----------------------------------------------------------------------------------------------------- prediction
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        self.check_images(images)
+    def inspect(self, images: Tensor) -> Inspection:
+        """The embedding is what the bottleneck makes of the trained encoder's levels, 2048×8×8 as published."""
         source, target = self.encoders.source(images), self.encoders.target(images)
-        pairs = zip([*source, *target], self.grow(target, source))
-        return Prediction(*self.to_map([distance_map(*pair) for pair in pairs]))
+        embedded = self._embed(target, source)
+        pairs = zip([*source, *target], self.decoder(embedded))
+        anomaly_map, score, unsmoothed = self.to_map([distance_map(*pair) for pair in pairs])
+        return Inspection(anomaly_map, score, unsmoothed, embedded[: len(images)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unianom.backbones import BackboneConfig, CnnBackbone
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     TAPS,
     DistanceMap,
@@ -128,9 +128,10 @@ class RevDist(TrainedMethod):
             return flattened_distance(teacher, student)
         return distance_map(teacher, student).mean()
 
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        self.check_images(images)
+    def inspect(self, images: Tensor) -> Inspection:
+        """The embedding is what the bottleneck makes, 2048×8×8 as published."""
         teacher = self.encoder(images)
-        student = self.decoder(self.bottleneck(teacher))
-        return Prediction(*self.to_map([distance_map(*pair) for pair in zip(teacher, student)]))
+        features = self.bottleneck(teacher)
+        student = self.decoder(features)
+        anomaly_map, score, unsmoothed = self.to_map([distance_map(*pair) for pair in zip(teacher, student)])
+        return Inspection(anomaly_map, score, unsmoothed, features)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
     QueryDecoder,
@@ -116,18 +115,19 @@ class UniAD(TrainedMethod):
         reconstruction = self.transformer.decode(self.transformer.encode(neck))
         return {LOSS: (reconstruction.float() - neck).square().mean()}
 
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        self.check_images(images)
+    def inspect(self, images: Tensor) -> Inspection:
+        """The embedding is the output of the transformer's encoder, 256×14×14 as published."""
         neck = self.neck(images)
-        difference = self.transformer.decode(self.transformer.encode(neck)) - neck  # B C h w
+        tokens = self.transformer.encode(neck)  # B N D
+        difference = self.transformer.decode(tokens) - neck  # B C h w
         side = self.input.side
         if self.config.map_form == "norm":
             anomaly_map = upsample(difference.norm(dim=1), side)  # B S S
         else:
             error = difference.square().mean(1, keepdim=True)  # B 1 h w
             anomaly_map = interpolate(error, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-        return Prediction(anomaly_map, self._score(anomaly_map))
+        features = tokens.transpose(1, 2).unflatten(2, self.neck.grid)
+        return Inspection(anomaly_map, self._score(anomaly_map), anomaly_map, features)
 
     def _score(self, anomaly_map: Tensor) -> Tensor:
         """Image scores of B×S×S maps."""

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.gated_cnn import MultiGranularityCnn
 from unianom.methods.layers.pixel_decoder import NORM_GROUPS, PixelDecoder
 from unianom.methods.layers.queries import CombinedQuery, PlainQuery, ProductQuery
@@ -284,19 +284,25 @@ class UniAS(TrainedMethod):
         error, cosine = torch.stack([torch.stack(pair) for pair in terms]).sum(0)
         return {LOSS: self.config.loss_weight * (error + cosine), "squared_error": error, "cosine": cosine}
 
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        self.check_images(images)
+    def inspect(self, images: Tensor) -> Inspection:
+        """The embedding is the coarsest level of the pixel decoder, 512×7×7 as published. Levels are blurred before
+        they are multiplied, which belongs to the map; nothing smooths it afterwards."""
         targets, inputs = self._filtered(self.frozen_features(images))
-        levels = zip(self.reconstruct(inputs), targets)
+        decoded = self.pixel_decoder(inputs)
+        levels = zip(self._restore(decoded), targets)
         anomaly_map = self.fuse([1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels])
         if self.config.reduce == "std":
-            return Prediction(anomaly_map, anomaly_map.flatten(1).std(1, correction=0))
-        return Prediction(anomaly_map, anomaly_map.amax((1, 2)))
+            score = anomaly_map.flatten(1).std(1, correction=0)
+        else:
+            score = anomaly_map.amax((1, 2))
+        return Inspection(anomaly_map, score, anomaly_map, decoded[-1])
 
     def reconstruct(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Maps B×C_l×h_l×w_l from filtered maps with their residuals, B×2C_l×h_l×w_l; both fine to coarse."""
-        decoded = self.pixel_decoder(inputs)
+        return self._restore(self.pixel_decoder(inputs))
+
+    def _restore(self, decoded: Sequence[Tensor]) -> list[Tensor]:
+        """Maps B×C_l×h_l×w_l from the levels of the pixel decoder."""
         patches = [embed(level) for embed, level in zip(self.patches, decoded)]  # each B C h w
         state = self.query(decoded[-1] if self.config.sar == "lincomb" else patches[-1])  # B C h w
         reconstructions: list[Tensor] = []

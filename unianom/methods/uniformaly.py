@@ -20,14 +20,14 @@ from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
 from unianom.methods.base import (
     Embedding,
+    Inspection,
     MemoryMethod,
-    Prediction,
     register_method,
     resolve_preset,
     with_statistics,
 )
 from unianom.methods.layers.bank import BankConfig
-from unianom.methods.layers.maps import GridToMap
+from unianom.methods.layers.maps import GridToMap, pooled_embedding
 
 PRESETS = {
     "paper": {"attention_block": -1, "mask_scope": "image"},
@@ -141,8 +141,9 @@ class UniFormaly(MemoryMethod):
         patches = embedding.patches * embedding.keep.unsqueeze(-1)
         return Embedding(patches, embedding.keep.any(0).expand_as(embedding.keep))
 
-    def score_patches(self, embedding: Embedding) -> Prediction:
-        """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map."""
+    def score_patches(self, embedding: Embedding) -> Inspection:
+        """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map. The embedding is
+        the patches, masked or not, on at most 14 × 14 cells."""
         batch, count = embedding.keep.shape
         distances = torch.zeros(batch, count, device=embedding.keep.device)  # B N
         queries = embedding.patches[embedding.keep]  # M D
@@ -151,4 +152,6 @@ class UniFormaly(MemoryMethod):
             distances[embedding.keep] = torch.from_numpy(found).mean(1).to(distances.device)
         top = max(1, round(self.config.k_ratio * count))  # masked patches count in N
         score = distances.topk(top, dim=1).values.mean(1)  # B
-        return Prediction(self.to_map(distances.unflatten(1, self.encoder.grid)), score)
+        cells = distances.unflatten(1, self.encoder.grid)
+        features = pooled_embedding(embedding.patches, self.encoder.grid)
+        return Inspection(self.to_map(cells), score, self.to_map.unsmoothed(cells), features)

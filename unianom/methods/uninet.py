@@ -23,7 +23,7 @@ from torch.nn.functional import (
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     OneClassBottleneck,
     PyramidFusion,
@@ -484,7 +484,7 @@ class UniNet(TrainedMethod):
         else:
             source = list(self.features_of(batch).values())
         target = self.teachers.target(images)
-        students = self._students(source, target)
+        students, _ = self._students(source, target)
 
         distillation = similarity = margin = torch.zeros((), device=images.device)
         for level, (teacher, student) in enumerate(_pairs(source, target, students)):
@@ -515,11 +515,13 @@ class UniNet(TrainedMethod):
             total = total + config.supervision * losses["supervised"]
         return {LOSS: total, **losses}
 
-    def _students(self, source: list[Tensor], target: list[Tensor]) -> list[Tensor]:
-        """The student's three levels of 2B×C×h×w: B grown from the target teacher, then B from the source teacher."""
+    def _students(self, source: list[Tensor], target: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The student's three levels of 2B×C×h×w, and what the bottleneck made: B grown from the target teacher, then B
+        from the source teacher."""
         levels = [torch.cat(pair) for pair in zip(target, source)]
         skips = [levels[2], levels[1]] if self.config.task == "segmentation" else []
-        return self.student(self.bottleneck(levels), skips)
+        embedded = self.bottleneck(levels)
+        return self.student(embedded, skips), embedded
 
     def _normal(self, batch: TrainingBatch, mask: Tensor | None, contrast: str | None, grid: torch.Size) -> Tensor:
         """B×N bool: positions that count as normal, by mask or label, or all."""
@@ -548,16 +550,18 @@ class UniNet(TrainedMethod):
         return torch.stack([(self.head(half).float() - images).square().mean() for half in halves]).sum()
 
     # ----------------------------------------------------------------------------------------------------- prediction
-    @torch.inference_mode()
-    def predict(self, images: Tensor) -> Prediction:
-        self.check_images(images)
+    def inspect(self, images: Tensor) -> Inspection:
+        """The embedding is what the bottleneck makes of the target teacher's levels, 2048×8×8 as published. The map is
+        never smoothed, only what the score is taken from."""
         source, target = self.teachers.source(images), self.teachers.target(images)
-        students = self._students(source, target)
+        students, embedded = self._students(source, target)
+        features = embedded[: len(images)]
         if self.config.task == "segmentation":
             assert self.head is not None
             logits = torch.stack(self.head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
             logits = interpolate(logits, scale_factor=4, mode="bilinear")[:, 0]  # B S S
-            return Prediction(logits.sigmoid(), logits.amax((1, 2)))
+            anomaly_map = logits.sigmoid()
+            return Inspection(anomaly_map, logits.amax((1, 2)), anomaly_map, features)
         distances = [distance_map(teacher, student) for teacher, student in _pairs(source, target, students)]
         anomaly_map = upsampled(distances, self.input.side).sum(0)
         score = self._score(anomaly_map, distances)
@@ -565,7 +569,7 @@ class UniNet(TrainedMethod):
             assert self.head is not None
             for half in students[0].chunk(2):
                 score = score + (self.head(half).float() - images).square().mean((1, 2, 3))
-        return Prediction(anomaly_map, score)
+        return Inspection(anomaly_map, score, anomaly_map, features)
 
     def _score(self, anomaly_map: Tensor, distances: list[Tensor]) -> Tensor:
         """Image scores of B×S×S maps (Algorithm 1)."""

@@ -340,7 +340,7 @@ def test_corners_of_levels_and_input_lie_on_each_other():
 @pytest.mark.parametrize("fuse", ["sum", "mean"])
 def test_gaussian_of_the_map_is_scipys(fuse):
     levels = [torch.rand(2, size, size) for size in (16, 8, 4)]
-    anomaly_map, score = DistanceMap(DistanceMapConfig(fuse=fuse), 64)(levels)
+    anomaly_map, score, _ = DistanceMap(DistanceMapConfig(fuse=fuse), 64)(levels)
     large = upsampled(levels, 64).double().numpy()
     fused = large.sum(0) if fuse == "sum" else large.mean(0)
     expected = np.stack([gaussian_filter(each, sigma=4) for each in fused])
@@ -367,7 +367,7 @@ def test_box_is_a_five_by_five_kernel_with_zeros_beyond_the_border():
 
 def test_without_blur_the_map_is_the_levels():
     levels = [torch.rand(1, 8, 8), torch.rand(1, 8, 8)]
-    anomaly_map, score = DistanceMap(DistanceMapConfig(blur="none"), 8)(levels)
+    anomaly_map, score, _ = DistanceMap(DistanceMapConfig(blur="none"), 8)(levels)
     torch.testing.assert_close(anomaly_map, levels[0] + levels[1])
     assert score.item() == anomaly_map.max()
 

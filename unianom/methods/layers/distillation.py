@@ -332,14 +332,15 @@ class DistanceMap(nn.Module):
         self.config, self.side = config, side
         self.blur: nn.Module = GaussianBlur(side, 4.0) if config.blur == "gaussian" else nn.Identity()
 
-    def forward(self, distances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """L maps B×h×w to B×S×S and B."""
+    def forward(self, distances: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """L maps B×h×w to anomaly maps B×S×S, image scores B, and the maps before they were blurred."""
         maps = upsampled(distances, self.side)
         fused = maps.sum(0) if self.config.fuse == "sum" else maps.mean(0)
+        blurred = fused
         if self.config.blur == "box":
-            fused = gaussian_filter(fused[:, None], 5, 4.0, padding="zeros")[:, 0]
-        fused = self.blur(fused)
-        return fused, top_mean(fused, self.config.score_share)
+            blurred = gaussian_filter(fused[:, None], 5, 4.0, padding="zeros")[:, 0]
+        blurred = self.blur(blurred)
+        return blurred, top_mean(blurred, self.config.score_share), fused
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

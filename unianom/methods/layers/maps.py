@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+MAX_CELLS = 14
+"""Cells a side of a memory method's embedding at most; as many as the encoder of UniAD has."""
 
 
 class GridToMap(nn.Module):
@@ -23,6 +27,7 @@ class GridToMap(nn.Module):
 
     def __init__(self, grid: tuple[int, int], size: int, sigma: float) -> None:
         super().__init__()
+        self.size = size
         self.rows: Tensor
         self.columns: Tensor
         self.register_buffer("rows", _upsample_and_blur(grid[0], size, sigma), persistent=False)  # H h
@@ -31,6 +36,17 @@ class GridToMap(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         """B×h×w to B×H×W."""
         return self.rows @ grid @ self.columns.T
+
+    def unsmoothed(self, grid: Tensor) -> Tensor:
+        """As `forward`, without the blur."""
+        return interpolate(grid[:, None], size=self.size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches B×N×D, row-major over their grid, as feature maps B×D×h×w, averaged so that none has more than
+    14 × 14 cells: what a memory method gives as its embedding."""
+    cells = patches.transpose(1, 2).unflatten(2, grid)
+    return adaptive_avg_pool2d(cells, (min(grid[0], MAX_CELLS), min(grid[1], MAX_CELLS)))
 
 
 class GaussianBlur(nn.Module):

@@ -1,0 +1,19 @@
+"""Calibrate a model's scores with normal training images, so that one threshold serves images of any category.
+
+python jobs/calibrate.py --model runs/uniformaly --shards shards/mvtec
+"""
+
+from pipelines.calibration import CalibrateOptions, calibrate
+from pipelines.commandline import console, run
+
+
+def main(options: CalibrateOptions) -> None:
+    """Calibrate and print what came of it."""
+    for result in calibrate(options):
+        done = "calibrated" if result.fresh else "was calibrated already"
+        told = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        console.print(f"model {done}: {result.folder} ({', '.join(result.categories)}; {told})")
+
+
+if __name__ == "__main__":
+    run(main, CalibrateOptions)

@@ -1,0 +1,508 @@
+"""A fitted model and normal training images → the model with a calibrator, whose scores all categories share (CADA).
+
+    shards ─▶ actors: what the method finds in every normal image ─▶ kept embeddings and statistics ─▶ one actor: the
+    head ─▶ calibrator in the model folder
+
+What the network finds is kept under a key of its own, so that another variant or another head runs no network, and a
+killed run continues; the head's training continues from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import ray
+import torch
+
+from pipelines import storage
+from pipelines.commandline import user_error
+from pipelines.features import Arrays, array_name, write_npy_header
+from pipelines.models import ModelShelf, load_model, write_index
+from pipelines.normals import NormalReader, held_out_normals
+from pipelines.runtime import Progress, RuntimeOptions, connect, run_units, set_threads
+from pipelines.tracking import TrackingOptions, track
+from unianom import files
+from unianom.calibration import CalibrationConfig, Calibrator, HeadTrainer, MapStatistics
+from unianom.data.image import ImageLimits
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.model import Model, is_model, versions
+from unianom.serialise import from_plain, to_plain
+
+FEATURES, STATISTICS, CATEGORY = "embedding", "statistics", "category"
+"""Names of the arrays kept of a part: N×C×h×w; N×3 float64, mean, mean square and maximum of each map; N int32,
+their classes."""
+
+MOMENTS = "moments"
+"""Name of the array of a part with the sums of the embedding's channels and of their squares, 2×C float64."""
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Calibrate a model's scores, so that one threshold serves images of any category.
+
+    Args:
+        model: model folder, or a folder of one model per category; path or URI.
+        shards: shard set whose normal training images are learned from; path or URI.
+        output: model folder to write; null puts the calibrator into the model's own folder.
+        images: "train" learns from the normal training images but those that the model held out, so that thresholds may
+            still be chosen on these; "held_out" from these alone, which memory banks do not know by heart; "all".
+        held_out_fraction: share of its normal training images that the model held out, for models that do not record
+            it.
+        calibration: variant, statistics and head.
+        batch_size: images in one forward pass.
+        folder: where embeddings are kept for all runs; null takes `prepared` beside the model.
+        precision: "half" or "full", of kept embeddings.
+        checkpoint_every: steps of the head between checkpoints.
+        overwrite: replace another calibrator, or what else lies in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs.
+        tracking: where MLflow records the run.
+    """
+
+    model: str
+    shards: str
+    output: str | None = None
+    images: Literal["train", "held_out", "all"] = "train"
+    held_out_fraction: float | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    batch_size: int = 8
+    folder: str | None = None
+    precision: Literal["half", "full"] = "half"
+    checkpoint_every: int = 1000
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.checkpoint_every < 1:
+            raise OptionError("batch_size and checkpoint_every must be positive")
+        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
+            raise OptionError(f"held_out_fraction={self.held_out_fraction} must be in (0, 1)")
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """One calibrated model.
+
+    Attributes:
+        folder: its model folder.
+        categories: those it was calibrated with.
+        fresh: whether this run wrote it.
+        metrics: number of images, α, and how well the calibrator knows the images it learned from.
+    """
+
+    folder: str
+    categories: list[str]
+    fresh: bool
+    metrics: dict[str, float]
+
+
+def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
+    """Calibrate a model, or every model of a folder of them.
+
+    Raises:
+        DataError: no normal training image, another calibrator is there already, or constant maps.
+        ModelError: no usable model.
+    """
+    shards, shelf = ShardSet.open(options.shards), ModelShelf.open(options.model)
+    output = shelf.uri if options.output is None else files.full_uri(options.output)
+    with track(options.tracking, "calibrate", output, to_plain(options)) as run:
+        results = []
+        for folder in shelf.folders:
+            own = output if not shelf.by_category else files.join(output, folder.rsplit("/", 1)[-1])
+            result = calibrate_model(folder, own, shards, options)
+            prefix = f"{result.categories[0]}/" if shelf.by_category else ""
+            run.metrics({prefix + name: value for name, value in result.metrics.items()})
+            results.append(result)
+        if shelf.by_category and output != shelf.uri:
+            write_index(output, {category: folder.rsplit("/", 1)[-1] for category, folder in shelf.by_category.items()})
+    return results
+
+
+def calibrate_model(folder: str, output: str, shards: ShardSet, options: CalibrateOptions) -> CalibrateResult:
+    """Calibrate one model; see `calibrate`.
+
+    Args:
+        folder: its model folder.
+        output: the same, or another one.
+        shards, options: images, and how.
+    """
+    description = files.read_json(files.join(folder, "model.json"))
+    categories: list[str] = description["categories"]
+    selection = Selection(("train", "val"), tuple(categories), (NORMAL,))
+    shards.check(selection)
+    chosen = _choose(description, shards, categories, options)
+    runtime = options.runtime
+    found_by = {
+        **{key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")},
+        "shards": shards.digest,
+        "images": files.digest_of({"ids": sorted(chosen)}),
+        "batch_size": options.batch_size,
+        "half": options.precision == "half",
+        "limits": to_plain(options.limits),
+        "device": runtime.device,
+        "threads": runtime.cpus_per_worker,
+    }
+    plan = {"found_by": files.digest_of(found_by), "calibration": to_plain(options.calibration)}
+    before = _already(folder, output, description, plan, options)
+    if before is not None:
+        return CalibrateResult(output, categories, False, before)
+    connect(runtime)
+    beside = folder.rstrip("/").rpartition("/")[0]
+    kept = files.join(options.folder or files.join(beside, "prepared"), files.digest_of(found_by)[:20])
+    _keep(kept, found_by, folder, shards, selection, chosen, categories, options)
+    calibrator, metrics = _fit(kept, plan, shards, categories, options)
+    made = {
+        "plan": plan,
+        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "images": options.images,
+        "metrics": metrics,
+        "versions": versions(),
+    }
+    if output == folder:
+        Model.add_calibrator(folder, calibrator, made)
+    else:
+        model = load_model(folder, "cpu")
+        model.calibrator = calibrator
+        model.provenance = {**model.provenance, "calibration": made}
+        model.save(output)
+    files.remove(files.join(kept, _checkpoint_name(plan)))
+    return CalibrateResult(output, categories, True, metrics)
+
+
+def _already(
+    folder: str, output: str, description: dict[str, Any], plan: dict[str, Any], options: CalibrateOptions
+) -> dict[str, float] | None:
+    """Metrics of this very calibration, if it lies in the output already.
+
+    Raises:
+        DataError: another one does, or other files, and `overwrite` is not set.
+    """
+    if output != folder:
+        storage.claim(output, {"model": folder, **plan}, options.overwrite, "calibration")
+        if not is_model(output):
+            return None
+        description = files.read_json(files.join(output, "model.json"))
+    made = description["provenance"].get("calibration")
+    if made is None or description.get("calibrator") is None:
+        return None
+    if made["plan"] == plan:
+        metrics: dict[str, float] = made["metrics"]
+        return metrics
+    if not options.overwrite:
+        raise DataError(
+            f"{output} has another calibrator ({made['plan']['calibration']['variant']}); give another --output, or "
+            f"replace it with --overwrite true"
+        )
+    return None
+
+
+def _choose(
+    description: dict[str, Any], shards: ShardSet, categories: list[str], options: CalibrateOptions
+) -> frozenset[str]:
+    """Names of the normal images to learn from.
+
+    Raises:
+        DataError: held-out ones are asked for and there are none, or which they are cannot be told.
+    """
+    rows = shards.table(Selection(("train", "val"), tuple(categories), (NORMAL,)), ["sample_id", "split"]).to_pylist()
+    if options.images == "all":
+        return frozenset(row["sample_id"] for row in rows)
+    held_out = held_out_normals(description["provenance"], shards, categories, options.held_out_fraction)
+    if options.images == "held_out":
+        if not held_out:
+            raise DataError(
+                f"the model of {', '.join(categories)} held no normal image out; give --images train, or train it with "
+                f"--threshold.validation_fraction above 0"
+            )
+        return held_out
+    return frozenset(row["sample_id"] for row in rows if row["split"] == "train") - held_out
+
+
+# ------------------------------------------------------------------------------------------- what the network finds
+def _keep(
+    uri: str,
+    plan: dict[str, Any],
+    model: str,
+    shards: ShardSet,
+    selection: Selection,
+    chosen: frozenset[str],
+    categories: list[str],
+    options: CalibrateOptions,
+) -> None:
+    """Compute embeddings and statistics of all chosen images, or find them computed."""
+    storage.claim(uri, plan, False, "calibration")
+    if storage.is_complete(uri):
+        return
+    arguments = {
+        "model": model,
+        "shards": shards,
+        "selection": selection,
+        "chosen": chosen,
+        "categories": categories,
+        "output": uri,
+        "batch_size": options.batch_size,
+        "limits": options.limits,
+        "half": options.precision == "half",
+        "device": options.runtime.device,
+        "threads": options.runtime.cpus_per_worker,
+    }
+    records = {part: storage.part_record(uri, part) for part in shards.parts}
+    progress = Progress("inspect normals", len(chosen))
+    progress.advance(sum(record["rows"] for record in records.values() if record))
+    units = [{"part": part} for part, record in records.items() if record is None]
+    for record in run_units(PartInspector, arguments, units, options.runtime):
+        records[record["part"]] = record
+        progress.advance(record["rows"])
+    progress.close()
+    rows = {part: record["rows"] for part, record in records.items() if record is not None}
+    shape = next(record["shape"] for record in records.values() if record is not None and record["rows"])
+    storage.finish(uri, {"rows": rows, "shape": shape})
+
+
+class PartInspector:
+    """Keeps what a method finds in one part's chosen images. A `UnitWorker`."""
+
+    def __init__(
+        self,
+        model: str,
+        shards: ShardSet,
+        selection: Selection,
+        chosen: frozenset[str],
+        categories: list[str],
+        output: str,
+        batch_size: int,
+        limits: ImageLimits,
+        half: bool,
+        device: str,
+        threads: int,
+    ) -> None:
+        self._method = load_model(model, device).method
+        self._reader = NormalReader(shards, selection, chosen, batch_size, limits, threads)
+        self._shards, self._selection, self._chosen = shards, selection, chosen
+        self._categories, self._output, self._half = categories, output, half
+
+    @torch.inference_mode()
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Write the arrays of one part and their record."""
+        part = unit["part"]
+        category = self._category(part)
+        statistics: list[np.ndarray] = []
+        moments: np.ndarray | None = None
+        shape: list[int] | None = None
+        with ExitStack() as stack:
+            handle: IO[bytes] | None = None
+            for images in self._reader.batches(part, self._method):
+                found = self._method.inspect(images)
+                features = self._checked(found.features, part)
+                if handle is None:
+                    shape = list(features.shape[1:])
+                    handle = stack.enter_context(files.open_atomic(self._path(part, FEATURES)))
+                    write_npy_header(handle, features.dtype, (len(category), *shape))
+                handle.write(features.tobytes())
+                statistics.append(np.stack(MapStatistics.of(found.unsmoothed), axis=1))
+                values = features.astype(np.float64)
+                sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
+                moments = sums if moments is None else moments + sums
+        self._save(part, CATEGORY, np.array(category, np.int32))
+        self._save(part, STATISTICS, np.concatenate([np.empty((0, 3)), *statistics]))
+        if moments is not None:
+            self._save(part, MOMENTS, moments)
+        record = {"part": part, "rows": len(category), "shape": shape}
+        storage.commit_part(self._output, part, record)
+        return record
+
+    def _category(self, part: str) -> list[int]:
+        """The class of every chosen image of a part."""
+        found = []
+        for batch in self._shards.read(part, self._selection, ["sample_id", "category"]):
+            found += [
+                self._categories.index(r["category"]) for r in batch.to_pylist() if r["sample_id"] in self._chosen
+            ]
+        return found
+
+    def _checked(self, features: torch.Tensor, part: str) -> np.ndarray:
+        kept = (features.half() if self._half else features.float()).cpu().numpy()
+        if not np.isfinite(kept).all():
+            kind = "half precision; give --precision full" if self._half else "float32; check the model's weights"
+            raise DataError(f"embeddings of {part} are not finite in {kind}")
+        return kept
+
+    def _path(self, part: str, name: str) -> str:
+        return files.join(self._output, array_name(part, name))
+
+    def _save(self, part: str, name: str, array: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        files.write_bytes(self._path(part, name), buffer.getvalue())
+
+
+class KeptRows:
+    """Kept embeddings by the number of their image, through all parts.
+
+    Args:
+        arrays: of the kept set.
+        rows: of each part, in order.
+    """
+
+    def __init__(self, arrays: Arrays, rows: list[int]) -> None:
+        self._arrays = arrays
+        self._starts = np.cumsum([0, *rows])
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Those of some images, n×C×h×w."""
+        parts = np.searchsorted(self._starts, indices, side="right") - 1
+        return np.stack(
+            [self._arrays.row(FEATURES, int(part), int(i - self._starts[part])) for part, i in zip(parts, indices)]
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- the head
+def _checkpoint_name(plan: dict[str, Any]) -> str:
+    return f"head-{files.digest_of(plan)[:12]}.pt"
+
+
+def _fit(
+    kept: str, plan: dict[str, Any], shards: ShardSet, categories: list[str], options: CalibrateOptions
+) -> tuple[Calibrator, dict[str, float]]:
+    """Statistics from the kept arrays, and the head trained by one actor."""
+    config, runtime = options.calibration, options.runtime
+    made = files.read_json(files.join(kept, "_manifest.json"))
+    trainer: Any = ray.remote(
+        num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=3, max_task_retries=3
+    )(HeadActor).remote(
+        kept,
+        shards.parts,
+        made,
+        to_plain(config),
+        categories,
+        files.join(kept, _checkpoint_name(plan)),
+        runtime.device,
+        runtime.cpus_per_worker,
+    )
+    try:
+        steps = config.iterations if config.has_head else 0
+        if steps:
+            progress = Progress("calibrate", steps, "steps")
+            for end in [*range(options.checkpoint_every, steps, options.checkpoint_every), steps]:
+                done, loss = ray.get(trainer.run.remote(end))
+                progress.set(done, f"loss {loss:.4g}")
+            progress.close()
+        state, metrics = ray.get(trainer.result.remote())
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        raise known from error
+    channels, height, width = made["shape"]
+    calibrator = Calibrator(config, categories, channels, (height, width))
+    calibrator.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    return calibrator.eval(), metrics
+
+
+class HeadActor:
+    """Trains a calibrator's head on kept arrays, checkpoint by checkpoint. A Ray actor; may be made anew any time."""
+
+    def __init__(
+        self,
+        kept: str,
+        parts: list[str],
+        made: dict[str, Any],
+        config: dict[str, Any],
+        categories: list[str],
+        checkpoint: str,
+        device: str,
+        threads: int,
+    ) -> None:
+        set_threads(threads)
+        # told by the first call, since what fails in an actor's constructor is told as the actor's death
+        self._make = (kept, parts, made, config, categories, checkpoint, device)
+        self._copies = tempfile.TemporaryDirectory(prefix="unianom-calibration-")
+        self._checkpoint, self._loss = checkpoint, 0.0
+        self._calibrator: Calibrator | None = None
+        self._trainer: HeadTrainer | None = None
+
+    def _prepare(self) -> Calibrator:
+        """The calibrator with its statistics, at the last checkpoint."""
+        if self._calibrator is not None:
+            return self._calibrator
+        kept, parts, made, plain, categories, checkpoint, device = self._make
+        config = from_plain(CalibrationConfig, plain)
+        filled = [part for part in parts if made["rows"][part]]
+        statistics = MapStatistics(*np.concatenate([_load(kept, part, STATISTICS) for part in filled]).T)
+        self._category = np.concatenate([_load(kept, part, CATEGORY) for part in filled])
+        channels, height, width = made["shape"]
+        moments = sum(_load(kept, part, MOMENTS) for part in filled) / (len(self._category) * height * width)
+        calibrator = Calibrator(config, categories, channels, (height, width))
+        calibrator.set_statistics(statistics, self._category, *moments)
+        self._calibrator = calibrator.to(device).eval()
+        self._targets = statistics.targets(config.statistics)
+        arrays = Arrays(kept, filled, (FEATURES,), Path(self._copies.name))
+        self._rows = KeptRows(arrays, [made["rows"][part] for part in filled])
+        if config.has_head:
+            self._trainer = HeadTrainer(self._calibrator, self._rows, self._targets, self._category)
+            if files.exists(checkpoint):
+                content = io.BytesIO(files.read_bytes(checkpoint))
+                self._trainer.restore(torch.load(content, map_location=device, weights_only=True))
+        return self._calibrator
+
+    def run(self, end: int) -> tuple[int, float]:
+        """Train up to a step and keep a checkpoint; the step reached, and the mean loss of the last steps."""
+        self._prepare()
+        assert self._trainer is not None
+        if self._trainer.step < end:
+            losses: list[float] = []
+            self._trainer.run(end, lambda _, loss: losses.append(loss))
+            self._loss = float(np.mean(losses[-100:]))
+            buffer = io.BytesIO()
+            torch.save(self._trainer.state(), buffer)
+            files.write_bytes(self._checkpoint, buffer.getvalue())
+        return self._trainer.step, self._loss
+
+    def result(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """The calibrator's state, and what it makes of the images it learned from."""
+        calibrator = self._prepare()
+        metrics = {"images": float(len(self._category)), "alpha": float(calibrator.alpha)}
+        metrics |= head_metrics(calibrator, self._rows, self._targets, self._category)
+        return {name: value.cpu().numpy() for name, value in calibrator.state_dict().items()}, metrics
+
+
+def _load(kept: str, part: str, name: str) -> np.ndarray:
+    content = io.BytesIO(files.read_bytes(files.join(kept, array_name(part, name))))
+    return np.load(content, allow_pickle=False)
+
+
+@torch.inference_mode()
+def head_metrics(
+    calibrator: Calibrator, rows: KeptRows, targets: np.ndarray, category: np.ndarray, size: int = 64
+) -> dict[str, float]:
+    """How well a trained head knows its own training images.
+
+    Returns:
+        For "cada" the shares of the variance of u and γ that are explained; for "classifier" its accuracy.
+    """
+    if calibrator.head is None:
+        return {}
+    device = calibrator.class_statistics.device
+    starts = range(0, len(category), size)
+    outputs = [
+        calibrator.outputs(
+            torch.from_numpy(rows.take(np.arange(start, min(start + size, len(category))))).to(device).float()
+        )
+        for start in starts
+    ]
+    made = torch.cat(outputs).cpu()
+    if calibrator.config.variant == "classifier":
+        return {"classifier_accuracy": float((made.argmax(1).numpy() == category).mean())}
+    predicted = calibrator.target_mean.cpu().numpy() + made.numpy() * calibrator.target_deviation.cpu().numpy()
+    left = ((predicted - targets) ** 2).mean(0) / np.maximum(targets.var(0), np.finfo(np.float64).tiny)
+    return {"explained_level": float(1 - left[0]), "explained_top": float(1 - left[1])}

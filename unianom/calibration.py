@@ -1,0 +1,487 @@
+"""CADA, class-agnostic distribution alignment: scores that mean the same whatever the image shows.
+
+A model of many categories gives maps M whose level and spread differ from one category to the next, so no single
+threshold serves all. A calibrator brings every map to a common scale by an offset u and a top γ of its own,
+
+    M̂ = (M − u) / (γ − u)                                                                         (eqs. 1 and 5)
+
+with u the level of normal pixels and γ their highest values, as learned from normal training images alone:
+
+    "labels" (variant A)      u and γ of the image's category, which is told
+    "classifier" (variant B)  of the category that a classifier finds in the image's embedding
+    "cada" (variant C)        as a regressor predicts them from the embedding; no category is ever used
+    "none"                    u = 0, γ = 1: for comparison, scores that are reduced alike but not calibrated
+
+Statistics are taken from maps before their final smoothing; since calibration is the same for all pixels of an image,
+smoothing before or after it is the same but for borders that are padded with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, smooth_l1_loss
+
+from unianom.errors import DataError, OptionError
+from unianom.methods.base import Inspection, check_values
+from unianom.methods.layers.distillation import top_mean
+
+Variant = Literal["cada", "classifier", "labels", "none"]
+
+GUARD = 1e-6
+"""Smallest γ̂ − û, as a share of the mean γ − u of normal training images."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The head on the embedding: convolutions that keep its channels, a pool, linear layers (Sec. 3.3, Table 3).
+
+    Args:
+        convolutions: how many, each followed by a ReLU; 0 for none.
+        kernel: their odd side.
+        pool: "gap" averages over positions, "flatten" keeps them.
+        linears: how many; with a ReLU between them and dropout before each.
+        hidden: width between them.
+        dropout: probability.
+    """
+
+    convolutions: int = 1
+    kernel: int = 3
+    pool: Literal["gap", "flatten"] = "gap"
+    linears: int = 2
+    hidden: int = 256
+    dropout: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.convolutions < 0 or self.linears < 1 or self.hidden < 1:
+            raise OptionError("head: convolutions must be >= 0, linears and hidden >= 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise OptionError(f"head.kernel={self.kernel} must be odd and positive")
+        if not 0 <= self.dropout < 1:
+            raise OptionError(f"head.dropout={self.dropout} must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How scores are calibrated; the defaults are the published ones where they do not depend on the method.
+
+    Args:
+        variant: "cada" (C), "classifier" (B), "labels" (A) or "none".
+        statistics: "mean_max" takes the largest pixel as the top; "mean_std" the mean plus three standard deviations,
+            for training images that may hold anomalies.
+        alpha: of the smooth L1 loss (eq. 4), in the unit of the maps; published: 0.1 for RevDist and ReContrast, 10 for
+            UniAD; null takes the standard deviation of the tops of the training images.
+        score_share: share of the largest pixels of the calibrated map whose mean is the image score; 0 takes the
+            largest.
+        standardise: bring embeddings and statistics to mean 0 and deviation 1 over the training images before the head
+            sees them, so that the learning rate suits any method; false feeds both as they are. All channels of the
+            embedding are divided by one deviation, so that none that hardly varied in training is blown up.
+        head: of classifier or regressor.
+        iterations: training steps of the head; published: 5000 for RevDist and ReContrast, 20000 for UniAD.
+        batch_size: images in a step.
+        learning_rate, momentum, weight_decay: of SGD.
+        seed: of initial weights, order of images and dropout.
+    """
+
+    variant: Variant = "cada"
+    statistics: Literal["mean_max", "mean_std"] = "mean_max"
+    alpha: float | None = None
+    score_share: float = 0.01
+    standardise: bool = True
+    head: HeadConfig = field(default_factory=HeadConfig)
+    iterations: int = 5000
+    batch_size: int = 16
+    learning_rate: float = 5e-2
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise OptionError(f"alpha={self.alpha} must be positive; leave it out to take it from the training images")
+        if not 0 <= self.score_share <= 1:
+            raise OptionError(f"score_share={self.score_share} must be in [0, 1]")
+        if self.iterations < 1 or self.batch_size < 1:
+            raise OptionError("iterations and batch_size must be positive")
+        if not (0 < self.learning_rate < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
+            raise OptionError("learning_rate must be positive, momentum in [0, 1), weight_decay >= 0")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a network is trained."""
+        return self.variant in ("cada", "classifier")
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+class MapStatistics(NamedTuple):
+    """What calibration learns from the maps of N images.
+
+    Attributes:
+        mean, square, top: N float64 each; mean, mean square and largest value of each map.
+    """
+
+    mean: np.ndarray
+    square: np.ndarray
+    top: np.ndarray
+
+    @staticmethod
+    def of(maps: Tensor) -> MapStatistics:
+        """Those of B×S×S maps."""
+        pixels = maps.flatten(1).double()
+        found = (pixels.mean(1), pixels.square().mean(1), pixels.amax(1))
+        return MapStatistics(*(value.cpu().numpy() for value in found))
+
+    def targets(self, kind: str) -> np.ndarray:
+        """What a regressor is to predict of each image (Sec. 3.2): N×2 float64, u and γ."""
+        if kind == "mean_max":
+            return np.stack([self.mean, self.top], axis=1)
+        return np.stack([self.mean, self.mean + 3 * _deviation(self.mean, self.square)], axis=1)
+
+    def of_class(self, kind: str) -> np.ndarray:
+        """u and γ of a category that all these images belong to: the mean of all their pixels, and the mean of their
+        maxima or, of all pixels, the mean plus three standard deviations."""
+        level = self.mean.mean()
+        if kind == "mean_max":
+            return np.array([level, self.top.mean()])
+        return np.array([level, level + 3 * float(_deviation(level, self.square.mean()))])
+
+
+def _deviation(mean: Any, square: Any) -> Any:
+    return np.sqrt(np.maximum(square - mean**2, 0))
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+def make_head(channels: int, grid: tuple[int, int], outputs: int, config: HeadConfig) -> nn.Sequential:
+    """The head: B×channels×grid to B×outputs."""
+    layers: list[nn.Module] = []
+    for _ in range(config.convolutions):
+        layers += [nn.Conv2d(channels, channels, config.kernel, padding=config.kernel // 2), nn.ReLU()]
+    width = channels
+    if config.pool == "gap":
+        layers.append(nn.AdaptiveAvgPool2d(1))
+    else:
+        width = channels * grid[0] * grid[1]
+    layers.append(nn.Flatten())
+    for number in range(config.linears):
+        last = number + 1 == config.linears
+        layers += [nn.Dropout(config.dropout), nn.Linear(width, outputs if last else config.hidden)]
+        if not last:
+            layers.append(nn.ReLU())
+        width = config.hidden
+    return nn.Sequential(*layers)
+
+
+class Calibration(NamedTuple):
+    """What a calibrator says of B images.
+
+    Attributes:
+        offset: B float32, u.
+        scale: B float32, γ − u; above zero.
+        score: B float32, the calibrated image score.
+    """
+
+    offset: Tensor
+    scale: Tensor
+    score: Tensor
+
+    def maps(self, anomaly_map: Tensor) -> Tensor:
+        """Calibrated maps (eq. 5) of B×S×S maps."""
+        return (anomaly_map - self.offset[:, None, None]) / self.scale[:, None, None]
+
+
+class Calibrator(nn.Module):
+    """Calibrates what a method finds.
+
+    Args:
+        config: how.
+        categories: of the training images, in the order of the classes.
+        channels, grid: of the embedding.
+
+    Attributes:
+        class_statistics: K×2, u and γ of each category.
+        feature_mean: C, of the embedding.
+        feature_deviation: scalar, of all its channels together.
+        target_mean, target_deviation: 2 each, of u and γ.
+        smallest_scale: scalar, the smallest γ − u that is divided by.
+        alpha: scalar, of the loss, in the unit of the maps.
+    """
+
+    def __init__(
+        self, config: CalibrationConfig, categories: Sequence[str], channels: int, grid: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.config, self.categories = config, list(categories)
+        self.channels, self.grid = channels, grid
+        self.head: nn.Module | None = None
+        if config.has_head:
+            outputs = 2 if config.variant == "cada" else len(self.categories)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.head = make_head(channels, grid, outputs, config.head)
+        self.class_statistics: Tensor
+        self.feature_mean: Tensor
+        self.feature_deviation: Tensor
+        self.target_mean: Tensor
+        self.target_deviation: Tensor
+        self.smallest_scale: Tensor
+        self.alpha: Tensor
+        self.register_buffer("class_statistics", torch.zeros(len(self.categories), 2))
+        self.register_buffer("feature_mean", torch.zeros(channels))
+        self.register_buffer("feature_deviation", torch.tensor(1.0))
+        self.register_buffer("target_mean", torch.zeros(2))
+        self.register_buffer("target_deviation", torch.ones(2))
+        self.register_buffer("smallest_scale", torch.tensor(GUARD))
+        self.register_buffer("alpha", torch.tensor(1.0))
+
+    def set_statistics(
+        self, statistics: MapStatistics, category: np.ndarray, mean: np.ndarray, square: np.ndarray
+    ) -> None:
+        """Fill in what is computed rather than trained.
+
+        Args:
+            statistics: of N normal training images.
+            category: N int, the class of each.
+            mean, square: C float64 each, mean and mean square of the embedding's channels over images and positions.
+
+        Raises:
+            DataError: a category has no image, or maps are constant, so that no scale can be had from them.
+        """
+        kind = self.config.statistics
+        missing = [name for number, name in enumerate(self.categories) if not (category == number).any()]
+        if missing:
+            raise DataError(f"no normal training image of category {', '.join(missing)} to calibrate with")
+        for number in range(len(self.categories)):
+            own = MapStatistics(*(values[category == number] for values in statistics))
+            self.class_statistics[number] = torch.from_numpy(own.of_class(kind))
+        targets = statistics.targets(kind)
+        spread = float((targets[:, 1] - targets[:, 0]).mean())
+        if not spread > 0:
+            raise DataError(
+                "the anomaly maps of the normal training images are constant, so nothing can be calibrated; train the "
+                "model further, or look at its maps"
+            )
+        self.smallest_scale.fill_(GUARD * spread)
+        if self.config.standardise:
+            self.feature_mean.copy_(torch.from_numpy(mean))
+            self.feature_deviation.fill_(float(np.sqrt((_deviation(mean, square) ** 2).mean())) or 1.0)
+            deviation = targets.std(axis=0)
+            self.target_mean.copy_(torch.from_numpy(targets.mean(axis=0)))
+            self.target_deviation.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1.0)))
+        alpha = float(targets[:, 1].std()) if self.config.alpha is None else self.config.alpha
+        self.alpha.fill_(alpha if alpha > 0 else 1.0)  # one image alone has no spread
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """The head's outputs of embeddings B×C×h×w: for "cada" û and γ̂ in standard units, B×2, for "classifier" logits,
+        B×K."""
+        assert self.head is not None
+        normed = (features - self.feature_mean[:, None, None]) / self.feature_deviation
+        return self.head(normed).float()
+
+    def loss(self, features: Tensor, targets: Tensor, category: Tensor) -> Tensor:
+        """Of a batch: smooth L1 of û and of γ̂, added (eq. 3), or cross-entropy of the classes (eq. 2).
+
+        Args:
+            features: B×C×h×w.
+            targets: B×2, u and γ in the unit of the maps.
+            category: B int64.
+        """
+        made = self.outputs(features)
+        if self.config.variant == "classifier":
+            return cross_entropy(made, category)
+        aims = (targets - self.target_mean) / self.target_deviation
+        # with α in standard units, too, each loss is that of the maps' unit divided by the deviation
+        alphas = (self.alpha / self.target_deviation).tolist()
+        parts = [smooth_l1_loss(made[:, part], aims[:, part], beta=alphas[part]) for part in range(2)]
+        return parts[0] + parts[1]
+
+    def statistics_of(self, features: Tensor, categories: Sequence[str] | None = None) -> Tensor:
+        """u and γ for embeddings B×C×h×w: B×2.
+
+        Args:
+            features: of the images.
+            categories: of the images; only "labels" needs them.
+
+        Raises:
+            DataError: they are needed and not given, or one is not among the training categories.
+        """
+        if self.config.variant == "none":
+            return torch.tensor([[0.0, 1.0]], device=features.device).expand(len(features), 2)
+        if self.config.variant == "labels":
+            return self.class_statistics[self._classes(categories, features)]
+        if self.config.variant == "classifier":
+            return self.class_statistics[self.outputs(features).argmax(1)]
+        return self.target_mean + self.outputs(features) * self.target_deviation
+
+    def _classes(self, categories: Sequence[str] | None, features: Tensor) -> Tensor:
+        if categories is None:
+            raise DataError("this calibrator goes by the category of each image, so give categories, or calibrate anew")
+        unknown = sorted(set(categories) - set(self.categories))
+        if unknown:
+            raise DataError(
+                f"this calibrator goes by category and knows {', '.join(self.categories)}, not {', '.join(unknown)}; "
+                f"calibrate with --calibration.variant cada, which needs no category"
+            )
+        return torch.tensor([self.categories.index(name) for name in categories], device=features.device)
+
+    @torch.inference_mode()
+    def calibrate(self, found: Inspection, categories: Sequence[str] | None = None) -> Calibration:
+        """Calibrate B images; each by itself.
+
+        Args:
+            found: what the method found in them.
+            categories: of the images; only "labels" needs them.
+
+        Raises:
+            DataError: see `statistics_of`.
+        """
+        level, top = self.statistics_of(found.features.float(), categories).unbind(1)
+        scale = (top - level).clamp_min(self.smallest_scale) if self.config.variant != "none" else top - level
+        return Calibration(level, scale, (top_mean(found.anomaly_map, self.config.score_share) - level) / scale)
+
+    def plain(self) -> dict[str, Any]:
+        """What a model folder keeps of it beside its weights."""
+        return {"categories": self.categories, "channels": self.channels, "grid": list(self.grid)}
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+class Rows(Protocol):
+    """The embeddings of N images, wherever they lie."""
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Those of some images, n×C×h×w, in the order asked for."""
+        ...
+
+
+class HeadTrainer:
+    """Trains a calibrator's head on kept embeddings: SGD with momentum, the order a new permutation every epoch.
+
+    Args:
+        calibrator: with its statistics, on its device.
+        rows: embeddings of N images.
+        targets: N×2.
+        category: N int.
+
+    Attributes:
+        step: how many steps have been taken.
+    """
+
+    def __init__(self, calibrator: Calibrator, rows: Rows, targets: np.ndarray, category: np.ndarray) -> None:
+        config = calibrator.config
+        self.calibrator, self.step = calibrator, 0
+        self._rows, self._targets, self._category = rows, targets.astype(np.float32), category.astype(np.int64)
+        assert calibrator.head is not None
+        self._optimiser = torch.optim.SGD(
+            calibrator.head.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._orders: dict[int, np.ndarray] = {}
+
+    def run(self, steps: int, tell: Callable[[int, float], None] | None = None) -> None:
+        """Take steps up to `steps` in all; `tell` gets each step's number and loss.
+
+        Raises:
+            DataError: the loss is not finite.
+        """
+        calibrator, config = self.calibrator, self.calibrator.config
+        device = calibrator.class_statistics.device
+        calibrator.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            while self.step < steps:
+                torch.manual_seed(config.seed + self.step)  # dropout is that of the step, wherever it was begun
+                chosen = self._batch(self.step)
+                features = torch.from_numpy(self._rows.take(chosen)).to(device).float()
+                targets = torch.from_numpy(self._targets[chosen]).to(device)
+                category = torch.from_numpy(self._category[chosen]).to(device)
+                loss = calibrator.loss(features, targets, category)
+                self._optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                self._optimiser.step()
+                self.step += 1
+                if tell is not None:
+                    tell(self.step, float(loss.detach()))
+                if not torch.isfinite(loss):
+                    raise DataError(
+                        f"the loss of the calibrator is not finite at step {self.step}; lower "
+                        f"--calibration.learning_rate, or take --calibration.standardise true"
+                    )
+        calibrator.eval()
+
+    def _batch(self, step: int) -> np.ndarray:
+        """Images of a step: batches run over the ends of epochs, each of which has an order of its own."""
+        size, count = self.calibrator.config.batch_size, len(self._targets)
+        places = range(step * size, (step + 1) * size)
+        epochs = {place // count for place in places}
+        seed = self.calibrator.config.seed
+        kept = {epoch: order for epoch, order in self._orders.items() if epoch in epochs}
+        new = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs - kept.keys()}
+        self._orders = kept | new
+        return np.array([self._orders[place // count][place % count] for place in places])
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the training depends on."""
+        assert self.calibrator.head is not None
+        return {
+            "step": self.step,
+            "head": self.calibrator.head.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        assert self.calibrator.head is not None
+        self.step = state["step"]
+        self.calibrator.head.load_state_dict(state["head"])
+        self._optimiser.load_state_dict(state["optimiser"])
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """Embeddings that are all at hand.
+
+    Attributes:
+        array: N×C×h×w.
+    """
+
+    array: np.ndarray
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Those of some images, n×C×h×w."""
+        return self.array[indices]
+
+
+def fit_calibrator(
+    config: CalibrationConfig,
+    categories: Sequence[str],
+    features: np.ndarray,
+    statistics: MapStatistics,
+    category: np.ndarray,
+) -> Calibrator:
+    """A calibrator from what a method finds in normal training images.
+
+    Args:
+        config: how.
+        categories: names of the K classes.
+        features: N×C×h×w float32, `Inspection.features`.
+        statistics: of N images, from `Inspection.unsmoothed`.
+        category: N int, the class of each.
+
+    Raises:
+        DataError: a category without images, constant maps, or a loss that is not finite.
+    """
+    channels, *grid = features.shape[1:]
+    calibrator = Calibrator(config, categories, channels, (grid[0], grid[1]))
+    values = features.astype(np.float64)
+    calibrator.set_statistics(statistics, category, values.mean((0, 2, 3)), (values**2).mean((0, 2, 3)))
+    if config.has_head:
+        targets = statistics.targets(config.statistics)
+        HeadTrainer(calibrator, ArrayRows(features), targets, category).run(config.iterations)
+    return calibrator.eval()
