@@ -120,8 +120,12 @@ def write_bytes(uri: str | os.PathLike[str], content: bytes) -> None:
 
 def write_json(uri: str | os.PathLike[str], content: Any) -> None:
     """Write JSON whole or not at all; keys keep their order, so equal content gives equal bytes."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(uri, text.encode() + b"\n")
+    write_bytes(uri, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """What `write_json` writes."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def remove(uri: str | os.PathLike[str]) -> None:

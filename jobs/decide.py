@@ -1,0 +1,16 @@
+"""Judge stored scores: thresholds from unseen normal images, decisions, and a queue for review.
+
+python jobs/decide.py --scores scores/mvtec --normals scores/mvtec_train --shards shards/mvtec --output decisions/mvtec
+"""
+
+from pipelines.commandline import run
+from pipelines.decisions import DecideOptions, decide, print_decisions
+
+
+def main(options: DecideOptions) -> None:
+    """Decide and print what came of it."""
+    print_decisions(decide(options))
+
+
+if __name__ == "__main__":
+    run(main, DecideOptions)
