@@ -5,7 +5,7 @@ Only the images shown are read, and a few maps more of images that passed, which
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -52,22 +52,32 @@ def draw_queue(
         kind: whether maps are shown calibrated.
 
     Returns:
-        PNG bytes by name of the list. Heat maps of all lists share one scale; where the scores hold no maps, the image
+        PNG bytes by name of the list. Heat maps of a list share one scale; where the scores hold no maps, the image
         stands alone. The outline of a mask is drawn where there is one.
     """
     rows = {row["sample_id"]: row for queue in queues.values() for row in queue}
     maps = _read_maps(scores, {*rows, *ordinary}, kind)
-    scale = None
-    if maps:
-        background = [m[::4, ::4].ravel() for name, m in maps.items() if name not in rows]
-        shown = [m[::4, ::4].ravel() for name, m in maps.items() if name in rows]
-        scale = visual.heat_scale(np.concatenate([*background, []]), np.concatenate([*shown, []]))
     policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in scores.manifest["models"]}
-    pictures = {}
-    for stored in read_samples(shards, set(rows), ("image", "mask", "height", "width")):
-        name = stored["sample_id"]
-        pictures[name] = _draw(stored, maps.get(name), scale, policies[rows[name]["model"]])
-    return {name: _sheet(queue, pictures) for name, queue in queues.items()}
+    stored = {row["sample_id"]: row for row in read_samples(shards, set(rows), ("image", "mask", "height", "width"))}
+    sheets = {}
+    for name, queue in queues.items():
+        scale = _scale(maps, [maps[row["sample_id"]] for row in queue if row["sample_id"] in maps], rows)
+        pictures = {
+            row["sample_id"]: _draw(stored[row["sample_id"]], maps.get(row["sample_id"]), scale, policies[row["model"]])
+            for row in queue
+        }
+        sheets[name] = _sheet(queue, pictures)
+    return sheets
+
+
+def _scale(
+    maps: Mapping[str, np.ndarray], shown: Sequence[np.ndarray], queued: Container[str]
+) -> visual.HeatScale | None:
+    """The scale of one sheet, from its own maps and from those that are not in any list; None without maps."""
+    if not shown:
+        return None
+    background = [m[::4, ::4].ravel() for name, m in maps.items() if name not in queued]
+    return visual.heat_scale(np.concatenate([*background, []]), np.concatenate([m[::4, ::4].ravel() for m in shown]))
 
 
 def _read_maps(scores: ScoreSet, sample_ids: set[str], kind: ScoreKind) -> dict[str, np.ndarray]:
