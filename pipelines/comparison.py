@@ -161,7 +161,13 @@ def read_published(uri: str) -> list[dict[str, Any]]:
         DataError: it is missing, no YAML list of such entries, or a key is unknown or missing.
     """
     needed = {"method", "dataset", "protocol", "source", "values"}
-    optional = {"calibrated": False, "trained_on": None, "config": {}, "categories": None, "train_images": None}
+    optional: dict[str, Any] = {
+        "calibrated": False,
+        "trained_on": None,
+        "config": {},
+        "categories": None,
+        "train_images": None,
+    }
     try:
         entries = yaml.safe_load(files.read_bytes(uri))
     except FileNotFoundError as error:
