@@ -1,6 +1,10 @@
 """Scores and the labels and masks of their shards → every table the labels allow.
 
-One unit of work a category, and one for the union of all (the absolute-unified protocol). Metrics are exact.
+    maps and masks ─▶ workers: one unit a score part, each map decoded once ─▶ counts of pixels of every group
+    scores and labels ────────────────────────────────────────────────────────┴─▶ tables, curves, intervals
+
+Raw and calibrated scores are evaluated side by side; for each, categories by themselves and their mean
+(model-unified), the union of each data set, and the union of all (absolute-unified).
 """
 
 from __future__ import annotations
@@ -8,30 +12,69 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.commandline import console, print_table
+from pipelines.pixels import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
 from pipelines.report import figures
-from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
+from pipelines.runtime import RuntimeOptions
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
-from unianom.data.image import InputPolicy, decode_map, decode_mask, prepare_mask
-from unianom.data.shards import ScoreSet, Selection, ShardSet
-from unianom.errors import DataError
+from unianom.data.image import InputPolicy
+from unianom.data.schema import ANOMALOUS, NORMAL
+from unianom.data.shards import ScoreSet, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.metrics.bootstrap import (
+    chunks,
+    draw_resamples,
+    histogram_aupro,
+    histogram_auroc_ap,
+    image_resamples,
+    interval,
+)
 from unianom.metrics.curves import Curve
 from unianom.metrics.image import image_curves, image_metrics
-from unianom.metrics.pixel import PixelAccumulator
 from unianom.metrics.region import AuproVariant, check_aupro_options
 from unianom.serialise import from_plain, to_plain
 
 UNION = "union"
+WORK = "_work"
 
 COUNTS = ("n_images", "n_anomalous", "n_maps", "n_anomalous_maps", "n_regions")
 """Entries of a metrics row that add up over categories instead of being averaged."""
+
+SCORE_COLUMNS = {RAW: "score", CALIBRATED: "calibrated_score"}
+
+RESAMPLED_MAPS = 20_000
+"""Above so many maps, intervals of pixel metrics would need their histograms to be kept in gigabytes."""
+
+
+@dataclass(frozen=True)
+class BootstrapOptions:
+    """Confidence intervals by resampling images.
+
+    Args:
+        resamples: how often; 0 gives no intervals.
+        seed: of the draws.
+        confidence: share of the resamples inside an interval.
+    """
+
+    resamples: int = 1000
+    seed: int = 0
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.resamples < 0 or self.seed < 0:
+            raise OptionError("bootstrap: resamples and seed must be 0 or more")
+        if not 0 < self.confidence < 1:
+            raise OptionError(f"bootstrap.confidence={self.confidence} must be between 0 and 1, e.g. 0.95")
 
 
 @dataclass(frozen=True)
@@ -46,7 +89,10 @@ class EvaluateOptions:
         aupro_variant: "exact", or a published approximation: "legacy_global_200", "legacy_per_image".
         soft_dice: also give Dice and IoU without a threshold of maps scaled by their own extremes, image by image, as
             polyp segmentation is measured.
+        exact_pixels: up to so many labelled pixels, pixel metrics are exact and take some 12 bytes of memory a pixel,
+            3 GB by default; beyond, they come from bins, in bounded memory, each with the most it can be off.
         curve_points: points kept of each curve.
+        bootstrap: confidence intervals.
         runtime: actors and their CPUs.
         tracking: where MLflow records the run.
     """
@@ -57,12 +103,16 @@ class EvaluateOptions:
     aupro_limit: float = 0.3
     aupro_variant: AuproVariant = "exact"
     soft_dice: bool = False
+    exact_pixels: int = 250_000_000
     curve_points: int = 400
+    bootstrap: BootstrapOptions = field(default_factory=BootstrapOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
     def __post_init__(self) -> None:
         check_aupro_options(self.aupro_limit, self.aupro_variant)
+        if self.exact_pixels < 0:
+            raise OptionError(f"exact_pixels={self.exact_pixels} must be 0 or more")
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -70,172 +120,260 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises:
         DataError: the scores are not of these shards, or nothing is labelled.
+        OptionError: a published approximation of AUPRO, of more pixels than are counted exactly.
     """
     scores, shards = ScoreSet.open(options.scores), ShardSet.open(options.shards)
     if scores.manifest["shards"]["digest"] != shards.digest:
         raise DataError(f"{scores.uri} was scored on other shards than {shards.uri}; give the shards it was made from")
-    labelled = sorted({row["category"] for row in scores.manifest["counts"] if row["label"] is not None})
-    if not labelled:
-        raise DataError(f"no sample of {scores.uri} has a label, so there is nothing to evaluate against")
-    arguments = {
-        "scores": scores,
-        "shards": shards,
-        "aupro_limit": options.aupro_limit,
-        "aupro_variant": options.aupro_variant,
-        "curve_points": options.curve_points,
-        "soft_dice": options.soft_dice,
-    }
-    units = [{"name": category, "categories": [category]} for category in labelled]
-    if len(labelled) > 1:
-        units.append({"name": UNION, "categories": labelled})
-    connect(options.runtime)
-    results: dict[str, dict[str, Any]] = {}
-    progress = Progress("evaluate", len(units), "tables")
-    for result in run_units(TableMaker, arguments, units, options.runtime):
-        results[result["name"]] = result
-        progress.advance(1)
-    progress.close()
-    if len(labelled) == 1:
-        results[UNION] = results[labelled[0]]
-    content = _content(scores, shards, labelled, results)
+    images = Images.of(scores)
+    plan = pixel_plan(options, scores, images)
     output = files.full_uri(options.output)
-    table = _table_csv(content["metrics"]).encode()
+    work = files.join(output, WORK)
+    # what a killed run has counted is found again by what it depends on
+    folder = files.join(work, files.digest_of([scores.digest, shards.digest, asdict(plan)])[:12])
+    if scores.manifest["maps"]:
+        count_pixels(scores, shards, plan, folder, options.runtime)
+    content = tabulate(options, scores, shards, images, plan, folder)
+    table = _table_csv(content).encode()
     files.write_bytes(files.join(output, "categories.csv"), table)
     files.write_json(files.join(output, "evaluation.json"), content)
+    files.remove(work)
     with track(options.tracking, "evaluate", output, to_plain(options)) as run:
         run.tags({"unianom.models": ", ".join(m["digest"] for m in content["models"])})
-        for row in content["metrics"]["categories"]:
-            run.metrics({f"{row['category']}/{k}": v for k, v in row.items() if k not in ("dataset", "category")})
-        run.metrics({f"mean/{key}": value for key, value in content["metrics"]["mean"].items()})
-        run.metrics({f"{UNION}/{key}": value for key, value in content["metrics"]["union"].items()})
+        for prefix, found in (("", content), ("calibrated/", content["calibrated"])):
+            if found is None:
+                continue
+            metrics = found["metrics"]
+            for row in metrics["categories"]:
+                own = {f"{prefix}{row['category']}/{k}": v for k, v in row.items() if k not in ("dataset", "category")}
+                run.metrics(own)
+            run.metrics({f"{prefix}mean/{key}": value for key, value in metrics["mean"].items()})
+            run.metrics({f"{prefix}{UNION}/{key}": value for key, value in metrics["union"].items()})
         run.artifacts({"categories.csv": table})
         run.json("evaluation.json", content)
-        run.figures(figures(content, scores.table(columns=["sample_id", "category", "label", "score", "status"])))
+        columns = ["sample_id", "category", "label", "score", "calibrated_score", "status"]
+        run.figures(figures(content, scores.table(columns=columns)))
     return content
 
 
-class TableMaker:
-    """Computes the metrics of some categories together. A `UnitWorker`.
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The labelled images that have a score, in the order of the score set.
 
-    Args:
-        scores, shards: what was scored, and its labels and masks.
-        aupro_limit, aupro_variant: see `unianom.metrics.region.aupro`.
-        curve_points: points kept of each curve.
-        soft_dice: also give soft Dice and soft IoU.
+    Attributes:
+        sample_ids: (n,) names.
+        groups: data set and category of each group.
+        group: (n,) which group each image belongs to.
+        labels: (n,) 0 normal, 1 anomalous.
+        scores: by kind, (n,) float64; calibrated ones only if every image has one.
+        decisions: (n,) "pass", "review", "fail" or None.
+        models: (n,) digests.
+        partly_calibrated: whether some, but not all have a calibrated score.
     """
 
-    def __init__(
-        self,
-        scores: ScoreSet,
-        shards: ShardSet,
-        aupro_limit: float,
-        aupro_variant: AuproVariant,
-        curve_points: int,
-        soft_dice: bool = False,
-    ) -> None:
-        self._scores, self._shards = scores, shards
-        self._aupro_limit, self._aupro_variant = aupro_limit, aupro_variant
-        self._curve_points, self._soft_dice = curve_points, soft_dice
-        models = scores.manifest["models"]
-        self._policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in models}
-        self._thresholds = {m["digest"]: m["threshold"] for m in models}
+    sample_ids: list[str]
+    groups: list[Group]
+    group: np.ndarray
+    labels: np.ndarray
+    scores: dict[str, np.ndarray]
+    decisions: np.ndarray
+    models: np.ndarray
+    partly_calibrated: bool
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """Metrics, curves and rates at the threshold; NaN becomes None."""
-        selection = Selection(categories=tuple(unit["categories"]))
-        columns = ["sample_id", "dataset", "label", "score", "status", "model"]
-        rows = [
-            row
-            for row in self._scores.table(selection, columns).to_pylist()
-            if row["status"] == "ok" and row["label"] is not None
+    @classmethod
+    def of(cls, scores: ScoreSet) -> Images:
+        """Read them.
+
+        Raises:
+            DataError: there is none.
+        """
+        texts = ("sample_id", "dataset", "category", "decision", "model")
+        table = scores.table(columns=[*texts, "label", "status", *SCORE_COLUMNS.values()])
+        kept = [
+            status == "ok" and label is not None
+            for status, label in zip(table["status"].to_pylist(), table["label"].to_pylist(), strict=True)
         ]
-        values = np.array([row["score"] for row in rows], np.float64)
-        labels = np.array([row["label"] for row in rows], np.int64)
-        metrics: dict[str, Any] = dict(image_metrics(values, labels))
-        curves: dict[str, Curve] = image_curves(values, labels, self._curve_points)
-        accumulator = PixelAccumulator(self._aupro_limit, self._aupro_variant)
-        for anomaly_map, mask in self._maps(selection):
-            accumulator.update([anomaly_map], [mask])
-        pixels = accumulator.compute()
-        if pixels.n_anomalous_maps:
-            metrics.update(pixels.as_dict(self._soft_dice))
-            found = accumulator.curves(self._curve_points)
+        table = table.filter(pa.array(kept))
+        if len(table) == 0:
+            raise DataError(
+                f"no sample of {scores.uri} has a score and a label, so there is nothing to evaluate against"
+            )
+        column = {name: table[name].cast(pa.string()).to_pylist() for name in texts}
+        names = list(zip(column["dataset"], column["category"], strict=True))
+        groups = sorted(set(names))
+        number = {group: index for index, group in enumerate(groups)}
+        values = {RAW: table["score"].to_numpy().astype(np.float64)}
+        missing = table["calibrated_score"].null_count
+        if missing == 0:
+            values[CALIBRATED] = table["calibrated_score"].to_numpy().astype(np.float64)
+        return cls(
+            sample_ids=column["sample_id"],
+            groups=groups,
+            group=np.array([number[name] for name in names]),
+            labels=table["label"].to_numpy().astype(np.int64),
+            scores=values,
+            decisions=np.asarray(column["decision"], dtype=object),
+            models=np.asarray(column["model"], dtype=object),
+            partly_calibrated=0 < missing < len(table),
+        )
+
+    @property
+    def categories(self) -> dict[str, tuple[int, ...]]:
+        """Groups of each category: several where data sets share its name."""
+        names = sorted({category for _, category in self.groups})
+        return {name: tuple(i for i, (_, own) in enumerate(self.groups) if own == name) for name in names}
+
+    @property
+    def datasets(self) -> dict[str, tuple[int, ...]]:
+        """Groups of each data set."""
+        names = sorted({dataset for dataset, _ in self.groups})
+        return {name: tuple(i for i, (own, _) in enumerate(self.groups) if own == name) for name in names}
+
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """All groups."""
+        return tuple(range(len(self.groups)))
+
+    def within(self, groups: Sequence[int]) -> np.ndarray:
+        """(m,) the images of some groups, group by group."""
+        return np.concatenate([np.flatnonzero(self.group == group) for group in groups])
+
+
+def pixel_plan(options: EvaluateOptions, scores: ScoreSet, images: Images) -> PixelPlan:
+    """How pixels are to be counted.
+
+    Raises:
+        OptionError: a published approximation of AUPRO, of more pixels than are counted exactly.
+    """
+    sides = [from_plain(InputPolicy, model["config"]["input"]).side for model in scores.manifest["models"]]
+    pixels = len(images.labels) * max(sides) ** 2
+    binned = pixels > options.exact_pixels
+    if binned and options.aupro_variant != "exact" and scores.manifest["maps"]:
+        raise OptionError(
+            f"aupro_variant={options.aupro_variant} needs every pixel, and {pixels:,} are more than --exact_pixels "
+            f"{options.exact_pixels:,}; raise that if there is the memory, or take the exact variant"
+        )
+    return PixelPlan(
+        binned=binned,
+        calibrated=CALIBRATED in images.scores,
+        resampled=options.bootstrap.resamples > 0 and len(images.labels) <= RESAMPLED_MAPS,
+        aupro_limit=options.aupro_limit,
+        aupro_variant=options.aupro_variant,
+    )
+
+
+def tabulate(
+    options: EvaluateOptions, scores: ScoreSet, shards: ShardSet, images: Images, plan: PixelPlan, folder: str
+) -> dict[str, Any]:
+    """The content of evaluation.json, from the scores and the counted pixels in a folder."""
+    found: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, Any] = {}
+    for kind in plan.kinds:
+        counted = Counted({}, {})
+        if scores.manifest["maps"]:
+            counted = read_counted(scores, shards, plan, folder, kind)
+        found[kind] = kind_tables(options, images, counted, kind, plan.accumulator)
+        if options.bootstrap.resamples:
+            resampled = Resampling(images, counted, kind, options.aupro_limit, options.bootstrap)
+            intervals[kind] = resampled.intervals(found[kind]["metrics"])
+    raw = found[RAW]
+    with_maps = raw["metrics"]["union"].get("n_maps") is not None
+    return {
+        "tool_version": __version__,
+        "scores": {"uri": scores.uri, "digest": scores.digest},
+        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "models": scores.manifest["models"],
+        "metrics": raw["metrics"],
+        "datasets": raw["datasets"],
+        "threshold": _threshold(scores, images),
+        "pixel_mode": ("binned" if plan.binned else "exact") if with_maps else None,
+        "calibrated": found.get(CALIBRATED),
+        "intervals": None
+        if not intervals
+        else {
+            "confidence": options.bootstrap.confidence,
+            "resamples": options.bootstrap.resamples,
+            RAW: intervals[RAW],
+            CALIBRATED: intervals.get(CALIBRATED),
+        },
+        "notes": _notes(options, plan, images, with_maps),
+        "curves": raw["curves"],
+        "statuses": scores.manifest["statuses"],
+        "rejected": _not_scored(scores),
+    }
+
+
+def _notes(options: EvaluateOptions, plan: PixelPlan, images: Images, with_maps: bool) -> list[str]:
+    """What a reader must know of how the figures came about."""
+    notes = []
+    if images.partly_calibrated:
+        notes.append("some images have a calibrated score and some have none, so calibrated scores are not evaluated")
+    if with_maps and plan.binned:
+        notes.append(
+            f"more than {options.exact_pixels:,} labelled pixels: pixel metrics come from bins, each with the most it "
+            f"can be off; mean Dice and IoU of images are left out"
+        )
+    if with_maps and options.bootstrap.resamples and not plan.resampled:
+        notes.append(f"more than {RESAMPLED_MAPS:,} maps: intervals are given for image-level metrics only")
+    return notes
+
+
+def kind_tables(
+    options: EvaluateOptions, images: Images, counted: Counted, kind: str, empty: Callable[[], Any]
+) -> dict[str, Any]:
+    """Metrics of categories, data sets and the union of all, and their curves, of one kind of score."""
+
+    @cache
+    def result(groups: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return _scope_result(options, images, counted, kind, groups, empty)
+
+    rows = []
+    for category, groups in images.categories.items():
+        names = ", ".join(images.groups[group][0] for group in groups)
+        rows.append({"dataset": names, "category": category, **result(groups)[0]})
+    union, union_curves = result(images.everything)
+    return {
+        "metrics": {"categories": rows, "mean": mean_row(rows), "union": union},
+        "datasets": [
+            {"dataset": name, "mean": mean_row([result((g,))[0] for g in groups]), "union": result(groups)[0]}
+            for name, groups in images.datasets.items()
+        ],
+        "curves": {name: result(groups)[1] for name, groups in images.categories.items()} | {UNION: union_curves},
+    }
+
+
+def _scope_result(
+    options: EvaluateOptions,
+    images: Images,
+    counted: Counted,
+    kind: str,
+    groups: tuple[int, ...],
+    empty: Callable[[], Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and curves of some groups together, as plain data; NaN becomes None."""
+    own = images.within(groups)
+    values, labels = images.scores[kind][own], images.labels[own]
+    metrics: dict[str, Any] = dict(image_metrics(values, labels))
+    curves: dict[str, Curve] = image_curves(values, labels, options.curve_points)
+    parts = [counted.accumulators[name] for name in (images.groups[g] for g in groups) if name in counted.accumulators]
+    if parts:
+        pixels: Any = empty()
+        for part in parts:
+            pixels.merge(part)
+        summary, found = pixels.summary(options.curve_points)
+        if summary.n_anomalous_maps:
+            metrics.update(summary.as_dict(options.soft_dice))
             curves.update({"pixel_roc": found["roc"], "pixel_pr": found["pr"], "pro": found["pro"]})
-        return {
-            "name": unit["name"],
-            "dataset": ", ".join(sorted({row["dataset"] for row in rows})),
-            "metrics": {key: _plain(value) for key, value in metrics.items()},
-            "curves": {name: {"x": curve.x.tolist(), "y": curve.y.tolist()} for name, curve in curves.items()},
-            "rates": self._rates(rows),
-        }
-
-    def _maps(self, selection: Selection) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Maps with their masks; anomalous images whose mask is unknown take no part."""
-        if not self._scores.manifest["maps"]:
-            return
-        columns = ["sample_id", "label", "status", "model", "anomaly_map", "map_offset", "map_scale"]
-        for part in self._scores.parts:
-            shard_part = "-".join(part.split("-")[:2]) + ".parquet"
-            if shard_part not in self._shards.parts:
-                continue  # rejected samples, which have no map
-            masks: dict[str, bytes | None] = {}
-            for batch in self._shards.read(shard_part, selection, ["sample_id", "mask"]):
-                masks.update(zip(batch["sample_id"].to_pylist(), batch["mask"].to_pylist(), strict=True))
-            for batch in self._scores.read(part, selection, columns):
-                for row in batch.to_pylist():
-                    mask = masks[row["sample_id"]]
-                    if row["status"] != "ok" or row["label"] is None or (row["label"] == 1 and mask is None):
-                        continue
-                    anomaly_map = decode_map(row["anomaly_map"], row["map_offset"], row["map_scale"])
-                    if mask is None:
-                        yield anomaly_map, np.zeros(anomaly_map.shape, bool)
-                    else:
-                        yield anomaly_map, prepare_mask(decode_mask(mask), self._policies[row["model"]])
-
-    def _rates(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """What the models' thresholds do to these samples; None where a model has none."""
-        thresholds = {row["model"]: self._thresholds[row["model"]] for row in rows}
-        if any(threshold is None for threshold in thresholds.values()):
-            return None
-        failed = {0: 0, 1: 0}
-        total = {0: 0, 1: 0}
-        for row in rows:
-            total[row["label"]] += 1
-            failed[row["label"]] += row["score"] > thresholds[row["model"]]["value"]
-        values = {threshold["value"] for threshold in thresholds.values()}
-        return {
-            "threshold": values.pop() if len(values) == 1 else None,
-            "n_normal": total[0],
-            "false_positive_rate": failed[0] / total[0] if total[0] else None,
-            "n_anomalous": total[1],
-            "detection_rate": failed[1] / total[1] if total[1] else None,
-        }
+    return (
+        {key: _plain(value) for key, value in metrics.items()},
+        {name: {"x": curve.x.tolist(), "y": curve.y.tolist()} for name, curve in curves.items()},
+    )
 
 
 def _plain(value: float) -> float | int | None:
     if isinstance(value, int | np.integer):
         return int(value)
     return float(value) if math.isfinite(value) else None
-
-
-def _content(
-    scores: ScoreSet, shards: ShardSet, categories: list[str], results: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    rows = [
-        {"dataset": results[category]["dataset"], "category": category, **results[category]["metrics"]}
-        for category in categories
-    ]
-    return {
-        "tool_version": __version__,
-        "scores": {"uri": scores.uri, "digest": scores.digest},
-        "shards": {"uri": shards.uri, "digest": shards.digest},
-        "models": scores.manifest["models"],
-        "metrics": {"categories": rows, "mean": mean_row(rows), "union": results[UNION]["metrics"]},
-        "threshold": _threshold(scores, categories, results),
-        "curves": {name: result["curves"] for name, result in results.items()},
-        "statuses": scores.manifest["statuses"],
-        "rejected": _not_scored(scores),
-    }
 
 
 def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -251,16 +389,35 @@ def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _threshold(scores: ScoreSet, categories: list[str], results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    given = [model["threshold"] for model in scores.manifest["models"] if model["threshold"] is not None]
+def _threshold(scores: ScoreSet, images: Images) -> dict[str, Any] | None:
+    thresholds = {model["digest"]: model["threshold"] for model in scores.manifest["models"]}
+    given = [threshold for threshold in thresholds.values() if threshold is not None]
     if not given:
         return None
-    rates = [{"category": c, **results[c]["rates"]} for c in categories if results[c]["rates"] is not None]
+    rates = {name: _rates(images, thresholds, groups) for name, groups in images.categories.items()}
     return {
         "target_fpr": given[0]["target_fpr"],
         "confidence": given[0]["confidence"],
-        "categories": rates,
-        "union": results[UNION]["rates"],
+        "categories": [{"category": name, **found} for name, found in rates.items() if found is not None],
+        "union": _rates(images, thresholds, images.everything),
+    }
+
+
+def _rates(images: Images, thresholds: Mapping[str, Any], groups: Sequence[int]) -> dict[str, Any] | None:
+    """What the models' thresholds do to the images of some groups; None where a model has none."""
+    own = images.within(groups)
+    used = [thresholds[digest] for digest in sorted(set(images.models[own]))]
+    if any(threshold is None for threshold in used):
+        return None
+    failed = images.decisions[own] == "fail"
+    normal, anomalous = failed[images.labels[own] == NORMAL], failed[images.labels[own] == ANOMALOUS]
+    values = {threshold["value"] for threshold in used}
+    return {
+        "threshold": values.pop() if len(values) == 1 else None,
+        "n_normal": len(normal),
+        "false_positive_rate": float(normal.mean()) if len(normal) else None,
+        "n_anomalous": len(anomalous),
+        "detection_rate": float(anomalous.mean()) if len(anomalous) else None,
     }
 
 
@@ -270,17 +427,145 @@ def _not_scored(scores: ScoreSet, most: int = 100) -> list[dict[str, Any]]:
     return rows[:most]
 
 
-def _table_csv(metrics: dict[str, Any]) -> str:
-    rows = [
-        *metrics["categories"],
-        {"dataset": "", "category": "mean", **metrics["mean"]},
-        {"dataset": "", "category": UNION, **metrics["union"]},
-    ]
+def _table_csv(content: dict[str, Any]) -> str:
+    """Categories, mean and union, then mean and union of each data set where there are several; column `scores` says
+    whether of raw or of calibrated scores."""
+    rows = []
+    for kind, found in ((RAW, content), (CALIBRATED, content["calibrated"])):
+        if found is None:
+            continue
+        metrics = found["metrics"]
+        own = [*metrics["categories"], *_total_rows("", metrics)]
+        if len(found["datasets"]) > 1:
+            own += [row for entry in found["datasets"] for row in _total_rows(entry["dataset"], entry)]
+        rows += [{"scores": kind, **row} for row in own]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def _total_rows(dataset: str, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"dataset": dataset, "category": name, **tables[name]} for name in ("mean", UNION)]
+
+
+# -- confidence intervals ----------------------------------------------------------------------------------------------
+
+
+class Resampling:
+    """Confidence intervals of one kind of score; both kinds are resampled by the same draws.
+
+    Args:
+        images: all of them.
+        counted: pixels; pixel metrics get intervals where it has histograms.
+        kind: which scores.
+        aupro_limit: see `unianom.metrics.region.aupro`; other variants than the exact one get no interval.
+        options: how often, and the seed.
+    """
+
+    def __init__(
+        self, images: Images, counted: Counted, kind: str, aupro_limit: float, options: BootstrapOptions
+    ) -> None:
+        self._images, self._counted, self._scores = images, counted, images.scores[kind]
+        self._limit, self._options = aupro_limit, options
+        self._aupro = "aupro" if aupro_limit == 0.3 else f"aupro_{aupro_limit:g}"
+
+    def intervals(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Lowest and highest value by metric: of the mean, of the union and of each category.
+
+        Histograms tie what lies in one bin. That shifts a metric a little, in all resamples alike; so their distances
+        from the histograms' own value are laid around the value in the tables.
+        """
+        scopes = {**self._images.categories, UNION: self._images.everything}
+        values = self._values(scopes)
+        rows = {row["category"]: row for row in metrics["categories"]}
+        categories = {name: self._around(values[name], row) for name, row in rows.items()}
+        mean = {
+            key: _mean_of_defined([values[name][key] for name in rows if row_has(rows[name], key)])
+            for key in values[UNION]
+            if any(row_has(row, key) for row in rows.values())
+        }
+        return {
+            "mean": self._around(mean, metrics["mean"]),
+            UNION: self._around(values[UNION], metrics["union"]),
+            "categories": categories,
+        }
+
+    def _around(self, values: Mapping[str, np.ndarray], row: Mapping[str, Any]) -> dict[str, list[float] | None]:
+        """Interval of each metric that the row has; the first of the values is of the images as they are."""
+        found = {}
+        for key, resampled in values.items():
+            if row_has(row, key):
+                moved = np.clip(resampled[1:] - resampled[0] + row[key], 0, 1)
+                found[key] = interval(moved, self._options.confidence)
+        return found
+
+    def _values(self, scopes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, np.ndarray]]:
+        """By scope and metric: of the images as they are, then of each resample."""
+        found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in scopes}
+        names = ["/".join(group) for group in self._images.groups]
+        rngs = [np.random.default_rng([self._options.seed, zlib.crc32(name.encode())]) for name in names]
+        own = [np.flatnonzero(self._images.group == number) for number in range(len(names))]
+        for rows in chunks(self._options.resamples, len(self._scores)):
+            drawn = [
+                draw_resamples(self._images.labels[images], len(rows), rng)
+                for images, rng in zip(own, rngs, strict=True)
+            ]
+            if rows[0] == 0:
+                drawn = [np.concatenate([np.ones((1, d.shape[1]), np.int32), d]) for d in drawn]
+            pixels = [self._pixels(number, own[number], drawn[number]) for number in range(len(names))]
+            for name, groups in scopes.items():
+                for key, values in self._scope_values(groups, drawn, pixels).items():
+                    found[name].setdefault(key, []).append(values)
+        return {name: {key: np.concatenate(v) for key, v in metrics.items()} for name, metrics in found.items()}
+
+    def _pixels(self, group: int, own: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Histograms of the resampled maps of a group; None if it has none."""
+        histograms = self._counted.histograms.get(self._images.groups[group])
+        if histograms is None:
+            return None
+        place = {self._images.sample_ids[image]: column for column, image in enumerate(own.tolist())}
+        return histograms.resample(drawn[:, [place[sample_id] for sample_id in histograms.sample_ids]])
+
+    def _scope_values(
+        self,
+        groups: Sequence[int],
+        drawn: Sequence[np.ndarray],
+        pixels: Sequence[tuple[np.ndarray, np.ndarray] | None],
+    ) -> dict[str, np.ndarray]:
+        images = self._images.within(groups)
+        together = np.concatenate([drawn[group] for group in groups], axis=1)
+        labels = self._images.labels[images]
+        found: dict[str, np.ndarray] = {}
+        if 0 < np.count_nonzero(labels == ANOMALOUS) < len(labels):
+            found |= image_resamples(self._scores[images], labels, together)
+        parts = [part for part in (pixels[group] for group in groups) if part is not None]
+        if parts:
+            bins = np.unique(np.concatenate([held for held, _ in parts]))
+            sums = np.zeros((3, len(together), len(bins)))
+            for held, own in parts:
+                sums[:, :, np.searchsorted(bins, held)] += own
+            auroc, ap = histogram_auroc_ap(sums[0], sums[1])
+            found |= {"pixel_auroc": auroc, "pixel_ap": ap}
+            found[self._aupro] = histogram_aupro(sums[0], sums[2], self._limit)
+        return found
+
+
+def row_has(row: Mapping[str, Any], key: str) -> bool:
+    """Whether a metric is defined in a row."""
+    return row.get(key) is not None
+
+
+def _mean_of_defined(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over categories, (r,), of those where a resample is defined."""
+    stacked = np.stack(values)
+    defined = np.isfinite(stacked)
+    total = np.where(defined, stacked, 0).sum(axis=0)
+    return np.divide(total, defined.sum(axis=0), out=np.full(total.shape, np.nan), where=defined.any(axis=0))
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
 
 
 SHOWN = {
@@ -299,29 +584,104 @@ SHOWN = {
 """Metrics of the printed table, and their usual short names; AUPRO is added under the name of its variant."""
 
 
+HEADLINE = {"image_auroc": "I-AUROC", "image_ap": "I-AP", "pixel_auroc": "P-AUROC", "pixel_ap": "P-AP"}
+"""Metrics of the short table; AUPRO is added under the name of its variant."""
+
+
 def print_evaluation(content: dict[str, Any]) -> None:
-    """Print the result table, and the rates met at the threshold."""
-    metrics = content["metrics"]
-    rows = [*metrics["categories"], {"category": "mean", **metrics["mean"]}, {"category": UNION, **metrics["union"]}]
-    shown = {key: name for key, name in SHOWN.items() if any(row.get(key) is not None for row in rows)}
-    shown.update({key: key.replace("aupro", "AUPRO") for key in metrics["mean"] if key.startswith("aupro")})
+    """Print the result tables, raw and calibrated, and the rates met at the threshold."""
+    for kind, found in ((RAW, content), (CALIBRATED, content["calibrated"])):
+        if found is not None:
+            title = "metrics in %" if content["calibrated"] is None else f"metrics of {kind} scores in %"
+            _print_metrics(title, found)
+    _print_headline(content)
+    if content["pixel_mode"] == "binned":
+        errors = [v for k, v in content["metrics"]["union"].items() if k.endswith("_error") and v is not None]
+        console.print(f"pixel metrics of the union are off by at most {100 * max(errors):.2g} points")
+    for note in content["notes"]:
+        console.print(f"note: {note}")
+    _print_rates(content["threshold"])
 
-    def cell(row: dict[str, Any], key: str) -> str:
-        value = row.get(key)
-        return "–" if value is None else f"{100 * value:.1f}"
 
+def _print_metrics(title: str, found: Mapping[str, Any]) -> None:
+    metrics = found["metrics"]
+    totals = []
+    if len(found["datasets"]) > 1:
+        # a data set of one category would repeat its row
+        counts = {name: sum(row["dataset"] == name for row in metrics["categories"]) for name in _datasets(found)}
+        for entry in found["datasets"]:
+            if counts[entry["dataset"]] != 1:
+                totals += [{**entry[name], "category": f"{name} of {entry['dataset']}"} for name in ("mean", UNION)]
+    totals += [{**metrics["mean"], "category": "mean"}, {**metrics["union"], "category": UNION}]
+    rows = [*metrics["categories"], *totals]
+    shown = {key: name for key, name in SHOWN.items() if any(row_has(row, key) for row in rows)}
+    shown.update(_aupro_names(metrics["mean"]))
     table = [
-        [row["category"], *(cell(row, key) for key in shown), str(row["n_images"]), str(row["n_anomalous"])]
+        [row["category"], *(_cell(row, key) for key in shown), str(row["n_images"]), str(row["n_anomalous"])]
         for row in rows
     ]
-    print_table("metrics in %", ["category", *shown.values(), "images", "anomalous"], table, footer=2)
-    if content["threshold"] is None:
+    print_table(title, ["category", *shown.values(), "images", "anomalous"], table, footer=len(totals))
+
+
+def _datasets(found: Mapping[str, Any]) -> list[str]:
+    return [entry["dataset"] for entry in found["datasets"]]
+
+
+def _aupro_names(row: Mapping[str, Any]) -> dict[str, str]:
+    """AUPRO's keys in a row and how they are shown; its error is no metric."""
+    keys = [key for key in row if key.startswith("aupro") and not key.endswith("_error")]
+    return {key: key.replace("aupro", "AUPRO") for key in keys}
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    return f"{100 * row[key]:.1f}" if row_has(row, key) else "–"
+
+
+def headline_rows(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the short table: mean of categories and union of all, raw and calibrated, each figure in %
+    with its interval."""
+    kinds = [(RAW, content), (CALIBRATED, content.get("calibrated"))]
+    mean = content["metrics"]["mean"]
+    keys = {key: name for key, name in {**HEADLINE, **_aupro_names(mean)}.items() if row_has(mean, key)}
+    intervals = content.get("intervals") or {}
+    rows = []
+    for kind, found in kinds:
+        if found is None:
+            continue
+        for scope, words in (("mean", "model-unified (mean of categories)"), (UNION, "absolute-unified (union)")):
+            bounds = (intervals.get(kind) or {}).get(scope, {})
+            cells = [_with_interval(found["metrics"][scope], bounds, key) for key in keys]
+            rows.append([f"{kind}, {words}", *cells])
+    return list(keys.values()), rows
+
+
+def _with_interval(row: Mapping[str, Any], bounds: Mapping[str, Any], key: str) -> str:
+    if not row_has(bounds, key):
+        return _cell(row, key)
+    low, high = bounds[key]
+    return f"{_cell(row, key)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _print_headline(content: Mapping[str, Any]) -> None:
+    intervals = content["intervals"]
+    if intervals is None and content["calibrated"] is None:
+        return
+    columns, rows = headline_rows(content)
+    title = "protocols side by side, in %"
+    if intervals is not None:
+        title += (
+            f" [{100 * intervals['confidence']:g} % confidence intervals, {intervals['resamples']:,} resamples of the "
+            f"images]"
+        )
+    print_table(title, ["scores, protocol", *columns], rows)
+
+
+def _print_rates(threshold: Mapping[str, Any] | None) -> None:
+    if threshold is None:
         console.print("no threshold in the model, so no decisions were evaluated")
         return
-    met = content["threshold"]["union"]
-    promised = (
-        f"{100 * content['threshold']['target_fpr']:g} % at {100 * content['threshold']['confidence']:g} % confidence"
-    )
+    met = threshold["union"]
+    promised = f"{100 * threshold['target_fpr']:g} % at {100 * threshold['confidence']:g} % confidence"
     if met is not None and met["false_positive_rate"] is not None:
         caught = "–" if met["detection_rate"] is None else f"{100 * met['detection_rate']:.1f} %"
         console.print(

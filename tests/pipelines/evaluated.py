@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluation import TableMaker, _content
+from pipelines.evaluation import EvaluateOptions, Images, pixel_plan, tabulate
+from pipelines.pixels import MapReader, shard_part
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
 from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION
@@ -23,7 +24,10 @@ MODEL = "5e" * 32
 
 @dataclass(frozen=True)
 class Scored:
-    """One sample and what the model said of it. Image H×W×3 uint8, mask H×W uint8 of 0 and 255, map S×S float32."""
+    """One sample and what the model said of it. Image H×W×3 uint8, mask H×W uint8 of 0 and 255, map S×S float32.
+
+    `calibration` holds offset and scale, of the map and of the score.
+    """
 
     name: str
     category: str
@@ -33,6 +37,7 @@ class Scored:
     score: float | None
     mask: np.ndarray | None = None
     anomaly_map: np.ndarray | None = None
+    calibration: tuple[float, float] | None = None
     status: str = "ok"
     error: str | None = None
     split: str = "test"
@@ -78,17 +83,26 @@ def model_entry(policy: InputPolicy, threshold: float | None, **changes: Any) ->
 
 
 def write_evaluation(
-    folder: Path, samples: Sequence[Scored], models: Sequence[dict[str, Any]], parts: int = 2, soft_dice: bool = False
+    folder: Path,
+    samples: Sequence[Scored],
+    models: Sequence[dict[str, Any]],
+    parts: int = 2,
+    soft_dice: bool = False,
+    **options_changed: Any,
 ) -> str:
     """Write `shards`, `scores` and `evaluation` below a folder; returns the evaluation's folder."""
     shards = _write_shards(folder / "shards", samples, parts)
     scores = _write_scores(folder / "scores", samples, models, shards, parts)
     output = str(folder / "evaluation")
-    categories = sorted({sample.category for sample in samples})
-    maker = TableMaker(scores, shards, aupro_limit=0.3, aupro_variant="exact", curve_points=400, soft_dice=soft_dice)
-    units = [{"name": name, "categories": [name]} for name in categories]
-    results = {unit["name"]: maker.run(unit) for unit in [*units, {"name": "union", "categories": categories}]}
-    files.write_json(files.join(output, "evaluation.json"), _content(scores, shards, categories, results))
+    options = EvaluateOptions(scores.uri, shards.uri, output, soft_dice=soft_dice, **options_changed)
+    images = Images.of(scores)
+    plan = pixel_plan(options, scores, images)
+    reader = MapReader(scores, shards, plan, str(folder / "counted"))
+    for part in scores.parts:
+        if scores.manifest["maps"] and shard_part(part) in shards.parts:
+            reader.run({"part": part})
+    content = tabulate(options, scores, shards, images, plan, str(folder / "counted"))
+    files.write_json(files.join(output, "evaluation.json"), content)
     return output
 
 
@@ -185,11 +199,15 @@ def _write_scores(
             _identity(sample)
             | {
                 "score": sample.score,
-                "calibrated_score": None,
+                "calibrated_score": None
+                if sample.calibration is None or sample.score is None
+                else (sample.score - sample.calibration[0]) / sample.calibration[1],
                 "decision": ("fail" if sample.score > threshold["value"] else "pass") if decided else None,
                 "anomaly_map": packed[0],
                 "map_offset": packed[1],
                 "map_scale": packed[2],
+                "calibration_offset": None if sample.calibration is None else sample.calibration[0],
+                "calibration_scale": None if sample.calibration is None else sample.calibration[1],
                 "status": sample.status,
                 "error": sample.error,
                 "model": sample.model,

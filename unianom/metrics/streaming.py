@@ -300,6 +300,14 @@ def table_points(counts: Array, normal: Sequence[int], edges: Array) -> tuple[Op
     return points, counts[::-1, WEIGHT][kept]
 
 
+def map_table(split: SplitMap, bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bins, (k,) ascending, and counts, (k, 4), of one map."""
+    bins, found = _count(score_bins(split.normal, bits))
+    counts = np.zeros((len(bins), 4), np.int64)
+    counts[:, NORMAL_BESIDE if len(split.region_sizes) else NORMAL_ELSEWHERE] = found
+    return _sum_tables([(bins, counts), _anomalous_table(split, bits)])
+
+
 def _anomalous_table(split: SplitMap, bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Bins and counts of the anomalous pixels of one map.
 
