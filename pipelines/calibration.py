@@ -172,7 +172,7 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
         Model.add_calibrator(folder, calibrator, made)
     else:
         model = load_model(folder, "cpu")
-        model.calibrator = calibrator
+        model.calibrator, model.decision_rule = calibrator, None  # a rule was fitted to scores of before
         model.provenance = {**model.provenance, "calibration": made}
         model.save(output)
     files.remove(files.join(kept, _checkpoint_name(plan)))
@@ -405,7 +405,7 @@ def _fit(
         raise known from error
     channels, height, width = made["shape"]
     calibrator = Calibrator(config, categories, channels, (height, width))
-    calibrator.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    calibrator.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return calibrator.eval(), metrics
 
 

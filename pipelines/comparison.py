@@ -272,6 +272,9 @@ def _differences(
         have = sorted({str(flatten(model["config"]).get(key)) for model in models})
         if have != [str(wanted)]:
             found.append(f"{key} {', '.join(have)} instead of {wanted}")
+    variants = {(model.get("calibrator") or {}).get("config", {}).get("variant") for model in models}
+    if entry["calibrated"] and variants != {"cada"}:
+        found.append(f"calibrated by {', '.join(sorted(map(str, variants)))} instead of cada")
     if any(model["config"]["backbone"]["weights"] == "random" for model in models):
         found.append("random weights")
     if entry["categories"] not in (None, len(rows)):

@@ -33,6 +33,7 @@ from unianom.data.schema import ANOMALOUS, NORMAL, SCORE_SCHEMA
 from unianom.data.shards import PartSet, PartWriter, ScoreSet, Selection, ShardSet
 from unianom.data.splits import hash_order, hold_out
 from unianom.errors import DataError, ModelError, OptionError
+from unianom.model import store_rule, without_rule
 from unianom.serialise import to_plain
 from unianom.thresholds import FAIL, PASS, REVIEW, DecisionRule, ScoreKind, fit_rule
 
@@ -165,6 +166,8 @@ def decide(options: DecideOptions) -> DecideResult:
     _check_inputs(scores, normals, shards)
     targets = [] if options.write_back is None else _find_models(options.write_back, scores)
     judged = sorted({row["category"] for row in scores.manifest["counts"]})
+    if options.scores_kind == "calibrated":
+        _check_calibration(normals)
     unseen = [row for row in unseen_normals(normals, shards, options.held_out_fraction) if row["category"] in judged]
     rule = _fit(unseen, judged, options)
     plan = {
@@ -210,6 +213,17 @@ def _check_inputs(scores: ScoreSet, normals: ScoreSet, shards: ShardSet | None) 
             f"{normals.uri} was not scored by the model of {scores.uri}, so its scores say nothing of those; score "
             f"normal images with that model"
         )
+
+
+def _check_calibration(normals: ScoreSet) -> None:
+    """Refuse calibrators that learned from the images thresholds are fitted to."""
+    for model in normals.manifest["models"]:
+        images = (model["provenance"].get("calibration") or {}).get("images", "train")
+        if images != "train":
+            raise DataError(
+                f"the calibrator of the model for {_some(model['categories'])} learned from held-out normal images, "
+                f"too (images={images}), so none are left that no part of it has seen; calibrate with --images train"
+            )
 
 
 def unseen_normals(normals: ScoreSet, shards: ShardSet | None, fraction: float | None) -> list[dict[str, Any]]:
@@ -639,31 +653,24 @@ class RuleTarget:
     digest: str
 
     def has(self, rule: DecisionRule) -> bool:
-        """Whether the model holds this very rule, from these scores, already."""
-        return bool(self._description().get("decision_rule") == self._entry(rule))
+        """Whether the model holds this very rule already."""
+        description = self._description()
+        return bool(description.get("decision_rule") == rule.restricted(description["categories"]).to_dict())
 
     def store(self, rule: DecisionRule) -> str:
-        """Write the rule into `model.json`, whole or not at all; returns the folder."""
-        path = files.join(self.folder, "model.json")
-        files.write_json(path, {**self._description(), "decision_rule": self._entry(rule)})
+        """Write the rule into `model.json`; returns the folder."""
+        description = self._description()
+        made = {"fitted_to_scores_of": self.digest, "model_without_rule": _digest_without_rule(description)}
+        store_rule(self.folder, rule.restricted(description["categories"]), made)
         return self.folder
 
     def _description(self) -> dict[str, Any]:
         return dict(files.read_json(files.join(self.folder, "model.json")))
 
-    def _entry(self, rule: DecisionRule) -> dict[str, Any]:
-        description = self._description()
-        own = rule.restricted(description["categories"])
-        return {
-            "rule": own.to_dict(),
-            "fitted_to_scores_of": self.digest,
-            "model_without_rule": _digest_without_rule(description),
-        }
 
-
-def _digest_without_rule(description: Mapping[str, Any]) -> str:
+def _digest_without_rule(description: dict[str, Any]) -> str:
     """The digest that a model has, or would have, without a rule."""
-    return files.sha256_of(files.json_bytes({k: v for k, v in description.items() if k != "decision_rule"}))
+    return files.sha256_of(files.json_bytes(without_rule(description)))
 
 
 def _find_models(uri: str, scores: ScoreSet) -> list[RuleTarget]:
@@ -679,7 +686,7 @@ def _find_models(uri: str, scores: ScoreSet) -> list[RuleTarget]:
     for folder in ModelShelf.open(uri).folders:
         path = files.join(folder, "model.json")
         description = files.read_json(path)
-        bare, entry = _digest_without_rule(description), description.get("decision_rule")
+        bare, entry = _digest_without_rule(description), description["provenance"].get("decision_rule")
         known |= {files.sha256_file(path): folder, bare: folder}
         if entry is not None and entry["model_without_rule"] == bare:
             known[entry["fitted_to_scores_of"]] = folder

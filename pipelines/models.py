@@ -75,6 +75,7 @@ class ModelShelf:
                 content = files.read_json(path)
                 kept = {key: content[key] for key in ("method", "config", "categories", "threshold", "provenance")}
                 kept["calibrator"] = content.get("calibrator")
+                kept["decision_rule"] = content.get("decision_rule")
             except FileNotFoundError as error:
                 raise ModelError(f"{path} is missing; copy the whole folder again or fit the model again") from error
             except (ValueError, KeyError) as error:

@@ -285,7 +285,7 @@ class PartScorer:
                     f"{row['sample_id']} got the score {value} (calibrated: {common}); check the model's weights and "
                     f"precision"
                 )
-            decision = None if model.threshold is None else str(model.threshold.decide(value))
+            decision = model.decide(float(value), common, row["category"])
             encoded, offset, scale = encode_map(anomaly_map) if self._maps else (None, None, None)
             yield self._row(
                 row,

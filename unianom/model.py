@@ -30,12 +30,13 @@ from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
 from unianom.methods.layers.folding import fold_batch_norm
 from unianom.serialise import from_plain, to_plain
-from unianom.thresholds import Threshold
+from unianom.thresholds import DecisionRule, Threshold
 
 FORMAT_VERSION = 1
 
 KEYS = ("method", "config", "categories", "threshold", "provenance", "weights_sha256", "bank_sha256")
-"""What `model.json` holds beside its format version; a calibrated model also has "calibrator"."""
+"""What `model.json` holds beside its format version; a calibrated model also has "calibrator", and one that
+a rule of decision was stored in "decision_rule"."""
 
 CALIBRATOR = "calibrator.safetensors"
 
@@ -49,7 +50,8 @@ class ImageResult:
     Attributes:
         score: raw image score; higher is more anomalous.
         anomaly_map: S×S float32 at the model's input resolution, raw.
-        decision: "pass" or "fail" by the model's threshold; None if it has none.
+        decision: "pass", "review" or "fail" by the model's decision rule, else "pass" or "fail" by its threshold; None
+            if it has neither, or if the rule has no thresholds for the image's category or that was not given.
         calibrated_score: of the calibrated map; None if the model has no calibrator.
         calibrated_map: S×S float32; None if the model has no calibrator.
     """
@@ -72,6 +74,7 @@ class Model:
         provenance: data manifest, options, seeds and versions it came from.
         digest: SHA-256 of `model.json` once saved or loaded; names exactly this model.
         calibrator: brings scores to a scale that all categories share; None if none was fitted.
+        decision_rule: decides in place of the threshold; None if none was stored.
     """
 
     method: Method
@@ -80,6 +83,7 @@ class Model:
     provenance: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     calibrator: Calibrator | None = None
+    decision_rule: DecisionRule | None = None
 
     def predict(
         self,
@@ -94,7 +98,7 @@ class Model:
             images: a list of them.
             batch_size: images in one forward pass.
             limits: what an image may cost.
-            categories: of the images; only a calibrator that goes by category needs them.
+            categories: of the images; only a calibrator or a decision rule that goes by category needs them.
 
         Raises:
             ImageError: an image is missing or cannot be read; names it by its place in the list.
@@ -111,11 +115,11 @@ class Model:
         for batch in self._prepared(images, batch_size, limits or ImageLimits()):
             tensor = normalise(batch, self.method.input).to(self.method.device)
             names = None if categories is None else categories[len(results) : len(results) + len(batch)]
+            known: Sequence[str | None] = [None] * len(batch) if names is None else names
             prediction, calibration = self.examine(tensor, names)
-            scores = prediction.score.cpu().numpy()
-            decisions = [None] * len(scores) if self.threshold is None else self.threshold.decide(scores).tolist()
+            scores = prediction.score.cpu().tolist()
             maps = prediction.anomaly_map.cpu().numpy()
-            found = [ImageResult(float(s), m, d) for s, m, d in zip(scores, maps, decisions, strict=True)]
+            found = [ImageResult(score, anomaly_map, None) for score, anomaly_map in zip(scores, maps, strict=True)]
             if calibration is not None:
                 values = calibration.score.cpu().tolist()
                 maps = calibration.maps(prediction.anomaly_map).cpu().numpy()
@@ -123,8 +127,22 @@ class Model:
                     dataclasses.replace(one, calibrated_score=value, calibrated_map=own)
                     for one, value, own in zip(found, values, maps, strict=True)
                 ]
-            results += found
+            results += [
+                dataclasses.replace(one, decision=self.decide(one.score, one.calibrated_score, category))
+                for one, category in zip(found, known, strict=True)
+            ]
         return results
+
+    def decide(self, score: float, calibrated_score: float | None, category: str | None) -> str | None:
+        """What becomes of one image, see `ImageResult.decision`.
+
+        Raises:
+            DataError: a score is NaN or infinite, or the rule judges calibrated scores and there is none.
+        """
+        rule = self.decision_rule
+        if rule is not None:
+            return rule.decide(score, calibrated_score, category) if rule.knows(category) else None
+        return None if self.threshold is None else str(self.threshold.decide(score))
 
     @torch.inference_mode()
     def examine(
@@ -205,6 +223,7 @@ class Model:
             "weights_sha256": files.sha256_of(content),
             "bank_sha256": bank,
             **({} if calibrator is None else {"calibrator": calibrator}),
+            **({} if self.decision_rule is None else {"decision_rule": self.decision_rule.to_dict()}),
         }
         files.write_json(files.join(uri, "model.json"), description)
         self.digest = files.sha256_file(files.join(uri, "model.json"))
@@ -224,6 +243,7 @@ class Model:
         if description.pop("calibrator", None) is not None:
             files.write_json(path, description)  # no moment at which the folder names a file it does not hold
         content = _save_calibrator(uri, calibrator)
+        description = without_rule(description)  # it was fitted to scores that may no longer be the same
         description["provenance"] = {**description["provenance"], "calibration": provenance}
         files.write_json(path, {**description, "calibrator": content})
 
@@ -318,7 +338,30 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         description["provenance"],
         files.sha256_file(path),
         None if description.get("calibrator") is None else _load_calibrator(uri, description["calibrator"], device),
+        None if description.get("decision_rule") is None else DecisionRule.from_dict(description["decision_rule"]),
     )
+
+
+def store_rule(uri: str | os.PathLike[str], rule: DecisionRule, provenance: dict[str, Any]) -> None:
+    """Put a decision rule into a finished model folder, or in the place of another one there, whole or not at all;
+    weights, bank and calibrator are not touched.
+
+    Args:
+        uri: the model folder.
+        rule: decides from now on in place of the threshold.
+        provenance: where the rule comes from.
+    """
+    path = files.join(uri, "model.json")
+    description = without_rule(files.read_json(path))
+    description["provenance"] = {**description["provenance"], "decision_rule": provenance}
+    files.write_json(path, {**description, "decision_rule": rule.to_dict()})
+
+
+def without_rule(description: dict[str, Any]) -> dict[str, Any]:
+    """The content of `model.json` as it is without a decision rule."""
+    bare = {key: value for key, value in description.items() if key != "decision_rule"}
+    bare["provenance"] = {key: value for key, value in bare["provenance"].items() if key != "decision_rule"}
+    return bare
 
 
 def _save_calibrator(uri: str | os.PathLike[str], calibrator: Calibrator) -> dict[str, Any]:

@@ -271,6 +271,10 @@ class DecisionRule:
             )
         return found
 
+    def knows(self, category: str | None) -> bool:
+        """Whether there are bands for a category, or for images of unknown category (None)."""
+        return self.common is not None or category in self.categories
+
     def value(self, score: float, calibrated_score: float | None) -> float:
         """The score that is judged.
 
@@ -341,7 +345,7 @@ def fit_bands(scores: ArrayLike, target_fpr: float, review_fpr: float, confidenc
             f"give at least as much"
         )
     fail = fit_threshold(scores, target_fpr, confidence)
-    spread = float(np.std(np.asarray(scores, dtype=np.float64)))
+    spread = float(np.std(np.sort(np.asarray(scores, dtype=np.float64))))  # sorted: rounding depends on the order
     return Bands(fail, fit_threshold(scores, review_fpr, confidence), spread or 1.0)
 
 

@@ -34,7 +34,7 @@ def test_one_model_for_all(tmp_path):
     (found,) = shelf.descriptions()
     del description["weights_sha256"]
     digest = hashlib.sha256((tmp_path / "model.json").read_bytes()).hexdigest()
-    assert found == {"digest": digest, **description}
+    assert found == {"digest": digest, "calibrator": None, "decision_rule": None, **description}
 
 
 @pytest.mark.parametrize("store", ["local", "memory"])
