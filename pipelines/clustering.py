@@ -233,7 +233,7 @@ def keep_features(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    units = [{"part": part, "model": number} for part in shards.parts for number in range(len(models))]
+    units: list[dict[str, Any]] = [{"part": p, "model": n} for p in shards.parts for n in range(len(models))]
     records = [storage.part_record(uri, feature_part(unit["part"], unit["model"])) for unit in units]
     progress = Progress("features", shards.count(Selection(options.splits)))
     progress.advance(sum(record["images"] for record in records if record))
