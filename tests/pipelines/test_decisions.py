@@ -314,7 +314,7 @@ def test_a_loaded_model_decides_by_its_rule(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_actors_write_the_same_bytes(ray_cluster: None, written: Written, scores: str) -> None:
+def test_actors_decide_as_the_rule_says(ray_cluster: None, written: Written, scores: str) -> None:
     written.decide(scores, "by_actors")
     folder = written.folder / "by_actors"
     rows = {row["sample_id"]: row["decision"] for row in DecisionSet.open(folder).table().to_pylist()}
