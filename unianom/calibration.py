@@ -35,7 +35,7 @@ from unianom.methods.layers.distillation import top_mean
 Variant = Literal["cada", "classifier", "labels", "none"]
 
 GUARD = 1e-6
-"""Smallest γ̂ − û, as a share of the mean γ − u of normal training images."""
+"""Least of the smallest γ − u that is divided by, as a share of the mean over normal training images."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class CalibrationConfig:
         statistics: "mean_max" takes the largest pixel as the top; "mean_std" the mean plus three standard deviations,
             for training images that may hold anomalies.
         alpha: of the smooth L1 loss (eq. 4), in the unit of the maps; published: 0.1 for RevDist and ReContrast, 10 for
-            UniAD; null takes the standard deviation of the tops of the training images.
+            UniAD; null takes the standard deviation of the tops of the training images within their categories, about
+            what no head can foretell.
         score_share: share of the largest pixels of the calibrated map whose mean is the image score; 0 takes the
             largest.
         standardise: bring embeddings and statistics to mean 0 and deviation 1 over the training images before the head
@@ -86,6 +87,8 @@ class CalibrationConfig:
         iterations: training steps of the head; published: 5000 for RevDist and ReContrast, 20000 for UniAD.
         batch_size: images in a step.
         learning_rate, momentum, weight_decay: of SGD.
+        schedule: of the learning rate, "constant" or "cosine" down to zero.
+        clip_norm: largest gradient norm; null for no clipping.
         seed: of initial weights, order of images and dropout.
     """
 
@@ -100,6 +103,8 @@ class CalibrationConfig:
     learning_rate: float = 5e-2
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    clip_norm: float | None = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +117,8 @@ class CalibrationConfig:
             raise OptionError("iterations and batch_size must be positive")
         if not (0 < self.learning_rate < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
             raise OptionError("learning_rate must be positive, momentum in [0, 1), weight_decay >= 0")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise OptionError(f"clip_norm={self.clip_norm} must be positive; null for no clipping")
 
     @property
     def has_head(self) -> bool:
@@ -209,7 +216,8 @@ class Calibrator(nn.Module):
         feature_mean: C, of the embedding.
         feature_deviation: scalar, of all its channels together.
         target_mean, target_deviation: 2 each, of u and γ.
-        smallest_scale: scalar, the smallest γ − u that is divided by.
+        smallest_scale: scalar, the smallest γ − u that is divided by: that of any normal training image. A head that
+            errs on an unknown image could else make any score of it.
         alpha: scalar, of the loss, in the unit of the maps.
     """
 
@@ -261,21 +269,27 @@ class Calibrator(nn.Module):
             own = MapStatistics(*(values[category == number] for values in statistics))
             self.class_statistics[number] = torch.from_numpy(own.of_class(kind))
         targets = statistics.targets(kind)
-        spread = float((targets[:, 1] - targets[:, 0]).mean())
+        spreads = targets[:, 1] - targets[:, 0]
+        spread = float(spreads.mean())
         if not spread > 0:
             raise DataError(
                 "the anomaly maps of the normal training images are constant, so nothing can be calibrated; train the "
                 "model further, or look at its maps"
             )
-        self.smallest_scale.fill_(GUARD * spread)
+        self.smallest_scale.fill_(max(float(spreads.min()), GUARD * spread))
         if self.config.standardise:
             self.feature_mean.copy_(torch.from_numpy(mean))
             self.feature_deviation.fill_(float(np.sqrt((_deviation(mean, square) ** 2).mean())) or 1.0)
             deviation = targets.std(axis=0)
             self.target_mean.copy_(torch.from_numpy(targets.mean(axis=0)))
             self.target_deviation.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1.0)))
-        alpha = float(targets[:, 1].std()) if self.config.alpha is None else self.config.alpha
-        self.alpha.fill_(alpha if alpha > 0 else 1.0)  # one image alone has no spread
+        alpha = self.config.alpha
+        if alpha is None:
+            variances = np.array([targets[category == number, 1].var() for number in range(len(self.categories))])
+            alpha = (
+                float(np.sqrt(variances[category].mean())) or spread
+            )  # one image of each category alone has no spread
+        self.alpha.fill_(alpha)
 
     def outputs(self, features: Tensor) -> Tensor:
         """The head's outputs of embeddings B×C×h×w: for "cada" û and γ̂ in standard units, B×2, for "classifier" logits,
@@ -377,8 +391,9 @@ class HeadTrainer:
         self.calibrator, self.step = calibrator, 0
         self._rows, self._targets, self._category = rows, targets.astype(np.float32), category.astype(np.int64)
         assert calibrator.head is not None
+        self._parameters = list(calibrator.head.parameters())
         self._optimiser = torch.optim.SGD(
-            calibrator.head.parameters(),
+            self._parameters,
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -404,6 +419,10 @@ class HeadTrainer:
                 loss = calibrator.loss(features, targets, category)
                 self._optimiser.zero_grad(set_to_none=True)
                 loss.backward()
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
+                if config.schedule == "cosine":
+                    self._optimiser.param_groups[0]["lr"] = config.learning_rate * _cosine(self.step, config.iterations)
                 self._optimiser.step()
                 self.step += 1
                 if tell is not None:
@@ -441,6 +460,11 @@ class HeadTrainer:
         self.step = state["step"]
         self.calibrator.head.load_state_dict(state["head"])
         self._optimiser.load_state_dict(state["optimiser"])
+
+
+def _cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate, from 1 towards 0."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @dataclass(frozen=True)

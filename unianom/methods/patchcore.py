@@ -115,7 +115,7 @@ class PatchCore(MemoryMethod):
 
     def score_patches(self, embedding: Embedding) -> Inspection:
         """Squared distances to the bank; the image score is the largest, re-weighted if so configured. The embedding is
-        the patches, on at most 14 × 14 cells."""
+        the patches, on at most 8 × 8 cells."""
         batch, count = embedding.keep.shape
         queries = embedding.patches.flatten(0, 1).cpu().numpy()  # B·N D
         found, ids = self.require_bank().search(queries, self.config.neighbours)  # B·N k

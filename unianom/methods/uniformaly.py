@@ -143,7 +143,7 @@ class UniFormaly(MemoryMethod):
 
     def score_patches(self, embedding: Embedding) -> Inspection:
         """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map. The embedding is
-        the patches, masked or not, on at most 14 × 14 cells."""
+        the patches, masked or not, on at most 8 × 8 cells."""
         batch, count = embedding.keep.shape
         distances = torch.zeros(batch, count, device=embedding.keep.device)  # B N
         queries = embedding.patches[embedding.keep]  # M D

@@ -8,8 +8,8 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-MAX_CELLS = 14
-"""Cells a side of a memory method's embedding at most; as many as the encoder of UniAD has."""
+MAX_CELLS = 8
+"""Cells a side of a memory method's embedding at most; as many as the bottleneck of RevDist has."""
 
 
 class GridToMap(nn.Module):
@@ -44,7 +44,7 @@ class GridToMap(nn.Module):
 
 def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches B×N×D, row-major over their grid, as feature maps B×D×h×w, averaged so that none has more than
-    14 × 14 cells: what a memory method gives as its embedding."""
+    8 × 8 cells: what a memory method gives as its embedding."""
     cells = patches.transpose(1, 2).unflatten(2, grid)
     return adaptive_avg_pool2d(cells, (min(grid[0], MAX_CELLS), min(grid[1], MAX_CELLS)))
 
