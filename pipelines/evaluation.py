@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pipelines.commandline import console, print_table
 from pipelines.pixels import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
-from pipelines.report import figures
+from pipelines.report import aupro_names, figures, headline_rows, largest_error
 from pipelines.runtime import RuntimeOptions
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
@@ -584,10 +584,6 @@ SHOWN = {
 """Metrics of the printed table, and their usual short names; AUPRO is added under the name of its variant."""
 
 
-HEADLINE = {"image_auroc": "I-AUROC", "image_ap": "I-AP", "pixel_auroc": "P-AUROC", "pixel_ap": "P-AP"}
-"""Metrics of the short table; AUPRO is added under the name of its variant."""
-
-
 def print_evaluation(content: dict[str, Any]) -> None:
     """Print the result tables, raw and calibrated, and the rates met at the threshold."""
     for kind, found in ((RAW, content), (CALIBRATED, content["calibrated"])):
@@ -596,8 +592,7 @@ def print_evaluation(content: dict[str, Any]) -> None:
             _print_metrics(title, found)
     _print_headline(content)
     if content["pixel_mode"] == "binned":
-        errors = [v for k, v in content["metrics"]["union"].items() if k.endswith("_error") and v is not None]
-        console.print(f"pixel metrics of the union are off by at most {100 * max(errors):.2g} points")
+        console.print(f"pixel metrics of the union are off by at most {largest_error(content):.2g} percentage points")
     for note in content["notes"]:
         console.print(f"note: {note}")
     _print_rates(content["threshold"])
@@ -615,7 +610,7 @@ def _print_metrics(title: str, found: Mapping[str, Any]) -> None:
     totals += [{**metrics["mean"], "category": "mean"}, {**metrics["union"], "category": UNION}]
     rows = [*metrics["categories"], *totals]
     shown = {key: name for key, name in SHOWN.items() if any(row_has(row, key) for row in rows)}
-    shown.update(_aupro_names(metrics["mean"]))
+    shown.update(aupro_names(metrics["mean"]))
     table = [
         [row["category"], *(_cell(row, key) for key in shown), str(row["n_images"]), str(row["n_anomalous"])]
         for row in rows
@@ -627,39 +622,8 @@ def _datasets(found: Mapping[str, Any]) -> list[str]:
     return [entry["dataset"] for entry in found["datasets"]]
 
 
-def _aupro_names(row: Mapping[str, Any]) -> dict[str, str]:
-    """AUPRO's keys in a row and how they are shown; its error is no metric."""
-    keys = [key for key in row if key.startswith("aupro") and not key.endswith("_error")]
-    return {key: key.replace("aupro", "AUPRO") for key in keys}
-
-
 def _cell(row: Mapping[str, Any], key: str) -> str:
     return f"{100 * row[key]:.1f}" if row_has(row, key) else "–"
-
-
-def headline_rows(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the short table: mean of categories and union of all, raw and calibrated, each figure in %
-    with its interval."""
-    kinds = [(RAW, content), (CALIBRATED, content.get("calibrated"))]
-    mean = content["metrics"]["mean"]
-    keys = {key: name for key, name in {**HEADLINE, **_aupro_names(mean)}.items() if row_has(mean, key)}
-    intervals = content.get("intervals") or {}
-    rows = []
-    for kind, found in kinds:
-        if found is None:
-            continue
-        for scope, words in (("mean", "model-unified (mean of categories)"), (UNION, "absolute-unified (union)")):
-            bounds = (intervals.get(kind) or {}).get(scope, {})
-            cells = [_with_interval(found["metrics"][scope], bounds, key) for key in keys]
-            rows.append([f"{kind}, {words}", *cells])
-    return list(keys.values()), rows
-
-
-def _with_interval(row: Mapping[str, Any], bounds: Mapping[str, Any], key: str) -> str:
-    if not row_has(bounds, key):
-        return _cell(row, key)
-    low, high = bounds[key]
-    return f"{_cell(row, key)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _print_headline(content: Mapping[str, Any]) -> None:

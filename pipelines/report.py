@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.tracking import TrackingOptions, track
@@ -43,7 +44,18 @@ from unianom.errors import DataError, OptionError
 from unianom.metrics.curves import Curve
 from unianom.serialise import flatten, from_plain, to_plain
 
-COLUMNS = ("sample_id", "category", "label", "defect", "score", "decision", "map_offset", "status", "model")
+COLUMNS = (
+    "sample_id",
+    "category",
+    "label",
+    "defect",
+    "score",
+    "calibrated_score",
+    "decision",
+    "map_offset",
+    "status",
+    "model",
+)
 """Columns of the scores that decide what is shown; `map_offset` tells which samples have a map."""
 
 SHOWN_SIDE = 256
@@ -62,6 +74,8 @@ class ReportOptions:
     Args:
         evaluation: folder that jobs/evaluate.py wrote; path or URI.
         output: the .html file to write; path or URI.
+        sections: folders in which other jobs left a section for the report (section.json and its pictures); paths or
+            URIs.
         gallery: pictures of the worst misses, and of the worst false alarms; half as many of each category, and a
             quarter as many typical ones of each defect type. 0 shows none.
         tracking: where MLflow keeps a copy.
@@ -70,6 +84,7 @@ class ReportOptions:
     evaluation: str
     output: str
     gallery: int = 8
+    sections: tuple[str, ...] = ()
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
     def __post_init__(self) -> None:
@@ -83,7 +98,8 @@ def write_report(options: ReportOptions) -> str:
     """Write the report; returns its path or URI.
 
     Raises:
-        DataError: no evaluation there, or its scores or shards are gone or were changed since.
+        DataError: no evaluation there, its scores or shards are gone or were changed since, or a section is missing or
+            not what it should be.
     """
     path = files.join(options.evaluation, "evaluation.json")
     try:
@@ -95,13 +111,75 @@ def write_report(options: ReportOptions) -> str:
         if found.digest != evaluation[name]["digest"]:
             raise DataError(f"{found.uri} was changed after {path} was written; run jobs/evaluate.py again")
     table = labelled(scores.table(columns=COLUMNS))
+    sections = [read_section(folder) for folder in options.sections]
     gallery = make_gallery(evaluation, table, scores, shards, options.gallery)
     output = files.full_uri(options.output)
-    content = render(evaluation, scores.manifest, shards.manifest, table, gallery).encode()
+    content = render(evaluation, scores.manifest, shards.manifest, table, gallery, sections).encode()
     files.write_bytes(output, content)
     with track(options.tracking, "report", output, to_plain(options)) as run:
         run.artifacts({output.rsplit("/", 1)[-1]: content})
     return output
+
+
+@dataclass(frozen=True)
+class Section:
+    """What another job has to say in the report.
+
+    Attributes:
+        title: its heading.
+        text: paragraphs.
+        tables: title, columns and rows of each.
+        figures: title and data URI of each.
+    """
+
+    title: str
+    text: list[str]
+    tables: list[tuple[str, list[str], list[list[str]]]]
+    figures: list[tuple[str, str]]
+
+
+def read_section(folder: str) -> Section:
+    """Read `section.json` of a folder, and the PNG files it names.
+
+    Raises:
+        DataError: there is none, it has another form, or a picture is missing or no PNG.
+    """
+    path = files.join(folder, "section.json")
+    try:
+        content = files.read_json(path)
+    except FileNotFoundError as error:
+        raise DataError(f"no {path}; give as a section a folder whose job wrote one") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}; run the job that wrote it again") from error
+    try:
+        tables = [
+            (str(t["title"]), list(map(str, t["columns"])), [list(map(str, row)) for row in t["rows"]])
+            for t in content["tables"]
+        ]
+        names = [(str(figure["title"]), str(figure["file"])) for figure in content["figures"]]
+        title, text = str(content["title"]), list(map(str, content["text"]))
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no section of a report ({type(error).__name__}: {error}); it needs title, text, tables and "
+            f"figures"
+        ) from error
+    for name, columns, rows in tables:
+        if any(len(row) != len(columns) for row in rows):
+            raise DataError(f"table '{name}' of {path} has a row of other length than its {len(columns)} columns")
+    return Section(title, text, tables, [(words, _section_picture(folder, file)) for words, file in names])
+
+
+def _section_picture(folder: str, name: str) -> str:
+    if "/" in name or "\\" in name:
+        raise DataError(f"section {folder} names the picture {name}; pictures must lie beside section.json")
+    path = files.join(folder, name)
+    try:
+        content = files.read_bytes(path)
+    except FileNotFoundError as error:
+        raise DataError(f"no {path}, which section.json beside it names; run the job that wrote it again") from error
+    if not content.startswith(b"\x89PNG"):
+        raise DataError(f"{path} is no PNG; a section's pictures must be")
+    return _data_uri("png", content)
 
 
 def labelled(table: pa.Table) -> pa.Table:
@@ -167,20 +245,47 @@ def figures(evaluation: Mapping[str, Any], scores_table: pa.Table) -> dict[str, 
 
     Args:
         evaluation: content of evaluation.json.
-        scores_table: the score set's columns sample_id, category, label, score and status.
+        scores_table: the score set's columns sample_id, category, label, score, calibrated_score and status.
 
     Returns:
-        PNG bytes by file name: "union.png" and, of several categories, "category_<name>.png" each.
+        PNG bytes by file name: "union.png" and, of several categories, "scores_by_category.png" and
+        "category_<name>.png" each.
     """
     pictures = {}
-    for number, scope in enumerate(scopes(evaluation, labelled(scores_table))):
+    table = labelled(scores_table)
+    for number, scope in enumerate(scopes(evaluation, table)):
         panels = _panels(evaluation, scope)
         figure, axes = visual.new_figure(len(panels), scope.title)
         for draw, ax in zip(panels, axes, strict=True):
             draw(ax)
         name = "union" if number == 0 else "category_" + re.sub(r"[^\w.-]", "_", scope.name)
         pictures[f"{name}.png"] = visual.png(figure)
+    rows = score_rows(evaluation, table)
+    if rows is not None:
+        pictures["scores_by_category.png"] = visual.png(rows)
     return pictures
+
+
+def score_rows(evaluation: Mapping[str, Any], table: pa.Table) -> Figure | None:
+    """Score histograms of every category on one axis, raw and, where there are any, calibrated; None of one category
+    without calibrated scores, whose histogram is shown anyway."""
+    names = [row["category"] for row in evaluation["metrics"]["categories"]]
+    kinds = {"Raw scores": "score"}
+    if evaluation.get("calibrated"):
+        kinds["Calibrated scores"] = "calibrated_score"
+    if len(names) == 1 and len(kinds) == 1:
+        return None
+    category, label = _texts(table, "category"), table["label"].to_numpy()
+    columns = {}
+    for title, column in kinds.items():
+        scores = table[column].to_numpy()
+        columns[title] = [
+            (scores[(category == name) & (label == NORMAL)], scores[(category == name) & (label == ANOMALOUS)])
+            for name in names
+        ]
+    union = evaluation["threshold"] and evaluation["threshold"]["union"]
+    threshold = union["threshold"] if union else None
+    return visual.score_rows(columns, names, [] if threshold is None else [threshold])
 
 
 def _panels(evaluation: Mapping[str, Any], scope: Scope) -> list[Callable[[Axes], None]]:
@@ -544,6 +649,7 @@ def render(
     shard_manifest: Mapping[str, Any],
     table: pa.Table,
     gallery: Gallery,
+    sections: Sequence[Section] = (),
 ) -> str:
     """The report as HTML."""
     environment = jinja2.Environment(
@@ -554,12 +660,20 @@ def render(
         lstrip_blocks=True,
     )
     shown = scopes(evaluation, table)
+    rows = score_rows(evaluation, table)
+    calibrated = evaluation.get("calibrated")
     return environment.get_template("report.html").render(
         title=_title(evaluation),
         facts=_facts(evaluation, score_manifest, table),
         notices=_notices(evaluation, shard_manifest, table),
         headline=_headline(evaluation),
         results=_results(evaluation["metrics"]),
+        calibrated=None if calibrated is None else _results(calibrated["metrics"]),
+        protocols=headline_rows(evaluation),
+        intervals=evaluation.get("intervals"),
+        datasets=_dataset_rows(evaluation),
+        score_rows=None if rows is None else Markup(visual.svg(rows)),  # matplotlib escapes the text it writes
+        sections=sections,
         threshold=evaluation["threshold"],
         decisions=_decisions(evaluation),
         defects=_defects(table),
@@ -688,6 +802,11 @@ def _notices(
         )
     notes += [f"From fitting the model: {text}." for text in _model_notices(models)]
     notes += _undefined(evaluation["metrics"]["categories"], table)
+    notes += [text[0].upper() + text[1:] + "." for text in evaluation.get("notes", [])]
+    if evaluation.get("pixel_mode") == "binned":
+        notes.append(
+            f"Pixel metrics of the union are off by at most {largest_error(evaluation):.2g} percentage points."
+        )
     return [*(("warning", text) for text in warnings), *(("note", text) for text in notes)]
 
 
@@ -748,7 +867,63 @@ def _headline(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _aupro_keys(metrics: Mapping[str, Any]) -> list[str]:
     """AUPRO's keys in a row of results: variants and limits other than the usual ones are part of the name."""
-    return [key for key in metrics if key.startswith("aupro")]
+    return [key for key in metrics if key.startswith("aupro") and not key.endswith("_error")]
+
+
+def largest_error(evaluation: Mapping[str, Any]) -> float:
+    """The most that a pixel metric of the union can be off, raw or calibrated, in percentage points."""
+    tables = [found["metrics"]["union"] for found in (evaluation, evaluation.get("calibrated")) if found is not None]
+    return 100 * max((v for row in tables for k, v in row.items() if k.endswith("_error") and v is not None), default=0)
+
+
+HEADLINE = {"image_auroc": "I-AUROC", "image_ap": "I-AP", "pixel_auroc": "P-AUROC", "pixel_ap": "P-AP"}
+"""Metrics of the short table; AUPRO is added under the name of its variant."""
+
+
+def aupro_names(row: Mapping[str, Any]) -> dict[str, str]:
+    """AUPRO's keys in a row of results, and how they are shown."""
+    return {key: key.replace("aupro", "AUPRO") for key in _aupro_keys(row)}
+
+
+def headline_keys(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of the metrics of the short table that are defined, and how they are shown."""
+    mean = evaluation["metrics"]["mean"]
+    return {key: name for key, name in (HEADLINE | aupro_names(mean)).items() if mean.get(key) is not None}
+
+
+def headline_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the short table: mean of categories and union of all, raw and calibrated, each figure in %
+    with its interval."""
+    keys, intervals = headline_keys(evaluation), evaluation.get("intervals") or {}
+    rows = []
+    for kind, found in (("raw", evaluation), ("calibrated", evaluation.get("calibrated"))):
+        if found is None:
+            continue
+        for scope, words in (("mean", "model-unified (mean of categories)"), ("union", "absolute-unified (union)")):
+            bounds = (intervals.get(kind) or {}).get(scope, {})
+            cells = [_with_interval(found["metrics"][scope].get(key), bounds.get(key)) for key in keys]
+            rows.append([f"{kind}, {words}", *cells])
+    return list(keys.values()), rows
+
+
+def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
+    if bounds is None:
+        return percent(value)
+    return f"{percent(value)} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+
+
+def _dataset_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """Mean and union of each data set, raw and calibrated; none of a single data set."""
+    if len(evaluation.get("datasets", [])) < 2:
+        return []
+    keys = headline_keys(evaluation)
+    rows = []
+    for kind, found in (("raw", evaluation), ("calibrated", evaluation.get("calibrated"))):
+        for entry in found["datasets"] if found is not None else []:
+            for scope in ("mean", "union"):
+                cells = [percent(entry[scope].get(key)) for key in keys]
+                rows.append([entry["dataset"], f"{kind}, {scope}", *cells, f"{entry[scope]['n_images']:,}"])
+    return sorted(rows, key=lambda row: row[0])
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Metric], list[Metric]]:

@@ -25,6 +25,7 @@ from unianom.visual import (
     outline,
     overlay,
     png,
+    score_rows,
     svg,
 )
 
@@ -183,6 +184,23 @@ def test_histogram_shows_shares_of_each_kind_on_one_axis():
     assert first.values[[0, 1]].tolist() == [0.75, 0.25]
     assert second.values[[1, -1]].tolist() == [0.5, 0.5]
     assert axes.lines[-1].get_xdata() == [3.5, 3.5]
+
+
+def test_rows_of_scores_share_the_axis_of_their_column():
+    raw = [(np.array([0.0, 1.0]), np.array([2.0])), (np.array([40.0]), np.array([])), (np.array([]), np.array([60.0]))]
+    moved = [(np.array([0.0]), np.array([1.0])) for _ in raw]
+    names = ["disc", "a very long name of a category", "$x_1$"]
+    figure = score_rows({"Raw scores": raw, "Calibrated scores": moved}, names, [30.0])
+    left, right = figure.axes[:3], figure.axes[3:]
+    assert len(right) == 3
+    assert {axes.get_xlim() for axes in left} == {(0.0, 60.0)}
+    assert {axes.get_xlim() for axes in right} == {(0.0, 1.0)}
+    assert [len(axes.lines) for axes in left + right] == [1, 1, 1, 0, 0, 0], "the threshold is of raw scores"
+    assert [len(axes.patches) for axes in left] == [4, 2, 2], "filled and outlined, of each kind that there is"
+    words = [text.get_text() for text in figure.texts]
+    assert words[0] == "Raw scores"
+    assert "a very long name of…" in words
+    assert "clip-path" not in svg(figure), "it would need ids"
 
 
 def test_svg_is_well_formed_and_fits_into_a_page():

@@ -47,6 +47,11 @@ _MARGINS = (0.56, 0.44, 0.12, 0.26)
 
 _BINS = 40
 
+_LABEL_WIDTH, _ROW_WIDTH, _ROW_HEIGHT, _ROW_GAP = 1.45, 3.9, 0.36, 0.08
+"""Inches of the names beside rows of histograms, of a row, its height and what lies between two."""
+
+_LABEL_LENGTH = 20
+
 
 @dataclass(frozen=True)
 class HeatScale:
@@ -251,6 +256,67 @@ def draw_histogram(axes: Axes, normal: ArrayLike, anomalous: ArrayLike, threshol
     _dress(axes, "Image scores", "score", "share of images", legend="best")
     if not len(every):
         _write_undefined(axes)
+
+
+def score_rows(
+    columns: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]], names: Sequence[str], thresholds: Sequence[float]
+) -> Figure:
+    """Score histograms, one row a category, all rows of a column on one axis: where categories lie apart, no one
+    threshold suits them all (as Fig. 5 of the class-agnostic distribution alignment paper shows it).
+
+    Args:
+        columns: by title, scores of normal and of anomalous images of each category; either may be empty.
+        names: of the categories.
+        thresholds: of the first column; drawn through all rows.
+    """
+    rows = len(names)
+    top, bottom, gap = 0.52, 0.34, 0.3
+    height = top + bottom + rows * (_ROW_HEIGHT + _ROW_GAP)
+    width = _LABEL_WIDTH + len(columns) * (_ROW_WIDTH + gap)
+    figure = Figure(figsize=(width, height))
+    for place, (title, groups) in enumerate(columns.items()):
+        left = _LABEL_WIDTH + place * (_ROW_WIDTH + gap)
+        every = np.concatenate([np.ravel(np.asarray(scores, np.float64)) for pair in groups for scores in pair])
+        edges = np.histogram_bin_edges(every, 2 * _BINS) if len(every) else np.linspace(0, 1, 3)
+        figure.text(left / width, 1 - 0.14 / height, title, fontsize=9, fontweight="bold", color=_INK, va="center")
+        for row, (normal, anomalous) in enumerate(groups):
+            base = bottom + (rows - 1 - row) * (_ROW_HEIGHT + _ROW_GAP)
+            axes = figure.add_axes((left / width, base / height, _ROW_WIDTH / width, _ROW_HEIGHT / height))
+            _draw_row(axes, edges, normal, anomalous)
+            for threshold in thresholds if place == 0 else ():
+                axes.axvline(threshold, color=_INK, linewidth=1.0, linestyle=(0, (4, 2)), clip_on=False)
+            axes.tick_params(length=0, labelsize=7, labelcolor=_INK, labelbottom=row == rows - 1)
+            if place == 0:
+                name = names[row]
+                shown = name if len(name) <= _LABEL_LENGTH else name[: _LABEL_LENGTH - 1] + "…"
+                at = (left - 0.1) / width
+                middle = (base + _ROW_HEIGHT / 2) / height
+                figure.text(at, middle, shown, fontsize=8, color=_INK, ha="right", va="center", parse_math=False)
+    keys = [("normal", NORMAL_COLOUR), ("anomalous", ANOMALOUS_COLOUR)]
+    for number, (word, colour) in enumerate(keys):
+        at = (_LABEL_WIDTH + 0.75 * number) / width
+        figure.text(at, 1 - 0.36 / height, word, fontsize=8, color=colour, va="center", fontweight="bold")
+    if thresholds:
+        at = (_LABEL_WIDTH + 1.75) / width
+        figure.text(at, 1 - 0.36 / height, "dashed: threshold", fontsize=8, color=_INK, va="center")
+    return figure
+
+
+def _draw_row(axes: Axes, edges: NDArray[np.float64], normal: ArrayLike, anomalous: ArrayLike) -> None:
+    """Normal and anomalous scores of one category, each to its own height."""
+    for scores, colour in ((normal, NORMAL_COLOUR), (anomalous, ANOMALOUS_COLOUR)):
+        counts = np.histogram(np.asarray(scores, np.float64), edges)[0]
+        if counts.any():
+            axes.stairs(counts / counts.max(), edges, fill=True, color=colour, alpha=0.5, linewidth=0, clip_on=False)
+            axes.stairs(counts / counts.max(), edges, color=colour, linewidth=0.9, clip_on=False)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 1.08)
+    axes.set_yticks([])
+    axes.grid(axis="x", color=_GRID, linewidth=0.6, clip_on=False)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
 
 
 def _dress(

@@ -45,6 +45,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.figures: list[dict[str, Any]] = []
+        self.pictures: list[tuple[str | None, str | None]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self._table = ""
         self._cell: list[str] | None = None
@@ -69,7 +70,9 @@ class Page(HTMLParser):
         elif tag == "figure":
             self.figures.append({"scopes": (given["data-scopes"] or "").split(), "images": [], "text": ""})
         elif tag == "img":
-            self.figures[-1]["images"].append((given["alt"], given["src"]))
+            (self.figures[-1]["images"] if "figure" in self.open else self.pictures).append(
+                (given["alt"], given["src"])
+            )
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -227,7 +230,7 @@ def test_decisions_show_the_rates_met(page: Page):
     assert page.row("decisions", "disc") == ["5", "8", "12.5", "9", "66.7"]  # 6.5 of the normal, 6 of 9 anomalous
     assert page.row("decisions", "plain") == ["5", "4", "0.0", "0", "–"]
     assert page.row("decisions", "union") == ["5", "20", "10.0", "17", "70.6"]
-    kinds = [row for row in page.tables["table 2"] if row[0] == "disc"]
+    kinds = [row for row in page.tables["defects"] if row[0] == "disc"]
     assert kinds == [["disc", "hole", "5", "3", "60.0"], ["disc", "scratch", "4", "3", "75.0"]]
 
 
@@ -255,7 +258,9 @@ def test_notices_name_what_limits_the_figures(page: Page):
     assert "Identical images lie in more than one split (1 group of them)" in notices[1]
     assert "All metrics are undefined for plain: there are no anomalous images." in notices[2]
     assert "random" not in page.text
-    assert ["drawn/disc/test/hole/broken.png", "disc", "corrupt", "cannot <decode> it"] in page.tables["table 6"]
+    assert ["drawn/disc/test/hole/broken.png", "disc", "corrupt", "cannot <decode> it"] in page.tables[
+        "rejected-samples"
+    ]
 
 
 def test_hostile_names_are_text(text: str, page: Page):
@@ -430,11 +435,83 @@ def test_figures_are_pictures_of_every_scope(evaluation: str):
     content = files.read_json(f"{evaluation}/evaluation.json")
     table = ScoreSet.open(content["scores"]["uri"]).table(columns=[n for n in SCORE_SCHEMA.names if n != "anomaly_map"])
     pictures = figures(content, table)
-    assert list(pictures) == ["union.png", "category_disc.png", "category_plain.png", "category_stripe.png"]
+    categories = [f"category_{name}.png" for name in ("disc", "plain", "stripe")]
+    assert list(pictures) == ["union.png", *categories, "scores_by_category.png"]
     for picture in pictures.values():
         image = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         assert (image[:3] == 255).all(), "on white"
         assert image.std() > 5
+
+
+def test_calibrated_scores_stand_beside_raw_ones(tmp_path: Path):
+    samples = [replace(s, calibration=(1.0, 2.0) if s.category == "disc" else (0.5, 4.0)) for s in drawn_samples()]
+    samples = [replace(s, dataset="other") if s.category == "stripe" else s for s in samples]
+    page = _report(tmp_path, samples, [model_entry(POLICY, THRESHOLD)], gallery=0)
+    content = files.read_json(str(tmp_path / "evaluation" / "evaluation.json"))
+    assert page.row("calibrated", "union")[0] == percent(content["calibrated"]["metrics"]["union"]["image_auroc"])
+    assert page.tables["protocols"][0] == ["scores, protocol", "I-AUROC", "I-AP", "P-AUROC", "P-AP", "AUPRO"]
+    low, high = content["intervals"]["raw"]["mean"]["image_ap"]
+    shown = f"{percent(content['metrics']['mean']['image_ap'])} [{percent(low)}, {percent(high)}]"
+    assert page.row("protocols", "raw, model-unified (mean of categories)")[1] == shown
+    assert [row[:2] for row in page.tables["datasets"][1:]] == [
+        [name, words]
+        for name in ("drawn", "other")
+        for words in ("raw, mean", "raw, union", "calibrated, mean", "calibrated, union")
+    ]
+    for words in ("Raw scores", "Calibrated scores", "95 % confidence interval, 1,000 resamples"):
+        assert words in page.text
+
+
+def test_binned_metrics_are_told(tmp_path: Path):
+    uri = write_evaluation(tmp_path, drawn_samples(), [model_entry(POLICY, THRESHOLD)], exact_pixels=10)
+    page = Page(Path(write_report(untracked(uri, str(tmp_path / "report.html"), gallery=0))).read_text())
+    assert any("Pixel metrics of the union are off by at most" in notice for notice in page.notices())
+    assert "AUPRO" in page.tables["results"][1]
+    assert not any("error" in cell for cell in page.tables["results"][1])
+
+
+def _section(folder: Path, **changes: Any) -> str:
+    picture = io.BytesIO()
+    Image.new("L", (4, 4)).save(picture, "PNG")
+    files.write_bytes(str(folder / "one.png"), picture.getvalue())
+    content = {
+        "title": "Agreement <b>",
+        "text": ["First.", "Second & last."],
+        "tables": [{"title": "By type", "columns": ["type", "share"], "rows": [["hole", "0.5"]]}],
+        "figures": [{"title": "A grid", "file": "one.png"}],
+    }
+    files.write_json(str(folder / "section.json"), {**content, **changes})
+    return str(folder)
+
+
+def test_sections_of_other_jobs_are_shown(evaluation: str, tmp_path: Path):
+    folder = _section(tmp_path / "section")
+    path = write_report(untracked(evaluation, str(tmp_path / "report.html"), gallery=0, sections=(folder,)))
+    page = Page(Path(path).read_text())
+    for words in ("Agreement <b>", "Second & last.", "By type", "A grid"):
+        assert words in page.text
+    assert ["hole", "0.5"] in [row for table in page.tables.values() for row in table]
+    ((title, uri),) = page.pictures
+    assert title == "A grid"
+    assert base64.b64decode((uri or "").split(",")[1]) == (tmp_path / "section" / "one.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tables": None}, "is no section"),
+        ({"tables": [{"title": "t", "columns": ["a"], "rows": [["1", "2"]]}]}, "row of other length"),
+        ({"figures": [{"title": "t", "file": "../one.png"}]}, "must lie beside"),
+        ({"figures": [{"title": "t", "file": "none.png"}]}, "which section.json beside it names"),
+        ({"figures": [{"title": "t", "file": "section.json"}]}, "is no PNG"),
+    ],
+)
+def test_sections_that_are_none_are_refused(evaluation: str, tmp_path: Path, changes: dict[str, Any], words: str):
+    folder = _section(tmp_path / "section", **changes)
+    with pytest.raises(DataError, match=words):
+        write_report(untracked(evaluation, str(tmp_path / "report.html"), sections=(folder,)))
+    with pytest.raises(DataError, match=r"whose job wrote one"):
+        write_report(untracked(evaluation, str(tmp_path / "report.html"), sections=(str(tmp_path),)))
 
 
 def test_the_same_evaluation_gives_the_same_bytes(evaluation: str, text: str, tmp_path: Path):
