@@ -71,6 +71,8 @@ class ClusterOptions:
         variant: patches that describe an image: its "top" ones by distance to the bank, the single one of largest
             distance ("max"), or "all" of them.
         pooling: "mean" of these patches, or "concat": one after another, the most anomalous first.
+        scaling: "none" clusters the patches as they are, as published; "standard" brings every value to mean 0 and
+            deviation 1 over the images of a category first, for encoders in which few values outweigh all others.
         k_ratio: share of the patches that "top" takes; null takes the model's own, or 0.05 where it has none.
         keep_ratio: share of the patches that is kept for later runs; bounds `k_ratio`.
         anomalous_only: leave normal images out.
@@ -94,6 +96,7 @@ class ClusterOptions:
     categories: tuple[str, ...] = ()
     variant: Literal["top", "max", "all"] = "top"
     pooling: Literal["mean", "concat"] = "mean"
+    scaling: Literal["none", "standard"] = "none"
     k_ratio: float | None = None
     keep_ratio: float = 0.1
     anomalous_only: bool = False
@@ -158,7 +161,17 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
         if not issubclass(METHODS[model["method"]], MemoryMethod):
             raise ModelError(f"{shelf.uri} is a {model['method']} model, which has no memory bank of patches to search")
         _k_ratio(options, model)
-    own = ("splits", "categories", "variant", "pooling", "k_ratio", "keep_ratio", "anomalous_only", "clusters")
+    own = (
+        "splits",
+        "categories",
+        "variant",
+        "pooling",
+        "scaling",
+        "k_ratio",
+        "keep_ratio",
+        "anomalous_only",
+        "clusters",
+    )
     plan = {
         "tool": __version__,
         "shards": shards.digest,
@@ -363,6 +376,12 @@ def describe_images(
     return chosen.reshape(len(chosen), -1) if pooling == "concat" else chosen.mean(1)
 
 
+def standardise(vectors: np.ndarray) -> np.ndarray:
+    """n×D values at mean 0 and deviation 1 in each column; constant columns become 0."""
+    deviation = vectors.std(0)
+    return (vectors - vectors.mean(0)) / np.where(deviation > 0, deviation, 1)
+
+
 def cluster_vectors(vectors: np.ndarray, clusters: int, n_init: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """K-means (scikit-learn), the largest cluster first.
 
@@ -450,6 +469,8 @@ def _described(
         options.pooling,
         ratio,
     )
+    if options.scaling == "standard":
+        vectors = standardise(vectors)
     return Described(rows, vectors, distances, models[number])
 
 
@@ -497,7 +518,7 @@ def _write(
         "tool_version": __version__,
         "models": [{key: model[key] for key in ("digest", "method", "config")} for model in models],
         "shards": {"uri": shards.uri, "digest": shards.digest},
-        "options": {key: to_plain(getattr(options, key)) for key in ("variant", "pooling", "n_init", "seed")}
+        "options": {key: to_plain(getattr(options, key)) for key in ("variant", "pooling", "scaling", "n_init", "seed")}
         | {"k_ratio": _k_ratio(options, models[0]), "anomalous_only": options.anomalous_only},
         "categories": rows,
         "mean": mean,
@@ -624,7 +645,8 @@ def _in_words(options: Mapping[str, Any]) -> str:
         "all": "all its patches",
     }[options["variant"]]
     joined = "mean" if options["pooling"] == "mean" else "concatenation"
-    return f"An image is described by the {joined} of {patches}"
+    scaled = ", brought to unit deviation" if options["scaling"] == "standard" else ""
+    return f"An image is described by the {joined} of {patches}{scaled}"
 
 
 def _section(content: Mapping[str, Any]) -> dict[str, Any]:

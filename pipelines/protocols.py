@@ -807,9 +807,10 @@ def _draw_spread(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, style:
 
 
 def print_low_shot(result: ProtocolResult) -> None:
-    """Print a table for each metric, and what was left out."""
+    """Print a table for each metric, and which categories were left out."""
     for title, columns, table in _shot_tables(result.content["summary"]):
-        print_table(f"{title} in %, mean ± standard deviation over draws", columns, table, footer=len(table) > 1)
+        print_table(f"{title} in %", columns, table, footer=int(len(table) > 1))
+    console.print(f"mean ± standard deviation over {max(row['draws'] for row in result.content['summary'])} draws")
     for sentence in _skipped_words(result.content["skipped"]):
         console.print(f"note: {sentence}")
     console.print(

@@ -26,6 +26,7 @@ from pipelines.clustering import (
     describe_images,
     patch_distances,
     print_clustering,
+    standardise,
     summarise_clusters,
 )
 from pipelines.models import write_index
@@ -157,6 +158,13 @@ def test_clusters_are_those_of_scikit_learn_the_largest_first() -> None:
     np.testing.assert_allclose(distances, expected.transform(vectors).min(1))
 
 
+def test_standardised_columns_weigh_the_same() -> None:
+    vectors = np.random.default_rng(0).normal(3, [1, 1000, 0], (50, 3))
+    scaled = standardise(vectors)
+    np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(scaled.std(0), [1, 1, 0], atol=1e-12)
+
+
 def test_a_clustering_tells_defects_apart(model: str, shards: str, tmp_path: Path, capsys: Any) -> None:
     result = cluster_anomalies(options(model, shards, tmp_path / "out", shown=4))
     (row,) = result.content["categories"]
@@ -189,7 +197,9 @@ def test_another_variant_takes_no_network_and_a_second_run_nothing(
     (tmp_path / "out" / "_manifest.json").unlink()
     assert cluster_anomalies(first).fresh
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
-    for number, changes in enumerate([{"variant": "max"}, {"variant": "all"}, {"pooling": "concat", "clusters": 4}]):
+    for number, changes in enumerate(
+        [{"variant": "max", "scaling": "standard"}, {"variant": "all"}, {"pooling": "concat", "clusters": 4}]
+    ):
         other = cluster_anomalies(options(model, shards, tmp_path / str(number), categories=("plate",), **changes))
         assert other.content["categories"][0]["clusters"] == changes.get("clusters", 3)
     with pytest.raises(DataError, match="differing in: variant"):

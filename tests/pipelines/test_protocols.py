@@ -137,7 +137,7 @@ def test_scores_of_a_draw_are_those_of_a_fit_on_it(here: None, shards: str, tmp_
     """To the last bit with batches of one."""
     low_shot(low_shot_options(shards, tmp_path / "low", batch_size=1, per_category=per_category))
     found = draws_of(tmp_path / "low")
-    for shots, seed in ((1, 0), (3, 1)):
+    for shots, seed in ((1, 0), (3, 1)) if per_category else ((3, 1),):
         for categories in [("bolt",), ("nut",)] if per_category else [("bolt", "nut")]:
             folder = tmp_path / f"{shots}{categories}"
             rows = ordinary_scores(shards, folder, shots, seed, 1, categories=categories)
@@ -244,7 +244,7 @@ def test_one_vs_rest_is_a_fit_on_each_class(here: None, classes: str, tmp_path: 
     result = semantic(SEMANTIC["uniformaly"](shards=classes, output=str(tmp_path / "all"), **values))
     assert [row["task"] for row in result.content["tasks"]] == ["bee", "cat", "dog"]
     parts = [list(batches_of(classes, part)) for part in ShardSet.open(classes).parts]
-    for number, name in enumerate(("bee", "cat", "dog")):
+    for number, name in ((0, "bee"), (2, "dog")):
         # the same task as an ordinary data set: training images of the class alone, all test images labelled
         labelled = [
             [
