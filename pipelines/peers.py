@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -16,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score
 from timm.models import is_model_in_modules
 
 from pipelines.models import load_model
@@ -142,16 +144,53 @@ def swept_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> floa
     return float(np.trapezoid(pro, fpr / fpr[-1]))
 
 
-def anomalib_metrics(maps: np.ndarray, masks: np.ndarray) -> Callable[[], dict[str, float]]:
-    """anomalib's AUPRO of the same maps."""
+def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """Exact AUPRO as its definition suggests: all pixels sorted, an anomalous one weighing 1 / (regions × its region's
+    pixels), a normal one 1 / normal pixels; both summed up from the highest score down, ties at once."""
+    weights = np.zeros(masks.shape)
+    count = 0
+    for mask, weight in zip(masks, weights, strict=True):
+        labels, regions = ndimage.label(mask, np.ones((3, 3)))
+        for region in range(1, regions + 1):
+            weight[labels == region] = 1 / np.count_nonzero(labels == region)
+        count += regions
+    order = np.argsort(-maps, axis=None)
+    scores, normal = maps.ravel()[order], ~masks.ravel()[order]
+    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    rates = np.append(0, np.cumsum(normal)[ends] / np.count_nonzero(normal))
+    overlaps = np.append(0, np.cumsum(weights.ravel()[order])[ends] / count)
+    inside = rates <= limit
+    x = np.append(rates[inside], limit)
+    y = np.append(overlaps[inside], np.interp(limit, rates, overlaps))
+    return float(np.trapezoid(y, x) / limit)
+
+
+def scikit_learn_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """AUROC and AP of all pixels by scikit-learn, AUPRO by `plain_aupro`."""
+    truth, scores = masks.ravel(), maps.ravel()
+    return {
+        "aupro": plain_aupro(maps, masks),
+        "auroc": float(roc_auc_score(truth, scores)),
+        "ap": float(average_precision_score(truth, scores)),
+    }
+
+
+def anomalib_metrics(maps: np.ndarray, masks: np.ndarray, aupro_only: bool = False) -> Callable[[], dict[str, float]]:
+    """anomalib's AUPRO of the same maps, and the AUROC and average precision of torchmetrics that it wraps."""
     from anomalib.metrics.aupro import _AUPRO
+    from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
     tensors = torch.from_numpy(maps), torch.from_numpy(masks.astype(np.uint8))
+    classes = {"aupro": partial(_AUPRO, fpr_limit=0.3), "auroc": BinaryAUROC, "ap": BinaryAveragePrecision}
 
     def work() -> dict[str, float]:
-        metric = _AUPRO(fpr_limit=0.3)
-        metric.update(*tensors)
-        return {"aupro": float(metric.compute())}
+        found = {}
+        for name, made in classes.items():
+            if name == "aupro" or not aupro_only:
+                metric = made()
+                metric.update(*(tensors if name == "aupro" else (tensors[0].flatten(), tensors[1].flatten())))
+                found[name] = float(metric.compute())
+        return found
 
     return work
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pipelines.benchmark import (
     CoresetBenchmark,
     InferenceBenchmark,
     Measured,
+    MetricsBenchmark,
     PipeBenchmark,
+    PixelsBenchmark,
     SimilarityBenchmark,
     StagedScorer,
     Turn,
@@ -27,7 +30,7 @@ from pipelines.benchmark import (
     scorer_arguments,
     span,
 )
-from pipelines.peers import bare_network, plain_coreset, swept_aupro
+from pipelines.peers import bare_network, plain_coreset, scikit_learn_metrics, swept_aupro
 from pipelines.runtime import ENDED, STARTED
 from pipelines.scoring import PartScorer
 from tests.methods.conftest import TINY
@@ -77,6 +80,35 @@ def test_the_swept_aupro_is_near_the_exact_one() -> None:
     assert swept_aupro(maps, masks) == pytest.approx(pixel_metrics(maps, masks).aupro, abs=0.02)
     published = pixel_metrics(maps, masks, aupro_variant="legacy_global_200").aupro
     assert swept_aupro(maps, masks) == pytest.approx(published, abs=1e-9)
+
+
+def test_the_plain_metrics_are_the_exact_ones() -> None:
+    generator = np.random.default_rng(0)
+    masks = np.zeros((4, 30, 30), bool)
+    masks[0, 5:15, 8:20] = masks[1, 20:24, 3:9] = masks[1, 2:5, 2:4] = True
+    for levels in (12, 10**6):  # with many ties, with few
+        maps = (generator.integers(0, levels, masks.shape) + masks * levels // 4).astype(np.float32)
+        found, exact = scikit_learn_metrics(maps, masks), pixel_metrics(maps, masks)
+        assert found == pytest.approx({"aupro": exact.aupro, "auroc": exact.auroc, "ap": exact.ap}, abs=1e-9)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux alone")
+def test_benchmarks_of_metrics_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, since starting others takes longer than all the rest."""
+    monkeypatch.setattr("pipelines.benchmark.ProcessPoolExecutor", lambda size, mp_context: ThreadPoolExecutor(size))
+    content = measure(MetricsBenchmark(str(tmp_path / "metrics.json"), maps=4, size=32, rounds=1))
+    (table,) = content["tables"].values()
+    ours, plain = table["unianom"], table["scikit-learn, plain AUPRO"]
+    assert [ours[key] for key in ("aupro", "auroc", "ap")] == pytest.approx(
+        [plain[key] for key in ("aupro", "auroc", "ap")], abs=1e-9
+    )
+    assert all(row["MB at the peak"] >= 0 for row in table.values())
+    options = PixelsBenchmark(str(tmp_path / "pixels.json"), pixels=20_000, size=32, drawn=3, exact_maps=4)
+    content = measure(options)
+    print_report(content)
+    assert content["sides"]["binned, all"]["amount"] == 20 * 32 * 32
+    for row in content["tables"]["accuracy"].values():
+        assert row["off by"] <= row["at most"]
 
 
 def test_the_plain_coreset_makes_the_same_picks() -> None:
