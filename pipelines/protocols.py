@@ -744,7 +744,10 @@ def _skipped_words(skipped: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shot_tables(summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of a table for each metric: categories by numbers of shots."""
+    """Title, columns and rows of a table for each metric: categories by numbers of shots.
+
+    The mean is shown where all categories take part; over fewer it could not be compared.
+    """
     shots = sorted({row["shots"] for row in summary})
     names = list(dict.fromkeys(row["category"] for row in summary))
     if len(names) == 2:  # the mean of a single category would repeat it
@@ -756,7 +759,10 @@ def _shot_tables(summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
             continue
         table = []
         for name in names:
-            found = [cells.get((name, number), {}).get(key) for number in shots]
+            known = [cells.get((name, number), {}) for number in shots]
+            found = [
+                row.get(key) if name != "mean" or row.get("categories") == len(names) - 1 else None for row in known
+            ]
             table.append([name, *("–" if value is None else _with_spread(value) for value in found)])
         tables.append((title, ["category", *(f"{number} shot{'s' * (number > 1)}" for number in shots)], table))
     return tables
@@ -783,7 +789,8 @@ def _shot_figure(summary: Sequence[Mapping[str, Any]]) -> Figure:
                 style = {"color": "#9aa3b0", "linewidth": 0.7}
             _draw_spread(axes, [row for row in summary if row["category"] == name and key in row], key, style)
         if several:
-            mean = [row for row in summary if row["category"] == "mean" and key in row]
+            every = [row for row in summary if row["category"] == "mean" and row["categories"] == len(names)]
+            mean = [row for row in every if key in row]
             _draw_spread(axes, mean, key, {"color": _COLOURS[0], "label": "mean"})
         shots = sorted({row["shots"] for row in summary})
         axes.set_xscale("log", base=2)

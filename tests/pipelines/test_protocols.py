@@ -178,6 +178,7 @@ def test_metrics_and_what_was_left_out(here: None, shards: str, tmp_path: Path, 
         assert (tmp_path / "low" / name).stat().st_size > 100
     section = json.loads((tmp_path / "low" / "section.json").read_text())
     assert all(len(row) == len(table["columns"]) for table in section["tables"] for row in table["rows"])
+    assert [row[3] for row in section["tables"][0]["rows"]][1:] == ["–", "–"]  # the mean is of both or not given
 
 
 def test_a_cut_off_run_continues_and_a_third_changes_nothing(here: None, shards: str, tmp_path: Path) -> None:
