@@ -459,7 +459,7 @@ def _task_figure(rows: Sequence[Mapping[str, Any]], mean: float | None) -> Figur
         axes.annotate(f"{value:.1f}", (value, height), (5, 0), "data", "offset points", fontsize=6, va="center")
     if mean is not None:
         axes.axvline(100 * mean, color=visual.ANOMALOUS_COLOUR, linewidth=1, label=f"mean {percent(mean)} %")
-        axes.legend(fontsize=7, frameon=False, loc="lower left")
+        axes.legend(fontsize=7, frameon=False, loc="lower right")  # dots are farthest left at the bottom
     axes.set_yticks(range(len(known)), [row["task"] for row in known])
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.set_xlim(max(0, min([50, *values]) - 4), 104)
