@@ -20,8 +20,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Plain tests on all cores, one thread each; then those on a local Ray, which share one cluster.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m ray
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
