@@ -5,20 +5,29 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.banks import fit_banks
+from pipelines.calibration import CalibrateOptions, calibrate_model
 from pipelines.normals import FitOptions, FitResult
 from pipelines.tracking import Run, TrackingOptions, track
 from pipelines.training import TrainingOptions, train_networks
 from unianom import files
+from unianom.calibration import CalibrationConfig
+from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
 from unianom.methods import METHODS, MemoryMethod
 from unianom.serialise import to_plain
 
-JOB_ARGUMENTS = """    register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
+JOB_ARGUMENTS = """    calibrate: also put a calibrator into the model, as jobs/calibrate.py does by default: "cada", or
+        by "classifier" or "labels"; null for none.
+    register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
     tracking: where MLflow records the run.
     method: the method's own options."""
+
+
+Calibrated = Literal["cada", "classifier", "labels"]
+"""Kinds of calibrators that jobs/train.py can add."""
 
 
 def train_options() -> dict[str, type]:
@@ -27,6 +36,7 @@ def train_options() -> dict[str, type]:
     for name, method in METHODS.items():
         base = FitOptions if issubclass(method, MemoryMethod) else TrainingOptions
         fields: list[Any] = [
+            ("calibrate", Calibrated | None, None),
             ("register_as", str | None, None),
             ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
             ("method", method.Config, field(default_factory=method.Config)),
@@ -67,9 +77,28 @@ def train(options: Any) -> list[FitResult]:
             results = fit_banks(name, options.method, options)
         else:
             results = train_networks(name, options.method, options, run)
+        if options.calibrate is not None:
+            _calibrate(results, options)
         for result in results:
             _record(run, result, options, single=not options.per_category)
     return results
+
+
+def _calibrate(results: list[FitResult], options: Any) -> None:
+    """Put a calibrator into every fitted model."""
+    shards = ShardSet.open(options.shards)
+    how = CalibrateOptions(
+        model=options.output,
+        shards=options.shards,
+        calibration=CalibrationConfig(variant=options.calibrate),
+        batch_size=options.batch_size,
+        folder=files.join(files.full_uri(options.output).rstrip("/").rpartition("/")[0], "prepared"),
+        overwrite=options.overwrite,
+        limits=options.limits,
+        runtime=options.runtime,
+    )
+    for result in results:
+        calibrate_model(result.folder, result.folder, shards, how)
 
 
 def _record(run: Run, result: FitResult, options: Any, single: bool) -> None:

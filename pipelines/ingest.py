@@ -37,8 +37,9 @@ from unianom.data.image import (
     reduce_mask,
 )
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
-from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, Crop, SampleRef
+from unianom.data.schema import ANOMALOUS, NORMAL, SAMPLE_SCHEMA, SCHEMA_VERSION, Crop, SampleRef
 from unianom.data.shards import PartWriter, ShardSet, write_rejected
+from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.serialise import to_plain
 
@@ -57,6 +58,10 @@ class IngestOptions:
         source: root folder, or the file of a manifest or merged layout; path or URI.
         output: folder of the shard set; path or URI.
         layout_options: options of the layout, by name.
+        contaminate: share of the anomalous test images of each category that is moved to the normal training images, as
+            if nobody had noticed them: label 0, no mask, their defect still named. Shows what methods and calibrators
+            make of training sets that are not clean.
+        contaminate_seed: of that draw.
         resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
         part_bytes: aimed size of a part.
         min_parts: parts at least, where there are so many samples; a part is the unit of work of later jobs.
@@ -70,6 +75,8 @@ class IngestOptions:
     source: str
     output: str
     layout_options: dict[str, Any] = field(default_factory=dict)
+    contaminate: float = 0.0
+    contaminate_seed: int = 0
     resize: int | None = None
     part_bytes: int = 256 << 20
     min_parts: int = 16
@@ -83,6 +90,8 @@ class IngestOptions:
             raise OptionError("part_bytes and min_parts must be positive")
         if not 0 <= self.max_reject_fraction <= 1:
             raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
+        if not 0 <= self.contaminate < 1:
+            raise OptionError(f"contaminate={self.contaminate} must be in [0, 1)")
         if self.resize is not None and self.resize < 16:
             raise OptionError(f"resize={self.resize} must be at least 16 pixels")
 
@@ -116,6 +125,8 @@ def ingest(options: IngestOptions) -> IngestResult:
     layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
     refs = list(iter_samples(options.layout, options.source, layout_options))
     check_unique(refs)
+    if options.contaminate:
+        refs = contaminated(refs, options.contaminate, options.contaminate_seed)
     parts = plan_parts(refs, options.part_bytes, options.min_parts)
     output = files.full_uri(options.output)
     plan = {
@@ -127,6 +138,8 @@ def ingest(options: IngestOptions) -> IngestResult:
         "parts": len(parts),
         "samples": _digest_of_refs(refs),
     }
+    if options.contaminate:  # only then, so that shard sets from before there was this option stay the same plan
+        plan["contaminate"] = [options.contaminate, options.contaminate_seed]
     digest = storage.claim(output, plan, options.overwrite, "ingest")
     fresh = not storage.is_complete(output)
     rate = 0.0
@@ -145,6 +158,24 @@ def check_unique(refs: Sequence[SampleRef]) -> None:
         if ref.sample_id in seen:
             raise DataError(f"{seen[ref.sample_id]} and {ref.uri} are both named {ref.sample_id}; names must be unique")
         seen[ref.sample_id] = ref.uri
+
+
+def contaminated(refs: Sequence[SampleRef], fraction: float, seed: int) -> list[SampleRef]:
+    """The samples with a share of each category's anomalous test images among the normal training images.
+
+    Raises:
+        DataError: there is no category with two anomalous test images, one to move and one to keep.
+    """
+    anomalous = [ref for ref in refs if ref.split == "test" and ref.label == ANOMALOUS]
+    moved = hold_out([ref.sample_id for ref in anomalous], [ref.category for ref in anomalous], fraction, seed)
+    if not moved:
+        raise DataError(
+            "contaminate moves anomalous test images into training, but no category has two of them; leave it out"
+        )
+    return [
+        dataclasses.replace(ref, split="train", label=NORMAL, mask_uri=None) if ref.sample_id in moved else ref
+        for ref in refs
+    ]
 
 
 def check_rejected(shards: ShardSet, most: float) -> None:
@@ -374,7 +405,11 @@ def _commit(output: str, digest: str, plan: dict[str, Any], parts: int) -> None:
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "plan_digest": digest,
-        **{key: plan[key] for key in ("layout", "source", "layout_options", "resize", "limits")},
+        **{
+            key: plan[key]
+            for key in ("layout", "source", "layout_options", "resize", "limits", "contaminate")
+            if key in plan
+        },
         "counts": _counts(table),
         "bytes": sum(_size(output, entry["name"]) for entry in entries),
         "rejected": dict(sorted(Counter(row["status"] for row in rejected).items())),

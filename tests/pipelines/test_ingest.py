@@ -22,6 +22,7 @@ from pipelines.ingest import (
     IngestOptions,
     PartIngester,
     check_unique,
+    contaminated,
     ingest,
     map_ahead,
     part_name,
@@ -912,3 +913,25 @@ def test_a_store_that_refuses_fails_the_job_instead_of_rejecting_every_image(mon
     flaky(monkeypatch, PermissionError("Forbidden"))
     with pytest.raises(DataError, match="renew the credentials"):
         read_image_file("memory://bucket/a.png")
+
+
+def test_contaminating_moves_a_share_of_each_categorys_anomalies_into_training():
+    refs = [
+        ref(f"{category}/{number}.png", category=category, uri="/x") for category in ("a", "b") for number in range(4)
+    ]
+    refs += [
+        ref(f"{category}/bad{number}.png", category=category, split="test", label=1, defect="dent", mask_uri="/m")
+        for category, count in (("a", 10), ("b", 4))
+        for number in range(count)
+    ]
+    found = contaminated(refs, 0.3, seed=0)
+    moved = [one for one, before in zip(found, refs, strict=True) if one != before]
+    assert [sum(one.category == name for one in moved) for name in ("a", "b")] == [3, 1]
+    assert {(one.split, one.label, one.defect, one.mask_uri) for one in moved} == {("train", 0, "dent", None)}
+    assert [one.sample_id for one in found] == [one.sample_id for one in refs]
+    assert contaminated(list(reversed(refs)), 0.3, seed=0) == list(reversed(found))
+    assert contaminated(refs, 0.3, seed=1) != found
+    with pytest.raises(DataError, match="no category has two of them"):
+        contaminated(refs[:8], 0.3, seed=0)
+    with pytest.raises(OptionError, match="contaminate=1"):
+        IngestOptions("mtd", "/a", "/b", contaminate=1.0)
