@@ -269,13 +269,7 @@ def tabulate(
     found: dict[str, dict[str, Any]] = {}
     intervals: dict[str, Any] = {}
     for kind in plan.kinds:
-        counted = Counted({}, {})
-        if scores.manifest["maps"]:
-            counted = read_counted(scores, shards, plan, folder, kind)
-        found[kind] = kind_tables(options, images, counted, kind, plan.accumulator)
-        if options.bootstrap.resamples:
-            resampled = Resampling(images, counted, kind, options.aupro_limit, options.bootstrap)
-            intervals[kind] = resampled.intervals(found[kind]["metrics"])
+        found[kind], intervals[kind] = _of_kind(options, scores, shards, images, plan, folder, kind)
     raw = found[RAW]
     with_maps = raw["metrics"]["union"].get("n_maps") is not None
     return {
@@ -289,7 +283,7 @@ def tabulate(
         "pixel_mode": ("binned" if plan.binned else "exact") if with_maps else None,
         "calibrated": found.get(CALIBRATED),
         "intervals": None
-        if not intervals
+        if not options.bootstrap.resamples
         else {
             "confidence": options.bootstrap.confidence,
             "resamples": options.bootstrap.resamples,
@@ -301,6 +295,26 @@ def tabulate(
         "statuses": scores.manifest["statuses"],
         "rejected": _not_scored(scores),
     }
+
+
+def _of_kind(
+    options: EvaluateOptions,
+    scores: ScoreSet,
+    shards: ShardSet,
+    images: Images,
+    plan: PixelPlan,
+    folder: str,
+    kind: str,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Tables and intervals of one kind of score; its pixels are in memory no longer than this takes."""
+    counted = Counted({}, {})
+    if scores.manifest["maps"]:
+        counted = read_counted(scores, shards, plan, folder, kind)
+    tables = kind_tables(options, images, counted, kind, plan.accumulator)
+    if not options.bootstrap.resamples:
+        return tables, None
+    resampling = Resampling(images, counted, kind, options.aupro_limit, options.bootstrap)
+    return tables, resampling.intervals(tables["metrics"])
 
 
 def _notes(options: EvaluateOptions, plan: PixelPlan, images: Images, with_maps: bool) -> list[str]:

@@ -20,7 +20,7 @@ from pipelines.evaluation import (
 )
 from pipelines.runtime import RuntimeOptions
 from pipelines.tracking import TrackingOptions
-from tests.pipelines.evaluated import MODEL, Scored, model_entry, write_evaluation
+from tests.pipelines.evaluated import Scored, model_entry, write_evaluation
 from unianom import files
 from unianom.data.image import InputPolicy, decode_map, encode_map
 from unianom.data.shards import ScoreSet
@@ -215,7 +215,7 @@ def test_images_of_one_category_name_in_two_data_sets(tmp_path: Path):
 
 
 def test_rates_follow_the_decisions(tmp_path: Path):
-    threshold = _write(tmp_path, _samples(), threshold=1.0)["threshold"]
+    threshold = _write(tmp_path, _samples(), threshold=1.0, bootstrap=FEW)["threshold"]
     samples = [s for s in _samples() if s.label == 0]
     assert threshold["union"]["false_positive_rate"] == np.mean([s.score > 1 for s in samples])  # type: ignore[operator]
     assert [row["category"] for row in threshold["categories"]] == ["disc", "plain", "stripe"]
@@ -256,27 +256,58 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("exact_pixels", [10**9, 0])
-def test_bytes_do_not_depend_on_the_number_of_workers(ray_cluster: None, tmp_path: Path, exact_pixels: int):
-    _write(tmp_path, _samples(), bootstrap=FEW)
-    found = []
-    for workers in (1, 2, 4):
-        output = tmp_path / f"by_{workers}"
+def test_bytes_do_not_depend_on_the_number_of_workers(ray_cluster: None, tmp_path: Path):
+    """Those of one, two and four workers are those of no worker at all."""
+    expected = {}
+    for pixels in (10**9, 0):
+        _write(tmp_path, _samples(), bootstrap=FEW, exact_pixels=pixels)
+        expected[pixels] = (tmp_path / "evaluation" / "evaluation.json").read_bytes()
+    for workers, pixels in ((1, 10**9), (2, 10**9), (4, 10**9), (4, 0)):
+        output = tmp_path / f"{pixels}_by_{workers}"
         options = EvaluateOptions(
             str(tmp_path / "scores"),
             str(tmp_path / "shards"),
             str(output),
-            exact_pixels=exact_pixels,
+            exact_pixels=pixels,
             bootstrap=FEW,
             runtime=RuntimeOptions(workers=workers),
             tracking=TrackingOptions(enabled=False),
         )
         evaluate(options)
         assert sorted(path.name for path in output.iterdir()) == ["categories.csv", "evaluation.json"]
-        found.append([(output / name).read_bytes() for name in ("evaluation.json", "categories.csv")])
-    assert found[0] == found[1] == found[2]
-    rows = list(csv.DictReader(found[0][1].decode().splitlines()))
+        assert (output / "evaluation.json").read_bytes() == expected[pixels]
+    rows = list(csv.DictReader((tmp_path / f"{10**9}_by_1" / "categories.csv").read_text().splitlines()))
     assert [row["scores"] for row in rows] == ["raw"] * 9 + ["calibrated"] * 9
     assert [row["category"] for row in rows[:5]] == ["disc", "plain", "stripe", "mean", "union"]
-    assert MODEL in found[0][0].decode()
-    assert ScoreSet.open(tmp_path / "scores").parts[0] == "part-00000-0123456789ab.parquet"
+
+
+def test_a_killed_run_continues_with_the_parts_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = _write(tmp_path, _samples(), bootstrap=FEW)
+    read: list[str] = []
+
+    def in_this_process(worker: type, arguments: dict[str, Any], units: list[dict[str, Any]], runtime: Any) -> Any:
+        for unit in units:
+            read.append(unit["part"])
+            yield worker(**arguments).run(unit)
+
+    def killed(worker: type, arguments: dict[str, Any], units: list[dict[str, Any]], runtime: Any) -> Any:
+        yield from in_this_process(worker, arguments, units[-1:], runtime)  # the last part first
+        raise KeyboardInterrupt
+
+    options = EvaluateOptions(
+        str(tmp_path / "scores"),
+        str(tmp_path / "shards"),
+        str(tmp_path / "again"),
+        bootstrap=FEW,
+        tracking=TrackingOptions(enabled=False),
+    )
+    monkeypatch.setattr("pipelines.pixels.connect", lambda runtime: None)
+    monkeypatch.setattr("pipelines.pixels.run_units", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options)
+    assert not (tmp_path / "again" / "evaluation.json").exists()
+    monkeypatch.setattr("pipelines.pixels.run_units", in_this_process)
+    assert evaluate(options) == content
+    parts = ScoreSet.open(tmp_path / "scores").parts
+    assert read == [parts[-1], *parts[:-1]], "each once"
+    assert not (tmp_path / "again" / "_work").exists()
