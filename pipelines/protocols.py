@@ -114,12 +114,23 @@ class BankScorer:
         batch_size: images scored at once.
         output: folder of the results.
         plan: digest of the plan.
+        tasks: what each unit is about, by its number; units themselves travel as numbers, since Ray Data would turn
+            their lists into arrays.
     """
 
-    def __init__(self, embedded: EmbeddingSet, config: Any, batch_size: int, output: str, plan: str) -> None:
+    def __init__(
+        self,
+        embedded: EmbeddingSet,
+        config: Any,
+        batch_size: int,
+        output: str,
+        plan: str,
+        tasks: Sequence[dict[str, Any]],
+    ) -> None:
         method = load_model(embedded.encoder, "cpu").method
         assert isinstance(method, MemoryMethod)
         self.method, self.config, self.output, self.plan = method, config, output, plan
+        self.tasks = tasks
         self.reader = EmbeddingReader(embedded)
         self._batch_size = batch_size
 
@@ -175,12 +186,14 @@ def _run_banks(
         record = storage.part_record(output, scores_file(unit["number"]))
         if record is not None and record["plan"] == plan:
             records[unit["number"]] = record
-    left = [unit for unit in units if unit["number"] not in records]
+    left = [{"number": unit["number"]} for unit in units if unit["number"] not in records]
     if left:
         connect(options.runtime)
     progress = Progress(words, len(units), "banks")
     progress.advance(len(records))
-    for record in run_units(worker, arguments, left, dataclasses.replace(options.runtime, gpus_per_worker=0)):
+    for record in run_units(
+        worker, {**arguments, "tasks": units}, left, dataclasses.replace(options.runtime, gpus_per_worker=0)
+    ):
         records[record["number"]] = record
         progress.advance(1)
     progress.close()
@@ -380,6 +393,7 @@ class TaskScorer(BankScorer):
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Fit, score and measure one task."""
+        unit = self.tasks[unit["number"]]
         normal = set(unit["classes"])
         chosen = frozenset(row["sample_id"] for row in self.reader.samples("train") if row["defect"] in normal)
         if not chosen:
@@ -457,13 +471,14 @@ def _task_figure(rows: Sequence[Mapping[str, Any]], mean: float | None) -> Figur
     axes.scatter(values, range(len(known)), color=visual.NORMAL_COLOUR, s=22, zorder=3)
     for height, value in enumerate(values):
         axes.annotate(f"{value:.1f}", (value, height), (5, 0), "data", "offset points", fontsize=6, va="center")
+    title = "Image AUROC by normal class"
     if mean is not None:
-        axes.axvline(100 * mean, color=visual.ANOMALOUS_COLOUR, linewidth=1, label=f"mean {percent(mean)} %")
-        axes.legend(fontsize=7, frameon=False, loc="lower right")  # dots are farthest left at the bottom
+        axes.axvline(100 * mean, color=visual.ANOMALOUS_COLOUR, linewidth=1)
+        title += f"; line: mean {percent(mean)} %"
     axes.set_yticks(range(len(known)), [row["task"] for row in known])
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.set_xlim(max(0, min([50, *values]) - 4), 104)
-    _style(axes, "Image AUROC by normal class", "image AUROC in %", "")
+    _style(axes, title, "image AUROC in %", "")
     return figure
 
 
@@ -598,12 +613,13 @@ def plan_draws(shards: ShardSet, options: LowShotOptions) -> tuple[list[dict[str
 class DrawScorer(BankScorer):
     """A bank of one draw, and metrics of its categories. A `UnitWorker`."""
 
-    def __init__(self, embedded: EmbeddingSet, config: Any, batch_size: int, output: str, plan: str) -> None:
-        super().__init__(embedded, config, batch_size, output, plan)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self._masks: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Fit, score and measure one draw."""
+        unit = self.tasks[unit["number"]]
         categories = tuple(unit["categories"])
         pool = [row for row in self.reader.samples("train") if row["category"] in categories]
         ids, groups = [row["sample_id"] for row in pool], [row["category"] for row in pool]

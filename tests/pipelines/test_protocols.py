@@ -52,11 +52,12 @@ SEMANTIC, LOW_SHOT = protocol_options(SemanticOptions), protocol_options(LowShot
 def inline(
     worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], _: Any
 ) -> Iterator[dict[str, Any]]:
-    """`run_units` in this process."""
+    """`run_units` in this process; lists of a unit become arrays, as they do on their way through Ray Data."""
     if units:
         made = worker(**arguments)
         for unit in units:
-            yield json.loads(json.dumps(made.run(unit)))
+            arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in unit.items()}
+            yield json.loads(json.dumps(made.run(arrived)))
 
 
 @pytest.fixture
