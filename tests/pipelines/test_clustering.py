@@ -30,6 +30,7 @@ from pipelines.clustering import (
     summarise_clusters,
 )
 from pipelines.models import write_index
+from pipelines.runtime import RuntimeOptions
 from tests.data.test_shards import write_set
 from tests.pipelines.conftest import UNTRACKED, tiny_method
 from tests.pipelines.sharded import POLICY, sample
@@ -217,6 +218,19 @@ def test_anomalous_images_only_and_a_model_of_each_category(model: str, shards: 
     (row,) = result.content["categories"]
     assert (row["images"], row["clusters"], row["accuracy"]) == (12, 2, 1)
     assert ShardSet.open(shards).count(Selection(labels=(1,))) == 12
+
+
+@pytest.mark.ray
+def test_actors_write_the_same(
+    ray_cluster: None, model: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_anomalies(options(model, shards, tmp_path / "here" / "out"))
+    monkeypatch.undo()
+    cluster_anomalies(options(model, shards, tmp_path / "ray" / "out", runtime=RuntimeOptions(workers=2)))
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()} for name in ("here", "ray")
+    )
+    assert first == second
 
 
 def test_patchcore_clusters_too_and_unlabelled_images_need_a_number(tmp_path: Path) -> None:
