@@ -567,14 +567,18 @@ SWEEP = "sweep of 200 thresholds"
 SCIKIT_LEARN = "scikit-learn, plain AUPRO"
 ANOMALIB_AUPRO, ANOMALIB, ADEVAL = "anomalib AUPRO", "anomalib, all three", "ADEval"
 
+OURS_BINNED = "unianom, binned"
+
 METRIC_SIDES: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
+    OURS: lambda maps, masks: our_metrics(maps, masks, PixelAccumulator()),
+    OURS_BINNED: lambda maps, masks: our_metrics(maps, masks, BinnedPixelAccumulator()),
     SWEEP: lambda maps, masks: {"aupro": swept_aupro(maps, masks)},
     SCIKIT_LEARN: scikit_learn_metrics,
     ANOMALIB_AUPRO: lambda maps, masks: anomalib_metrics(maps, masks, aupro_only=True)(),
     ANOMALIB: lambda maps, masks: anomalib_metrics(maps, masks)(),
     ADEVAL: lambda maps, masks: adeval_metrics(maps, masks)(),
 }
-"""What others compute of the same maps."""
+"""What each side computes of the same maps."""
 
 
 def measure_metrics(options: MetricsBenchmark) -> dict[str, Any]:
@@ -584,10 +588,10 @@ def measure_metrics(options: MetricsBenchmark) -> dict[str, Any]:
     """
     maps, masks = draw_maps(options.maps, options.size)
     needed = {ANOMALIB_AUPRO: "anomalib", ANOMALIB: "anomalib", ADEVAL: "adeval"}
-    names = [OURS, *(name for name in METRIC_SIDES if name not in needed or find_spec(needed[name]))]
+    names = [name for name in METRIC_SIDES if name not in needed or find_spec(needed[name])]
     with fixed_threads(options.threads):
         sides = {
-            name: clocked(options.maps, partial(_side_metrics, name, maps, masks), time.process_time) for name in names
+            name: clocked(options.maps, partial(METRIC_SIDES[name], maps, masks), time.process_time) for name in names
         }
         measured = interleave(sides, options.rounds, warm_up=True)
     table: dict[str, dict[str, Any]] = {}
@@ -600,14 +604,11 @@ def measure_metrics(options: MetricsBenchmark) -> dict[str, Any]:
         options,
         "maps",
         measured,
-        {f"{OURS} ÷ {name}": measured.ratio(OURS, name) for name in names if name != OURS},
+        {f"{OURS} ÷ {name}": measured.ratio(OURS, name) for name in names if name != OURS}
+        | {f"{OURS_BINNED} ÷ {ADEVAL}": measured.ratio(OURS_BINNED, ADEVAL) for name in names if name == ADEVAL},
         tables={"values, and memory beyond the maps themselves": table},
         notes=["seconds are CPU seconds", *_absent(["anomalib", "adeval"])],
     )
-
-
-def _side_metrics(name: str, maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    return our_metrics(maps, masks) if name == OURS else METRIC_SIDES[name](maps, masks)
 
 
 def _peak_of(work: Callable[[], float]) -> float:
@@ -620,10 +621,10 @@ def _peak_metrics(name: str, path: str) -> float:
     """Bytes of memory at the peak beyond what the process held before, imports and a first small call included."""
     with fixed_threads(1), np.load(path) as stored:
         maps, masks = stored["maps"], stored["masks"]
-        _side_metrics(name, maps[:4, :64, :64], masks[:4, :64, :64])  # what is imported late
+        METRIC_SIDES[name](maps[:4, :64, :64], masks[:4, :64, :64])  # what is imported late
         _forget_peak()
         before = _resident_peak()
-        _side_metrics(name, maps, masks)
+        METRIC_SIDES[name](maps, masks)
         return float(_resident_peak() - before)
 
 
@@ -648,12 +649,13 @@ def draw_maps(count: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return np.exp(0.4 * (smooth(size / 50) + strength * raised)), masks
 
 
-def our_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    """Every pixel metric this project has; those that the others have too."""
-    accumulator = PixelAccumulator()
+def our_metrics(
+    maps: np.ndarray, masks: np.ndarray, accumulator: PixelAccumulator | BinnedPixelAccumulator
+) -> dict[str, float]:
+    """Every pixel metric that an accumulator gives; those that the others have too."""
     accumulator.update(maps, masks)
-    found = accumulator.compute()
-    return {"aupro": found.aupro, "auroc": found.auroc, "ap": found.ap}
+    found = accumulator.compute().as_dict()
+    return {name: found[key] for name, key in (("aupro", "aupro"), ("auroc", "pixel_auroc"), ("ap", "pixel_ap"))}
 
 
 # --- pixels: a thousand million of them in bounded memory ------------------------------------------------------------

@@ -153,7 +153,9 @@ def test_neither_batches_nor_workers_nor_their_order_matter():
 def test_folding_early_changes_nothing(monkeypatch):
     maps, masks = scenes(n=12, size=24, levels=None, seed=9)
     expected = binned(maps, masks).compute()
-    monkeypatch.setattr("unianom.metrics.streaming._PENDING", 1000)
+    monkeypatch.setattr("unianom.metrics.streaming._PENDING_PIXELS", 1000)
+    assert binned(maps, masks).compute() == expected
+    monkeypatch.setattr("unianom.metrics.streaming._PENDING_ROWS", 100)
     assert binned(maps, masks).compute() == expected
 
 

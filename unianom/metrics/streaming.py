@@ -44,8 +44,11 @@ NORMAL_BESIDE, NORMAL_ELSEWHERE, ANOMALOUS, WEIGHT = range(4)
 """Columns of a table of counts: normal pixels of maps with an anomalous pixel, those of other maps, anomalous pixels,
 and what these weigh in the mean over regions."""
 
-_PENDING = 1 << 22
-"""Pixels kept before they are counted: one pass over the bins for many maps."""
+_PENDING_PIXELS = 1 << 19
+"""Pixels kept before they are counted: one pass over the bins for several maps."""
+
+_PENDING_ROWS = 1 << 18
+"""Rows of tables kept before they are added up."""
 
 _ROUNDING = 1e-12
 """Slack of every bound for sums of floating-point numbers."""
@@ -132,7 +135,7 @@ class BinnedPixelAccumulator:
     Accumulators merged in any order, of maps in any batches, give the very same numbers.
 
     Memory: 40 bytes a bin that holds a score (some 50,000 bins for ordinary maps; 2**bits at the very most, 168 MB),
-    16 bytes an anomalous map, and some 100 MB while it counts.
+    16 bytes an anomalous map, and some 50 MB while it counts.
 
     Args:
         aupro_limit: highest false-positive rate of AUPRO, in (0, 1].
@@ -173,8 +176,10 @@ class BinnedPixelAccumulator:
         self._n_maps += 1
         self._n_regions += len(split.region_sizes)
         self._pending_pixels += len(split.normal) + len(split.anomalous)
-        if self._pending_pixels >= _PENDING:
-            self._fold()
+        if self._pending_pixels >= _PENDING_PIXELS:
+            self._count_pending()
+            if sum(len(bins) for bins, _ in self._pending_tables) >= _PENDING_ROWS:
+                self._fold()
 
     def merge(self, other: BinnedPixelAccumulator) -> None:
         """Add all that another accumulator has seen.
@@ -197,17 +202,21 @@ class BinnedPixelAccumulator:
         self._fold()
         return self._bins, self._counts
 
-    def _fold(self) -> None:
-        """Count what is pending."""
-        tables = [(self._bins, self._counts), *self._pending_tables]
+    def _count_pending(self) -> None:
+        """Normal pixels that are pending become tables."""
         for column in (NORMAL_BESIDE, NORMAL_ELSEWHERE):
             if self._pending[column]:
                 bins, found = _count(np.concatenate(self._pending[column]))
                 counts = np.zeros((len(bins), 4), np.int64)
                 counts[:, column] = found
-                tables.append((bins, counts))
-        self._bins, self._counts = _sum_tables(tables)
-        self._pending, self._pending_tables, self._pending_pixels = ([], []), [], 0
+                self._pending_tables.append((bins, counts))
+        self._pending, self._pending_pixels = ([], []), 0
+
+    def _fold(self) -> None:
+        """Add up all that is pending."""
+        self._count_pending()
+        self._bins, self._counts = _sum_tables([(self._bins, self._counts), *self._pending_tables])
+        self._pending_tables = []
 
     def to_arrays(self) -> dict[str, Array]:
         """The whole state as arrays, for a file; `from_arrays` is the inverse."""
