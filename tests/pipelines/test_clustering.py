@@ -191,7 +191,7 @@ def test_a_clustering_tells_defects_apart(model: str, shards: str, tmp_path: Pat
 def test_another_variant_takes_no_network_and_a_second_run_nothing(
     model: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = options(model, shards, tmp_path / "out")
+    first = options(model, shards, tmp_path / "out", shown=1)
     assert cluster_anomalies(first).fresh
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(PartFeatures, "run", lambda *_: pytest.fail("the network ran again"))
@@ -202,10 +202,12 @@ def test_another_variant_takes_no_network_and_a_second_run_nothing(
     for number, changes in enumerate(
         [{"variant": "max", "scaling": "standard"}, {"variant": "all"}, {"pooling": "concat", "clusters": 4}]
     ):
-        other = cluster_anomalies(options(model, shards, tmp_path / str(number), categories=("plate",), **changes))
+        other = cluster_anomalies(
+            options(model, shards, tmp_path / str(number), categories=("plate",), shown=0, **changes)
+        )
         assert other.content["categories"][0]["clusters"] == changes.get("clusters", 3)
     with pytest.raises(DataError, match="differing in: variant"):
-        cluster_anomalies(options(model, shards, tmp_path / "out", variant="max"))
+        cluster_anomalies(options(model, shards, tmp_path / "out", shown=1, variant="max"))
 
 
 def test_anomalous_images_only_and_a_model_of_each_category(model: str, shards: str, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_scores_of_a_draw_are_those_of_a_fit_on_it(here: None, shards: str, tmp_
 
 
 def test_scores_in_larger_batches_agree_up_to_rounding(here: None, shards: str, tmp_path: Path) -> None:
-    low_shot(low_shot_options(shards, tmp_path / "low", batch_size=4, shots=(3,)))
+    low_shot(low_shot_options(shards, tmp_path / "low", batch_size=4, shots=(3,), draws=1))
     found = draws_of(tmp_path / "low")
     for row in ordinary_scores(shards, tmp_path, 3, 0, 4, categories=("bolt",)):
         assert found[3, 0, row["sample_id"]] == pytest.approx(row["score"], rel=1e-4)
@@ -201,14 +201,14 @@ def test_a_cut_off_run_continues_and_a_third_changes_nothing(here: None, shards:
 def test_another_bank_takes_no_network(
     here: None, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    low_shot(low_shot_options(shards, tmp_path / "low", shots=(1,)))
+    low_shot(low_shot_options(shards, tmp_path / "low", shots=(1,), draws=1))
 
     def broken(*_: Any) -> None:
         raise AssertionError("the network ran again")
 
     monkeypatch.setattr(embeddings.PartEmbedder, "run", broken)
     other = tiny_method(bank=BankConfig(coreset_ratio=0.9))
-    assert low_shot(low_shot_options(shards, tmp_path / "other", shots=(1,), method=other)).fresh
+    assert low_shot(low_shot_options(shards, tmp_path / "other", shots=(1,), draws=1, method=other)).fresh
 
 
 def test_summary_is_mean_and_deviation_over_draws() -> None:
