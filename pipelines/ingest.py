@@ -405,11 +405,8 @@ def _commit(output: str, digest: str, plan: dict[str, Any], parts: int) -> None:
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "plan_digest": digest,
-        **{
-            key: plan[key]
-            for key in ("layout", "source", "layout_options", "resize", "limits", "contaminate")
-            if key in plan
-        },
+        **{key: plan[key] for key in ("layout", "source", "layout_options", "resize", "limits")},
+        "contaminate": plan.get("contaminate"),  # share and seed
         "counts": _counts(table),
         "bytes": sum(_size(output, entry["name"]) for entry in entries),
         "rejected": dict(sorted(Counter(row["status"] for row in rejected).items())),
