@@ -40,9 +40,9 @@ class UnianomPyfunc(PythonModel):
             params: {"maps": True} adds the anomaly maps.
 
         Returns:
-            For each row, under its index: `score`; `decision`, "pass" or "fail", null if the model has no
-            threshold; `calibrated_score`, if it has a calibrator; with maps also `anomaly_map`, a 16-bit grey PNG at the
-            model's input resolution of which a pixel v stands for `map_offset + map_scale * v`.
+            For each row, under its index: `score`; `decision`, "pass", "review" or "fail", null if the model has
+            neither threshold nor rule; `calibrated_score`, if it has a calibrator; with maps also `anomaly_map`, a 16-bit
+            grey PNG at the model's input resolution of which a pixel v stands for `map_offset + map_scale * v`.
 
         Raises:
             ImageError: an image cannot be used; names the row.

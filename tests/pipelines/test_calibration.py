@@ -134,9 +134,7 @@ def test_held_out_images_alone(small: Small, model: Path, tmp_path: Path) -> Non
 
 def test_training_and_calibrating_in_one_command(small: Small, tmp_path: Path) -> None:
     held_out = ThresholdOptions(validation_fraction=0.3)
-    given = tiny_training(
-        small.shards, tmp_path / "model", calibrate="labels", per_category=True, threshold=held_out
-    )
+    given = tiny_training(small.shards, tmp_path / "model", calibrate="labels", per_category=True, threshold=held_out)
     assert [result.fresh for result in train(given)] == [True, True]
     for name in ("cog", "weave"):
         calibrator = unianom.load(tmp_path / "model" / name).calibrator
