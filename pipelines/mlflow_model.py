@@ -41,8 +41,8 @@ class UnianomPyfunc(PythonModel):
 
         Returns:
             For each row, under its index: `score`; `decision`, "pass", "review" or "fail", null if the model has
-            neither threshold nor rule; `calibrated_score`, if it has a calibrator; with maps also `anomaly_map`, a 16-bit
-            grey PNG at the model's input resolution of which a pixel v stands for `map_offset + map_scale * v`.
+            neither threshold nor rule; `calibrated_score`, if it has a calibrator; with maps also `anomaly_map`, a
+            16-bit grey PNG at the model's input resolution of which a pixel v stands for `map_offset + map_scale * v`.
 
         Raises:
             ImageError: an image cannot be used; names the row.
