@@ -43,6 +43,7 @@ def check_method(cls: type[Method], tiny: Tiny, folder: Path) -> None:
     method = fit(cls(tiny.config))
     check_prediction(method)
     check_determinism(cls, tiny)
+    check_inspection(method)
     check_batches(method)
     check_refusals(method)
     check_frozen(cls, tiny)
@@ -64,9 +65,15 @@ def check_prediction(method: Method) -> None:
         assert torch.isfinite(part).all()
         assert not part.requires_grad
     assert torch.equal(images, before), "predict changed its input"
+    assert not torch.equal(prediction.score[0], prediction.score[1]), "different images have the same score"
+
+
+def check_inspection(method: Method) -> None:
+    """What an inspection finds: the prediction, a map before smoothing, and an embedding that tells images apart."""
+    images = random_images(3)
     with torch.inference_mode():
         found = method.inspect(images)
-    assert same((found.anomaly_map, found.score), prediction)
+    assert same((found.anomaly_map, found.score), method.predict(images)), "another prediction"
     assert found.unsmoothed.shape == (3, SIDE, SIDE)
     assert found.features.ndim == 4
     assert len(found.features) == 3
@@ -74,7 +81,6 @@ def check_prediction(method: Method) -> None:
         assert part.dtype == torch.float32
         assert torch.isfinite(part).all()
     assert not torch.equal(found.features[0], found.features[1]), "different images have the same embedding"
-    assert not torch.equal(prediction.score[0], prediction.score[1]), "different images have the same score"
 
 
 def check_determinism(cls: type[Method], tiny: Tiny) -> None:
@@ -294,9 +300,9 @@ def test_a_bank_refuses_wrong_options(changes):
 
 # ------------------------------------------------------------------------------------- the suite finds broken methods
 class RanksInBatch(UniFormaly):
-    def predict(self, images):
-        prediction = super().predict(images)
-        return Prediction(prediction.anomaly_map, prediction.score / prediction.score.max())
+    def inspect(self, images):
+        found = super().inspect(images)
+        return found._replace(score=found.score / found.score.max())
 
 
 class TakesAnything(UniFormaly):
@@ -311,9 +317,9 @@ class TrainsItsEncoder(UniFormaly):
 
 
 class DrawsItsScale(UniFormaly):
-    def predict(self, images):
-        prediction = super().predict(images)
-        return Prediction(prediction.anomaly_map, prediction.score * torch.rand(1))
+    def inspect(self, images):
+        found = super().inspect(images)
+        return found._replace(score=found.score * torch.rand(1))
 
 
 class ForgetsItsScale(UniFormaly):
@@ -325,9 +331,9 @@ class ForgetsItsScale(UniFormaly):
         self.scale = 2.0
         return super().embed_for_bank(images)
 
-    def predict(self, images):
-        prediction = super().predict(images)
-        return Prediction(prediction.anomaly_map, prediction.score * self.scale)
+    def inspect(self, images):
+        found = super().inspect(images)
+        return found._replace(score=found.score * self.scale)
 
 
 class HalfPrecision(UniFormaly):

@@ -350,9 +350,9 @@ def test_levels_choose_the_maps_that_are_multiplied():
 def test_level_maps_are_cosine_distances_to_the_smoothed_features(monkeypatch):
     method = tiny()
     targets, _ = method._filtered(method.frozen_features(random_images(2)))
-    monkeypatch.setattr(method, "reconstruct", lambda inputs: targets)
+    monkeypatch.setattr(method, "_restore", lambda decoded: targets)
     assert method.predict(random_images(2)).anomaly_map.abs().max() < 1e-6
-    monkeypatch.setattr(method, "reconstruct", lambda inputs: [-target for target in targets])
+    monkeypatch.setattr(method, "_restore", lambda decoded: [-target for target in targets])
     levels = len(targets)
     torch.testing.assert_close(method.predict(random_images(2)).score, torch.full((2,), 2.0**levels))
 

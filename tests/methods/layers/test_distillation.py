@@ -353,7 +353,8 @@ def test_box_is_a_five_by_five_kernel_with_zeros_beyond_the_border():
     box = DistanceMap(DistanceMapConfig(fuse="mean", blur="box"), side)
     spots = torch.zeros(2, side, side)
     spots[0, 5, 5] = spots[1, 0, 0] = 1
-    found, _ = box([spots])
+    found, _, before = box([spots])
+    assert torch.equal(before, spots)
     assert found[0, 5, 5].item() == pytest.approx(0.0452, abs=5e-5)
     assert found[0, 5, 3].item() == pytest.approx(0.0399, abs=5e-5)
     assert found[0, 7, 7].item() == pytest.approx(0.0352, abs=5e-5)
