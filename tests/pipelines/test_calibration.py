@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,13 @@ import pytest
 import torch
 
 import unianom
+from pipelines import banks, calibration, normals
 from pipelines.calibration import CATEGORY, FEATURES, STATISTICS, CalibrateOptions, HeadActor, PartInspector, calibrate
 from pipelines.commandline import parse
 from pipelines.features import array_name
 from pipelines.fitting import train
 from pipelines.normals import ThresholdOptions, held_out_normals
+from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import ScoreOptions, score
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
 from unianom.calibration import CalibrationConfig, HeadConfig, MapStatistics, fit_calibrator
@@ -38,6 +42,31 @@ def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "model"
     train(tiny_training(small.shards, folder))
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the pipeline in this process, its actors one after the other; the first test has them on Ray."""
+
+    def inline(worker: type, arguments: dict[str, Any], units: list[Any], _: RuntimeOptions) -> Iterator[Any]:
+        made = worker(**arguments)
+        return (made.run(unit) for unit in units)
+
+    class Handle:
+        def __init__(self, actor: Any) -> None:
+            self._actor = actor
+
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=getattr(self._actor, name))
+
+    def remote(**_: Any) -> Any:
+        return lambda cls: SimpleNamespace(remote=lambda *given: Handle(cls(*given)))
+
+    monkeypatch.setattr(calibration, "ray", SimpleNamespace(remote=remote, get=lambda value: value))
+    for module in (banks, calibration, normals):
+        monkeypatch.setattr(module, "run_units", inline)
+    for module in (banks, calibration):
+        monkeypatch.setattr(module, "connect", lambda _: None)
 
 
 def options(small: Small, model: Path, **changes: Any) -> CalibrateOptions:
@@ -109,7 +138,7 @@ def test_calibrating_scores_and_what_is_kept(small: Small, model: Path, tmp_path
         calibrate(options(small, model, output=str(output), folder=str(kept), calibration=labels))
 
 
-def test_in_the_models_own_folder(small: Small, model: Path, tmp_path: Path) -> None:
+def test_in_the_models_own_folder(here: None, small: Small, model: Path, tmp_path: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(model, own)
     labels = dataclasses.replace(QUICK, variant="labels")
@@ -124,7 +153,7 @@ def test_in_the_models_own_folder(small: Small, model: Path, tmp_path: Path) -> 
     assert unianom.load(own).calibrator.config == none  # type: ignore[union-attr]
 
 
-def test_held_out_images_alone(small: Small, model: Path, tmp_path: Path) -> None:
+def test_held_out_images_alone(here: None, small: Small, model: Path, tmp_path: Path) -> None:
     held = dataclasses.replace(QUICK, variant="labels")
     (result,) = calibrate(
         options(small, model, output=str(tmp_path / "held"), images="held_out", calibration=held, folder=str(tmp_path))
@@ -132,7 +161,7 @@ def test_held_out_images_alone(small: Small, model: Path, tmp_path: Path) -> Non
     assert result.metrics["images"] == unianom.load(model).provenance["held_out_normals"]
 
 
-def test_training_and_calibrating_in_one_command(small: Small, tmp_path: Path) -> None:
+def test_training_and_calibrating_in_one_command(here: None, small: Small, tmp_path: Path) -> None:
     held_out = ThresholdOptions(validation_fraction=0.3)
     given = tiny_training(small.shards, tmp_path / "model", calibrate="labels", per_category=True, threshold=held_out)
     assert [result.fresh for result in train(given)] == [True, True]
@@ -145,7 +174,7 @@ def test_training_and_calibrating_in_one_command(small: Small, tmp_path: Path) -
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_nothing_held_out(small: Small, tmp_path: Path) -> None:
+def test_nothing_held_out(here: None, small: Small, tmp_path: Path) -> None:
     given = tiny_training(small.shards, tmp_path / "model", threshold=ThresholdOptions(validation_fraction=0))
     train(given)
     with pytest.raises(DataError, match="held no normal image out; give --images train"):
