@@ -9,7 +9,6 @@ same, bit for bit, whatever the number of workers. They stay until the model is 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +29,7 @@ from pipelines.normals import (
     held_out_threshold,
     weights_digest,
 )
-from pipelines.runtime import Progress, connect, run_units
+from pipelines.runtime import Progress, connect, run_unfinished
 from unianom import files
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
@@ -149,17 +148,9 @@ def _embed(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    units, done = [], 0
-    for part in shards.parts:
-        record = storage.part_record(work, patch_part(part))
-        if record is None:
-            units.append({"part": part})
-        else:
-            done += record["images"]
-    progress = Progress("embed", len(chosen) - done)
-    for record in run_units(PartEmbedder, arguments, units, options.runtime):
-        progress.advance(record["images"])
-    return progress.close()
+    units = {patch_part(part): {"part": part} for part in shards.parts}
+    progress = Progress("embed", len(chosen))
+    return run_unfinished(PartEmbedder, arguments, units, work, options.runtime, progress, "images")[1]
 
 
 def patch_part(part: str) -> str:
@@ -200,10 +191,8 @@ class PartEmbedder:
         patches = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
         if not np.isfinite(patches).all():
             raise DataError(f"patches of {unit['part']} hold NaN or infinite values; use backbone.precision=fp32")
-        buffer = io.BytesIO()
-        np.save(buffer, patches, allow_pickle=False)
         name = patch_part(unit["part"])
-        files.write_bytes(files.join(self._work, name), buffer.getvalue())
+        files.write_array(files.join(self._work, name), patches)
         record = {"name": name, "images": images, "rows": len(patches)}
         storage.commit_part(self._work, name, record)
         return record
@@ -258,16 +247,7 @@ class PatchFiles(PatchMatrix):
     """
 
     def __init__(self, work: str, parts: list[str], copies: Path) -> None:
-        super().__init__([open_array(work, patch_part(part), copies) for part in parts])
-
-
-def open_array(folder: str, name: str, copies: Path) -> np.ndarray:
-    """A .npy file, memory-mapped; one on an object store is fetched to the local folder `copies` first."""
-    uri = files.join(folder, name)
-    if not files.is_local(uri):
-        uri = str(copies / name)
-        Path(uri).write_bytes(files.read_bytes(files.join(folder, name)))
-    return np.load(uri, mmap_mode="r", allow_pickle=False)
+        super().__init__([files.map_array(files.join(work, patch_part(part)), copies) for part in parts])
 
 
 def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, float]:

@@ -22,12 +22,12 @@ import torch
 
 from pipelines import storage
 from pipelines.commandline import user_error
-from pipelines.features import Arrays, array_name, write_npy_header
+from pipelines.features import array_name, write_npy_header
 from pipelines.models import ModelShelf, load_model, write_index
-from pipelines.normals import NormalReader, held_out_normals
-from pipelines.runtime import Progress, RuntimeOptions, connect, run_units, set_threads
+from pipelines.normals import NormalReader, held_out_normals, some
+from pipelines.runtime import Progress, RuntimeOptions, connect, run_unfinished, set_threads
 from pipelines.tracking import TrackingOptions, track
-from unianom import files
+from unianom import __version__, files
 from unianom.calibration import CalibrationConfig, Calibrator, HeadTrainer, MapStatistics
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
@@ -114,6 +114,7 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
         ModelError: no usable model.
     """
     shards, shelf = ShardSet.open(options.shards), ModelShelf.open(options.model)
+    shelf.descriptions()  # a missing or damaged model shows now
     output = shelf.uri if options.output is None else files.full_uri(options.output)
     with track(options.tracking, "calibrate", output, to_plain(options)) as run:
         results = []
@@ -143,6 +144,7 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
     chosen = _choose(description, shards, categories, options)
     runtime = options.runtime
     found_by = {
+        "tool": __version__,
         **{key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")},
         "shards": shards.digest,
         "images": files.digest_of({"ids": sorted(chosen)}),
@@ -157,8 +159,7 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
     if before is not None:
         return CalibrateResult(output, categories, False, before)
     connect(runtime)
-    beside = folder.rstrip("/").rpartition("/")[0]
-    kept = files.join(options.folder or files.join(beside, "prepared"), files.digest_of(found_by)[:20])
+    kept = files.join(options.folder or files.beside(folder, "prepared"), files.digest_of(found_by)[:20])
     _keep(kept, found_by, folder, shards, selection, chosen, categories, options)
     calibrator, metrics = _fit(kept, plan, shards, categories, options)
     made = {
@@ -168,13 +169,9 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
         "metrics": metrics,
         "versions": versions(),
     }
-    if output == folder:
-        Model.add_calibrator(folder, calibrator, made)
-    else:
-        model = load_model(folder, "cpu")
-        model.calibrator, model.decision_rule = calibrator, None  # a rule was fitted to scores of before
-        model.provenance = {**model.provenance, "calibration": made}
-        model.save(output)
+    if output != folder:
+        load_model(folder, "cpu").save(output)
+    Model.add_calibrator(output, calibrator, made)
     files.remove(files.join(kept, _checkpoint_name(plan)))
     return CalibrateResult(output, categories, True, metrics)
 
@@ -214,18 +211,25 @@ def _choose(
     Raises:
         DataError: held-out ones are asked for and there are none, or which they are cannot be told.
     """
-    rows = shards.table(Selection(("train", "val"), tuple(categories), (NORMAL,)), ["sample_id", "split"]).to_pylist()
+    columns = ["sample_id", "category", "split"]
+    rows = shards.table(Selection(("train", "val"), tuple(categories), (NORMAL,)), columns).to_pylist()
     if options.images == "all":
         return frozenset(row["sample_id"] for row in rows)
-    held_out = held_out_normals(description["provenance"], shards, categories, options.held_out_fraction)
+    provenance, name = description["provenance"], f"the model for {some(categories)}"
+    held_out: frozenset[str] = frozenset()
+    if provenance["shards"]["digest"] == shards.digest:  # of other shards it has seen nothing, and held nothing out
+        held_out = held_out_normals(provenance, rows, name, options.held_out_fraction)
     if options.images == "held_out":
         if not held_out:
             raise DataError(
-                f"the model of {', '.join(categories)} held no normal image out; give --images train, or train it with "
+                f"{name} held no normal image out; give --images train, or train it with "
                 f"--threshold.validation_fraction above 0"
             )
         return held_out
-    return frozenset(row["sample_id"] for row in rows if row["split"] == "train") - held_out
+    chosen = frozenset(row["sample_id"] for row in rows if row["split"] == "train") - held_out
+    if not chosen:
+        raise DataError(f"{shards.uri} has no normal training image for {name}; give --images all")
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------- what the network finds
@@ -256,17 +260,11 @@ def _keep(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    records = {part: storage.part_record(uri, part) for part in shards.parts}
     progress = Progress("inspect normals", len(chosen))
-    progress.advance(sum(record["rows"] for record in records.values() if record))
-    units = [{"part": part} for part, record in records.items() if record is None]
-    for record in run_units(PartInspector, arguments, units, options.runtime):
-        records[record["part"]] = record
-        progress.advance(record["rows"])
-    progress.close()
-    rows = {part: record["rows"] for part, record in records.items() if record is not None}
-    shape = next(record["shape"] for record in records.values() if record is not None and record["rows"])
-    storage.finish(uri, {"rows": rows, "shape": shape})
+    units = {part: {"part": part} for part in shards.parts}
+    records, _ = run_unfinished(PartInspector, arguments, units, uri, options.runtime, progress, "rows")
+    shape = next(record["shape"] for record in records.values() if record["rows"])
+    storage.finish(uri, {"rows": {part: record["rows"] for part, record in records.items()}, "shape": shape})
 
 
 class PartInspector:
@@ -341,29 +339,24 @@ class PartInspector:
         return files.join(self._output, array_name(part, name))
 
     def _save(self, part: str, name: str, array: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        files.write_bytes(self._path(part, name), buffer.getvalue())
+        files.write_array(self._path(part, name), array)
 
 
 class KeptRows:
     """Kept embeddings by the number of their image, through all parts.
 
     Args:
-        arrays: of the kept set.
-        rows: of each part, in order.
+        arrays: of the parts, in order, n×C×h×w each.
     """
 
-    def __init__(self, arrays: Arrays, rows: list[int]) -> None:
+    def __init__(self, arrays: list[np.ndarray]) -> None:
         self._arrays = arrays
-        self._starts = np.cumsum([0, *rows])
+        self._starts = np.cumsum([0, *(len(array) for array in arrays)])
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Those of some images, n×C×h×w."""
         parts = np.searchsorted(self._starts, indices, side="right") - 1
-        return np.stack(
-            [self._arrays.row(FEATURES, int(part), int(i - self._starts[part])) for part, i in zip(parts, indices)]
-        )
+        return np.stack([self._arrays[part][i - self._starts[part]] for part, i in zip(parts, indices)])
 
 
 # ------------------------------------------------------------------------------------------------------- the head
@@ -424,10 +417,11 @@ class HeadActor:
         threads: int,
     ) -> None:
         set_threads(threads)
-        # told by the first call, since what fails in an actor's constructor is told as the actor's death
-        self._make = (kept, parts, made, config, categories, checkpoint, device)
+        self._kept, self._parts, self._made, self._config = kept, parts, made, config
+        self._categories, self._checkpoint, self._device = categories, checkpoint, device
         self._copies = tempfile.TemporaryDirectory(prefix="unianom-calibration-")
-        self._checkpoint, self._loss = checkpoint, 0.0
+        self._loss = 0.0
+        # made by the first call, since what fails in an actor's constructor is told as the actor's death
         self._calibrator: Calibrator | None = None
         self._trainer: HeadTrainer | None = None
 
@@ -435,24 +429,27 @@ class HeadActor:
         """The calibrator with its statistics, at the last checkpoint."""
         if self._calibrator is not None:
             return self._calibrator
-        kept, parts, made, plain, categories, checkpoint, device = self._make
-        config = from_plain(CalibrationConfig, plain)
-        filled = [part for part in parts if made["rows"][part]]
-        statistics = MapStatistics(*np.concatenate([_load(kept, part, STATISTICS) for part in filled]).T)
-        self._category = np.concatenate([_load(kept, part, CATEGORY) for part in filled])
-        channels, height, width = made["shape"]
-        moments = sum(_load(kept, part, MOMENTS) for part in filled) / (len(self._category) * height * width)
-        calibrator = Calibrator(config, categories, channels, (height, width))
+        config = from_plain(CalibrationConfig, self._config)
+        filled = [part for part in self._parts if self._made["rows"][part]]
+        copies = Path(self._copies.name)
+
+        def load(name: str) -> list[np.ndarray]:
+            return [files.map_array(files.join(self._kept, array_name(part, name)), copies) for part in filled]
+
+        statistics = MapStatistics(*np.concatenate(load(STATISTICS)).T)
+        self._category = np.concatenate(load(CATEGORY))
+        channels, height, width = self._made["shape"]
+        moments = np.sum(load(MOMENTS), axis=0) / (len(self._category) * height * width)
+        calibrator = Calibrator(config, self._categories, channels, (height, width))
         calibrator.set_statistics(statistics, self._category, *moments)
-        self._calibrator = calibrator.to(device).eval()
+        self._calibrator = calibrator.to(self._device).eval()
         self._targets = statistics.targets(config.statistics)
-        arrays = Arrays(kept, filled, (FEATURES,), Path(self._copies.name))
-        self._rows = KeptRows(arrays, [made["rows"][part] for part in filled])
+        self._rows = KeptRows(load(FEATURES))
         if config.has_head:
             self._trainer = HeadTrainer(self._calibrator, self._rows, self._targets, self._category)
-            if files.exists(checkpoint):
-                content = io.BytesIO(files.read_bytes(checkpoint))
-                self._trainer.restore(torch.load(content, map_location=device, weights_only=True))
+            if files.exists(self._checkpoint):
+                content = io.BytesIO(files.read_bytes(self._checkpoint))
+                self._trainer.restore(torch.load(content, map_location=self._device, weights_only=True))
         return self._calibrator
 
     def run(self, end: int) -> tuple[int, float]:
@@ -474,11 +471,6 @@ class HeadActor:
         metrics = {"images": float(len(self._category)), "alpha": float(calibrator.alpha)}
         metrics |= head_metrics(calibrator, self._rows, self._targets, self._category)
         return {name: value.cpu().numpy() for name, value in calibrator.state_dict().items()}, metrics
-
-
-def _load(kept: str, part: str, name: str) -> np.ndarray:
-    content = io.BytesIO(files.read_bytes(files.join(kept, array_name(part, name))))
-    return np.load(content, allow_pickle=False)
 
 
 @torch.inference_mode()

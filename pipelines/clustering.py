@@ -9,8 +9,6 @@ network.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections import Counter
@@ -24,20 +22,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from pipelines import storage
-from pipelines.banks import open_array
 from pipelines.commandline import console, print_table
+from pipelines.contact import font, sheet_png
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import NormalReader
-from pipelines.report import read_samples
-from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
+from pipelines.report import SCALE_MAPS, STORED, as_seen, percent, read_samples
+from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files, visual
-from unianom.data.image import ImageLimits, InputPolicy, decode_image, decode_mask, prepare_image, prepare_mask
+from unianom.data.image import ImageLimits, InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
@@ -53,9 +51,6 @@ GOOD = "good"
 
 CELL, CAPTION, TITLE, GAP = 128, 14, 24, 4
 """Pixels of a contact sheet: side of a picture, height of its caption and of a cluster's title, space between."""
-
-SCALE_MAPS = 64
-"""How many maps of normal images, and as many of anomalous ones, set the scale of a sheet's heat maps."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +223,11 @@ def keep_features(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
-    folder = files.full_uri(options.features or files.join(beside, "cluster_features"))
+    folder = files.full_uri(options.features or files.beside(options.output, "cluster_features"))
     uri = files.join(folder, files.digest_of(plan)[:20])
     storage.claim(uri, plan, False, "feature set")
     if storage.is_complete(uri):
         return uri
-    connect(options.runtime)
     arguments = {
         "shards": shards,
         "shelf": shelf,
@@ -246,14 +239,9 @@ def keep_features(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    units: list[dict[str, Any]] = [{"part": p, "model": n} for p in shards.parts for n in range(len(models))]
-    records = [storage.part_record(uri, feature_part(unit["part"], unit["model"])) for unit in units]
+    units = {feature_part(p, n): {"part": p, "model": n} for p in shards.parts for n in range(len(models))}
     progress = Progress("features", shards.count(Selection(options.splits)))
-    progress.advance(sum(record["images"] for record in records if record))
-    left = [unit for unit, record in zip(units, records, strict=True) if record is None]
-    for record in run_units(PartFeatures, arguments, left, options.runtime):
-        progress.advance(record["images"])
-    progress.close()
+    run_unfinished(PartFeatures, arguments, units, uri, options.runtime, progress, "images")
     storage.finish(uri, {"kind": "cluster features", "images": shards.count(Selection(options.splits))})
     return uri
 
@@ -266,20 +254,6 @@ def feature_part(part: str, model: int) -> str:
 def categories_of(shelf: ModelShelf, folder: str) -> tuple[str, ...]:
     """Categories that a model folder of a shelf scores; empty for all."""
     return tuple(sorted(name for name, own in shelf.by_category.items() if own == folder))
-
-
-def patch_distances(method: MemoryMethod, embedding: Embedding) -> np.ndarray:
-    """Mean squared distance of each patch to its nearest bank vectors, B×N float32; 0 where the mask dropped it.
-
-    Raises:
-        ModelError: the method has no bank.
-    """
-    keep = embedding.keep.cpu().numpy()  # B N
-    distances = np.zeros(keep.shape, np.float32)
-    queries = embedding.patches[embedding.keep].float().cpu().numpy()  # M D
-    if len(queries):
-        distances[keep] = method.require_bank().search(queries, method.config.neighbours)[0].mean(1)
-    return distances
 
 
 class PartFeatures:
@@ -332,15 +306,14 @@ class PartFeatures:
                 found[name].append(values)
         name = feature_part(part, number)
         for kind, arrays in found.items():
-            buffer = io.BytesIO()
-            np.save(buffer, np.concatenate(arrays) if arrays else np.zeros((0, 0), np.float32), allow_pickle=False)
-            files.write_bytes(files.join(self._output, f"{name}-{kind}.npy"), buffer.getvalue())
+            array = np.concatenate(arrays) if arrays else np.zeros((0, 0), np.float32)
+            files.write_array(files.join(self._output, f"{name}-{kind}.npy"), array)
         record = {"images": len(ids)}
         storage.commit_part(self._output, name, record)
         return record
 
     def _describe(self, method: MemoryMethod, embedding: Embedding) -> dict[str, np.ndarray]:
-        distances = patch_distances(method, embedding)  # B N
+        distances = method.patch_distances(embedding).cpu().numpy()  # B N
         patches = embedding.patches.float().cpu().numpy()  # B N D
         top = max(1, round(self._keep_ratio * distances.shape[1]))
         order = np.argsort(-distances, axis=1, kind="stable")[:, :top]  # B T
@@ -458,7 +431,8 @@ def _described(
                 continue
             rows += [{**own[n], "type": type_of(own[n])} for n in inside]
             for kind, arrays in found.items():
-                arrays.append(open_array(folder, f"{feature_part(part, number)}-{kind}.npy", Path(copies))[inside])
+                path = files.join(folder, f"{feature_part(part, number)}-{kind}.npy")
+                arrays.append(files.map_array(path, Path(copies))[inside])
     distances = np.concatenate(found["distances"])
     ratio = _k_ratio(options, models[number])
     vectors = describe_images(
@@ -527,7 +501,7 @@ def _write(
         "sheets": sheets,
     }
     _write_table(output, table)
-    files.write_bytes(files.join(output, "categories.csv"), _csv([*rows, {"category": "mean", **mean}]))
+    files.write_bytes(files.join(output, "categories.csv"), files.csv_bytes([*rows, {"category": "mean", **mean}]))
     files.write_json(files.join(output, "section.json"), _section(content))
     files.write_json(files.join(output, "clustering.json"), content)
     storage.finish(output, {"kind": "clustering", "images": len(table)})
@@ -595,18 +569,6 @@ def _write_table(output: str, rows: list[dict[str, Any]]) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema), handle, compression="zstd")
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 RESULT_COLUMNS = ["category", *SHOWN.values(), "images", "clusters", "types"]
 CLUSTER_COLUMNS = ["category", "cluster", "images", "stands for", "types"]
 
@@ -615,13 +577,13 @@ def _result_rows(content: Mapping[str, Any]) -> list[list[str]]:
     rows = [
         [
             row["category"],
-            *(_percent(row[key]) for key in SHOWN),
+            *(percent(row[key]) for key in SHOWN),
             *(str(row[key]) for key in ("images", "clusters", "types")),
         ]
         for row in content["categories"]
     ]
     if len(rows) > 1:
-        rows.append(["mean", *(_percent(content["mean"][key]) for key in SHOWN), "", "", ""])
+        rows.append(["mean", *(percent(content["mean"][key]) for key in SHOWN), "", "", ""])
     return rows
 
 
@@ -708,23 +670,21 @@ def contact_sheet(shards: ShardSet, described: Described, rows: Sequence[Mapping
     drawn = [n for group in nearest for n in group]
     maps = dict(zip(drawn, _maps(described, policy.side, drawn), strict=True))
     wanted = {rows[n]["sample_id"] for n in drawn}
-    stored = {row["sample_id"]: row for row in read_samples(shards, wanted, ("image", "mask", "height", "width"))}
+    stored = {row["sample_id"]: row for row in read_samples(shards, wanted, STORED)}
     block = TITLE + 2 * (CELL + GAP) + CAPTION
     sheet = Image.new("RGB", (shown * (CELL + GAP) + GAP, len(nearest) * block + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for number, (entry, group) in enumerate(zip(summaries, nearest, strict=True)):
         y = number * block
-        draw.text((GAP, y + 5), _sheet_title(entry), fill="#3a4150", font=ImageFont.load_default(13))
+        draw.text((GAP, y + 5), _sheet_title(entry), fill="#3a4150", font=font(12))
         for column, n in enumerate(group):
             x = GAP + column * (CELL + GAP)
             image, over = _pictures(stored[rows[n]["sample_id"]], maps[n], scale, policy)
             sheet.paste(image, (x, y + TITLE))
             sheet.paste(over, (x, y + TITLE + CELL + GAP))
             caption = rows[n]["type"] or "unknown"
-            draw.text((x, y + TITLE + 2 * CELL + GAP + 1), caption, fill="#6b7280", font=ImageFont.load_default(10))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+            draw.text((x, y + TITLE + 2 * CELL + GAP + 1), caption, fill="#6b7280", font=font(9))
+    return sheet_png(sheet)
 
 
 def _sheet_title(entry: Mapping[str, Any]) -> str:
@@ -756,12 +716,9 @@ def _pictures(
     stored: Mapping[str, Any], anomaly_map: np.ndarray, scale: visual.HeatScale, policy: InputPolicy
 ) -> tuple[Image.Image, Image.Image]:
     """The image with the outline of its mask, and its overlay, each CELL pixels a side."""
-    # it was within the limits of ingest, so none apply here
-    limits = ImageLimits(stored["height"] * stored["width"], max(len(stored["image"]), len(stored["mask"] or b"")))
-    image = prepare_image(decode_image(stored["image"], limits).pixels, policy)
+    image, mask = as_seen(stored, policy)
     over = visual.overlay(image, anomaly_map, scale)
-    if stored["mask"] is not None:
-        mask = prepare_mask(decode_mask(stored["mask"], limits=limits), policy)
+    if mask is not None:
         image = visual.draw_outline(image, mask, max(1, policy.side // CELL))
     small = [Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BILINEAR) for pixels in (image, over)]
     return small[0], small[1]

@@ -6,8 +6,6 @@ published; else the comparison says what differs.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -466,11 +464,7 @@ def _csv(results: Sequence[Result]) -> bytes:
                 f"{key}_published": None if value is None else round(value / 100, 6),
             }
         lines.append(line | {"source": found["source"], "not_comparable": "; ".join(found["differences"])})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue().encode()
+    return files.csv_bytes(lines)
 
 
 def markdown(table: Table) -> str:

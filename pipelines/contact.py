@@ -1,4 +1,5 @@
-"""Contact sheets of a review queue: image and heat map of each sample side by side, with its score.
+"""Contact sheets: what all have in common, and those of a review queue, where image and heat map of each sample lie
+side by side, with its score.
 
 Only the images shown are read, and a few maps more of images that passed, which set the dark end of the heat scale.
 """
@@ -15,23 +16,15 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.report import read_samples
+from pipelines.report import STORED, as_seen, read_samples
 from unianom import visual
-from unianom.data.image import (
-    ImageLimits,
-    InputPolicy,
-    decode_image,
-    decode_map,
-    decode_mask,
-    prepare_image,
-    prepare_mask,
-)
+from unianom.data.image import InputPolicy, decode_map
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.serialise import from_plain
 from unianom.thresholds import ScoreKind
 
-SIDE, GAP, LINE, COLUMNS = 160, 12, 15, 4
-"""Pixels of a picture's side, between cards and of a line of text, and cards in a row."""
+SIDE, GAP, LINE, TEXT, COLUMNS = 160, 12, 15, 11, 4
+"""Pixels of a picture's side, between cards, of a line of text and of its letters, and cards in a row."""
 
 MAP_COLUMNS = ("anomaly_map", "map_offset", "map_scale", "calibration_offset", "calibration_scale")
 
@@ -58,7 +51,7 @@ def draw_queue(
     rows = {row["sample_id"]: row for queue in queues.values() for row in queue}
     maps = _read_maps(scores, {*rows, *ordinary}, kind)
     policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in scores.manifest["models"]}
-    stored = {row["sample_id"]: row for row in read_samples(shards, set(rows), ("image", "mask", "height", "width"))}
+    stored = {row["sample_id"]: row for row in read_samples(shards, set(rows), STORED)}
     sheets = {}
     for name, queue in queues.items():
         scale = _scale(maps, [maps[row["sample_id"]] for row in queue if row["sample_id"] in maps], rows)
@@ -97,15 +90,13 @@ def _draw(
     stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
 ) -> list[Image.Image]:
     """The image as the model saw it, and with its heat map and the outline of its mask laid over it."""
-    # it was within the limits of ingest and of scoring, so none apply here
-    limits = ImageLimits(stored["height"] * stored["width"], max(len(stored["image"]), len(stored["mask"] or b"")))
-    pixels = _sized(prepare_image(decode_image(stored["image"], limits).pixels, policy))
+    seen, marked = as_seen(stored, policy)
+    pixels = _sized(seen)
     over = pixels
     if anomaly_map is not None and scale is not None:
         over = visual.overlay(pixels, _sized(anomaly_map.astype(np.float32)), scale)
-    if stored["mask"] is not None:
-        mask = _sized(prepare_mask(decode_mask(stored["mask"], limits=limits), policy).astype(np.float32)) > 0.5
-        over = visual.draw_outline(over, mask)
+    if marked is not None:
+        over = visual.draw_outline(over, _sized(marked.astype(np.float32)) > 0.5)
     return [Image.fromarray(pixels), Image.fromarray(over)]
 
 
@@ -126,25 +117,30 @@ def _sheet(queue: Sequence[Mapping[str, Any]], pictures: Mapping[str, list[Image
             sheet.paste(picture, (left + place * SIDE, top))
         ink = {"fail": visual.ANOMALOUS_COLOUR, "review": "#8a6d00", "pass": visual.NORMAL_COLOUR}[row["decision"]]
         head = f"{number + 1}  {row['decision']}  {row['score']:.4g}  ({row['margin']:+.2f} σ)"
-        pen.text((left, top + SIDE + 1), head, fill=ink, font=_font(bold=True))
+        pen.text((left, top + SIDE + 1), head, fill=ink, font=font(TEXT, bold=True))
         name = row["sample_id"].split("/", 1)[-1]
-        pen.text((left, top + SIDE + LINE), _fitting(name, 2 * SIDE), fill="#3a4150", font=_font(bold=False))
+        pen.text((left, top + SIDE + LINE), _fitting(name, 2 * SIDE), fill="#3a4150", font=font(TEXT))
+    return sheet_png(sheet)
+
+
+def sheet_png(sheet: Image.Image) -> bytes:
+    """A sheet as PNG bytes."""
     buffer = BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 @cache
-def _font(bold: bool) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """The font that Matplotlib brings along: the same on every machine, with more letters than Pillow's own."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), 11)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
 
 def _fitting(text: str, width: int) -> str:
     """A text, shortened from the left until it is not wider than so many pixels."""
-    if _font(False).getlength(text) <= width:
+    if font(TEXT).getlength(text) <= width:
         return text
-    while text and _font(False).getlength(f"…{text}") > width:
+    while text and font(TEXT).getlength(f"…{text}") > width:
         text = text[1:]
     return f"…{text}"

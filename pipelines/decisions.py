@@ -10,8 +10,6 @@ Rows of the test split are not even read for it.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,14 +22,15 @@ from pipelines import storage
 from pipelines.commandline import console, print_table
 from pipelines.contact import draw_queue
 from pipelines.models import ModelShelf
+from pipelines.normals import held_out_normals, some
 from pipelines.report import SCALE_MAPS, UNDEFINED, percent
-from pipelines.runtime import RuntimeOptions, connect, run_units
+from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
 from pipelines.scoring import IDENTITY
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
 from unianom.data.schema import ANOMALOUS, NORMAL, SCORE_SCHEMA
 from unianom.data.shards import PartSet, PartWriter, ScoreSet, Selection, ShardSet
-from unianom.data.splits import hash_order, hold_out
+from unianom.data.splits import hash_order
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.model import store_rule, without_rule
 from unianom.serialise import to_plain
@@ -221,7 +220,7 @@ def _check_calibration(normals: ScoreSet) -> None:
         images = (model["provenance"].get("calibration") or {}).get("images", "train")
         if images != "train":
             raise DataError(
-                f"the calibrator of the model for {_some(model['categories'])} learned from held-out normal images, "
+                f"the calibrator of the model for {some(model['categories'])} learned from held-out normal images, "
                 f"too (images={images}), so none are left that no part of it has seen; calibrate with --images train"
             )
 
@@ -253,7 +252,7 @@ def unseen_normals(normals: ScoreSet, shards: ShardSet | None, fraction: float |
         scored = [row for row in chosen if row["status"] == "ok"]
         if not scored:
             raise DataError(
-                f"{normals.uri} holds no unseen normal image of the model for {_some(model['categories'])}; score the "
+                f"{normals.uri} holds no unseen normal image of the model for {some(model['categories'])}; score the "
                 f"split they are in with jobs/score.py --splits val (or train, of which the held-out images are taken) "
                 f"and give that as --normals"
             )
@@ -267,10 +266,10 @@ def _held_out_ids(
     normals: ScoreSet,
     shards: ShardSet | None,
     fraction: float | None,
-) -> set[str]:
+) -> frozenset[str]:
     """Names of the normal training images that a model's training held out, drawn again as it drew them."""
     made = model["provenance"]
-    name = f"the model for {_some(model['categories'])}"
+    name = f"the model for {some(model['categories'])}"
     if made["shards"]["digest"] != normals.manifest["shards"]["digest"]:
         raise DataError(
             f"{name} was not trained on the shards of {normals.uri}, so what it held out of them cannot be told; score "
@@ -281,16 +280,10 @@ def _held_out_ids(
             f"{normals.uri} holds no normal image of the train or val split; score one of them, by jobs/score.py "
             f"--splits train or --splits val, and give that as --normals: thresholds are never fitted to test images"
         )
-    record = made.get("held_out") or {"split": "train", "fraction": fraction, "seed": made["seeds"]["split"]}
-    if record["split"] == "val":
+    if (made.get("held_out") or {}).get("split") == "val":
         raise DataError(
             f'{name} held out the "val" split, of which {normals.uri} has no normal image; score it with '
             f"jobs/score.py --splits val and give that as --normals"
-        )
-    if record["fraction"] is None:
-        raise DataError(
-            f"{name} does not record which share of its normal images was held out; give it as --held_out_fraction "
-            f"(jobs/train.py takes 0.2 unless told otherwise)"
         )
     if made["held_out_normals"] == 0:
         raise DataError(
@@ -300,23 +293,9 @@ def _held_out_ids(
     listed = rows
     if shards is not None and shards.digest == normals.manifest["shards"]["digest"]:
         selection = Selection(("train",), tuple(model["categories"]), (NORMAL,))
-        listed = shards.table(selection, ["sample_id", "category"]).to_pylist()
-    train = [row for row in listed if row.get("split", "train") == "train" and row["category"] in model["categories"]]
-    drawn = hold_out(
-        [row["sample_id"] for row in train], [row["category"] for row in train], record["fraction"], record["seed"]
-    )
-    if len(drawn) != made["held_out_normals"]:
-        raise DataError(
-            f"{name} held out {made['held_out_normals']} normal images, but drawing {record['fraction']:g} of "
-            f"{len(train)} again gives {len(drawn)}; score the whole train split of the shards it was trained on, or "
-            f"give these as --shards" + ("" if "held_out" in made else ", and mend --held_out_fraction")
-        )
-    return drawn
-
-
-def _some(categories: list[str]) -> str:
-    more = f" and {len(categories) - 3} more" if len(categories) > 3 else ""
-    return ", ".join(categories[:3]) + more
+        listed = shards.table(selection, ["sample_id", "category", "split"]).to_pylist()
+    own = [row for row in listed if row["category"] in model["categories"]]
+    return held_out_normals(made, own, name, fraction)
 
 
 def _fit(unseen: list[dict[str, Any]], categories: list[str], options: DecideOptions) -> DecisionRule:
@@ -347,15 +326,10 @@ def _write_parts(
     scores: ScoreSet, rule: DecisionRule, output: str, plan: str, options: DecideOptions
 ) -> list[dict[str, Any]]:
     """Write the decision parts that are not there yet; the records of all, in the order of the parts."""
-    units = [{"part": part} for part in scores.parts if storage.part_record(output, decision_part(part, plan)) is None]
+    units = {decision_part(part, plan): {"part": part} for part in scores.parts}
     arguments = {"scores": scores, "rule": rule, "output": output, "plan": plan, "queue": options.queue}
-    if units:
-        connect(options.runtime)
-    fresh = {record["name"]: record for record in run_units(PartJudge, arguments, units, options.runtime)}
-    records = [storage.part_record(output, decision_part(part, plan)) for part in scores.parts]
-    if len(fresh) != len(units) or None in records:
-        raise DataError(f"{scores.uri} is not judged to the end; run the same command again, it continues")
-    return [record for record in records if record is not None]
+    progress = Progress("decide", sum(entry["rows"] for entry in scores.manifest["files"]))
+    return list(run_unfinished(PartJudge, arguments, units, output, options.runtime, progress, "rows")[0].values())
 
 
 def decision_part(part: str, plan: str) -> str:
@@ -399,7 +373,7 @@ class PartJudge:
             "ordinary": hash_order((row["sample_id"] for row in test if row.get("decision") == PASS), 0)[:SCALE_MAPS],
         }
         storage.commit_part(self._output, name, record)
-        return {"name": name}
+        return {"rows": len(rows)}
 
     def _judged(self, part: str) -> Iterator[dict[str, Any]]:
         """Rows of DECISION_SCHEMA in the order of the part; those without a score have no decision."""
@@ -553,13 +527,24 @@ def review_queues(rows: list[dict[str, Any]], count: int) -> dict[str, list[dict
 
 
 def _queue_csv(queues: Mapping[str, list[dict[str, Any]]]) -> bytes:
-    columns = ["list", "rank", "sample_id", "dataset", "category", "decision", "score", "fail_above", "margin"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*columns, "label", "defect", "uri"], lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for name, queue in queues.items():
-        writer.writerows({"list": name, "rank": rank, **row} for rank, row in enumerate(queue, 1))
-    return text.getvalue().encode()
+    columns = (
+        "sample_id",
+        "dataset",
+        "category",
+        "decision",
+        "score",
+        "fail_above",
+        "margin",
+        "label",
+        "defect",
+        "uri",
+    )
+    rows = [
+        {"list": name, "rank": rank, **{key: row[key] for key in columns}}
+        for name, queue in queues.items()
+        for rank, row in enumerate(queue, 1)
+    ]
+    return files.csv_bytes(rows, ["list", "rank", *columns])
 
 
 COLUMNS = {

@@ -9,7 +9,6 @@ one image to the last bit, with larger batches up to the rounding of the forward
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ import numpy as np
 import torch
 
 from pipelines import storage
-from pipelines.banks import PatchMatrix, open_array
+from pipelines.banks import PatchMatrix
 from pipelines.models import load_model
 from pipelines.normals import NormalReader, weights_digest
-from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
+from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
 from pipelines.tracking import TrackingOptions
 from unianom import __version__, files
 from unianom.data.image import ImageLimits
@@ -121,8 +120,7 @@ def embed_once(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
-    folder = files.full_uri(options.embeddings or files.join(beside, "embeddings"))
+    folder = files.full_uri(options.embeddings or files.beside(options.output, "embeddings"))
     uri = files.join(folder, files.digest_of(plan)[:20])
     storage.claim(uri, plan, False, "embedding")
     made = EmbeddingSet(uri, shards, selections)
@@ -130,7 +128,6 @@ def embed_once(
         return made
     if not is_model(made.encoder):
         Model(METHODS[name](config), shards.categories).save(made.encoder)
-    connect(options.runtime)
     arguments = {
         "embedded": made,
         "batch_size": options.batch_size,
@@ -138,14 +135,9 @@ def embed_once(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    units = [{"part": part, "side": side} for part in shards.parts for side in selections]
-    records = [storage.part_record(uri, patch_file(unit["part"], unit["side"])) for unit in units]
+    units = {patch_file(part, side): {"part": part, "side": side} for part in shards.parts for side in selections}
     progress = Progress("embed", sum(shards.count(selection) for selection in selections.values()))
-    progress.advance(sum(record["images"] for record in records if record))
-    left = [unit for unit, record in zip(units, records, strict=True) if record is None]
-    for record in run_units(PartEmbedder, arguments, left, options.runtime):
-        progress.advance(record["images"])
-    progress.close()
+    run_unfinished(PartEmbedder, arguments, units, uri, options.runtime, progress, "images")
     storage.finish(uri, {"images": {side: shards.count(selection) for side, selection in selections.items()}})
     return made
 
@@ -201,17 +193,13 @@ class PartEmbedder:
         patches = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
         if not np.isfinite(patches).all():
             raise DataError(f"patches of {part} hold NaN or infinite values; use --method.backbone.precision fp32")
-        self._write(keep_file(part, side), np.concatenate(keep) if keep else np.zeros((0, 0), bool))
-        name = patch_file(part, side)
-        self._write(name, patches)
+        folder, name = self._embedded.uri, patch_file(part, side)
+        keeps = np.concatenate(keep) if keep else np.zeros((0, 0), bool)
+        files.write_array(files.join(folder, keep_file(part, side)), keeps)
+        files.write_array(files.join(folder, name), patches)
         record = {"name": name, "images": len(chosen), "rows": len(patches)}
-        storage.commit_part(self._embedded.uri, name, record)
+        storage.commit_part(folder, name, record)
         return record
-
-    def _write(self, name: str, array: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        files.write_bytes(files.join(self._embedded.uri, name), buffer.getvalue())
 
 
 def _rows(shards: ShardSet, part: str, selection: Selection) -> list[dict[str, Any]]:
@@ -290,7 +278,4 @@ class EmbeddingReader:
         return self._open(patch_file(part, side)), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def _open(self, name: str) -> np.ndarray:
-        copy = Path(self._copies.name, name)
-        if copy.exists():  # fetched from an object store before
-            return np.load(copy, mmap_mode="r", allow_pickle=False)
-        return open_array(self._embedded.uri, name, Path(self._copies.name))
+        return files.map_array(files.join(self._embedded.uri, name), Path(self._copies.name))

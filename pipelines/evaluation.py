@@ -9,8 +9,6 @@ Raw and calibrated scores are evaluated side by side; for each, categories by th
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +21,7 @@ import pyarrow as pa
 
 from pipelines.commandline import console, print_table
 from pipelines.pixels import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
-from pipelines.report import aupro_names, figures, headline_rows, largest_error
+from pipelines.report import aupro_names, figures, headline_rows, largest_error, percent
 from pipelines.runtime import RuntimeOptions
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
@@ -134,7 +132,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if scores.manifest["maps"]:
         count_pixels(scores, shards, plan, folder, options.runtime)
     content = tabulate(options, scores, shards, images, plan, folder)
-    table = _table_csv(content).encode()
+    table = _table_csv(content)
     files.write_bytes(files.join(output, "categories.csv"), table)
     files.write_json(files.join(output, "evaluation.json"), content)
     files.remove(work)
@@ -166,7 +164,6 @@ class Images:
         group: (n,) which group each image belongs to.
         labels: (n,) 0 normal, 1 anomalous.
         scores: by kind, (n,) float64; calibrated ones only if every image has one.
-        decisions: (n,) "pass", "review", "fail" or None.
         models: (n,) digests.
         partly_calibrated: whether some, but not all have a calibrated score.
     """
@@ -176,7 +173,6 @@ class Images:
     group: np.ndarray
     labels: np.ndarray
     scores: dict[str, np.ndarray]
-    decisions: np.ndarray
     models: np.ndarray
     partly_calibrated: bool
 
@@ -187,7 +183,7 @@ class Images:
         Raises:
             DataError: there is none.
         """
-        texts = ("sample_id", "dataset", "category", "decision", "model")
+        texts = ("sample_id", "dataset", "category", "model")
         table = scores.table(columns=[*texts, "label", "status", *SCORE_COLUMNS.values()])
         kept = [
             status == "ok" and label is not None
@@ -212,7 +208,6 @@ class Images:
             group=np.array([number[name] for name in names]),
             labels=table["label"].to_numpy().astype(np.int64),
             scores=values,
-            decisions=np.asarray(column["decision"], dtype=object),
             models=np.asarray(column["model"], dtype=object),
             partly_calibrated=0 < missing < len(table),
         )
@@ -290,7 +285,7 @@ def tabulate(
             RAW: intervals[RAW],
             CALIBRATED: intervals.get(CALIBRATED),
         },
-        "notes": _notes(options, plan, images, with_maps),
+        "notes": _notes(options, scores, plan, images, with_maps),
         "curves": raw["curves"],
         "statuses": scores.manifest["statuses"],
         "rejected": _not_scored(scores),
@@ -317,9 +312,14 @@ def _of_kind(
     return tables, resampling.intervals(tables["metrics"])
 
 
-def _notes(options: EvaluateOptions, plan: PixelPlan, images: Images, with_maps: bool) -> list[str]:
+def _notes(options: EvaluateOptions, scores: ScoreSet, plan: PixelPlan, images: Images, with_maps: bool) -> list[str]:
     """What a reader must know of how the figures came about."""
     notes = []
+    if any(model.get("decision_rule") is not None for model in scores.manifest["models"]):
+        notes.append(
+            "the model decides by a rule of jobs/decide.py, which tells what that rule does; the rates here are those "
+            "of the model's single threshold"
+        )
     if images.partly_calibrated:
         notes.append("some images have a calibrated score and some have none, so calibrated scores are not evaluated")
     if with_maps and plan.binned:
@@ -379,12 +379,13 @@ def _scope_result(
             metrics.update(summary.as_dict(options.soft_dice))
             curves.update({"pixel_roc": found["roc"], "pixel_pr": found["pr"], "pro": found["pro"]})
     return (
-        {key: _plain(value) for key, value in metrics.items()},
+        {key: plain(value) for key, value in metrics.items()},
         {name: {"x": curve.x.tolist(), "y": curve.y.tolist()} for name, curve in curves.items()},
     )
 
 
-def _plain(value: float) -> float | int | None:
+def plain(value: float) -> float | int | None:
+    """A metric as JSON holds it; None where it is undefined."""
     if isinstance(value, int | np.integer):
         return int(value)
     return float(value) if math.isfinite(value) else None
@@ -423,7 +424,8 @@ def _rates(images: Images, thresholds: Mapping[str, Any], groups: Sequence[int])
     used = [thresholds[digest] for digest in sorted(set(images.models[own]))]
     if any(threshold is None for threshold in used):
         return None
-    failed = images.decisions[own] == "fail"
+    # by the threshold, not by `decision`: a rule stored in the model may have decided
+    failed = images.scores[RAW][own] > np.array([thresholds[digest]["value"] for digest in images.models[own]])
     normal, anomalous = failed[images.labels[own] == NORMAL], failed[images.labels[own] == ANOMALOUS]
     values = {threshold["value"] for threshold in used}
     return {
@@ -441,7 +443,7 @@ def _not_scored(scores: ScoreSet, most: int = 100) -> list[dict[str, Any]]:
     return rows[:most]
 
 
-def _table_csv(content: dict[str, Any]) -> str:
+def _table_csv(content: dict[str, Any]) -> bytes:
     """Categories, mean and union, then mean and union of each data set where there are several; column `scores` says
     whether of raw or of calibrated scores."""
     rows = []
@@ -453,11 +455,7 @@ def _table_csv(content: dict[str, Any]) -> str:
         if len(found["datasets"]) > 1:
             own += [row for entry in found["datasets"] for row in _total_rows(entry["dataset"], entry)]
         rows += [{"scores": kind, **row} for row in own]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return files.csv_bytes(rows)
 
 
 def _total_rows(dataset: str, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -626,7 +624,7 @@ def _print_metrics(title: str, found: Mapping[str, Any]) -> None:
     shown = {key: name for key, name in SHOWN.items() if any(row_has(row, key) for row in rows)}
     shown.update(aupro_names(metrics["mean"]))
     table = [
-        [row["category"], *(_cell(row, key) for key in shown), str(row["n_images"]), str(row["n_anomalous"])]
+        [row["category"], *(percent(row.get(key)) for key in shown), str(row["n_images"]), str(row["n_anomalous"])]
         for row in rows
     ]
     print_table(title, ["category", *shown.values(), "images", "anomalous"], table, footer=len(totals))
@@ -634,10 +632,6 @@ def _print_metrics(title: str, found: Mapping[str, Any]) -> None:
 
 def _datasets(found: Mapping[str, Any]) -> list[str]:
     return [entry["dataset"] for entry in found["datasets"]]
-
-
-def _cell(row: Mapping[str, Any], key: str) -> str:
-    return f"{100 * row[key]:.1f}" if row_has(row, key) else "–"
 
 
 def _print_headline(content: Mapping[str, Any]) -> None:

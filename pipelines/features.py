@@ -22,7 +22,7 @@ from pipelines import storage
 from pipelines.ingest import map_ahead
 from pipelines.models import load_model
 from pipelines.normals import decode_row, decode_row_mask
-from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
+from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, InputPolicy, normalise
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -124,7 +124,6 @@ def prepare(
     if storage.is_complete(uri):
         made = files.read_json(files.join(uri, "_manifest.json"))
         return PreparedSet(uri, tuple(made["names"]), made["bytes"], 0.0)
-    connect(runtime)
     model = None
     if encoder is not None:
         model = files.join(uri, "encoder")
@@ -142,20 +141,14 @@ def prepare(
         "threads": runtime.cpus_per_worker,
         "masks": masks,
     }
-    records = {part: storage.part_record(uri, part) for part in shards.parts}
     progress = Progress("frozen features" if model else "prepare images", shards.count(selection))
-    progress.advance(sum(record["rows"] for record in records.values() if record))
-    units = [{"part": part} for part, record in records.items() if record is None]
-    for record in run_units(PartPreparer, arguments, units, runtime):
-        records[record["part"]] = record
-        progress.advance(record["rows"])
-    rate = progress.close()
-    done = [record for record in records.values() if record is not None]
-    size = sum(record["bytes"] for record in done)
-    names: list[str] = next((record["names"] for record in done if record["rows"]), [])
+    units = {part: {"part": part} for part in shards.parts}
+    records, rate = run_unfinished(PartPreparer, arguments, units, uri, runtime, progress, "rows")
+    size = sum(record["bytes"] for record in records.values())
+    names: list[str] = next((record["names"] for record in records.values() if record["rows"]), [])
     if model:
         files.remove(model)
-    storage.finish(uri, {"names": names, "bytes": size, "rows": sum(record["rows"] for record in done)})
+    storage.finish(uri, {"names": names, "bytes": size, "rows": sum(record["rows"] for record in records.values())})
     return PreparedSet(uri, tuple(names), size, rate)
 
 
@@ -276,12 +269,7 @@ class Arrays:
         key = (part, name)
         if key not in self._open:
             path = files.join(self._uri, array_name(self._parts[part], name))
-            if not files.is_local(path):
-                copy = self._copies / f"{Path(self._uri).name}-{array_name(self._parts[part], name)}"
-                if not copy.exists():
-                    files.write_bytes(str(copy), files.read_bytes(path))
-                path = str(copy)
-            self._open[key] = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._open[key] = files.map_array(path, self._copies)
         return self._open[key][row]
 
     def __getstate__(self) -> dict[str, Any]:

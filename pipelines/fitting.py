@@ -92,7 +92,7 @@ def _calibrate(results: list[FitResult], options: Any) -> None:
         shards=options.shards,
         calibration=CalibrationConfig(variant=options.calibrate),
         batch_size=options.batch_size,
-        folder=files.join(files.full_uri(options.output).rstrip("/").rpartition("/")[0], "prepared"),
+        folder=files.beside(options.output, "prepared"),
         overwrite=options.overwrite,
         limits=options.limits,
         runtime=options.runtime,

@@ -3,7 +3,7 @@ normal ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,41 +271,47 @@ def held_out_record(shards: ShardSet, categories: list[str], options: FitOptions
 
 
 def held_out_normals(
-    provenance: dict[str, Any], shards: ShardSet, categories: list[str], fraction: float | None = None
+    provenance: Mapping[str, Any], listed: Iterable[Mapping[str, Any]], name: str, fraction: float | None = None
 ) -> frozenset[str]:
-    """Names of the normal images that a model held out of these shards, drawn again as its training drew them.
+    """Names of the normal images that a model's training held out, drawn again as it drew them.
 
     Args:
         provenance: the model's.
-        shards, categories: whose images; of other shards than those of its training nothing was held out.
+        listed: sample_id, category and split of all normal images of its training and validation splits.
+        name: of the model, in errors.
         fraction: share of the normal training images held out, for models that do not record it.
 
     Raises:
         DataError: which they were cannot be told.
     """
-    if provenance["shards"]["digest"] != shards.digest or provenance["held_out_normals"] == 0:
+    if provenance["held_out_normals"] == 0:
         return frozenset()
-    record = provenance.get("held_out") or {
-        "split": "train",
-        "fraction": fraction,
-        "seed": provenance["seeds"]["split"],
-    }
-    selection = Selection((record["split"],), tuple(categories), (NORMAL,))
-    rows = shards.table(selection, ["sample_id", "category"]).to_pylist()
-    names = [row["sample_id"] for row in rows]
+    unrecorded = {"split": "train", "fraction": fraction, "seed": provenance["seeds"]["split"]}
+    record = provenance.get("held_out") or unrecorded
+    own = [row for row in listed if row["split"] == record["split"]]
+    names = frozenset(row["sample_id"] for row in own)
+    found = f"there are {len(names)}"
     if record["split"] == "train":
         if record["fraction"] is None:
             raise DataError(
-                "the model does not record which share of its normal images was held out; give it as "
-                "--held_out_fraction (jobs/train.py takes 0.2 unless told otherwise)"
+                f"{name} does not record which share of its normal images was held out; give it as --held_out_fraction "
+                f"(jobs/train.py takes 0.2 unless told otherwise)"
             )
-        names = list(hold_out(names, [row["category"] for row in rows], record["fraction"], record["seed"]))
+        ids, categories = [row["sample_id"] for row in own], [row["category"] for row in own]
+        names = frozenset(hold_out(ids, categories, record["fraction"], record["seed"]))
+        found = f"drawing {record['fraction']:g} of {len(own)} again gives {len(names)}"
     if len(names) != provenance["held_out_normals"]:
         raise DataError(
-            f"the model held out {provenance['held_out_normals']} normal images, but drawing again gives {len(names)}; "
-            f"mend --held_out_fraction"
+            f"{name} held out {provenance['held_out_normals']} normal images, but {found}; give the shards it was "
+            f"trained on as --shards, or score all of their train split"
+            + ("" if provenance.get("held_out") else ", and mend --held_out_fraction")
         )
-    return frozenset(names)
+    return names
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _anomalous_shots(rows: list[dict[str, Any]], options: FitOptions) -> frozenset[str]:

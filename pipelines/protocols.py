@@ -8,9 +8,7 @@ killed run continues.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +24,12 @@ from matplotlib.figure import Figure
 from pipelines import storage
 from pipelines.banks import build_bank
 from pipelines.commandline import console, print_table
-from pipelines.embeddings import EmbeddingOptions, EmbeddingReader, EmbeddingSet, embed_once
+from pipelines.embeddings import EmbeddingOptions, EmbeddingReader, EmbeddingSet, Side, embed_once
+from pipelines.evaluation import plain
 from pipelines.models import load_model
 from pipelines.normals import weights_digest
-from pipelines.runtime import Progress, connect, run_units
+from pipelines.report import percent
+from pipelines.runtime import Progress, run_unfinished
 from pipelines.tracking import track
 from unianom import __version__, files, visual
 from unianom.data.image import decode_mask, prepare_mask
@@ -177,27 +177,28 @@ class BankScorer:
 
 
 def _run_banks(
-    worker: type, options: Any, arguments: dict[str, Any], units: Sequence[dict[str, Any]], words: str
+    worker: type,
+    options: Any,
+    shards: ShardSet,
+    sides: dict[Side, Selection],
+    output: str,
+    plan: str,
+    tasks: Sequence[dict[str, Any]],
+    words: str,
 ) -> list[dict[str, Any]]:
-    """Records of all units, in their order; those that are committed are not done again."""
-    output, plan = arguments["output"], arguments["plan"]
-    records: dict[int, dict[str, Any]] = {}
-    for unit in units:
-        record = storage.part_record(output, scores_file(unit["number"]))
-        if record is not None and record["plan"] == plan:
-            records[unit["number"]] = record
-    left = [{"number": unit["number"]} for unit in units if unit["number"] not in records]
-    if left:
-        connect(options.runtime)
-    progress = Progress(words, len(units), "banks")
-    progress.advance(len(records))
-    for record in run_units(
-        worker, {**arguments, "tasks": units}, left, dataclasses.replace(options.runtime, gpus_per_worker=0)
-    ):
-        records[record["number"]] = record
-        progress.advance(1)
-    progress.close()
-    return [{k: v for k, v in records[unit["number"]].items() if not k.startswith("_")} for unit in units]
+    """Embed the images of both sides, then fit and score a bank for each task; the tasks' records, in their order."""
+    arguments = {
+        "embedded": embed_once(method_name(options), options.method, options, shards, sides),
+        "config": options.method,
+        "batch_size": options.batch_size,
+        "output": output,
+        "plan": plan,
+        "tasks": tasks,
+    }
+    units = {scores_file(task["number"]): {"number": task["number"]} for task in tasks}
+    runtime = dataclasses.replace(options.runtime, gpus_per_worker=0)
+    records, _ = run_unfinished(worker, arguments, units, output, runtime, Progress(words, len(units), "banks"))
+    return list(records.values())
 
 
 def _plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
@@ -214,20 +215,6 @@ def _plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
         "threads": options.runtime.cpus_per_worker,
         **own,
     }
-
-
-def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as a CSV file; the columns are the keys of the rows, in the order they first come."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def percent(value: float | None) -> str:
-    """A share in percent with one decimal, or a dash."""
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -347,17 +334,9 @@ def semantic(options: Any) -> ProtocolResult:
     fresh = not storage.is_complete(output)
     with track(options.tracking, "semantic", output, to_plain(options), plan=digest) as run:
         if fresh:
-            sides: dict[Any, Selection] = {"train": Selection(("train",)), "test": Selection(("test",))}
-            embedded = embed_once(method_name(options), options.method, options, shards, sides)
-            arguments = {
-                "embedded": embedded,
-                "config": options.method,
-                "batch_size": options.batch_size,
-                "output": output,
-                "plan": digest,
-            }
+            sides: dict[Side, Selection] = {"train": Selection(("train",)), "test": Selection(("test",))}
             units = [{"number": n, "task": task, "classes": normal} for n, (task, normal) in enumerate(tasks.items())]
-            records = _run_banks(TaskScorer, options, arguments, units, "semantic tasks")
+            records = _run_banks(TaskScorer, options, shards, sides, output, digest, units, "semantic tasks")
             _write_semantic(output, options, shards, tasks, records)
         content = files.read_json(files.join(output, "semantic.json"))
         run.metrics({f"{row['task']}/image_auroc": row["image_auroc"] for row in content["tasks"]})
@@ -402,14 +381,8 @@ class TaskScorer(BankScorer):
         rows = [{**row, "label": NORMAL if row["defect"] in normal else ANOMALOUS} for row in self.score()]
         metrics = image_metrics([row["score"] for row in rows], [row["label"] for row in rows])
         shown = ("image_auroc", "image_ap", "n_images", "n_anomalous")
-        record = {**unit, **made, **{key: _number(metrics[key]) for key in shown}}
+        record = {**unit, **made, **{key: plain(metrics[key]) for key in shown}}
         return self.commit(unit["number"], [{"task": unit["task"], **row} for row in rows], record)
-
-
-def _number(value: float) -> float | int | None:
-    if isinstance(value, int | np.integer):
-        return int(value)
-    return float(value) if math.isfinite(value) else None
 
 
 def _write_semantic(
@@ -433,7 +406,7 @@ def _write_semantic(
     }
     title = f"Semantic anomalies: {method_name(options)} on {', '.join(shards.categories)}"
     files.write_bytes(files.join(output, "semantic.png"), visual.png(_task_figure(rows, mean["image_auroc"])))
-    files.write_bytes(files.join(output, "tasks.csv"), csv_bytes([*rows, {"task": "mean", **mean}]))
+    files.write_bytes(files.join(output, "tasks.csv"), files.csv_bytes([*rows, {"task": "mean", **mean}]))
     section = {
         "title": title,
         "text": [
@@ -559,15 +532,8 @@ def low_shot(options: Any) -> ProtocolResult:
     fresh = not storage.is_complete(output)
     with track(options.tracking, "low_shot", output, to_plain(options), plan=digest) as run:
         if fresh:
-            embedded = embed_once(method_name(options), options.method, options, shards, {"train": train, "test": test})
-            arguments = {
-                "embedded": embedded,
-                "config": options.method,
-                "batch_size": options.batch_size,
-                "output": output,
-                "plan": digest,
-            }
-            records = _run_banks(DrawScorer, options, arguments, units, "low-shot draws")
+            sides: dict[Side, Selection] = {"train": train, "test": test}
+            records = _run_banks(DrawScorer, options, shards, sides, output, digest, units, "low-shot draws")
             _write_low_shot(output, options, shards, records, skipped)
         content = files.read_json(files.join(output, "low_shot.json"))
         for row in content["summary"]:
@@ -642,7 +608,7 @@ class DrawScorer(BankScorer):
             metrics: dict[str, Any] = dict(image_metrics([row["score"] for row in own], [row["label"] for row in own]))
             if any(mask.any() for mask in seen[name][1]):
                 metrics |= pixel_metrics(*seen[name]).as_dict()
-            values = {key: _number(metrics[key]) for key in LOW_SHOT_METRICS if key in metrics}
+            values = {key: plain(metrics[key]) for key in LOW_SHOT_METRICS if key in metrics}
             measured.append({"category": name, **values})
         draw = {key: unit[key] for key in ("shots", "seed")}
         return self.commit(unit["number"], [{**draw, **row} for row in rows], {**unit, **made, "metrics": measured})
@@ -725,8 +691,8 @@ def _write_low_shot(
         }
         for row in summary
     ]
-    files.write_bytes(files.join(output, "draws.csv"), csv_bytes(rows))
-    files.write_bytes(files.join(output, "summary.csv"), csv_bytes(flat))
+    files.write_bytes(files.join(output, "draws.csv"), files.csv_bytes(rows))
+    files.write_bytes(files.join(output, "summary.csv"), files.csv_bytes(flat))
     files.write_bytes(files.join(output, "low_shot.png"), visual.png(_shot_figure(summary)))
     banks = "one bank for each category" if options.per_category else "one bank for all categories"
     section = {

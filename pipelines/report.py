@@ -58,6 +58,9 @@ COLUMNS = (
 )
 """Columns of the scores that decide what is shown; `map_offset` tells which samples have a map."""
 
+STORED = ("image", "mask", "height", "width")
+"""Columns of the shards that a picture of a sample is made of."""
+
 SHOWN_SIDE = 256
 """Pictures larger than this many pixels a side are reduced to it, to keep the file small."""
 
@@ -476,7 +479,7 @@ def make_gallery(
     policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in evaluation["models"]}
     of_id = {sample["sample_id"]: sample for sample in samples.values()}
     drawn = {}
-    for stored in read_samples(shards, set(wanted), ("image", "mask", "height", "width")):
+    for stored in read_samples(shards, set(wanted), STORED):
         sample_id = stored["sample_id"]
         drawn[sample_id] = _draw(stored, maps.get(sample_id), scale, policies[of_id[sample_id]["model"]])
 
@@ -531,16 +534,30 @@ def verdict(sample: Mapping[str, Any]) -> str:
     return "false alarm" if failed else "passed"
 
 
+def as_seen(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray, np.ndarray | None]:
+    """A sample as the model saw it: S×S×3 uint8, and its mask, S×S bool, if it has one.
+
+    Args:
+        stored: its `STORED` columns.
+        policy: of the model.
+    """
+    # it was within the limits of ingest and of scoring, so none apply here
+    limits = ImageLimits(stored["height"] * stored["width"], max(len(stored["image"]), len(stored["mask"] or b"")))
+    image = prepare_image(decode_image(stored["image"], limits).pixels, policy)
+    if stored["mask"] is None:
+        return image, None
+    return image, prepare_mask(decode_mask(stored["mask"], limits=limits), policy)
+
+
 def _draw(
     stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
 ) -> tuple[list[tuple[str, str]], bool]:
     """Pictures of a sample as the model saw it, and whether its mask is among them."""
-    # it was within the limits of ingest and of scoring, so none apply here
-    limits = ImageLimits(stored["height"] * stored["width"], max(len(stored["image"]), len(stored["mask"] or b"")))
-    image = _reduced(prepare_image(decode_image(stored["image"], limits).pixels, policy))
+    seen, marked = as_seen(stored, policy)
+    image = _reduced(seen)
     mask = np.zeros(image.shape[:2], bool)
-    if stored["mask"] is not None:
-        mask = _reduced(prepare_mask(decode_mask(stored["mask"], limits=limits), policy).astype(np.float32)) > 0
+    if marked is not None:
+        mask = _reduced(marked.astype(np.float32)) > 0
     pictures = [("image", _data_uri("jpeg", visual.jpeg(image)))]
     if anomaly_map is not None and scale is not None:
         shown = _reduced(anomaly_map)

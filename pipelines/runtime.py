@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from pipelines import storage
 from pipelines.commandline import user_error
 from unianom.errors import DataError, ModelError, OptionError, UnianomError, WeightsError
 
@@ -194,6 +195,42 @@ def run_units(
             name, message = result[ERROR]
             raise ERRORS.get(name, UnianomError)(message)
         yield result
+
+
+def run_unfinished(
+    worker: type,
+    arguments: dict[str, Any],
+    units: Mapping[str, dict[str, Any]],
+    output: str,
+    options: RuntimeOptions,
+    progress: Progress,
+    count: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Run those units of work whose record is not in an output folder yet.
+
+    Args:
+        worker, arguments, options: see `run_units`.
+        units: by the name under which each is committed with `storage.commit_part`.
+        output: that folder.
+        progress: shown; closed at the end.
+        count: entry of a record that it advances by; null counts units.
+
+    Returns:
+        The records of all units by name, in the order of `units`, and the rate of this run.
+
+    Raises:
+        UnianomError: see `run_units`.
+    """
+    records = {name: storage.part_record(output, name) for name in units}
+    done = [record for record in records.values() if record is not None]
+    progress.advance(sum(record[count] for record in done) if count else len(done))
+    left = [units[name] for name, record in records.items() if record is None]
+    if left:
+        connect(options)
+    for result in run_units(worker, arguments, left, options):
+        progress.advance(result[count] if count else 1)
+    rate = progress.close()
+    return {name: record or storage.part_record(output, name) or {} for name, record in records.items()}, rate
 
 
 class Progress:

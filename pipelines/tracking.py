@@ -6,8 +6,6 @@ reports are off, unless the user's environment says otherwise; afterwards all is
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -110,12 +108,7 @@ class Run:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store rows as a CSV file; the columns are the keys of the rows, in the order they first come."""
-        text = io.StringIO()
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.artifacts({name: text.getvalue().encode()})
+        self.artifacts({name: files.csv_bytes(rows)})
 
     def figures(self, figures: Mapping[str, bytes]) -> None:
         """Store encoded pictures, by file name, in the folder `figures`."""

@@ -713,8 +713,7 @@ def _plan_job(
         options=options,
     )
     synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
-    beside = files.full_uri(options.output).rstrip("/").rpartition("/")[0]
-    folder = files.full_uri(options.data.folder or files.join(beside, "prepared"))
+    folder = files.full_uri(options.data.folder or files.beside(options.output, "prepared"))
     rows = shards.count(learnable(categories, needs.labels))
     features = keeps_features(method, options.data, rows)
 

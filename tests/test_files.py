@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -225,3 +226,39 @@ def test_a_digest_tells_everything_else_apart():
     assert files.digest_of({"a": (4.0, [1e3])}) == files.digest_of({"a": [4, [1000]]})
     assert files.digest_of([]) == hashlib.sha256(b"[]").hexdigest()
     assert files.digest_of(json.loads(json.dumps({"x": 0.1}))) == files.digest_of({"x": 0.1})
+
+
+# ---- tables and arrays --------------------------------------------------------------------------------------------
+
+
+def test_csv_has_the_columns_in_the_order_they_come():
+    assert files.csv_bytes([{"b": 1, "a": "x,y"}, {"a": None, "c": 0.5}]) == b'b,a,c\n1,"x,y",\n,,0.5\n'
+    assert files.csv_bytes([], ["a", "b"]) == b"a,b\n"
+
+
+def test_arrays_come_back_from_disk_and_store(folder, tmp_path):
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    uri = files.join(folder, "part.npy")
+    files.write_array(uri, array)
+    copies = tmp_path / "copies"
+    mapped = files.map_array(uri, copies)
+    assert isinstance(mapped, np.memmap)
+    assert mapped.dtype == np.float32
+    assert np.array_equal(mapped, array)
+    fetched = list(copies.rglob("*.npy"))
+    assert len(fetched) == (0 if files.is_local(uri) else 1)
+    files.remove(uri)
+    if fetched:  # not fetched a second time
+        assert np.array_equal(files.map_array(uri, copies), array)
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Object arrays"):
+        files.write_array(tmp_path / "a.npy", np.array([{}]))
+    assert not (tmp_path / "a.npy").exists()
+
+
+def test_what_lies_beside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.beside("runs/model/", "prepared") == str(tmp_path / "runs" / "prepared")
+    assert files.beside("memory://a/b", "c") == "memory:///a/c"

@@ -6,17 +6,21 @@ stores they are written on this machine's disk and uploaded when they are comple
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import posixpath
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -62,6 +66,11 @@ def exists(uri: str | os.PathLike[str]) -> bool:
     fs, path = resolve(uri)
     fs.invalidate_cache()
     return bool(fs.exists(path))
+
+
+def beside(uri: str | os.PathLike[str], name: str) -> str:
+    """Path or URI of `name` in the folder that a file or folder lies in."""
+    return join(full_uri(uri).rstrip("/").rpartition("/")[0], name)
 
 
 def list_names(uri: str | os.PathLike[str]) -> list[str]:
@@ -126,6 +135,32 @@ def write_json(uri: str | os.PathLike[str], content: Any) -> None:
 def json_bytes(content: Any) -> bytes:
     """What `write_json` writes."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def csv_bytes(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> bytes:
+    """Rows as a CSV file; the columns are by default the keys of the rows, in the order they first come."""
+    text = io.StringIO()
+    names = columns or list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_array(uri: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Write a .npy file whole or not at all."""
+    with open_atomic(uri) as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def map_array(uri: str, copies: Path) -> np.ndarray:
+    """A .npy file, memory-mapped; one on an object store is fetched to the local folder `copies` first, once."""
+    if not is_local(uri):
+        copy = copies / f"{sha256_of(uri.encode())[:16]}.npy"
+        if not copy.exists():
+            write_bytes(copy, read_bytes(uri))
+        uri = str(copy)
+    return np.load(uri, mmap_mode="r", allow_pickle=False)
 
 
 def remove(uri: str | os.PathLike[str]) -> None:

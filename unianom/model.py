@@ -117,19 +117,17 @@ class Model:
             names = None if categories is None else categories[len(results) : len(results) + len(batch)]
             known: Sequence[str | None] = [None] * len(batch) if names is None else names
             prediction, calibration = self.examine(tensor, names)
-            scores = prediction.score.cpu().tolist()
-            maps = prediction.anomaly_map.cpu().numpy()
-            found = [ImageResult(score, anomaly_map, None) for score, anomaly_map in zip(scores, maps, strict=True)]
+            scores, maps = prediction.score.cpu().tolist(), prediction.anomaly_map.cpu().numpy()
+            common: Sequence[float | None] = [None] * len(batch)
+            common_maps: Sequence[np.ndarray | None] = [None] * len(batch)
             if calibration is not None:
-                values = calibration.score.cpu().tolist()
-                maps = calibration.maps(prediction.anomaly_map).cpu().numpy()
-                found = [
-                    dataclasses.replace(one, calibrated_score=value, calibrated_map=own)
-                    for one, value, own in zip(found, values, maps, strict=True)
-                ]
+                common = calibration.score.cpu().tolist()
+                common_maps = list(calibration.maps(prediction.anomaly_map).cpu().numpy())
             results += [
-                dataclasses.replace(one, decision=self.decide(one.score, one.calibrated_score, category))
-                for one, category in zip(found, known, strict=True)
+                ImageResult(score, own, self.decide(score, value, category), value, calibrated)
+                for score, own, value, calibrated, category in zip(
+                    scores, maps, common, common_maps, known, strict=True
+                )
             ]
         return results
 

@@ -390,7 +390,9 @@ def test_another_kind_of_set(tmp_path):
 
 def test_another_schema_version(tmp_path):
     write_set(tmp_path, [ROWS], schema_version=SCHEMA_VERSION + 1)
-    with pytest.raises(DataError, match=rf"schema version {SCHEMA_VERSION + 1}, this unianom reads {SCHEMA_VERSION}"):
+    with pytest.raises(
+        DataError, match=rf"schema version {SCHEMA_VERSION + 1}, this unianom reads {SCHEMA_VERSION}; remove"
+    ):
         ShardSet.open(tmp_path)
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipelines import (
+    banks,
+    calibration,
+    clustering,
+    decisions,
+    embeddings,
+    features,
+    normals,
+    runtime,
+    scoring,
+    training,
+)
 from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions, ingest
 from pipelines.normals import ThresholdOptions
@@ -19,6 +33,9 @@ from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
 from unianom.methods.layers.bank import BankConfig
 from unianom.methods.uniformaly import UniFormalyConfig
+
+MODULES = (banks, calibration, clustering, decisions, embeddings, features, normals, runtime, scoring, training)
+"""Where units of work are spread from."""
 
 UNTRACKED = TrackingOptions(enabled=False)
 ONE = RuntimeOptions(workers=1)
@@ -35,6 +52,26 @@ def ray_cluster() -> Iterator[None]:
     connect(RuntimeOptions(local_cpus=4))
     yield
     ray.shutdown()
+
+
+def run_inline(
+    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], _: Any
+) -> Iterator[dict[str, Any]]:
+    """`run_units` in this process; lists of a unit become arrays, as they do on their way through Ray Data."""
+    if units:
+        made = worker(**arguments)
+        for unit in units:
+            arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in unit.items()}
+            yield json.loads(json.dumps(made.run(arrived)))
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All units run in this process, without Ray."""
+    for module in MODULES:
+        for name, stand_in in (("run_units", run_inline), ("connect", lambda _: None)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
 
 
 @dataclass(frozen=True)

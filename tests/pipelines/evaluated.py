@@ -43,6 +43,7 @@ class Scored:
     split: str = "test"
     dataset: str = "drawn"
     model: str = MODEL
+    decision: str | None = None  # another one than the threshold's
 
     @property
     def sample_id(self) -> str:
@@ -202,7 +203,8 @@ def _write_scores(
                 "calibrated_score": None
                 if sample.calibration is None or sample.score is None
                 else (sample.score - sample.calibration[0]) / sample.calibration[1],
-                "decision": ("fail" if sample.score > threshold["value"] else "pass") if decided else None,
+                "decision": sample.decision
+                or (("fail" if sample.score > threshold["value"] else "pass") if decided else None),
                 "anomaly_map": packed[0],
                 "map_offset": packed[1],
                 "map_scale": packed[2],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +13,12 @@ import pytest
 import torch
 
 import unianom
-from pipelines import banks, calibration, normals
+from pipelines import calibration
 from pipelines.calibration import CATEGORY, FEATURES, STATISTICS, CalibrateOptions, HeadActor, PartInspector, calibrate
 from pipelines.commandline import parse
 from pipelines.features import array_name
 from pipelines.fitting import train
 from pipelines.normals import ThresholdOptions, held_out_normals
-from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import ScoreOptions, score
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
 from unianom.calibration import CalibrationConfig, HeadConfig, MapStatistics, fit_calibrator
@@ -45,12 +43,8 @@ def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the pipeline in this process, its actors one after the other; the first test has them on Ray."""
-
-    def inline(worker: type, arguments: dict[str, Any], units: list[Any], _: RuntimeOptions) -> Iterator[Any]:
-        made = worker(**arguments)
-        return (made.run(unit) for unit in units)
 
     class Handle:
         def __init__(self, actor: Any) -> None:
@@ -63,10 +57,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda cls: SimpleNamespace(remote=lambda *given: Handle(cls(*given)))
 
     monkeypatch.setattr(calibration, "ray", SimpleNamespace(remote=remote, get=lambda value: value))
-    for module in (banks, calibration, normals):
-        monkeypatch.setattr(module, "run_units", inline)
-    for module in (banks, calibration):
-        monkeypatch.setattr(module, "connect", lambda _: None)
 
 
 def options(small: Small, model: Path, **changes: Any) -> CalibrateOptions:
@@ -87,6 +77,11 @@ def normal_images(shards: ShardSet, model: unianom.Model, chosen: frozenset[str]
     return normalise(pixels, model.method.input), [row["category"] for row in rows]
 
 
+def listed(shards: ShardSet) -> list[dict[str, Any]]:
+    """Normal images of the training split."""
+    return shards.table(Selection(("train",), labels=(NORMAL,)), ["sample_id", "category", "split"]).to_pylist()
+
+
 def test_calibrating_scores_and_what_is_kept(small: Small, model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     output = tmp_path / "cada"
@@ -98,7 +93,7 @@ def test_calibrating_scores_and_what_is_kept(small: Small, model: Path, tmp_path
     # the calibrator is the one that the core package makes of the same images
     shards, plain = ShardSet.open(small.shards), unianom.load(model)
     normals = shards.table(Selection(("train",), labels=(NORMAL,)), ["sample_id"])["sample_id"].to_pylist()
-    held_out = held_out_normals(plain.provenance, shards, plain.categories)
+    held_out = held_out_normals(plain.provenance, listed(shards), "the model")
     assert len(held_out) == plain.provenance["held_out_normals"] > 0
     images, categories = normal_images(shards, plain, frozenset(normals) - held_out)
     assert result.metrics["images"] == len(images) == len(normals) - len(held_out)
@@ -182,16 +177,21 @@ def test_nothing_held_out(here: None, small: Small, tmp_path: Path) -> None:
 
 
 def test_which_images_were_held_out_must_be_told(small: Small, model: Path) -> None:
-    shards, provenance = ShardSet.open(small.shards), unianom.load(model).provenance
+    rows, provenance = listed(ShardSet.open(small.shards)), unianom.load(model).provenance
     before = {key: value for key, value in provenance.items() if key != "held_out"}
-    with pytest.raises(DataError, match=r"does not record which share .*--held_out_fraction"):
-        held_out_normals(before, shards, ["cog", "weave"])
-    with pytest.raises(DataError, match=r"drawing again gives .*mend --held_out_fraction"):
-        held_out_normals(before, shards, ["cog", "weave"], 0.1)
-    assert held_out_normals(before, shards, ["cog", "weave"], 0.3) == held_out_normals(
-        provenance, shards, ["cog", "weave"]
-    )
-    assert held_out_normals({**provenance, "shards": {"digest": "other"}}, shards, ["cog", "weave"]) == frozenset()
+    with pytest.raises(DataError, match=r"the model does not record which share .*--held_out_fraction"):
+        held_out_normals(before, rows, "the model")
+    with pytest.raises(DataError, match=r"drawing 0.1 of \d+ again gives .*mend --held_out_fraction"):
+        held_out_normals(before, rows, "the model", 0.1)
+    drawn = held_out_normals(provenance, rows, "the model")
+    assert held_out_normals(before, rows, "the model", 0.3) == drawn
+    assert len(drawn) == provenance["held_out_normals"]
+    val = [{**row, "split": "val"} for row in rows if row["sample_id"] in drawn]
+    of_val = {**provenance, "held_out": {"split": "val", "fraction": None, "seed": 0}}
+    assert held_out_normals(of_val, [*rows, *val], "the model") == drawn
+    with pytest.raises(DataError, match="but there are 1; give the shards it was trained on"):
+        held_out_normals(of_val, [*rows, *val[:1]], "the model")
+    assert held_out_normals({**before, "held_out_normals": 0}, rows, "the model") == frozenset()
 
 
 def test_a_killed_head_ends_the_same(small: Small, model: Path, tmp_path: Path) -> None:

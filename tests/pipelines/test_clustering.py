@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from pipelines.clustering import (
     cluster_anomalies,
     cluster_vectors,
     describe_images,
-    patch_distances,
     print_clustering,
     standardise,
     summarise_clusters,
@@ -46,21 +44,9 @@ from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model
 
 
-def inline(
-    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], _: Any
-) -> Iterator[dict[str, Any]]:
-    """`run_units` in this process; lists of a unit become arrays, as they do on their way through Ray Data."""
-    if units:
-        made = worker(**arguments)
-        for unit in units:
-            arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in unit.items()}
-            yield json.loads(json.dumps(made.run(arrived)))
-
-
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "run_units", inline)
-    monkeypatch.setattr(clustering, "connect", lambda _: None)
+def here(inline: None) -> None:
+    """No test here has Ray."""
 
 
 def drawn(category: str, kind: str | None, number: int) -> dict[str, Any]:
@@ -110,7 +96,7 @@ def test_distances_are_those_of_a_plain_loop() -> None:
     bank = rng.normal(size=(20, 5)).astype(np.float32)
     patches, keep = rng.normal(size=(2, 7, 5)).astype(np.float32), rng.random((2, 7)) < 0.7
     method = UniFormaly(tiny_method(neighbours=3), MemoryBank.build(bank))
-    found = patch_distances(method, Embedding(torch.from_numpy(patches), torch.from_numpy(keep)))
+    found = method.patch_distances(Embedding(torch.from_numpy(patches), torch.from_numpy(keep)))
     for image in range(2):
         for patch in range(7):
             near = sorted(float(((patches[image, patch] - row) ** 2).sum()) for row in bank)[:3]
@@ -124,7 +110,7 @@ def test_what_describes_an_image_is_its_most_anomalous_patches(model: str, shard
     images = normalise([decode_prepared(row["image"], method.input) for row in rows], method.input)
     with torch.inference_mode():
         embedding = method.embed(images)
-    distances = patch_distances(method, embedding)
+    distances = method.patch_distances(embedding)
     patches = embedding.patches.numpy()
     top, mean = (np.load(folder / f"part-1-0-{kind}.npy") for kind in ("top", "mean"))
     kept = np.load(folder / "part-1-0-distances.npy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 import unianom
-from pipelines import decisions
 from pipelines.decisions import DecideOptions, DecideResult, DecisionSet, decide, print_decisions
 from tests.pipelines.conftest import ONE, UNTRACKED, tiny_method
 from tests.pipelines.evaluated import Scored, _write_scores, _write_shards, model_entry
@@ -35,16 +34,10 @@ RATES: dict[str, Any] = {"target_fpr": 0.15, "review_fpr": 0.3}
 
 
 @pytest.fixture(autouse=True)
-def serial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of work one after another in this process, but in the test that is about the cluster."""
-
-    def run(worker: Any, arguments: Any, units: Sequence[Any], options: Any) -> Iterator[Any]:
-        made = worker(**arguments)
-        yield from (json.loads(json.dumps(made.run(unit))) for unit in units)
-
+def serial(request: pytest.FixtureRequest) -> None:
+    """No Ray, but in the test that is about the cluster."""
     if "ray_cluster" not in request.fixturenames:
-        monkeypatch.setattr(decisions, "run_units", run)
-        monkeypatch.setattr(decisions, "connect", lambda options: None)
+        request.getfixturevalue("inline")
 
 
 def corpus(train: str = "train") -> list[Scored]:

@@ -221,6 +221,17 @@ def test_rates_follow_the_decisions(tmp_path: Path):
     assert [row["category"] for row in threshold["categories"]] == ["disc", "plain", "stripe"]
 
 
+def test_rates_are_those_of_the_threshold_where_a_rule_decided(tmp_path: Path):
+    samples = [replace(s, decision="pass") for s in _samples()]
+    rule = {"kind": "raw"}
+    uri = write_evaluation(tmp_path, samples, [model_entry(POLICY, 1.0, decision_rule=rule)], parts=3, bootstrap=FEW)
+    found = files.read_json(f"{uri}/evaluation.json")
+    for label, name in ((0, "false_positive_rate"), (1, "detection_rate")):
+        above = [s.score > 1 for s in samples if s.label == label]  # type: ignore[operator]
+        assert found["threshold"]["union"][name] == np.mean(above) > 0
+    assert any("decides by a rule of jobs/decide.py" in note for note in found["notes"])
+
+
 def test_what_is_printed(content: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     print_evaluation(content)
     told = capsys.readouterr().out

@@ -185,14 +185,14 @@ def test_a_mask_that_cannot_be_read_is_named(tmp_path):
 
 def test_sets_with_and_without_anomalous_images_and_masks_are_told_apart(tmp_path, monkeypatch):
     shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
-    monkeypatch.setattr("pipelines.features.connect", lambda runtime: None)
+    monkeypatch.setattr("pipelines.runtime.connect", lambda runtime: None)
     made: list[str] = []
 
     def run_here(worker: Any, arguments: dict[str, Any], units: list[Any], runtime: Any) -> list[Any]:
         made.append(arguments["output"])
         return [worker(**arguments).run(unit) for unit in units]
 
-    monkeypatch.setattr("pipelines.features.run_units", run_here)
+    monkeypatch.setattr("pipelines.runtime.run_units", run_here)
     sets = {
         flags: prepare(
             shards,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines import banks, embeddings, normals, protocols, scoring
+from pipelines import embeddings
 from pipelines.banks import fit_banks
 from pipelines.clustering import ClusterOptions
 from pipelines.commandline import parse
@@ -47,26 +47,6 @@ from unianom.metrics.image import image_metrics
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes" / "protocols"
 
 SEMANTIC, LOW_SHOT = protocol_options(SemanticOptions), protocol_options(LowShotOptions)
-
-
-def inline(
-    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], _: Any
-) -> Iterator[dict[str, Any]]:
-    """`run_units` in this process; lists of a unit become arrays, as they do on their way through Ray Data."""
-    if units:
-        made = worker(**arguments)
-        for unit in units:
-            arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in unit.items()}
-            yield json.loads(json.dumps(made.run(arrived)))
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All units run in this process, without Ray."""
-    for module in (banks, embeddings, normals, protocols, scoring):
-        monkeypatch.setattr(module, "run_units", inline)
-        if hasattr(module, "connect"):
-            monkeypatch.setattr(module, "connect", lambda _: None)
 
 
 def whole_set(folder: Path, parts: list[list[dict[str, Any]]]) -> str:
@@ -134,7 +114,9 @@ def ordinary_scores(shards: str, folder: Path, shots: int, seed: int, batch_size
 
 
 @pytest.mark.parametrize("per_category", [True, False])
-def test_scores_of_a_draw_are_those_of_a_fit_on_it(here: None, shards: str, tmp_path: Path, per_category: bool) -> None:
+def test_scores_of_a_draw_are_those_of_a_fit_on_it(
+    inline: None, shards: str, tmp_path: Path, per_category: bool
+) -> None:
     """To the last bit with batches of one."""
     low_shot(low_shot_options(shards, tmp_path / "low", batch_size=1, per_category=per_category))
     found = draws_of(tmp_path / "low")
@@ -148,14 +130,14 @@ def test_scores_of_a_draw_are_those_of_a_fit_on_it(here: None, shards: str, tmp_
             }
 
 
-def test_scores_in_larger_batches_agree_up_to_rounding(here: None, shards: str, tmp_path: Path) -> None:
+def test_scores_in_larger_batches_agree_up_to_rounding(inline: None, shards: str, tmp_path: Path) -> None:
     low_shot(low_shot_options(shards, tmp_path / "low", batch_size=4, shots=(3,), draws=1))
     found = draws_of(tmp_path / "low")
     for row in ordinary_scores(shards, tmp_path, 3, 0, 4, categories=("bolt",)):
         assert found[3, 0, row["sample_id"]] == pytest.approx(row["score"], rel=1e-4)
 
 
-def test_metrics_and_what_was_left_out(here: None, shards: str, tmp_path: Path, capsys: Any) -> None:
+def test_metrics_and_what_was_left_out(inline: None, shards: str, tmp_path: Path, capsys: Any) -> None:
     result = low_shot(low_shot_options(shards, tmp_path / "low"))
     content = result.content
     assert content["skipped"] == [{"category": "nut", "shots": 5, "normal_images": 3}]
@@ -182,7 +164,7 @@ def test_metrics_and_what_was_left_out(here: None, shards: str, tmp_path: Path, 
     assert [row[3] for row in section["tables"][0]["rows"]][1:] == ["–", "–"]  # the mean is of both or not given
 
 
-def test_a_cut_off_run_continues_and_a_third_changes_nothing(here: None, shards: str, tmp_path: Path) -> None:
+def test_a_cut_off_run_continues_and_a_third_changes_nothing(inline: None, shards: str, tmp_path: Path) -> None:
     output = tmp_path / "low"
     options = low_shot_options(shards, output)
     assert low_shot(options).fresh
@@ -199,7 +181,7 @@ def test_a_cut_off_run_continues_and_a_third_changes_nothing(here: None, shards:
 
 
 def test_another_bank_takes_no_network(
-    here: None, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inline: None, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     low_shot(low_shot_options(shards, tmp_path / "low", shots=(1,), draws=1))
 
@@ -241,7 +223,7 @@ def test_low_shot_errors(shards: str, tmp_path: Path) -> None:
 # ---- semantic anomalies ---------------------------------------------------------------------------------------------
 
 
-def test_one_vs_rest_is_a_fit_on_each_class(here: None, classes: str, tmp_path: Path, capsys: Any) -> None:
+def test_one_vs_rest_is_a_fit_on_each_class(inline: None, classes: str, tmp_path: Path, capsys: Any) -> None:
     values: dict[str, Any] = {"batch_size": 1, "tracking": UNTRACKED, "method": tiny_method()}
     result = semantic(SEMANTIC["uniformaly"](shards=classes, output=str(tmp_path / "all"), **values))
     assert [row["task"] for row in result.content["tasks"]] == ["bee", "cat", "dog"]
@@ -277,7 +259,7 @@ def batches_of(shards: str, part: str) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def test_choices_of_several_classes(here: None, classes: str, tmp_path: Path) -> None:
+def test_choices_of_several_classes(inline: None, classes: str, tmp_path: Path) -> None:
     chosen = {"furry": ["cat", 2], "small": ["bee"]}
     values: dict[str, Any] = {"tracking": UNTRACKED, "method": tiny_method(), "normal_classes": chosen}
     result = semantic(SEMANTIC["uniformaly"](shards=classes, output=str(tmp_path / "out"), **values))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,6 @@ from pipelines.batches import Batches, Order, Place, ShardImages, TrainingImages
 from pipelines.features import learnable
 from pipelines.models import load_model
 from pipelines.normals import FitResult, ThresholdOptions, choose_samples
-from pipelines.runtime import RuntimeOptions
 from pipelines.training import DataOptions, Trainer, TrainingOptions, train_networks
 from tests.methods.conftest import TINY
 from tests.pipelines.sharded import LABELLED, LABELLED_PARTS, LIMITS, POLICY, masked, sample, samples, write_shards
@@ -203,20 +201,11 @@ class Here:
         module._work(job, self.told.append)
 
 
-def run_here(worker: Callable[..., Any], arguments: dict[str, Any], units: list[Any], _: RuntimeOptions) -> list[Any]:
-    made = worker(**arguments)
-    return [made.run(unit) for unit in units]
-
-
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+def here(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     made = Here(tmp_path)
     monkeypatch.setitem(METHODS, "marked", Marked)
     monkeypatch.setattr(module, "_run_job", made.work)
-    for name in ("features", "training"):
-        monkeypatch.setattr(f"pipelines.{name}.connect", lambda runtime: None)
-    for name in ("features", "normals"):
-        monkeypatch.setattr(f"pipelines.{name}.run_units", run_here)
     alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
         monkeypatch.setattr(f"ray.train.get_{name}", lambda value=value: value)

@@ -93,7 +93,7 @@ class PartSet:
         if manifest.get("schema_version") != cls.version:
             raise DataError(
                 f"{folder} has schema version {manifest.get('schema_version')}, this unianom reads {cls.version}; "
-                f"run {cls.job} again"
+                f"{cls._again(folder)}"
             )
         return cls(folder, manifest, files.sha256_file(path))
 

@@ -130,6 +130,20 @@ class MemoryMethod(Method):
         """Maps and scores from patches: search in the bank, then the method's own scoring."""
         raise NotImplementedError
 
+    def patch_distances(self, embedding: Embedding) -> Tensor:
+        """Mean squared distance of each patch to its `neighbours` nearest vectors of the bank, B×N float32; 0 where the
+        patch is not kept.
+
+        Raises:
+            ModelError: there is no bank.
+        """
+        distances = torch.zeros(embedding.keep.shape, device=embedding.keep.device)
+        queries = embedding.patches[embedding.keep]  # M D
+        if len(queries):
+            found, _ = self.require_bank().search(queries.float().cpu().numpy(), self.config.neighbours)  # M k
+            distances[embedding.keep] = torch.from_numpy(found).mean(1).to(distances.device)
+        return distances
+
     def inspect(self, images: Tensor) -> Inspection:
         return self.score_patches(self.embed(images))
 

@@ -144,13 +144,8 @@ class UniFormaly(MemoryMethod):
     def score_patches(self, embedding: Embedding) -> Inspection:
         """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map. The embedding is
         the patches, masked or not, on at most 8 × 8 cells."""
-        batch, count = embedding.keep.shape
-        distances = torch.zeros(batch, count, device=embedding.keep.device)  # B N
-        queries = embedding.patches[embedding.keep]  # M D
-        if len(queries):
-            found, _ = self.require_bank().search(queries.cpu().numpy(), self.config.neighbours)  # M k
-            distances[embedding.keep] = torch.from_numpy(found).mean(1).to(distances.device)
-        top = max(1, round(self.config.k_ratio * count))  # masked patches count in N
+        distances = self.patch_distances(embedding)  # B N
+        top = max(1, round(self.config.k_ratio * distances.shape[1]))  # masked patches count in N
         score = distances.topk(top, dim=1).values.mean(1)  # B
         cells = distances.unflatten(1, self.encoder.grid)
         features = pooled_embedding(embedding.patches, self.encoder.grid)
