@@ -286,9 +286,8 @@ class Calibrator(nn.Module):
         alpha = self.config.alpha
         if alpha is None:
             variances = np.array([targets[category == number, 1].var() for number in range(len(self.categories))])
-            alpha = (
-                float(np.sqrt(variances[category].mean())) or spread
-            )  # one image of each category alone has no spread
+            # one image of each category alone has no spread
+            alpha = float(np.sqrt(variances[category].mean())) or spread
         self.alpha.fill_(alpha)
 
     def outputs(self, features: Tensor) -> Tensor:
