@@ -14,6 +14,7 @@ from unianom.backbones import weight_statistics
 from unianom.data.image import InputPolicy
 from unianom.errors import ModelError, OptionError
 from unianom.memory.index import MemoryBank
+from unianom.methods.layers.maps import grid_to_map, pooled_embedding, upsampled_grid
 
 
 class Prediction(NamedTuple):
@@ -43,6 +44,38 @@ class Inspection(NamedTuple):
     features: Tensor
 
 
+class Found(NamedTuple):
+    """What a network finds in B images, before any option comes in that is cheap to choose otherwise.
+
+    Attributes:
+        readings: by name, each B×… float32 or int64; small, grids and levels rather than maps of the input's size. Each
+            method says which.
+        features: B×C×h×w, as in `Inspection`.
+    """
+
+    readings: dict[str, Tensor]
+    features: Tensor
+
+
+class Maps(NamedTuple):
+    """Anomaly maps of B images, B×S×S float32, as in `Inspection`."""
+
+    anomaly_map: Tensor
+    unsmoothed: Tensor
+
+
+class Encoded(NamedTuple):
+    """What the network of a memory method makes of B images, before any patch is masked.
+
+    Attributes:
+        patches: B×N×D float32, row-major over the patch grid.
+        attention: B×h×w float32, by which patches are masked; None where the method asks its network for none.
+    """
+
+    patches: Tensor
+    attention: Tensor | None
+
+
 class Embedding(NamedTuple):
     """What a memory method makes of B images.
 
@@ -60,12 +93,19 @@ class Method(nn.Module):
 
     Subclasses set `name` and `Config`, and take one `Config` in their constructor.
 
+    What comes after the network is apart from it, so that these options can be varied without running it again: `find`
+    runs it, `read_maps` and `read_scores` make maps and scores of what it finds.
+
     Attributes:
         config: the frozen options, all resolved (no value left to a preset or a backbone).
+        reading_options: dotted names of the options that act in `read_maps` and `read_scores` and nowhere else.
+        map_options: those of them that change the maps, and so maybe the score; the others change the score alone.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    reading_options: ClassVar[tuple[str, ...]] = ()
+    map_options: ClassVar[tuple[str, ...]] = ()
     config: Any
 
     @property
@@ -78,10 +118,44 @@ class Method(nn.Module):
         """Where the method's parameters lie."""
         return next(self.parameters()).device
 
+    def find(self, images: Tensor) -> Found:
+        """What the network finds in B×3×S×S normalised images that were checked."""
+        raise NotImplementedError
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+        """Anomaly maps from what was found, on the device it lies on.
+
+        Args:
+            readings: of `find`.
+            config: options that differ from the method's own in `reading_options` only; None takes its own.
+
+        Raises:
+            OptionError: what was found does not suffice for these options.
+        """
+        raise NotImplementedError
+
+    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+        """Image scores, B.
+
+        Args:
+            readings, config: as of `read_maps`.
+            anomaly_map: B×S×S, what `read_maps` makes of them; the same for all options that are no `map_options`.
+
+        Raises:
+            OptionError: as `read_maps`.
+        """
+        raise NotImplementedError
+
     def inspect(self, images: Tensor) -> Inspection:
         """Maps, scores and embeddings of B×3×S×S normalised images that were checked. The result does not depend on
         which images share a batch."""
-        raise NotImplementedError
+        return self.read(self.find(images))
+
+    def read(self, found: Found, config: Any = None) -> Inspection:
+        """All that is to be known of the images in which this was found; `config` as of `read_maps`."""
+        anomaly_map, unsmoothed = self.read_maps(found.readings, config)
+        score = self.read_scores(found.readings, anomaly_map, config)
+        return Inspection(anomaly_map, score, unsmoothed, found.features)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Prediction:
@@ -114,21 +188,94 @@ class Method(nn.Module):
 
 
 class MemoryMethod(Method):
-    """A training-free method: it embeds images, and fitting it is building a bank of normal patches."""
+    """A training-free method: it embeds images, and fitting it is building a bank of normal patches.
 
+    Its configs have the options `neighbours` and `blur_sigma`.
+
+    Attributes:
+        bank: once fitted.
+        grid: h and w of the patch grid.
+        bank_options: dotted names of the options that act between network and bank: those of `keep_patches` and
+            `keep_for_bank`, and "bank", which stands for all of that group.
+    """
+
+    bank_options: ClassVar[tuple[str, ...]] = ("bank",)
+    map_options = ("neighbours", "blur_sigma")
     bank: MemoryBank | None = None
+    grid: tuple[int, int]
+
+    def encode(self, images: Tensor) -> Encoded:
+        """What the network alone makes of B×3×H×W normalised images."""
+        raise NotImplementedError
+
+    def keep_patches(self, encoded: Encoded, config: Any = None) -> Embedding:
+        """Patches, and which of them count: all, unless a method masks some.
+
+        Args:
+            encoded: of `encode`.
+            config: options that differ from the method's own in `bank_options` only; None takes its own.
+        """
+        patches = encoded.patches
+        return Embedding(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
+
+    def keep_for_bank(self, encoded: Encoded, config: Any = None) -> Embedding:
+        """As `keep_patches`, for images that go into the bank; methods whose published code treats them otherwise
+        override."""
+        return self.keep_patches(encoded, config)
 
     def embed(self, images: Tensor) -> Embedding:
         """Patches of B×3×H×W normalised images, and which of them count."""
-        raise NotImplementedError
+        return self.keep_patches(self.encode(images))
 
     def embed_for_bank(self, images: Tensor) -> Embedding:
-        """As `embed`, for images that go into the bank; methods whose published code treats them otherwise override."""
-        return self.embed(images)
+        """As `embed`, for images that go into the bank."""
+        return self.keep_for_bank(self.encode(images))
+
+    def find(self, images: Tensor) -> Found:
+        return self.find_patches(self.embed(images))
+
+    def find_patches(self, embedding: Embedding, neighbours: int | None = None) -> Found:
+        """Search in the bank.
+
+        Args:
+            embedding: of `keep_patches`.
+            neighbours: K, how many vectors to find for each patch; None takes those of the config. Readings serve all
+                configs with that many or fewer.
+
+        Returns:
+            Readings "distances", B×N×K squared distances to the K nearest vectors, ascending, 0 where a patch is not
+            kept. Features are the patches, masked or not, on at most 8 × 8 cells.
+
+        Raises:
+            ModelError: there is no bank.
+        """
+        distances, _ = self._search(embedding, neighbours)
+        return Found({"distances": distances}, pooled_embedding(embedding.patches, self.grid))
+
+    def _search(self, embedding: Embedding, neighbours: int | None) -> tuple[Tensor, Tensor]:
+        """Squared distances of patches to their K nearest vectors of the bank, and the rows of these; both B×N×K, and 0
+        where a patch is not kept."""
+        count = neighbours or self.config.neighbours
+        keep = embedding.keep.cpu()  # B N
+        distances = torch.zeros(*keep.shape, count)
+        rows = torch.zeros(*keep.shape, count, dtype=torch.int64)
+        queries = embedding.patches[embedding.keep]  # M D
+        if len(queries):
+            found, ids = self.require_bank().search(queries.float().cpu().numpy(), count)  # M K
+            distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
+        return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+        """The patches' mean distances as maps."""
+        config = config or self.config
+        distances = mean_distances(readings["distances"], config.neighbours)  # B N
+        cells = distances.unflatten(1, self.grid)
+        side = self.config.input.side
+        return Maps(grid_to_map(cells, side, config.blur_sigma), upsampled_grid(cells, side))
 
     def score_patches(self, embedding: Embedding) -> Inspection:
         """Maps and scores from patches: search in the bank, then the method's own scoring."""
-        raise NotImplementedError
+        return self.read(self.find_patches(embedding))
 
     def patch_distances(self, embedding: Embedding) -> Tensor:
         """Mean squared distance of each patch to its `neighbours` nearest vectors of the bank, B×N float32; 0 where the
@@ -137,21 +284,26 @@ class MemoryMethod(Method):
         Raises:
             ModelError: there is no bank.
         """
-        distances = torch.zeros(embedding.keep.shape, device=embedding.keep.device)
-        queries = embedding.patches[embedding.keep]  # M D
-        if len(queries):
-            found, _ = self.require_bank().search(queries.float().cpu().numpy(), self.config.neighbours)  # M k
-            distances[embedding.keep] = torch.from_numpy(found).mean(1).to(distances.device)
-        return distances
-
-    def inspect(self, images: Tensor) -> Inspection:
-        return self.score_patches(self.embed(images))
+        return mean_distances(self._search(embedding, None)[0], self.config.neighbours)
 
     def require_bank(self) -> MemoryBank:
         """The bank, or an error that says how to get one."""
         if self.bank is None:
             raise ModelError(f"{self.name} has no memory bank yet; fit it with jobs/train.py {self.name}")
         return self.bank
+
+
+def mean_distances(distances: Tensor, neighbours: int) -> Tensor:
+    """Mean of the first of K distances; B×N×K to B×N.
+
+    Raises:
+        OptionError: there are fewer than `neighbours`.
+    """
+    found = distances.shape[2]
+    if neighbours > found:
+        raise OptionError(f"neighbours={neighbours}, but only {found} were searched; search for that many")
+    # the search gives its results on the CPU; a mean taken there does not differ by device
+    return distances[:, :, :neighbours].cpu().contiguous().mean(2).to(distances.device)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -21,7 +21,7 @@ from unianom.data.image import InputPolicy
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Inspection, Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Found, Maps, Prediction, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
     QueryDecoder,
@@ -228,6 +228,8 @@ class OneNIP(TrainedMethod):
     """
 
     Config = OneNIPConfig
+    reading_options = ("alpha", "score_pool")
+    map_options = ("alpha",)
     finish_images: ClassVar[int] = 256
 
     def __init__(self, config: OneNIPConfig) -> None:
@@ -296,7 +298,7 @@ class OneNIP(TrainedMethod):
         if self.refiner is not None:
             assert batch.synthetic_mask is not None
             masks = torch.cat([torch.zeros_like(batch.synthetic_mask), batch.synthetic_mask])[:, 0]  # 2B S S
-            probability = self._refine(reconstruction - features)
+            probability = self._probability(self._refine(reconstruction - features))
             assert config.dice_factor is not None
             assert config.dice_smoothing is not None
             losses["segmentation"] = dice_loss(probability, masks, config.dice_factor, config.dice_smoothing).mean()
@@ -313,9 +315,12 @@ class OneNIP(TrainedMethod):
         return self.transformer.decode(image, prompt.repeat(len(image) // len(prompt), 1, 1)).float()
 
     def _refine(self, difference: Tensor) -> Tensor:
-        """Reconstruction minus features, B×C×h×w, to the probability B×S×S of an anomaly."""
+        """Reconstruction minus features, B×C×h×w, to logits B×4h×4w."""
         assert self.refiner is not None
-        logits = self.refiner(difference.abs()).float()  # B 4h 4w
+        return self.refiner(difference.abs()).float()
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        """Of an anomaly, B×S×S, from logits of the refiner."""
         return upsample(logits, self.input.side).sigmoid()
 
     # ------------------------------------------------------------------------------------------------ finishing
@@ -376,16 +381,34 @@ class OneNIP(TrainedMethod):
         similarity = cosine_similarity(neck.mean((2, 3))[:, None], self.prompt_means, dim=2)  # B P
         return similarity.argmax(1)
 
-    def inspect(self, images: Tensor) -> Inspection:
-        """Maps (eq. 10) and scores, each with the prompt that is nearest to its image. The embedding is the output of
-        the transformer's encoder, 256×14×14 as published.
+    def find(self, images: Tensor) -> Found:
+        """Readings "error", B×h×w, of the reconstruction with the prompt that is nearest to an image, and, where there
+        is a refiner, its "logits" B×4h×4w. Features are the output of the transformer's encoder, 256×14×14 as
+        published.
 
         Raises:
             ModelError: the method is not finished.
         """
         self._check_finished()
         neck = self.neck(images)
-        return self._inspect(neck, self._entries(neck))
+        return self._find(neck, self._entries(neck))
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: OneNIPConfig | None = None) -> Maps:
+        """Maps (eq. 10); without a refiner, those of the reconstruction error alone."""
+        alpha = (config or self.config).alpha
+        anomaly_map = upsample(readings["error"], self.input.side)  # B S S
+        if self.refiner is not None:
+            scale = self.fusion_scale.to(anomaly_map.device)
+            anomaly_map = (1 - alpha) * anomaly_map + alpha * scale * self._probability(readings["logits"])
+        return Maps(anomaly_map, anomaly_map)
+
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: OneNIPConfig | None = None
+    ) -> Tensor:
+        """The maximum after a mean filter."""
+        config = config or self.config
+        assert config.score_pool is not None
+        return pooled_maximum(anomaly_map, config.score_pool)
 
     @torch.inference_mode()
     def predict_with_prompts(self, images: Tensor, entries: Tensor) -> Prediction:
@@ -406,7 +429,7 @@ class OneNIP(TrainedMethod):
         size = len(self.prompt_pool)
         if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
             raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
-        found = self._inspect(self.neck(images), entries)
+        found = self.read(self._find(self.neck(images), entries))
         return Prediction(found.anomaly_map, found.score)
 
     def _check_finished(self) -> None:
@@ -435,13 +458,10 @@ class OneNIP(TrainedMethod):
         difference = self._difference(neck, self.transformer.encode(neck), entries)
         return upsample(difference.norm(dim=1), self.input.side)
 
-    def _inspect(self, neck: Tensor, entries: Tensor | None) -> Inspection:
+    def _find(self, neck: Tensor, entries: Tensor | None) -> Found:
         tokens = self.transformer.encode(neck)  # B N D
         difference = self._difference(neck, tokens, entries)
-        anomaly_map = upsample(difference.norm(dim=1), self.input.side)  # B S S
+        readings = {"error": difference.norm(dim=1)}
         if self.refiner is not None:
-            alpha = self.config.alpha
-            anomaly_map = (1 - alpha) * anomaly_map + alpha * self.fusion_scale * self._refine(difference)
-        assert self.config.score_pool is not None
-        features = tokens.transpose(1, 2).unflatten(2, self.neck.grid)
-        return Inspection(anomaly_map, pooled_maximum(anomaly_map, self.config.score_pool), anomaly_map, features)
+            readings["logits"] = self._refine(difference)
+        return Found(readings, tokens.transpose(1, 2).unflatten(2, self.neck.grid))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,14 +18,16 @@ from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import (
     Embedding,
-    Inspection,
+    Encoded,
+    Found,
     MemoryMethod,
+    mean_distances,
     register_method,
     resolve_preset,
     with_statistics,
 )
 from unianom.methods.layers.bank import BankConfig
-from unianom.methods.layers.maps import GridToMap, pooled_embedding
+from unianom.methods.layers.maps import pooled_embedding
 
 PRESETS = {"paper": {"reweight": True}, "reference": {"reweight": False}}
 """The text re-weights the image score by the neighbourhood of the nearest bank vector; the released code does not."""
@@ -83,6 +86,7 @@ class PatchCore(MemoryMethod):
     """
 
     Config = PatchCoreConfig
+    reading_options = ("neighbours", "reweight", "reweight_neighbours", "blur_sigma")
 
     def __init__(self, config: PatchCoreConfig, bank: MemoryBank | None = None) -> None:
         super().__init__()
@@ -93,13 +97,12 @@ class PatchCore(MemoryMethod):
         with torch.inference_mode():
             finest = self.encoder(torch.zeros(1, 3, side, side))[0]
         self.grid = (finest.shape[2], finest.shape[3])
-        self.to_map = GridToMap(self.grid, side, config.blur_sigma)
 
-    def embed(self, images: Tensor) -> Embedding:
-        """Patches B×N×dimension of B×3×S×S normalised images; every patch counts."""
+    def encode(self, images: Tensor) -> Encoded:
+        """Patches B×N×dimension of B×3×S×S normalised images."""
         pooled = [self._pool(feature_map) for feature_map in self.encoder(images)]  # each B N dimension
         patches = adaptive_avg_pool1d(torch.cat(pooled, dim=-1), self.config.dimension)  # B N dimension
-        return Embedding(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
+        return Encoded(patches, None)
 
     def _pool(self, feature_map: Tensor) -> Tensor:
         """Neighbourhoods of B×C×h×w, on the finest grid, pooled to B×N×dimension."""
@@ -113,31 +116,48 @@ class PatchCore(MemoryMethod):
         finest = interpolate(coarse, size=self.grid, mode="bilinear", align_corners=False)
         return finest.flatten(2).transpose(1, 2)
 
-    def score_patches(self, embedding: Embedding) -> Inspection:
-        """Squared distances to the bank; the image score is the largest, re-weighted if so configured. The embedding is
-        the patches, on at most 8 × 8 cells."""
-        batch, count = embedding.keep.shape
-        queries = embedding.patches.flatten(0, 1).cpu().numpy()  # B·N D
-        found, ids = self.require_bank().search(queries, self.config.neighbours)  # B·N k
-        distances = torch.from_numpy(found).mean(1).view(batch, count)  # B N
-        score = distances.amax(1)  # B
-        if self.config.reweight:
-            peak = distances.argmax(1).numpy() + np.arange(batch) * count  # B, rows of `queries`
-            score = torch.from_numpy(self._reweighted(queries[peak], found[peak, 0], ids[peak, 0]))
-        cells = distances.unflatten(1, self.grid).to(embedding.patches.device)
-        features = pooled_embedding(embedding.patches, self.grid)
-        return Inspection(self.to_map(cells), score.to(cells.device), self.to_map.unsmoothed(cells), features)
+    def find_patches(self, embedding: Embedding, neighbours: int | None = None) -> Found:
+        """Besides "distances", readings have what eq. 7 needs of an image's peak, its patch of largest mean distance to
+        the k nearest vectors, for k = 1…K: "peak" B×K×D, the patch; "peak_distance" B×K, squared, to its nearest
+        vector m*; "peak_row" B×K, the bank's row of m*."""
+        distances, rows = self._search(embedding, neighbours)  # B N K
+        batch, _, count = distances.shape
+        peaks = [mean_distances(distances, k + 1).cpu().argmax(1) for k in range(count)]
+        peak = torch.stack(peaks, dim=1).to(distances.device)  # B K
+        image = torch.arange(batch, device=distances.device)[:, None]
+        readings = {
+            "distances": distances,
+            "peak": embedding.patches[image, peak],
+            "peak_distance": distances[image, peak, 0],
+            "peak_row": rows[image, peak, 0],
+        }
+        return Found(readings, pooled_embedding(embedding.patches, self.grid))
 
-    def _reweighted(self, queries: np.ndarray, nearest: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
+    ) -> Tensor:
+        """The largest squared distance of a patch, re-weighted if so configured."""
+        config = config or self.config
+        distances = mean_distances(readings["distances"], config.neighbours)  # B N
+        if not config.reweight:
+            return distances.amax(1)
+        queries, nearest, ids = (
+            readings[name][:, config.neighbours - 1].cpu().numpy() for name in ("peak", "peak_distance", "peak_row")
+        )
+        score = self._reweighted(queries, nearest, ids, config.reweight_neighbours)
+        return torch.from_numpy(score).to(distances.device)
+
+    def _reweighted(self, queries: np.ndarray, nearest: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
         """Eq. 7: s = (1 − exp‖q−m*‖ / Σ_{m ∈ N_b(m*)} exp‖q−m‖) · ‖q−m*‖, with unsquared distances.
 
         Args:
             queries: B×D, the patch of largest distance of each image.
             nearest: B squared distances to the nearest bank vector m*.
             ids: B bank rows of m*.
+            count: b.
         """
         bank = self.require_bank()
-        near = min(self.config.reweight_neighbours, bank.rows)
+        near = min(count, bank.rows)
         _, neighbours = bank.search(bank.rows_at(ids), near)  # B b; m* is its own nearest
         to_neighbours = np.sqrt(((queries[:, None] - bank.rows_at(neighbours)) ** 2).sum(-1))  # B b
         to_nearest = np.sqrt(nearest)  # B

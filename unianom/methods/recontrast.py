@@ -9,7 +9,7 @@ their copies point different ways is an anomaly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
-    DistanceMap,
     DistanceMapConfig,
     OneClassBottleneck,
     ResidualPlan,
@@ -31,8 +30,12 @@ from unianom.methods.layers.distillation import (
     convolution,
     distance_map,
     flattened_distance,
+    fused_map,
+    in_order,
     initialise_residual,
+    numbered,
     residual_plan,
+    top_mean,
 )
 from unianom.methods.trained import (
     LOSS,
@@ -241,6 +244,8 @@ class ReContrast(TrainedMethod):
     """
 
     Config = ReContrastConfig
+    reading_options = ("map.fuse", "map.blur", "map.score_share")
+    map_options = ("map.fuse", "map.blur")
 
     def __init__(self, config: ReContrastConfig) -> None:
         super().__init__()
@@ -254,7 +259,6 @@ class ReContrast(TrainedMethod):
                 part.eps = config.norm_eps
         self.bottleneck = OneClassBottleneck(plan)
         self.decoder = TwoHeadDecoder(plan, config.activation)
-        self.to_map = DistanceMap(config.map, config.input.side)
         # a tensor and no number, of which torch.compile would make a constant and compile anew at every step
         self.a: Tensor
         self.register_buffer("a", torch.tensor(config.mining[0]), persistent=False)
@@ -310,10 +314,21 @@ class ReContrast(TrainedMethod):
         return self.bottleneck([torch.cat(pair) for pair in zip(target, source)])
 
     # ----------------------------------------------------------------------------------------------------- prediction
-    def inspect(self, images: Tensor) -> Inspection:
-        """The embedding is what the bottleneck makes of the trained encoder's levels, 2048×8×8 as published."""
+    def find(self, images: Tensor) -> Found:
+        """Readings "distance_0" to "distance_5", B×h×w, of the frozen and the trained encoder's levels and what was
+        grown for them. Features are what the bottleneck makes of the trained encoder's levels, 2048×8×8 as
+        published."""
         source, target = self.encoders.source(images), self.encoders.target(images)
         embedded = self._embed(target, source)
         pairs = zip([*source, *target], self.decoder(embedded))
-        anomaly_map, score, unsmoothed = self.to_map([distance_map(*pair) for pair in pairs])
-        return Inspection(anomaly_map, score, unsmoothed, embedded[: len(images)])
+        return Found(numbered(distance_map(*pair) for pair in pairs), embedded[: len(images)])
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: ReContrastConfig | None = None) -> Maps:
+        """The distances, fused and blurred."""
+        return Maps(*fused_map(in_order(readings), (config or self.config).map, self.input.side))
+
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: ReContrastConfig | None = None
+    ) -> Tensor:
+        """Mean of the map's largest pixels."""
+        return top_mean(anomaly_map, (config or self.config).map.score_share)

@@ -6,6 +6,7 @@ It has learned to do so for normal images only; where a level and its copy point
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from unianom.backbones import BackboneConfig, CnnBackbone
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     TAPS,
-    DistanceMap,
     DistanceMapConfig,
     OneClassBottleneck,
     ReverseDecoder,
     check_side,
     distance_map,
     flattened_distance,
+    fused_map,
+    in_order,
+    numbered,
     residual_plan,
+    top_mean,
 )
 from unianom.methods.trained import LOSS, FeatureMaps, TrainedMethod, TrainingBatch, TrainingConfig
 from unianom.serialise import to_plain
@@ -97,6 +101,8 @@ class RevDist(TrainedMethod):
     """
 
     Config = RevDistConfig
+    reading_options = ("map.fuse", "map.blur", "map.score_share")
+    map_options = ("map.fuse", "map.blur")
 
     def __init__(self, config: RevDistConfig) -> None:
         super().__init__()
@@ -105,7 +111,6 @@ class RevDist(TrainedMethod):
         self.encoder = CnnBackbone(config.backbone, TAPS)
         self.bottleneck = OneClassBottleneck(plan)
         self.decoder = ReverseDecoder(plan, config.activation)
-        self.to_map = DistanceMap(config.map, config.input.side)
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
@@ -128,10 +133,20 @@ class RevDist(TrainedMethod):
             return flattened_distance(teacher, student)
         return distance_map(teacher, student).mean()
 
-    def inspect(self, images: Tensor) -> Inspection:
-        """The embedding is what the bottleneck makes, 2048×8×8 as published."""
+    def find(self, images: Tensor) -> Found:
+        """Readings "distance_0" to "distance_2", B×h×w, of the three levels and their copies. Features are what the
+        bottleneck makes, 2048×8×8 as published."""
         teacher = self.encoder(images)
         features = self.bottleneck(teacher)
         student = self.decoder(features)
-        anomaly_map, score, unsmoothed = self.to_map([distance_map(*pair) for pair in zip(teacher, student)])
-        return Inspection(anomaly_map, score, unsmoothed, features)
+        return Found(numbered(distance_map(*pair) for pair in zip(teacher, student)), features)
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: RevDistConfig | None = None) -> Maps:
+        """The distances, fused and blurred."""
+        return Maps(*fused_map(in_order(readings), (config or self.config).map, self.input.side))
+
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: RevDistConfig | None = None
+    ) -> Tensor:
+        """Mean of the map's largest pixels."""
+        return top_mean(anomaly_map, (config or self.config).map.score_share)

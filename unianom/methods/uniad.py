@@ -6,15 +6,16 @@ queries in every decoder layer, and noise on the input features while training.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.maps import upsampled_grid
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
     QueryDecoder,
@@ -87,6 +88,8 @@ class UniAD(TrainedMethod):
     """
 
     Config = UniADConfig
+    reading_options = ("map_form", "reduce", "score_pool")
+    map_options = ("map_form",)
 
     def __init__(self, config: UniADConfig) -> None:
         super().__init__()
@@ -115,24 +118,30 @@ class UniAD(TrainedMethod):
         reconstruction = self.transformer.decode(self.transformer.encode(neck))
         return {LOSS: (reconstruction.float() - neck).square().mean()}
 
-    def inspect(self, images: Tensor) -> Inspection:
-        """The embedding is the output of the transformer's encoder, 256×14×14 as published."""
+    def find(self, images: Tensor) -> Found:
+        """Readings are the reconstruction's error B×h×w in both forms, "norm" and "squared". Features are the output of
+        the transformer's encoder, 256×14×14 as published."""
         neck = self.neck(images)
         tokens = self.transformer.encode(neck)  # B N D
         difference = self.transformer.decode(tokens) - neck  # B C h w
-        side = self.input.side
-        if self.config.map_form == "norm":
-            anomaly_map = upsample(difference.norm(dim=1), side)  # B S S
-        else:
-            error = difference.square().mean(1, keepdim=True)  # B 1 h w
-            anomaly_map = interpolate(error, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-        features = tokens.transpose(1, 2).unflatten(2, self.neck.grid)
-        return Inspection(anomaly_map, self._score(anomaly_map), anomaly_map, features)
+        readings = {"norm": difference.norm(dim=1), "squared": difference.square().mean(1)}
+        return Found(readings, tokens.transpose(1, 2).unflatten(2, self.neck.grid))
 
-    def _score(self, anomaly_map: Tensor) -> Tensor:
-        """Image scores of B×S×S maps."""
-        if self.config.reduce == "max":
-            return pooled_maximum(anomaly_map, self.config.score_pool)
-        if self.config.reduce == "mean":
+    def read_maps(self, readings: Mapping[str, Tensor], config: UniADConfig | None = None) -> Maps:
+        """The error in the form that is asked for, upsampled."""
+        if (config or self.config).map_form == "norm":
+            anomaly_map = upsample(readings["norm"], self.input.side)
+        else:
+            anomaly_map = upsampled_grid(readings["squared"], self.input.side)
+        return Maps(anomaly_map, anomaly_map)
+
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniADConfig | None = None
+    ) -> Tensor:
+        """Maximum, mean or standard deviation of the map."""
+        config = config or self.config
+        if config.reduce == "max":
+            return pooled_maximum(anomaly_map, config.score_pool)
+        if config.reduce == "mean":
             return anomaly_map.mean((1, 2))
         return anomaly_map.std((1, 2), correction=0)

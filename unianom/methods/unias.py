@@ -7,7 +7,7 @@ took away. Where reconstruction and smoothed map point different ways, on all le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,8 @@ from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.layers.distillation import in_order, numbered
 from unianom.methods.layers.gated_cnn import MultiGranularityCnn
 from unianom.methods.layers.pixel_decoder import NORM_GROUPS, PixelDecoder
 from unianom.methods.layers.queries import CombinedQuery, PlainQuery, ProductQuery
@@ -228,6 +229,8 @@ class UniAS(TrainedMethod):
     """
 
     Config = UniASConfig
+    reading_options = ("levels", "fuse_at", "level_blur", "reduce")
+    map_options = ("levels", "fuse_at", "level_blur")
 
     def __init__(self, config: UniASConfig) -> None:
         super().__init__()
@@ -284,18 +287,27 @@ class UniAS(TrainedMethod):
         error, cosine = torch.stack([torch.stack(pair) for pair in terms]).sum(0)
         return {LOSS: self.config.loss_weight * (error + cosine), "squared_error": error, "cosine": cosine}
 
-    def inspect(self, images: Tensor) -> Inspection:
-        """The embedding is the coarsest level of the pixel decoder, 512×7×7 as published. Levels are blurred before
-        they are multiplied, which belongs to the map; nothing smooths it afterwards."""
+    def find(self, images: Tensor) -> Found:
+        """Readings "distance_0", …, B×h_l×w_l, of every level, the finest first. Features are the coarsest level of the
+        pixel decoder, 512×7×7 as published."""
         targets, inputs = self._filtered(self.frozen_features(images))
         decoded = self.pixel_decoder(inputs)
         levels = zip(self._restore(decoded), targets)
-        anomaly_map = self.fuse([1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels])
-        if self.config.reduce == "std":
-            score = anomaly_map.flatten(1).std(1, correction=0)
-        else:
-            score = anomaly_map.amax((1, 2))
-        return Inspection(anomaly_map, score, anomaly_map, decoded[-1])
+        readings = numbered(1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels)
+        return Found(readings, decoded[-1])
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: UniASConfig | None = None) -> Maps:
+        """Levels are blurred before they are multiplied, which belongs to the map; nothing smooths it afterwards."""
+        anomaly_map = self.fuse(in_order(readings), config)
+        return Maps(anomaly_map, anomaly_map)
+
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniASConfig | None = None
+    ) -> Tensor:
+        """Maximum or standard deviation of the map."""
+        if (config or self.config).reduce == "std":
+            return anomaly_map.flatten(1).std(1, correction=0)
+        return anomaly_map.amax((1, 2))
 
     def reconstruct(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Maps B×C_l×h_l×w_l from filtered maps with their residuals, B×2C_l×h_l×w_l; both fine to coarse."""
@@ -313,14 +325,20 @@ class UniAS(TrainedMethod):
             reconstructions.insert(0, self.heads[level](normed))
         return reconstructions
 
-    def fuse(self, level_maps: Sequence[Tensor]) -> Tensor:
-        """Product B×S×S of the levels' maps B×h_l×w_l, fine to coarse, that count (eq. 6)."""
-        side, count = self.config.input.side, len(level_maps)
-        size = side if self.config.fuse_at == "input" else self.sizes[0]
+    def fuse(self, level_maps: Sequence[Tensor], config: UniASConfig | None = None) -> Tensor:
+        """Product B×S×S of the levels' maps B×h_l×w_l, fine to coarse, that count (eq. 6).
+
+        Raises:
+            OptionError: they are too small to be blurred.
+        """
+        config = config or self.config
+        side, count = self.input.side, len(level_maps)
+        _check_blur(self.sizes, config)
+        size = side if config.fuse_at == "input" else self.sizes[0]
         product = level_maps[0].new_ones(len(level_maps[0]), 1, size, size)
-        for number in self.config.levels or range(1, count + 1):
+        for number in config.levels or range(1, count + 1):
             level = interpolate(level_maps[number - 1][:, None], size=size, mode="bilinear", align_corners=False)
-            if self.config.level_blur:
+            if config.level_blur:
                 kernel = 3 + 2 * (count - number)
                 level = gaussian_filter(level, kernel, kernel / 3)
             product = product * level
@@ -363,9 +381,9 @@ def _level_sizes(encoder: CnnBackbone, config: UniASConfig) -> list[int]:
             f"the maps of {config.backbone.name} for an input of {side} pixels have {sizes} cells a side, which do not "
             f"divide into those of the coarsest; set input.size (or crop, pad) to a multiple of {config.taps[-1]}"
         )
-    blurred = config.input.side if config.fuse_at == "input" else sizes[0]
-    if coarsest < 2 or (config.level_blur and blurred <= len(sizes)):
+    if coarsest < 2:
         raise OptionError(f"an input of {side} pixels leaves maps of {sizes} cells a side, too few to filter them")
+    _check_blur(sizes, config)
     if config.neighbours and config.neighbours // 2 >= coarsest // 2:  # then the centre sees nothing
         raise OptionError(
             f"neighbours={config.neighbours} hides all of the {coarsest}×{coarsest} token grid from its centre; "
@@ -376,6 +394,18 @@ def _level_sizes(encoder: CnnBackbone, config: UniASConfig) -> list[int]:
             f"channel_attention needs a token grid ({coarsest}×{coarsest}) that divides into heads={config.heads}"
         )
     return sizes
+
+
+def _check_blur(sizes: Sequence[int], config: UniASConfig) -> None:
+    """Refuse to blur maps, one for each of the sizes, that are smaller than the blur's reach.
+
+    Raises:
+        OptionError: they are, and are to be blurred.
+    """
+    side = config.input.side
+    blurred = side if config.fuse_at == "input" else sizes[0]
+    if config.level_blur and blurred <= len(sizes):
+        raise OptionError(f"an input of {side} pixels leaves maps of {list(sizes)} cells a side, too few to blur them")
 
 
 def _patch_embedding(dim: int, ratio: int) -> nn.Module:

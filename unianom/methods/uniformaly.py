@@ -7,6 +7,7 @@ is a coreset of normal patches; the image score is the mean of the top k-ratio p
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,14 +21,14 @@ from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
 from unianom.methods.base import (
     Embedding,
-    Inspection,
+    Encoded,
     MemoryMethod,
+    mean_distances,
     register_method,
     resolve_preset,
     with_statistics,
 )
 from unianom.methods.layers.bank import BankConfig
-from unianom.methods.layers.maps import GridToMap, pooled_embedding
 
 PRESETS = {
     "paper": {"attention_block": -1, "mask_scope": "image"},
@@ -99,6 +100,8 @@ class UniFormaly(MemoryMethod):
     """
 
     Config = UniFormalyConfig
+    reading_options = ("neighbours", "k_ratio", "blur_sigma")
+    bank_options = ("bank", "mask", "mask_kernel", "mask_threshold", "mask_scope")
 
     def __init__(self, config: UniFormalyConfig, bank: MemoryBank | None = None) -> None:
         super().__init__()
@@ -111,42 +114,50 @@ class UniFormaly(MemoryMethod):
             attention_block=None if config.mask == "off" else config.attention_block,
             rollout=config.attention == "rollout",
         )
-        self.to_map = GridToMap(self.encoder.grid, config.input.side, config.blur_sigma)
+        self.grid = self.encoder.grid
 
-    def embed(self, images: Tensor) -> Embedding:
-        """Patches B×N×D and the back-patch mask B×N of B×3×S×S normalised images."""
-        config = self.config
+    def encode(self, images: Tensor) -> Encoded:
+        """Patches B×N×D and the attention B×h×w of B×3×S×S normalised images."""
         features = self.encoder(images)
-        if config.aggregation == "mean":
+        if self.config.aggregation == "mean":
             patches = torch.stack(features.tokens).mean(0)  # B N D
         else:
             patches = torch.cat(features.tokens, dim=-1)  # B N L·D
-        keep = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)  # B N
-        if features.attention is not None:
-            scope = config.mask_scope or "image"
-            if config.mask == "soft":
-                weights = soft_mask(features.attention, config.mask_kernel, scope)  # B h w
-                patches = patches * weights.flatten(1).unsqueeze(-1)
-            else:
-                mask = back_patch_mask(features.attention, config.mask_kernel, config.mask_threshold, scope)
-                keep = mask.flatten(1)
-        return Embedding(patches, keep)
+        return Encoded(patches, features.attention)
 
-    def embed_for_bank(self, images: Tensor) -> Embedding:
+    def keep_patches(self, encoded: Encoded, config: UniFormalyConfig | None = None) -> Embedding:
+        """Patches B×N×D and the back-patch mask B×N.
+
+        Raises:
+            OptionError: `config` masks, but the method was made with mask=off and has no attention.
+        """
+        config = config or self.config
+        if config.mask == "off":
+            return super().keep_patches(encoded)
+        if encoded.attention is None:
+            raise OptionError(f"mask={config.mask} needs the attention, which uniformaly made with mask=off has not")
+        scope = config.mask_scope or "image"
+        if config.mask == "soft":
+            weights = soft_mask(encoded.attention, config.mask_kernel, scope)  # B h w
+            return super().keep_patches(encoded._replace(patches=encoded.patches * weights.flatten(1).unsqueeze(-1)))
+        mask = back_patch_mask(encoded.attention, config.mask_kernel, config.mask_threshold, scope)  # B h w
+        return Embedding(encoded.patches, mask.flatten(1))
+
+    def keep_for_bank(self, encoded: Encoded, config: UniFormalyConfig | None = None) -> Embedding:
         """Patches for the bank. In batch scope, as the released code has it, every position that survives in any
         image of the batch is kept in all of them, and patches masked in their own image enter as zeros."""
-        embedding = self.embed(images)
-        if self.config.mask_scope != "batch" or self.config.mask != "binary":
+        config = config or self.config
+        embedding = self.keep_patches(encoded, config)
+        if config.mask_scope != "batch" or config.mask != "binary":
             return embedding
         patches = embedding.patches * embedding.keep.unsqueeze(-1)
         return Embedding(patches, embedding.keep.any(0).expand_as(embedding.keep))
 
-    def score_patches(self, embedding: Embedding) -> Inspection:
-        """Squared distances to the bank, masked patches zero; top-k-ratio mean (eq. 2) and pixel map. The embedding is
-        the patches, masked or not, on at most 8 × 8 cells."""
-        distances = self.patch_distances(embedding)  # B N
-        top = max(1, round(self.config.k_ratio * distances.shape[1]))  # masked patches count in N
-        score = distances.topk(top, dim=1).values.mean(1)  # B
-        cells = distances.unflatten(1, self.encoder.grid)
-        features = pooled_embedding(embedding.patches, self.encoder.grid)
-        return Inspection(self.to_map(cells), score, self.to_map.unsmoothed(cells), features)
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
+    ) -> Tensor:
+        """Top-k-ratio mean of the patches' distances (eq. 2), masked ones zero."""
+        config = config or self.config
+        distances = mean_distances(readings["distances"], config.neighbours)  # B N
+        top = max(1, round(config.k_ratio * distances.shape[1]))  # masked patches count in N
+        return distances.topk(top, dim=1).values.mean(1)

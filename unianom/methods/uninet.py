@@ -7,6 +7,7 @@ a student grows them again; what was grown from one teacher has to match the oth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from torch.nn.functional import (
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Inspection, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     OneClassBottleneck,
     PyramidFusion,
@@ -32,13 +33,15 @@ from unianom.methods.layers.distillation import (
     TeacherPair,
     convolution,
     distance_map,
+    in_order,
     initialise_residual,
     norm_act,
+    numbered,
     residual_plan,
     top_mean,
     upsampled,
 )
-from unianom.methods.layers.maps import GaussianBlur
+from unianom.methods.layers.maps import gaussian_blur
 from unianom.methods.layers.similarity import EPSILON, log_similarity
 from unianom.methods.trained import (
     LOSS,
@@ -409,6 +412,7 @@ class UniNet(TrainedMethod):
     """
 
     Config = UniNetConfig
+    reading_options = ("decision", "alpha", "beta", "decision_share", "score_blur")
 
     def __init__(self, config: UniNetConfig) -> None:
         super().__init__()
@@ -431,8 +435,6 @@ class UniNet(TrainedMethod):
             self.head = convolution(plan.channels[0], 1, 1)
         elif config.task == "video":
             self.head = FrameHead(plan.channels[0])
-        assert config.score_blur is not None
-        self.blur = GaussianBlur(config.input.side, config.score_blur)
         self._side = config.input.side
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -550,37 +552,58 @@ class UniNet(TrainedMethod):
         return torch.stack([(self.head(half).float() - images).square().mean() for half in halves]).sum()
 
     # ----------------------------------------------------------------------------------------------------- prediction
-    def inspect(self, images: Tensor) -> Inspection:
-        """The embedding is what the bottleneck makes of the target teacher's levels, 2048×8×8 as published. The map is
-        never smoothed, only what the score is taken from."""
+    def find(self, images: Tensor) -> Found:
+        """Readings "distance_0" to "distance_5", B×h×w, of the six pairs of maps, and for "video" "frame_error" B×2, of
+        the frame from either teacher; for "segmentation" "logits" B×h×w alone. Features are what the bottleneck makes
+        of the target teacher's levels, 2048×8×8 as published."""
         source, target = self.teachers.source(images), self.teachers.target(images)
         students, embedded = self._students(source, target)
         features = embedded[: len(images)]
         if self.config.task == "segmentation":
             assert self.head is not None
             logits = torch.stack(self.head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
-            logits = interpolate(logits, scale_factor=4, mode="bilinear")[:, 0]  # B S S
-            anomaly_map = logits.sigmoid()
-            return Inspection(anomaly_map, logits.amax((1, 2)), anomaly_map, features)
-        distances = [distance_map(teacher, student) for teacher, student in _pairs(source, target, students)]
-        anomaly_map = upsampled(distances, self.input.side).sum(0)
-        score = self._score(anomaly_map, distances)
+            return Found({"logits": logits[:, 0]}, features)
+        readings = numbered(distance_map(*pair) for pair in _pairs(source, target, students))
         if self.config.task == "video":
             assert self.head is not None
-            for half in students[0].chunk(2):
-                score = score + (self.head(half).float() - images).square().mean((1, 2, 3))
-        return Inspection(anomaly_map, score, anomaly_map, features)
+            errors = [(self.head(half).float() - images).square().mean((1, 2, 3)) for half in students[0].chunk(2)]
+            readings["frame_error"] = torch.stack(errors, dim=1)
+        return Found(readings, features)
 
-    def _score(self, anomaly_map: Tensor, distances: list[Tensor]) -> Tensor:
-        """Image scores of B×S×S maps (Algorithm 1)."""
-        config = self.config
+    def read_maps(self, readings: Mapping[str, Tensor], config: UniNetConfig | None = None) -> Maps:
+        """Sum of the six upsampled distances, or the masks' probability. The map is never smoothed, only what the score
+        is taken from, so no option changes it."""
+        if self.config.task == "segmentation":
+            anomaly_map = _input_sized(readings["logits"]).sigmoid()
+        else:
+            anomaly_map = upsampled(in_order(readings), self.input.side).sum(0)
+        return Maps(anomaly_map, anomaly_map)
+
+    def read_scores(
+        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniNetConfig | None = None
+    ) -> Tensor:
+        """As Algorithm 1 has it; the largest logit of a segmentation, whatever the options."""
+        config = config or self.config
+        if self.config.task == "segmentation":
+            return _input_sized(readings["logits"]).amax((1, 2))
         assert config.beta is not None
-        blurred = self.blur(anomaly_map) if config.score_blur else anomaly_map
+        assert config.score_blur is not None
+        blurred = gaussian_blur(anomaly_map, config.score_blur) if config.score_blur else anomaly_map
         if config.decision in ("max", "share"):
-            return top_mean(blurred, config.decision_share if config.decision == "share" else 0.0)
-        maxima = torch.stack([m.amax((1, 2)) for m in distances], dim=1)  # B 6
-        share = decision_weights(maxima, config.alpha, config.beta, literal=config.decision == "literal")
-        return largest_mean(blurred, share)
+            score = top_mean(blurred, config.decision_share if config.decision == "share" else 0.0)
+        else:
+            maxima = torch.stack([m.amax((1, 2)) for m in in_order(readings)], dim=1)  # B 6
+            share = decision_weights(maxima, config.alpha, config.beta, literal=config.decision == "literal")
+            score = largest_mean(blurred, share)
+        if self.config.task == "video":
+            for error in readings["frame_error"].unbind(1):
+                score = score + error
+        return score
+
+
+def _input_sized(logits: Tensor) -> Tensor:
+    """B×h×w on the grid of the finest level to B×S×S."""
+    return interpolate(logits[:, None], scale_factor=4, mode="bilinear")[:, 0]
 
 
 def _pairs(source: list[Tensor], target: list[Tensor], students: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -7,7 +7,7 @@ behind the bottleneck.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from unianom.backbones import BackboneConfig, CnnBackbone
 from unianom.errors import OptionError, WeightsError
-from unianom.methods.layers.maps import GaussianBlur
+from unianom.methods.layers.maps import gaussian_blur
 from unianom.methods.layers.smoothing import gaussian_filter
 
 TAPS = (4, 8, 16)
@@ -294,6 +294,16 @@ def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
     return 1 - cosine_similarity(teacher.float(), student.float(), dim=1)
 
 
+def numbered(distances: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Distance maps as the readings of a method: "distance_0", "distance_1", …"""
+    return {f"distance_{index}": each for index, each in enumerate(distances)}
+
+
+def in_order(readings: Mapping[str, Tensor]) -> list[Tensor]:
+    """The distance maps among these readings, in the order in which they were numbered."""
+    return [readings[f"distance_{index}"] for index in range(sum(name.startswith("distance_") for name in readings))]
+
+
 def upsampled(maps: Sequence[Tensor], side: int) -> Tensor:
     """L×B×S×S of L maps B×h×w, bilinear, corners aligned."""
     return torch.stack([interpolate(m[:, None], size=side, mode="bilinear", align_corners=True)[:, 0] for m in maps])
@@ -319,28 +329,24 @@ class DistanceMapConfig:
             raise OptionError(f"map.score_share={self.score_share} must be in [0, 1]")
 
 
-class DistanceMap(nn.Module):
-    """Anomaly map and score from distances.
+def fused_map(distances: Sequence[Tensor], config: DistanceMapConfig, side: int) -> tuple[Tensor, Tensor]:
+    """Anomaly maps from distances.
 
     Args:
-        config: how.
+        distances: L maps B×h×w.
+        config: how; its `score_share` has no part in this.
         side: S, of the input.
+
+    Returns:
+        B×S×S, and the same before the blur.
     """
-
-    def __init__(self, config: DistanceMapConfig, side: int) -> None:
-        super().__init__()
-        self.config, self.side = config, side
-        self.blur: nn.Module = GaussianBlur(side, 4.0) if config.blur == "gaussian" else nn.Identity()
-
-    def forward(self, distances: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """L maps B×h×w to anomaly maps B×S×S, image scores B, and the maps before they were blurred."""
-        maps = upsampled(distances, self.side)
-        fused = maps.sum(0) if self.config.fuse == "sum" else maps.mean(0)
-        blurred = fused
-        if self.config.blur == "box":
-            blurred = gaussian_filter(fused[:, None], 5, 4.0, padding="zeros")[:, 0]
-        blurred = self.blur(blurred)
-        return blurred, top_mean(blurred, self.config.score_share), fused
+    maps = upsampled(distances, side)
+    fused = maps.sum(0) if config.fuse == "sum" else maps.mean(0)
+    if config.blur == "gaussian":
+        return gaussian_blur(fused, 4.0), fused
+    if config.blur == "box":
+        return gaussian_filter(fused[:, None], 5, 4.0, padding="zeros")[:, 0], fused
+    return fused, fused
 
 
 def top_mean(maps: Tensor, share: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
@@ -12,7 +14,7 @@ MAX_CELLS = 8
 """Cells a side of a memory method's embedding at most; as many as the bottleneck of RevDist has."""
 
 
-class GridToMap(nn.Module):
+def grid_to_map(grid: Tensor, size: int, sigma: float) -> Tensor:
     """Bilinear upsampling (corners not aligned) of a patch grid, then a Gaussian blur (SciPy's: cut at four sigma,
     reflecting border).
 
@@ -20,26 +22,26 @@ class GridToMap(nn.Module):
     map = R · grid · Cᵀ.
 
     Args:
-        grid: height and width of the patch grid.
+        grid: B×h×w.
         size: height and width of the map in pixels.
         sigma: standard deviation of the blur in pixels; 0 for none.
+
+    Returns:
+        B×size×size.
     """
+    rows, columns = (_upsample_and_blur(cells, size, sigma, grid.device) for cells in grid.shape[1:])
+    return rows @ grid @ columns.T
 
-    def __init__(self, grid: tuple[int, int], size: int, sigma: float) -> None:
-        super().__init__()
-        self.size = size
-        self.rows: Tensor
-        self.columns: Tensor
-        self.register_buffer("rows", _upsample_and_blur(grid[0], size, sigma), persistent=False)  # H h
-        self.register_buffer("columns", _upsample_and_blur(grid[1], size, sigma), persistent=False)  # W w
 
-    def forward(self, grid: Tensor) -> Tensor:
-        """B×h×w to B×H×W."""
-        return self.rows @ grid @ self.columns.T
+def upsampled_grid(grid: Tensor, size: int) -> Tensor:
+    """As `grid_to_map`, without the blur."""
+    return interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
-    def unsmoothed(self, grid: Tensor) -> Tensor:
-        """As `forward`, without the blur."""
-        return interpolate(grid[:, None], size=self.size, mode="bilinear", align_corners=False)[:, 0]
+
+def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
+    """A Gaussian blur (SciPy's: cut at four sigma, reflecting border) of square maps B×S×S; sigma in pixels. A matrix
+    product on either side."""
+    return grid_to_map(maps, maps.shape[2], sigma)
 
 
 def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -49,27 +51,12 @@ def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return adaptive_avg_pool2d(cells, (min(grid[0], MAX_CELLS), min(grid[1], MAX_CELLS)))
 
 
-class GaussianBlur(nn.Module):
-    """A Gaussian blur (SciPy's: cut at four sigma, reflecting border) of square maps: a matrix product on either side.
-
-    Args:
-        size: height and width of the maps in pixels.
-        sigma: standard deviation in pixels; 0 for none.
-    """
-
-    def __init__(self, size: int, sigma: float) -> None:
-        super().__init__()
-        self.matrix: Tensor
-        self.register_buffer("matrix", _upsample_and_blur(size, size, sigma), persistent=False)  # S S
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """B×S×S to B×S×S."""
-        return self.matrix @ maps @ self.matrix.T
-
-
-def _upsample_and_blur(short: int, long: int, sigma: float) -> Tensor:
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must be an ordinary tensor, also if the caller is in inference mode
+def _upsample_and_blur(short: int, long: int, sigma: float, device: torch.device) -> Tensor:
+    """The matrix, long×short; the last few are kept."""
     identity = torch.eye(short, dtype=torch.float64)[None]  # 1 channels=short, positions=short
     matrix = nn.functional.interpolate(identity, size=long, mode="linear", align_corners=False)[0].T.numpy()
     if sigma > 0:
         matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="reflect", truncate=4.0)
-    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
+    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32)).to(device)
