@@ -42,7 +42,7 @@ from unianom.data.splits import hash_order
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import Embedding
-from unianom.methods.layers.maps import GridToMap
+from unianom.methods.layers.maps import grid_to_map
 from unianom.metrics.clustering import clustering_metrics, contingency, match_clusters
 from unianom.serialise import from_plain, to_plain
 
@@ -697,8 +697,8 @@ def _sheet_title(entry: Mapping[str, Any]) -> str:
 def _maps(described: Described, side: int, numbers: Sequence[int]) -> np.ndarray:
     """Anomaly maps of chosen images, n×S×S, as the method makes them from its patch distances."""
     grid = math.isqrt(described.distances.shape[1])  # inputs are square, and so are their patch grids
-    to_map = GridToMap((grid, grid), side, described.model["config"]["blur_sigma"])
-    return to_map(torch.from_numpy(described.distances[list(numbers)]).unflatten(1, (grid, grid))).numpy()
+    cells = torch.from_numpy(described.distances[list(numbers)]).unflatten(1, (grid, grid))
+    return grid_to_map(cells, side, described.model["config"]["blur_sigma"]).numpy()
 
 
 def _scale(described: Described, side: int) -> visual.HeatScale:

@@ -44,11 +44,16 @@ class Tiny:
     Attributes:
         config: options under which it is small and fast.
         invalid: changes of the config, each of which it must refuse.
+        reading: changes of its reading options by dotted names, each of which changes maps or scores; every option
+            takes part in one of them.
+        masking: for a memory method, the same of its bank options, but for those of the bank itself.
         training_batch: for a trained method, makes what its `training_loss` takes.
     """
 
     config: Any
     invalid: list[dict[str, Any]] = field(default_factory=list)
+    reading: list[dict[str, Any]] = field(default_factory=list)
+    masking: list[dict[str, Any]] = field(default_factory=list)
     training_batch: Callable[[Method], Any] | None = None
 
 
@@ -85,6 +90,14 @@ INVALID_RECONSTRUCTION: list[dict[str, Any]] = [
 ]
 """Changes that both must refuse."""
 
+DISTANCE_READING: list[dict[str, Any]] = [
+    {"map.fuse": "mean"},
+    {"map.blur": "box"},
+    {"map.blur": "none", "map.score_share": 1.0},
+    {"map.score_share": 0.01},
+]
+"""Readings of RevDist and ReContrast."""
+
 TINY = {
     "uniformaly": Tiny(
         UniFormalyConfig(backbone=BackboneConfig(VIT, weights="random", options=VIT_OPTIONS), input=INPUT),
@@ -99,6 +112,14 @@ TINY = {
             {"neighbours": 0},
             {"blur_sigma": -1.0},
             {"blur_sigma": float("nan")},
+        ],
+        reading=[{"neighbours": 3}, {"neighbours": 5, "k_ratio": 0.5}, {"k_ratio": 0.001}, {"blur_sigma": 1.5}],
+        masking=[
+            {"mask_kernel": 1, "mask_threshold": 0.985},
+            {"mask_threshold": 0.9, "mask_scope": "batch"},
+            {"mask": "soft"},
+            {"mask_threshold": 0.9},
+            {"mask": "off"},
         ],
     ),
     "patchcore": Tiny(
@@ -115,10 +136,23 @@ TINY = {
             {"blur_sigma": -1.0},
             {"blur_sigma": float("inf")},
         ],
+        reading=[
+            {"neighbours": 3},
+            {"reweight": False},
+            {"neighbours": 5, "reweight": False},
+            {"reweight_neighbours": 3},
+            {"blur_sigma": 0.0},
+        ],
     ),
     "uniad": Tiny(
         UniADConfig(**RECONSTRUCTION, neighbours=3),
         invalid=[*INVALID_RECONSTRUCTION, {"masked": ("decoder",)}],
+        reading=[
+            {"map_form": "squared"},
+            {"reduce": "mean"},
+            {"map_form": "squared", "reduce": "std"},
+            {"score_pool": 5},
+        ],
         training_batch=training_batch,
     ),
     "onenip": Tiny(
@@ -134,6 +168,7 @@ TINY = {
             {"alpha": 1.5},
             {"alpha": float("nan")},
         ],
+        reading=[{"alpha": 0.2}, {"alpha": 0.0}, {"score_pool": 5}],
         training_batch=training_batch,
     ),
     "unias": Tiny(
@@ -164,11 +199,19 @@ TINY = {
             {"levels": (4,)},
             {"levels": (1, 1)},
         ],
+        reading=[
+            {"levels": (3, 1)},
+            {"fuse_at": "finest"},
+            {"level_blur": True},
+            {"fuse_at": "finest", "level_blur": True, "levels": (2,)},
+            {"reduce": "std"},
+        ],
         training_batch=training_batch,
     ),
     "revdist": Tiny(
         RevDistConfig(backbone=BackboneConfig("resnet10t", weights="random"), input=INPUT),
         invalid=[{"input": InputPolicy(resize="stretch", size=72, crop=None)}],
+        reading=DISTANCE_READING,
         training_batch=training_batch,
     ),
     "recontrast": Tiny(
@@ -182,6 +225,7 @@ TINY = {
             {"mining": (0.0, 1.0, 2.0)},
             {"mining_ramp": 1.5},
         ],
+        reading=DISTANCE_READING,
         training_batch=training_batch,
     ),
     "uninet": Tiny(
@@ -204,6 +248,13 @@ TINY = {
             {"contrast": "label"},
             {"kd_normal_only": True},
             {"task": "classification", "contrast": "mask"},
+        ],
+        reading=[
+            {"decision": "max"},
+            {"decision": "share", "decision_share": 0.2},
+            {"decision": "literal", "beta": 0.1},
+            {"alpha": 0.3},
+            {"beta": 0.5, "score_blur": 1.5},
         ],
         training_batch=training_batch,
     ),
@@ -242,6 +293,19 @@ def fit(method: Method, rows: int = 40, seed: int = 1) -> Method:
     elif isinstance(method, TrainedMethod):
         method.finish([TINY[method.name].training_batch(method)], ["a", "b"])
     return method
+
+
+@torch.inference_mode(False)  # PyTorch computes otherwise, in the last bits, with weights that were made in that mode
+def remade(method: Method, config: Any) -> Method:
+    """A method of this config with the weights and the bank of another one."""
+    other = type(method)(config).eval()
+    state = method.state_dict()
+    other.size_buffers(state)
+    missing, _ = other.load_state_dict(state, strict=False)  # with mask=off UniFormaly keeps fewer blocks
+    assert not missing
+    if isinstance(method, MemoryMethod):
+        other.bank = method.bank
+    return other
 
 
 def tiny_method(name: str) -> Method:

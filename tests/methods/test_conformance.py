@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.conftest import INVALID_BANKS, SIDE, TINY, Tiny, fit, random_images
+from tests.methods.conftest import INVALID_BANKS, SIDE, TINY, Tiny, fit, random_images, remade
 from unianom.backbones import CnnBackbone, VitBackbone
 from unianom.errors import OptionError
-from unianom.methods import METHODS, Embedding, MemoryMethod, Method, Prediction
+from unianom.methods import METHODS, Embedding, Found, Inspection, MemoryMethod, Method, Prediction
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model, load
 from unianom.serialise import from_plain, to_plain
@@ -25,6 +25,9 @@ from unianom.serialise import from_plain, to_plain
 BATCH_TOLERANCE = 1e-5
 """Relative to the largest value. Predictions are not bit-equal across batch sizes: matrix products and convolutions
 cut a batch into blocks by its size, and float32 sums round by their order."""
+
+MOST_NEIGHBOURS = 5
+"""Bank vectors found for each patch, enough for all readings that are tried."""
 
 DEVICE_TOLERANCE = 1e-3
 """Relative to the largest value, between CPU and GPU kernels in float32."""
@@ -48,8 +51,11 @@ def check_method(cls: type[Method], tiny: Tiny, folder: Path) -> None:
     check_refusals(method)
     check_frozen(cls, tiny)
     check_saving(method, folder)
+    inert = check_reading(method, tiny)
+    assert not inert, f"{inert} change neither map nor score"
     if isinstance(method, MemoryMethod):
         check_embedding(method)
+        check_masking(method, tiny)
 
 
 def check_prediction(method: Method) -> None:
@@ -164,6 +170,70 @@ def check_saving(method: Method, folder: Path) -> None:
     assert same(loaded.method.predict(images), method.predict(images)), "predicts otherwise once loaded"
 
 
+def check_reading(method: Method, tiny: Tiny) -> list[dict[str, Any]]:
+    """An inspection is what the network finds, then what is read from it; reading by other options is what a method
+    made with these options finds. Gives the changes that make no difference."""
+    check_names(method.config, method.reading_options, tiny.reading)
+    assert set(method.map_options) <= set(method.reading_options)
+    images = random_images(3)
+    inert = []
+    with torch.inference_mode():
+        own, found = method.inspect(images), method.find(images)
+        for value in found.readings.values():
+            assert len(value) == 3
+            assert value.dtype in (torch.float32, torch.int64)
+        assert same(read(method, found, None), own), "an inspection is not what is read from what is found"
+        if isinstance(method, MemoryMethod):
+            found = method.find_patches(method.embed(images), neighbours=MOST_NEIGHBOURS)
+            assert same(read(method, found, None), own), "more neighbours found than needed change the result"
+        for changes in tiny.reading:
+            config = changed(method.config, changes)
+            other = read(method, found, config)
+            assert same(other, remade(method, config).inspect(images)), f"{changes} act before the reading, too"
+            if not changes.keys() & set(method.map_options):
+                assert torch.equal(other.anomaly_map, own.anomaly_map), f"{changes} change the map"
+                assert torch.equal(other.unsmoothed, own.unsmoothed), f"{changes} change the map"
+            if same(other, own):
+                inert.append(changes)
+    return inert
+
+
+def check_masking(method: MemoryMethod, tiny: Tiny) -> None:
+    """Patches masked by other options are those of a method made with these options; and no reading by more neighbours
+    than were found."""
+    assert "bank" in method.bank_options
+    check_names(method.config, [name for name in method.bank_options if name != "bank"], tiny.masking)
+    images = random_images(3)
+    with torch.inference_mode():
+        encoded, own = method.encode(images), method.embed(images)
+        kept = []
+        for changes in tiny.masking:
+            config = changed(method.config, changes)
+            other = remade(method, config)
+            kept.append(method.keep_patches(encoded, config))
+            assert same(kept[-1], other.embed(images)), f"{changes} act elsewhere than in keep_patches"
+            for_bank = method.keep_for_bank(encoded, config)
+            assert same(for_bank, other.embed_for_bank(images)), f"{changes} act elsewhere than in keep_for_bank"
+        assert not kept or any(not same(each, own) for each in kept)
+        few = method.find_patches(own, neighbours=1).readings
+    more = dataclasses.replace(method.config, neighbours=2)
+    with pytest.raises(OptionError, match="neighbours=2"):
+        method.read_maps(few, more)
+    with pytest.raises(OptionError, match="neighbours=2"):
+        method.read_scores(few, torch.zeros(3, SIDE, SIDE), more)
+
+
+def check_names(config: Any, names: Sequence[str], changes: Sequence[dict[str, Any]]) -> None:
+    """These are options of the config, and the changes try them all."""
+    for name in names:
+        part = config
+        for step in name.split("."):
+            assert hasattr(part, step), f"there is no option {name}"
+            part = getattr(part, step)
+    tried = {name for each in changes for name in each}
+    assert tried == set(names), f"the tiny form tries {sorted(tried)} of {sorted(names)}"
+
+
 def check_embedding(method: MemoryMethod) -> None:
     """Patches of one grid, float32, with a mask; scoring an embedding is predicting."""
     images = random_images(3)
@@ -213,9 +283,25 @@ def check_options(cls: type[Method], tiny: Tiny) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-def same(one: Prediction, other: Prediction) -> bool:
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Equal to the bit."""
     return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def read(method: Method, found: Found, config: Any) -> Inspection:
+    """What is read from what was found."""
+    maps = method.read_maps(found.readings, config)
+    score = method.read_scores(found.readings, maps.anomaly_map, config)
+    return Inspection(maps.anomaly_map, score, maps.unsmoothed, found.features)
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """The config with other values of options by dotted names."""
+    for name, value in changes.items():
+        group, _, rest = name.partition(".")
+        value = changed(getattr(config, group), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{group: value})
+    return config
 
 
 def assert_close(one: Tensor, other: Tensor, tolerance: float, where: str) -> None:
@@ -280,6 +366,24 @@ def test_method_keeps_the_contract(name, tmp_path):
     check_method(METHODS[name], TINY[name], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("uninet", {"task": "video"}),
+        ("uninet", {"task": "classification"}),
+        ("uninet", {"task": "segmentation"}),
+        ("onenip", {"refiner": False}),
+        ("onenip", {"prompt": "none"}),
+        ("uniformaly", {"mask": "off"}),
+        ("uniformaly", {"mask_kernel": 1, "mask_threshold": 0.985}),
+    ],
+    ids=str,
+)
+def test_other_forms_of_methods_are_read_by_the_same_options(name, changes):
+    config = dataclasses.replace(TINY[name].config, **changes)
+    check_reading(fit(METHODS[name](config)), TINY[name])
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU to compare with its CPU")
 def test_cpu_and_gpu_agree(name, tmp_path):
@@ -336,6 +440,26 @@ class ForgetsItsScale(UniFormaly):
         return found._replace(score=found.score * self.scale)
 
 
+class FindsByItsRatio(UniFormaly):
+    def find_patches(self, embedding, neighbours=None):
+        found = super().find_patches(embedding, neighbours)
+        return found._replace(readings={name: value * self.config.k_ratio for name, value in found.readings.items()})
+
+
+class BlursUnsaid(UniFormaly):
+    map_options = ("neighbours",)
+
+
+class MisnamesAnOption(UniFormaly):
+    reading_options = ("neighbours", "k_ratio", "blur")
+
+
+class MasksInItsNetwork(UniFormaly):
+    def encode(self, images):
+        encoded = super().encode(images)
+        return encoded._replace(patches=encoded.patches * self.config.mask_threshold)
+
+
 class HalfPrecision(UniFormaly):
     def predict(self, images):
         return Prediction(*(part.half() for part in super().predict(images)))
@@ -356,6 +480,10 @@ BROKEN = {
     TrainsItsEncoder: "a frozen encoder is trained",
     DrawsItsScale: "not deterministic",
     ForgetsItsScale: "predicts otherwise once loaded",
+    FindsByItsRatio: "act before the reading, too",
+    BlursUnsaid: "change the map",
+    MisnamesAnOption: "there is no option blur",
+    MasksInItsNetwork: "act elsewhere than in keep_patches",
     HalfPrecision: "predictions are float32",
 }
 

@@ -17,6 +17,7 @@ from scipy.ndimage import gaussian_filter
 from tests.methods.conftest import INPUT, SIDE, VIT, VIT_OPTIONS, random_images
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
+from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import Embedding
 from unianom.methods.uniformaly import PRESETS, UniFormaly, UniFormalyConfig
@@ -259,6 +260,14 @@ def test_masked_patches_are_zero_in_the_map_too(configure):
     prediction = method.score_patches(Embedding(patches, torch.zeros(1, GRID**2, dtype=torch.bool)))
     assert prediction.score.item() == 0
     assert not prediction.anomaly_map.any()
+
+
+def test_without_attention_nothing_can_be_masked_later(configure):
+    method = UniFormaly(configure(mask="off"))
+    with torch.inference_mode():
+        encoded = method.encode(IMAGES)
+    with pytest.raises(OptionError, match="mask=soft needs the attention"):
+        method.keep_patches(encoded, configure(mask="soft"))
 
 
 @pytest.mark.parametrize("mask_scope", ["image", "batch"])
