@@ -22,7 +22,7 @@ from unianom.data.splits import few_shot, hash_order, hold_out
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import Method
 from unianom.model import Model
-from unianom.serialise import from_plain, to_plain
+from unianom.serialise import from_plain, merged, to_plain
 from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
 
 WORK = "_work"
@@ -136,18 +136,9 @@ def own_config(config: Any, categories: list[str], options: FitOptions) -> Any:
     if "preset" in changes:
         raise OptionError(f"category_options.{categories[0]}.preset: a preset is chosen for all categories")
     try:
-        return from_plain(type(config), _merged(to_plain(config), changes))
+        return from_plain(type(config), merged(to_plain(config), changes))
     except OptionError as error:
         raise OptionError(f"category_options.{categories[0]}: {error}") from error
-
-
-def _merged(plain: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested plain data with some values changed."""
-    merged = dict(plain)
-    for key, value in changes.items():
-        inside = merged.get(key)
-        merged[key] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def fit_models(

@@ -13,7 +13,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ from pipelines.normals import (
     missing_masks,
     weights_digest,
 )
+from pipelines.readings import PROGRESS, Comparer, Comparison
 from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
 from pipelines.tracking import Run
 from pipelines.validation import Validation
@@ -146,6 +147,10 @@ class TrainingOptions(FitOptions):
     def workers(self) -> int:
         """Workers at most."""
         return self.runtime.workers or 1
+
+
+class WorkersLostError(DataError):
+    """Workers died more often than they may, or never came; not for what they were told to do."""
 
 
 # ------------------------------------------------------------------------------------------------- a worker's loop
@@ -310,6 +315,7 @@ class Job:
         iterations: of the run.
         output: where the trained model goes.
         options: the rest.
+        comparison: in a trial of a campaign, what it is compared on with others; None in other runs.
     """
 
     name: str
@@ -324,6 +330,7 @@ class Job:
     iterations: int
     output: str
     options: TrainingOptions
+    comparison: Comparison | None = None
 
     def make(self) -> TrainedMethod:
         """The method with its initial weights, the same in every process."""
@@ -471,20 +478,27 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
         if first and trainer.step:
             tell({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
         fixed = fixed_places(images.category, method.finish_images)
-        validation = Validation(
-            job.shards,
-            job.categories,
-            job.held_out,
-            method,
-            synthesiser_of(method),
-            options.validation_images,
-            options.batch_size,
-            options.limits,
-            options.seed,
-        )
+        validation: Validation | Comparer
+        if job.comparison is not None:
+            validation = Comparer(job.comparison, method, options.batch_size)
+        else:
+            validation = Validation(
+                job.shards,
+                job.categories,
+                job.held_out,
+                method,
+                synthesiser_of(method),
+                options.validation_images,
+                options.batch_size,
+                options.limits,
+                options.seed,
+            )
         _loop(trainer, data, fixed, validation, job, tell if first else None)
         if first:
             finish(method, data, fixed, job.categories)
+            if isinstance(validation, Comparer):
+                with undisturbed(method):
+                    validation.keep()
             Model(method, job.categories).save(job.output)
         ray.train.report({"step": trainer.step})  # nobody leaves before the model is written
 
@@ -493,7 +507,7 @@ def _loop(
     trainer: Trainer,
     data: TrainingSet,
     fixed: list[Place],
-    validation: Validation,
+    validation: Validation | Comparer,
     job: Job,
     tell: Callable[[dict[str, Any]], Any] | None,
 ) -> None:
@@ -527,11 +541,16 @@ def _loop(
                 }
                 tell({"step": step, "losses": losses, "rates": rates})
             seconds, count = {"data": 0.0, "all": 0.0}, 0
-        if validate_every and (step % validate_every == 0 or step == job.iterations) and tell is not None:
-            finish(method, data, fixed, job.categories)
-            with undisturbed(method):
-                if figures := validation.run():
+        if validate_every and (step % validate_every == 0 or step == job.iterations):
+            figures: dict[str, float] = {}
+            if tell is not None:
+                finish(method, data, fixed, job.categories)
+                with undisturbed(method):
+                    figures = validation.run()
+                if figures:
                     tell({"step": step, "validation": figures})
+            if job.comparison is not None:  # every worker must, or none goes on
+                ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations)})
         preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
         warned = warned or preempted
         if step % options.checkpoint_every == 0 or step == job.iterations or preempted:
@@ -639,8 +658,8 @@ def _train(
     work = files.join(output, WORK)
     trained = files.join(work, "trained")
     if not is_model(trained):
-        job = _plan_job(name, config, options, shards, categories, chosen, work)
-        _run_job(job, options, work, run, prefix)
+        job = plan_job(name, config, options, shards, categories, chosen, work)
+        run_job(job, options, work, run, prefix)
     model = load_model(trained, "cpu")
     scored = frozenset() if notice else chosen.held_out
     threshold = held_out_threshold(model, files.join(work, "fitted"), shards, scored, options)
@@ -683,7 +702,7 @@ def _result(model: Model, output: str, fresh: bool) -> FitResult:
     )
 
 
-def _plan_job(
+def plan_job(
     name: str,
     config: Any,
     options: TrainingOptions,
@@ -789,7 +808,9 @@ def feature_bytes(method: TrainedMethod, data: DataOptions) -> int:
     return sum(value.numel() for value in features.values()) * (2 if data.feature_precision == "half" else 4)
 
 
-def _run_job(job: Job, options: TrainingOptions, work: str, run: Run, prefix: str) -> None:
+def run_job(
+    job: Job, options: TrainingOptions, work: str, run: Run, prefix: str, callbacks: Sequence[Any] = ()
+) -> None:
     """Ray Train from start, or from the last checkpoint, to end."""
     resources: dict[str, float] = {"CPU": options.runtime.cpus_per_worker}
     if options.runtime.gpus_per_worker:
@@ -810,6 +831,7 @@ def _run_job(job: Job, options: TrainingOptions, work: str, run: Run, prefix: st
             storage_path=work,
             failure_config=FailureConfig(max_failures=options.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[*callbacks],
         ),
     )
     report = _Report(events, job.iterations, run, prefix)
@@ -819,7 +841,7 @@ def _run_job(job: Job, options: TrainingOptions, work: str, run: Run, prefix: st
         report.close()
         failure = ray.get(events.failure.remote())
         if failure is None:
-            raise DataError(f"training failed: {_first_line(error)}; the same command continues it") from error
+            raise WorkersLostError(f"training failed: {_first_line(error)}; the same command continues it") from error
         raise ERRORS.get(failure[0], UnianomError)(failure[1]) from error
     report.close()
     failure = ray.get(events.failure.remote())

@@ -153,6 +153,11 @@ def write_array(uri: str | os.PathLike[str], array: np.ndarray) -> None:
         np.save(handle, array, allow_pickle=False)
 
 
+def read_array(uri: str | os.PathLike[str]) -> np.ndarray:
+    """A .npy file in memory."""
+    return np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
+
+
 def map_array(uri: str, copies: Path) -> np.ndarray:
     """A .npy file, memory-mapped; one on an object store is fetched to the local folder `copies` first, once."""
     if not is_local(uri):

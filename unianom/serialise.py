@@ -66,3 +66,12 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def merged(plain: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain data with some values changed."""
+    result = dict(plain)
+    for key, value in changes.items():
+        inside = result.get(key)
+        result[key] = merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
+    return result

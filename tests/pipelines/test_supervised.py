@@ -205,7 +205,7 @@ class Here:
 def here(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     made = Here(tmp_path)
     monkeypatch.setitem(METHODS, "marked", Marked)
-    monkeypatch.setattr(module, "_run_job", made.work)
+    monkeypatch.setattr(module, "run_job", made.work)
     alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
         monkeypatch.setattr(f"ray.train.get_{name}", lambda value=value: value)

@@ -66,7 +66,7 @@ class Synthetic:
 
     image: np.ndarray
     mask: np.ndarray
-    source: Literal["cutpaste_patch", "cutpaste_scar", "draem_texture", "draem_self"]
+    source: Literal["cutpaste_patch", "cutpaste_scar", "draem_texture", "draem_self", "shade"]
 
 
 class TextureSource:
@@ -230,6 +230,21 @@ def cutpaste_scar(image: np.ndarray, rng: np.random.Generator) -> Synthetic:
     canvas.paste(strip.convert("RGB"), corner, alpha)
     cover.paste(alpha, corner)
     return Synthetic(np.array(canvas), np.asarray(cover) > 0, "cutpaste_scar")
+
+
+def shade(image: np.ndarray, rng: np.random.Generator) -> Synthetic:
+    """Darken or brighten blobs of Perlin noise by 10 to 30 % of the full range: faint defects that keep the texture.
+    Of no paper; it makes validation harder where pasted pieces are found too easily.
+
+    Args:
+        image: S×S×3 uint8 RGB.
+        rng: decides everything.
+    """
+    mask = perlin_mask(len(image), rng)
+    amount = rng.uniform(0.1, 0.3) * 255 * (1 if rng.random() < 0.5 else -1)
+    copy = image.copy()
+    copy[mask] = np.rint(np.clip(image[mask] + amount, 0, 255)).astype(np.uint8)
+    return Synthetic(copy, mask & (copy != image).any(2), "shade")
 
 
 def _place(side: int, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:

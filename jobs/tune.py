@@ -1,0 +1,26 @@
+"""Search the options of a method, without test data.
+
+python jobs/tune.py uniformaly --shards shards/mvtec --output campaigns/uniformaly
+"""
+
+from pipelines.campaign import print_campaign
+from pipelines.commandline import console, run
+from pipelines.diagnosis import print_diagnosis
+from pipelines.tuning import tune, tune_options
+
+
+def main(options: object) -> None:
+    """Run a campaign and print what came of it."""
+    result = tune(options)
+    for name, content in result.contents.items():
+        if len(result.contents) > 1:
+            console.print(f"[bold]{name}[/bold]")
+        print_campaign(content)
+    if result.diagnosis is not None:
+        print_diagnosis(result.diagnosis)
+    done = "ended" if result.fresh else "had ended already"
+    console.print(f"campaign {done}: {result.folder}; recipe for jobs/train.py: {result.recipe}")
+
+
+if __name__ == "__main__":
+    run(main, tune_options())

@@ -1,0 +1,364 @@
+"""One trial of a campaign: fit a method by some values of its options, then search its reading options.
+
+A trial is what its values say and nothing else: it lies in a folder named by them, and whoever finds its record there
+need not run it. So a campaign that died goes on by being started again: trials with a record tell what they once told.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, SupportsFloat
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from ray.train import UserCallback
+
+from pipelines.banks import build_bank
+from pipelines.encodings import EncodingReader, EncodingSet
+from pipelines.models import load_model
+from pipelines.normals import WORK, Chosen, FitOptions
+from pipelines.proxy import ProxyOptions, ProxySet, build_proxy
+from pipelines.readings import (
+    OBJECTIVE,
+    PROGRESS,
+    READINGS,
+    Comparison,
+    Reading,
+    best_of,
+    latency,
+    load_readings,
+    memory,
+    search_readings,
+)
+from pipelines.spaces import key_of, with_values
+from pipelines.tracking import Run
+from pipelines.training import TrainingOptions, WorkersLostError, make_method, plan_job, run_job
+from unianom import files
+from unianom.data.shards import ShardSet
+from unianom.errors import UnianomError
+from unianom.methods import METHODS, MemoryMethod, Method
+from unianom.methods.base import Embedding
+from unianom.model import is_model
+from unianom.serialise import from_plain, to_plain
+
+DONE, STOPPED, FAILED, CRASHED = "done", "stopped", "failed", "crashed"
+"""How a trial ended: to its end; early, being worse than others; by a fault of its own values; by one of the machines
+it ran on, so that it is tried again when the campaign is resumed."""
+
+RECORD, PLAN, REPORTS, SETTINGS, SCORES = "record.json", "values.json", "reports.json", "settings.parquet", "scores.npy"
+"""Files of a trial: what came of it; its values, written first; what it reported while it trained; all settings of its
+reading options; scores of the validation images by the best of them."""
+
+LATENCY, MEMORY = "latency_ms", "memory_mb"
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What all trials of a campaign share.
+
+    Attributes:
+        name, config: the method, and its options as plain data where a trial says nothing.
+        options: of fitting it.
+        shards, categories: the corpus.
+        chosen: which images are learned from, and which held out.
+        settings: values of the reading options that every trial is finished with; the first has those of `config`.
+        validation, objective: what trials are compared on, and by.
+        folder: of the campaign.
+        encodings: of a memory method, by `encoding_key`.
+        keep_models: whether trained models stay, for a diagnosis.
+    """
+
+    name: str
+    config: dict[str, Any]
+    options: FitOptions
+    shards: ShardSet
+    categories: list[str]
+    chosen: Chosen
+    settings: list[dict[str, Any]]
+    validation: ProxyOptions
+    objective: dict[str, float]
+    folder: str
+    encodings: dict[str, EncodingSet]
+    keep_models: bool
+
+    def config_of(self, values: Mapping[str, Any]) -> Any:
+        """The method's options of a trial."""
+        return with_values(from_plain(METHODS[self.name].Config, self.config), values)
+
+    def trial_folder(self, values: Mapping[str, Any]) -> str:
+        """Where a trial lies."""
+        return files.join(self.folder, "trials", trial_id(values))
+
+    def proxy_of(self, method: Method) -> str:
+        """URI of the validation images as input of a method."""
+        return build_proxy(
+            self.shards,
+            self.categories,
+            self.chosen.held_out,
+            method.input,
+            self.validation,
+            self.options.limits,
+            files.join(self.folder, "validation"),
+        )
+
+
+def trial_id(values: Mapping[str, Any]) -> str:
+    """Name of the trial with these values."""
+    return files.sha256_of(key_of(values).encode())[:10]
+
+
+def read_record(folder: str) -> dict[str, Any] | None:
+    """What came of a trial; None if it has not ended, or crashed."""
+    path = files.join(folder, RECORD)
+    if not files.exists(path):
+        return None
+    record = files.read_json(path)
+    return None if record["status"] == CRASHED else record
+
+
+def write_end(folder: str, values: Mapping[str, Any], status: str, error: str | None = None) -> dict[str, Any]:
+    """Write the record of a trial that did not come to its end."""
+    reports = read_reports(folder)
+    record = {
+        "trial": trial_id(values),
+        "status": status,
+        "error": error,
+        "values": to_plain(dict(values)),
+        "reports": reports,
+        "objective": None,
+        "seconds": _seconds_since(folder),
+        LATENCY: None,
+        MEMORY: None,
+        "best": None,
+        "default": None,
+    }
+    files.write_json(files.join(folder, RECORD), record)
+    return record
+
+
+def read_reports(folder: str) -> list[dict[str, Any]]:
+    """What a trial has reported so far."""
+    path = files.join(folder, REPORTS)
+    return files.read_json(path) if files.exists(path) else []
+
+
+def _seconds_since(folder: str) -> float:
+    path = files.join(folder, PLAN)
+    return time.time() - files.read_json(path)["begun"] if files.exists(path) else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------- inside Tune
+def run_trial(
+    campaign: Campaign,
+    values: Mapping[str, Any],
+    report: Callable[[dict[str, Any]], None],
+    callbacks: Callable[[], Sequence[UserCallback]] = lambda: (),
+) -> dict[str, Any]:
+    """Run a trial, or tell again what came of it.
+
+    Args:
+        campaign: what it belongs to.
+        values: of its options, by name.
+        report: told the objective as training goes on, unless `callbacks` tell it, and at the end.
+        callbacks: makes what Ray Train calls with the reports of its workers.
+
+    Returns:
+        Its record.
+
+    Raises:
+        UnianomError: it failed, now or before; its record says why.
+    """
+    folder = campaign.trial_folder(values)
+    record = read_record(folder)
+    if record is None:
+        if not files.exists(files.join(folder, PLAN)):
+            files.write_json(files.join(folder, PLAN), {"values": to_plain(dict(values)), "begun": time.time()})
+        for told in read_reports(folder):
+            report(told)
+        try:
+            record = _run(campaign, values, folder, callbacks)
+        except WorkersLostError as error:
+            write_end(folder, values, CRASHED, str(error))
+            raise
+        except Exception as error:
+            why = str(error) if isinstance(error, UnianomError) else f"{type(error).__name__}: {error}"
+            write_end(folder, values, FAILED, why)
+            raise
+    else:
+        for told in record["reports"]:
+            report(told)
+        if record["status"] == FAILED:
+            raise UnianomError(record["error"])
+    if record["status"] == DONE:
+        report({OBJECTIVE: record["objective"], PROGRESS: 100, LATENCY: record[LATENCY], MEMORY: record[MEMORY]})
+    return record
+
+
+class _Fitted(NamedTuple):
+    """A fitted method, on the CPU, and what it finds in the validation images at a URI."""
+
+    method: Method
+    readings: dict[str, torch.Tensor]
+    proxy: str
+    latency_ms: float
+
+
+def _run(
+    campaign: Campaign, values: Mapping[str, Any], folder: str, callbacks: Callable[[], Sequence[UserCallback]]
+) -> dict[str, Any]:
+    config = campaign.config_of(values)
+    if issubclass(METHODS[campaign.name], MemoryMethod):
+        fitted = _fit_and_find(campaign, values)
+    else:
+        fitted = _train(campaign, values, folder, callbacks())
+    proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
+    found = search_readings(fitted.method, fitted.readings, config, campaign.settings, proxy, campaign.objective)
+    best = best_of(found)
+    _write_settings(folder, found)
+    scores = scores_of(fitted.method, fitted.readings, with_values(config, best.values))
+    files.write_array(files.join(folder, SCORES), scores)
+    assert best.measured is not None
+    record = {
+        "trial": trial_id(values),
+        "status": DONE,
+        "error": None,
+        "values": to_plain(dict(values)),
+        "reports": read_reports(folder),
+        "objective": best.measured.objective,
+        "seconds": _seconds_since(folder),
+        LATENCY: fitted.latency_ms,
+        MEMORY: memory(fitted.method),
+        "best": _plain_reading(best),
+        "default": _plain_reading(found[0]),
+        "proxy": fitted.proxy,
+    }
+    files.write_json(files.join(folder, RECORD), record)
+    if not campaign.keep_models:
+        files.remove(files.join(folder, WORK))
+    return record
+
+
+def _plain_reading(reading: Reading) -> dict[str, Any] | None:
+    if reading.measured is None:
+        return None
+    return {"values": to_plain(reading.values), **to_plain(reading.measured)}
+
+
+def _write_settings(folder: str, found: Sequence[Reading]) -> None:
+    """All settings as a table; values and verdicts are JSON text, since columns differ by method."""
+    rows = []
+    for reading in found:
+        measured = reading.measured
+        rows.append(
+            {
+                "values": key_of(reading.values),
+                "objective": None if measured is None else measured.objective,
+                "measured": None if measured is None else files.json_bytes(to_plain(measured)).decode(),
+            }
+        )
+    schema = pa.schema([("values", pa.string()), ("objective", pa.float64()), ("measured", pa.string())])
+    with files.open_atomic(files.join(folder, SETTINGS)) as handle:
+        pq.write_table(pa.Table.from_pylist(rows, schema), handle, compression="zstd")
+
+
+@torch.inference_mode()
+def scores_of(method: Method, readings: Mapping[str, torch.Tensor], config: Any) -> np.ndarray:
+    """Scores of all images by some reading options."""
+    scores = []
+    count = len(next(iter(readings.values())))
+    for start in range(0, count, 32):
+        part = {name: value[start : start + 32] for name, value in readings.items()}
+        anomaly_map = method.read_maps(part, config).anomaly_map
+        scores.append(method.read_scores(part, anomaly_map, config).float().cpu().numpy())
+    return np.concatenate(scores)
+
+
+# ------------------------------------------------------------------------------------------------------- memory methods
+def encoding_key(values: Mapping[str, Any], name: str) -> str:
+    """Trials of a memory method with the same key share encoded images."""
+    method = METHODS[name]
+    assert issubclass(method, MemoryMethod)
+    return key_of({option: value for option, value in values.items() if not is_bank_option(method, option)})
+
+
+def is_bank_option(method: type[MemoryMethod], option: str) -> bool:
+    """Whether an option acts between network and bank."""
+    return option in method.bank_options or option.split(".")[0] in method.bank_options
+
+
+def fit_bank(campaign: Campaign, values: Mapping[str, Any]) -> EncodingReader:
+    """Build the bank of a trial; its images come from the reader, whose method has the bank."""
+    config = campaign.config_of(values)
+    reader = EncodingReader(campaign.encodings[encoding_key(values, campaign.name)])
+    reader.method.bank, _ = build_bank(reader.bank_patches(config), config.bank)
+    return reader
+
+
+@torch.inference_mode()
+def find_distances(
+    campaign: Campaign, method: MemoryMethod, embeddings: Iterable[Embedding]
+) -> dict[str, torch.Tensor]:
+    """Readings of embedded images, with as many neighbours as any setting asks for."""
+    plain = {"neighbours": campaign.config["neighbours"]}
+    neighbours = max(setting.get("neighbours", plain["neighbours"]) for setting in campaign.settings)
+    found = [method.find_patches(embedding, neighbours).readings for embedding in embeddings]
+    return {name: torch.cat([readings[name] for readings in found]) for name in found[0]}
+
+
+def _fit_and_find(campaign: Campaign, values: Mapping[str, Any]) -> _Fitted:
+    reader = fit_bank(campaign, values)
+    made = campaign.encodings[encoding_key(values, campaign.name)]
+    readings = find_distances(campaign, reader.method, reader.compared(campaign.config_of(values)))
+    return _Fitted(reader.method, readings, made.proxy, latency(reader.method))
+
+
+# ------------------------------------------------------------------------------------------------------ trained methods
+class Reports(Run):
+    """Keeps the validations that a training run records, in the trial's folder, so that they outlive its process.
+
+    Args:
+        folder: of the trial.
+        iterations: told once they are known; until then nothing is recorded.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self.iterations = 0
+        self._lock = threading.Lock()
+
+    def metrics(self, values: Mapping[str, SupportsFloat | None], step: int | None = None) -> None:
+        told = {name.removeprefix("validation/"): value for name, value in values.items() if "validation/" in name}
+        if OBJECTIVE not in told or step is None:
+            return
+        report = {PROGRESS: round(100 * step / self.iterations), **told}
+        with self._lock:
+            before = [old for old in read_reports(self._folder) if old[PROGRESS] < report[PROGRESS]]
+            files.write_json(files.join(self._folder, REPORTS), [*before, report])
+
+
+def _train(campaign: Campaign, values: Mapping[str, Any], folder: str, callbacks: Sequence[UserCallback]) -> _Fitted:
+    config, options = campaign.config_of(values), campaign.options
+    assert isinstance(options, TrainingOptions)
+    work, kept = files.join(folder, WORK), files.join(folder, "readings")
+    trained = trained_model(folder)
+    shell = make_method(campaign.name, config)
+    proxy = campaign.proxy_of(shell)
+    if not (is_model(trained) and files.exists(files.join(kept, READINGS))):
+        job = plan_job(campaign.name, config, options, campaign.shards, campaign.categories, campaign.chosen, work)
+        comparison = Comparison(proxy, campaign.validation.pixel_stride, campaign.objective, kept)
+        reports = Reports(folder)
+        reports.iterations = job.iterations
+        run_job(replace(job, comparison=comparison), options, work, reports, "", callbacks)
+        files.remove(files.join(work, "checkpoints"))
+    readings, milliseconds = load_readings(kept)
+    return _Fitted(load_model(trained, "cpu").method, readings, proxy, milliseconds)
+
+
+def trained_model(folder: str) -> str:
+    """Model folder of a trained trial, where it is kept."""
+    return files.join(folder, WORK, "trained")

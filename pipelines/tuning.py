@@ -1,0 +1,739 @@
+"""A campaign: the options of a method searched with Ray Tune, without test data.
+
+    shards ─▶ held-out normals + synthetic anomalies ─▶ trials on Ray Tune: fit, then thousands of reading options on
+    kept readings ─▶ best setting as a recipe ─▶ tables, figures, MLflow ─▶ (all chosen) a diagnosis on test images
+
+Everything a trial finds lies in a folder named by its values, so a campaign whose driver died goes on with the same
+command: trials with a record tell Tune again what they once told it, in no time, and those that had not ended continue.
+Tune's own pickled state is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_type_hints
+
+from ray import tune as ray_tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.stopper import Stopper
+
+from pipelines import storage
+from pipelines.encodings import encode_once
+from pipelines.normals import FitOptions, choose_samples, weights_digest
+from pipelines.outcomes import Ran, TuneResult, write_results
+from pipelines.proxy import METRICS, ProxyOptions, check_objective
+from pipelines.readings import OBJECTIVE, PROGRESS
+from pipelines.runtime import Progress, connect, set_threads
+from pipelines.spaces import (
+    SPACES,
+    Choice,
+    Dimension,
+    Range,
+    draw,
+    grid,
+    key_of,
+    read_value,
+    settings_of,
+    space_of,
+    split_space,
+)
+from pipelines.tracking import Run, TrackingOptions, track
+from pipelines.training import TrainingOptions, check_masks, make_method
+from pipelines.trials import (
+    CRASHED,
+    DONE,
+    LATENCY,
+    MEMORY,
+    PLAN,
+    RECORD,
+    STOPPED,
+    Campaign,
+    encoding_key,
+    is_bank_option,
+    read_record,
+    run_trial,
+    trial_id,
+    write_end,
+)
+from unianom import __version__, files
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.methods import METHODS, MemoryMethod
+from unianom.serialise import to_plain
+
+SPENT = "spent.json"
+"""Seconds that a campaign and its trials took so far."""
+
+MOST_ENCODINGS = 64
+"""Combinations of options that the network must run for, of a memory method."""
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Asynchronous successive halving (ASHA) of trials that train.
+
+    Args:
+        enabled: whether trials are stopped early.
+        grace: share of the training that every trial gets.
+        reduction: at each rung, of which the next lies `reduction` times as far, one in `reduction` trials goes on.
+    """
+
+    enabled: bool = True
+    grace: float = 0.2
+    reduction: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.grace <= 1 or not 1 < self.reduction < math.inf:
+            raise OptionError("early_stopping: grace must be in [0.01, 1], reduction above 1")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a campaign searches.
+
+    Args:
+        space: what is tried, by option, in place of the method's own space: a list of values, a range such as
+            {low: 1e-4, high: 1e-2, log: true}, one value to fix it at, or null to leave the option alone.
+        search: how trials are chosen: "random", "grid", or "tpe" (Optuna).
+        trials: how many, the one with the options as given counted; null takes 24, or the whole grid.
+        settings: of the reading options that each trial is finished with; all of their grid where it has no more.
+        objective: what is maximised: weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
+            categories, union_image_auroc, union_image_ap.
+        validation: the images settings are compared on.
+        early_stopping: of trials that train.
+        hours: after which no trial goes on; null for no limit. Time spent before an interruption counts.
+        gpu_hours: the same in hours times the GPUs of a trial.
+        concurrency: trials at a time; null takes as many as the cluster's CPUs, or GPUs, allow.
+        pareto: let "tpe" look for accuracy, latency and memory at once.
+        prefer: among trials within `tolerance` of the best objective, take the most accurate, the one of least
+            "latency" or the one of least "memory".
+        tolerance: see there.
+        threshold_rates: false-positive rates to choose the threshold's from, by balanced accuracy on the validation
+            images; empty leaves it as it is.
+        diagnose: when all is chosen, measure on the labelled test split how well the validation images ranked the
+            settings. It changes nothing of the choice. Trained models are kept for it.
+        resume: refuse where the output holds no campaign yet. An interrupted campaign continues anyway.
+    """
+
+    space: dict[str, Any] = field(default_factory=dict)
+    search: Literal["random", "grid", "tpe"] = "random"
+    trials: int | None = None
+    settings: int = 1000
+    objective: dict[str, float] = field(default_factory=lambda: {"image_auroc": 1.0, "pixel_ap": 1.0})
+    validation: ProxyOptions = field(default_factory=ProxyOptions)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    hours: float | None = None
+    gpu_hours: float | None = None
+    concurrency: int | None = None
+    pareto: bool = False
+    prefer: Literal["accuracy", "latency", "memory"] = "accuracy"
+    tolerance: float = 0.005
+    threshold_rates: tuple[float, ...] = ()
+    diagnose: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+        for name in ("trials", "settings", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value} must be at least 1")
+        for name in ("hours", "gpu_hours"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(f"{name}={value} must be positive")
+        if not 0 <= self.tolerance <= 1 or not all(0 < rate < 1 for rate in self.threshold_rates):
+            raise OptionError("tolerance must be in [0, 1], threshold_rates in (0, 1)")
+        if self.pareto and self.search != "tpe":
+            raise OptionError("pareto is for --search tpe")
+
+
+def tune_options() -> dict[str, type]:
+    """The options class of every method: what fitting needs, how to search, and the method's own options."""
+    classes: dict[str, type] = {}
+    for name, method in METHODS.items():
+        base = fit_class(name)
+        fields: list[Any] = [
+            ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
+            ("method", method.Config, field(default_factory=method.Config)),
+        ]
+        cls = dataclasses.make_dataclass(
+            f"Tune_{name}", fields, bases=(SearchOptions, base), frozen=True, namespace={"__post_init__": _check}
+        )
+        searched = "; ".join(f"{d.name} ({d.why})" for d in SPACES[name])
+        documented = {parent: _arguments(parent) for parent in (FitOptions, base, SearchOptions)}
+        summary = f"Search the options of {name}. Its space: {searched}."
+        cls.__doc__ = "\n".join([summary, "", "Args:", *documented.values(), OWN_ARGUMENTS])
+        # the parser would look for the types' names here, but those of the parents' fields live where these do
+        cls.__init__.__annotations__.update(get_type_hints(cls))
+        classes[name] = cls
+    return classes
+
+
+OWN_ARGUMENTS = """    tracking: where MLflow records the campaign and its trials.
+    method: the method's own options, where nothing is searched."""
+
+
+def fit_class(name: str) -> Any:
+    """The options of fitting a method."""
+    return FitOptions if issubclass(METHODS[name], MemoryMethod) else TrainingOptions
+
+
+def _arguments(cls: type) -> str:
+    """The lines below "Args:" of a class docstring, indented by one level."""
+    return re.sub(r"(?m)^    ", "", (cls.__doc__ or "").split("Args:\n", 1)[1].rstrip())
+
+
+def _check(options: Any) -> None:
+    name = method_name(options)
+    SearchOptions.__post_init__(options)
+    fit_class(name).__post_init__(options)
+    if options.gpu_hours is not None and not options.runtime.gpus_per_worker:
+        raise OptionError("gpu_hours needs --runtime.gpus_per_worker; give --hours")
+    if options.category_options:
+        raise OptionError("category_options are what a campaign with --per_category true finds; leave them out")
+
+
+def method_name(options: Any) -> str:
+    """The method that an options class of `tune_options` belongs to."""
+    return next(name for name, method in METHODS.items() if method.Config is type(options.method))
+
+
+# ---------------------------------------------------------------------------------------------------------- the driver
+def tune(options: Any) -> TuneResult:
+    """Run a campaign, continue an interrupted one, or find it done.
+
+    Args:
+        options: one of `tune_options()`.
+
+    Raises:
+        DataError: no data to compare settings on, no campaign to resume, or every trial failed.
+        OptionError: a space that the method refuses, or a cluster that holds no trial.
+    """
+    name = method_name(options)
+    shards = ShardSet.open(options.shards)
+    space = space_of(name, options.method, options.space)
+    needs_labels = _prepare(name, options, shards)
+    output = files.full_uri(options.output)
+    if options.resume and not files.exists(files.join(output, storage.PLAN)):
+        raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
+    digest = storage.claim(output, _plan(name, options, space, shards), options.overwrite, "campaign")
+    categories = list(options.categories) or shards.categories
+    groups = [[category] for category in categories] if options.per_category else [categories]
+    params = {"method_name": name, **to_plain(options)}
+    with track(options.tracking, "tune", output, params, plan=digest) as run:
+        campaigns = {}
+        for group in groups:
+            folder = files.join(output, "categories", group[0]) if options.per_category else output
+            campaigns["+".join(group)] = _Driver(name, options, shards, group, folder, space, needs_labels, run).go()
+        return write_results(options, output, campaigns, run)
+
+
+def _prepare(name: str, options: Any, shards: ShardSet) -> bool:
+    """Refuse what no trial could be made of; whether the method learns from anomalous images."""
+    labels = False
+    if not issubclass(METHODS[name], MemoryMethod):
+        needs = make_method(name, options.method).needs
+        labels = needs.labels
+        if needs.masks:
+            check_masks(shards, list(options.categories) or shards.categories)
+    elif getattr(options.method, "mask_scope", "image") == "batch":
+        raise OptionError("with method.mask_scope=batch patches depend on what shares their batch; take image")
+    shards.check(Selection(("train",), options.categories, (NORMAL,)))
+    return labels
+
+
+def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet) -> dict[str, Any]:
+    """What the trials depend on; not how many there are, so that a campaign can be made longer."""
+    base = fit_class(name)
+    fitted = {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(base)}
+    for left_out in ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every"):
+        fitted.pop(left_out, None)
+    return {
+        "tool": __version__,
+        "method": name,
+        "config": to_plain(options.method),
+        "weights": weights_digest(options.method.backbone.weights),
+        "shards": shards.digest,
+        "space": to_plain(list(space)),
+        "search": options.search,
+        "settings": options.settings,
+        "objective": options.objective,
+        "validation": to_plain(options.validation),
+        "early_stopping": to_plain(options.early_stopping),
+        "fit": fitted,
+        "device": options.runtime.device,
+        "threads": options.runtime.cpus_per_worker,
+    }
+
+
+class _Driver:
+    """Runs the trials of one campaign.
+
+    Args:
+        name, options, shards, space: as given.
+        categories: of this campaign.
+        folder: of this campaign.
+        labels: whether the method learns from anomalous images.
+        run: the MLflow run of the job.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Any,
+        shards: ShardSet,
+        categories: list[str],
+        folder: str,
+        space: Sequence[Dimension],
+        labels: bool,
+        run: Run,
+    ) -> None:
+        self.options, self.run = options, run
+        self.memory = issubclass(METHODS[name], MemoryMethod)
+        self.trial_space, reading_space = split_space(space, METHODS[name].reading_options)
+        base = fit_class(name)
+        fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
+        if isinstance(fit, TrainingOptions):
+            # multi-objective search knows no reports on the way
+            validate = 0 if options.pareto else fit.validate_every
+            fit = dataclasses.replace(fit, validate_every=validate)
+        chosen, _ = choose_samples(shards, categories, fit, validate=True, labels=labels)
+        if not chosen.held_out:
+            raise DataError(
+                f"{shards.uri} leaves no normal image of {', '.join(categories)} to compare settings on; raise "
+                f"--threshold.validation_fraction"
+            )
+        default = {dimension.name: read_value(options.method, dimension.name) for dimension in reading_space}
+        drawn = settings_of(reading_space, options.settings, options.seed)
+        self.campaign = Campaign(
+            name=name,
+            config=to_plain(options.method),
+            options=fit,
+            shards=shards,
+            categories=categories,
+            chosen=chosen,
+            settings=[default, *(values for values in drawn if key_of(values) != key_of(default))],
+            validation=options.validation,
+            objective=options.objective,
+            folder=folder,
+            encodings={},
+            keep_models=options.diagnose,
+        )
+
+    def go(self) -> Ran:
+        """Run what is missing; give every record."""
+        planned = self._planned()
+        before = self._records()
+        wanted = len(planned) if planned is not None else self._count()
+        have = {record["trial"] for record in before}
+        missing = wanted - len(have) if planned is None else sum(trial_id(v) not in have for v in planned)
+        budget = self._budget()
+        if missing > 0 and not budget.stop_all():
+            connect(self.options.runtime)
+            if self.memory:
+                self._encode()
+            self._tune(planned, budget)
+        elif self.memory and self.options.diagnose:
+            connect(self.options.runtime)
+            self._encode()
+        records = self._records(crashed=True)
+        if not any(record["status"] == DONE for record in records):
+            told = "; ".join(dict.fromkeys(record["error"] for record in records if record["error"]))
+            raise DataError(
+                f"no trial came to its end ({told or 'none was begun'}); mend the options, or raise the budget"
+            )
+        return Ran(self.campaign, records, wanted, self._budget().spent()["seconds"], fresh=missing > 0)
+
+    def _count(self) -> int:
+        return self.options.trials or 24
+
+    def _default(self) -> dict[str, Any]:
+        return {dimension.name: read_value(self.options.method, dimension.name) for dimension in self.trial_space}
+
+    def _planned(self) -> list[dict[str, Any]] | None:
+        """Values of all trials, those given first; None if the search chooses them on its way."""
+        default, options = self._default(), self.options
+        if not self.trial_space:
+            return [default]
+        if options.search == "tpe":
+            return None
+        if options.search == "grid":
+            rest = list(grid(self.trial_space))
+        else:
+            rest = draw(self.trial_space, self._count(), options.seed)
+        planned = [default, *(values for values in rest if key_of(values) != key_of(default))]
+        return planned if options.search == "grid" and options.trials is None else planned[: self._count()]
+
+    def _records(self, crashed: bool = False) -> list[dict[str, Any]]:
+        """Records of all trials that have one, in the order they were begun."""
+        found = []
+        trials = files.join(self.campaign.folder, "trials")
+        for trial in files.list_names(trials):
+            folder = files.join(trials, trial)
+            path = files.join(folder, RECORD)
+            if not files.exists(path):
+                continue
+            record = files.read_json(path)
+            if crashed or record["status"] != CRASHED:
+                found.append((files.read_json(files.join(folder, PLAN))["begun"], record))
+        return [record for _, record in sorted(found, key=lambda pair: pair[0])]
+
+    def _begun(self) -> list[dict[str, Any]]:
+        """Values of all trials that were ever begun, in that order."""
+        trials = files.join(self.campaign.folder, "trials")
+        plans = [files.join(trials, trial, PLAN) for trial in files.list_names(trials)]
+        told = [files.read_json(path) for path in plans if files.exists(path)]
+        return [plan["values"] for plan in sorted(told, key=lambda plan: plan["begun"])]
+
+    def _budget(self) -> Budget:
+        """What is left of the budget of time."""
+        options, path = self.options, files.join(self.campaign.folder, SPENT)
+        before = files.read_json(path) if files.exists(path) else {"seconds": 0.0, "trial_seconds": 0.0}
+        gpus = options.runtime.gpus_per_worker * (1 if self.memory else options.runtime.workers or 1)
+        return Budget(options.hours, options.gpu_hours, gpus, before["seconds"], before["trial_seconds"])
+
+    def _encode(self) -> None:
+        """Run the network of a memory method for every combination of the options that it depends on."""
+        campaign, method = self.campaign, METHODS[self.campaign.name]
+        assert issubclass(method, MemoryMethod)
+        own = [dimension for dimension in self.trial_space if not is_bank_option(method, dimension.name)]
+        if any(isinstance(dimension.domain, Range) for dimension in own):
+            raise OptionError(f"space: the network runs for every value of {own[0].name}; name single values")
+        combinations = list(grid(own))
+        default = {dimension.name: self._default()[dimension.name] for dimension in own}
+        combinations += [default] if key_of(default) not in map(key_of, combinations) else []
+        if len(combinations) > MOST_ENCODINGS:
+            names = ", ".join(dimension.name for dimension in own)
+            raise OptionError(
+                f"space: {names} have {len(combinations)} combinations, for each of which the network would run; name "
+                f"fewer values, {MOST_ENCODINGS} combinations at most"
+            )
+        masks = any(dimension.name == "mask" for dimension in self.trial_space)
+        for values in combinations:
+            config = campaign.config_of({**values, "mask": "binary"} if masks else values)
+            proxy = campaign.proxy_of(method(config))
+            campaign.encodings[encoding_key(values, campaign.name)] = encode_once(
+                campaign.name,
+                config,
+                campaign.options,
+                campaign.shards,
+                campaign.categories,
+                campaign.chosen.learn,
+                proxy,
+                files.join(campaign.folder, "encodings"),
+            )
+
+    def _tune(self, planned: list[dict[str, Any]] | None, budget: Budget) -> None:
+        """Ray Tune over all trials; those that have a record only tell it again."""
+        options, runtime = self.options, self.options.runtime
+        values = TrialValues(planned, tuple(self.trial_space))
+        points = [] if planned is not None else values.points([self._default(), *self._begun()])
+        count = len(planned) if planned is not None else max(self._count(), len(points))
+        # a trial that trains needs nothing itself: its workers do
+        resources = {"cpu": runtime.cpus_per_worker if self.memory else 0}
+        progress = Progress("tune", count, "trials")
+        recorder = Recorder(self.campaign, values, options.tracking, self.run, budget, progress)
+        search: SearchAlgorithm | Searcher | None = None
+        if planned is None:
+            search = tree_parzen(values, points, options)
+        scheduler: TrialScheduler | None = None
+        if not self.memory and options.early_stopping.enabled and not options.pareto:
+            stopping = options.early_stopping
+            scheduler = AsyncHyperBandScheduler(
+                time_attr=PROGRESS,
+                max_t=101,  # a trial that reports 100 has ended by itself
+                grace_period=round(100 * stopping.grace),
+                reduction_factor=stopping.reduction,
+            )
+        goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(partial(tune_trial, self.campaign, values), resources),
+            param_space=values.space(),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=count if planned is None else 1,
+                max_concurrent_trials=self._concurrency(count),
+                reuse_actors=True,
+                **goal,
+            ),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=files.join(self.campaign.folder, "_tune"),
+                failure_config=ray_tune.FailureConfig(max_failures=0),
+                stop=budget,
+                callbacks=[recorder],
+                verbose=0,
+            ),
+        )
+        files.remove(files.join(self.campaign.folder, "_tune"))
+        with _environment(TUNE_ENVIRONMENT), recorder:
+            tuner.fit()
+        progress.close()
+        files.remove(files.join(self.campaign.folder, "_tune"))
+
+    def _concurrency(self, trials: int) -> int:
+        runtime = self.options.runtime
+        fit = dataclasses.replace(runtime, workers=None).pool_size(1 << 30)
+        workers = 1 if self.memory else runtime.workers or 1
+        if fit < workers:
+            raise OptionError(
+                f"a trial of {workers} workers of {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs "
+                f"does not fit this Ray; lower --runtime.workers"
+            )
+        return max(1, min(self.options.concurrency or fit // workers, trials))
+
+
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # which prints boxes whatever the verbosity
+    # relative paths in options mean what they mean to the user
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Tune would take the first Ctrl-C for a wish to stop in good order, which costs it minutes; nothing is lost anyway
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@dataclass(frozen=True)
+class TrialValues:
+    """How Tune's configs stand for values of options.
+
+    Attributes:
+        planned: values of trials by number; None where a search chooses them.
+        dimensions: of the search.
+    """
+
+    planned: list[dict[str, Any]] | None
+    dimensions: tuple[Dimension, ...]
+
+    def space(self) -> dict[str, Any]:
+        """Tune's parameter space."""
+        return {} if self.planned is None else {"number": ray_tune.grid_search(list(range(len(self.planned))))}
+
+    def of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a trial."""
+        if self.planned is not None:
+            return self.planned[config["number"]]
+        values: dict[str, Any] = {}
+        for dimension in self.dimensions:
+            told, domain = config[dimension.name], dimension.domain
+            values[dimension.name] = domain.values[told] if isinstance(domain, Choice) else domain.rounded(told)
+        return values
+
+    def distributions(self) -> dict[str, Any]:
+        """Optuna's, by option. A choice is told by its place, for Optuna knows no lists."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        made: dict[str, Any] = {}
+        for dimension in self.dimensions:
+            domain = dimension.domain
+            if isinstance(domain, Choice):
+                made[dimension.name] = CategoricalDistribution(list(range(len(domain.values))))
+            elif domain.integer:
+                made[dimension.name] = IntDistribution(round(domain.low), round(domain.high), log=domain.log)
+            else:
+                made[dimension.name] = FloatDistribution(domain.low, domain.high, log=domain.log)
+        return made
+
+    def points(self, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Configs of trials, each once; those outside the space are left out."""
+        found: dict[str, dict[str, Any]] = {}
+        for values in trials:
+            point: dict[str, Any] = {}
+            for dimension in self.dimensions:
+                value, domain = values[dimension.name], dimension.domain
+                if isinstance(domain, Choice):
+                    places = [n for n, known in enumerate(domain.values) if to_plain(known) == to_plain(value)]
+                    if places:
+                        point[dimension.name] = places[0]
+                elif isinstance(value, int | float) and domain.low <= value <= domain.high:
+                    point[dimension.name] = value
+            if len(point) == len(self.dimensions):
+                found.setdefault(key_of(values), point)
+        return list(found.values())
+
+
+def tree_parzen(values: TrialValues, points: list[dict[str, Any]], options: SearchOptions) -> Searcher:
+    """Optuna's TPE, which begins with some points: the options as given, and after an interruption all trials that
+    were ever begun, in their order, so that it learns again what it knew."""
+    from optuna import logging as optuna_logging
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna_logging.set_verbosity(optuna_logging.WARNING)
+    goals: dict[str, Any] = {"metric": OBJECTIVE, "mode": "max"}
+    if options.pareto:
+        goals = {"metric": [OBJECTIVE, LATENCY, MEMORY], "mode": ["max", "min", "min"]}
+    seed = options.seed  # type: ignore[attr-defined]
+    return OptunaSearch(space=values.distributions(), points_to_evaluate=points or None, seed=seed, **goals)
+
+
+class PassOn(TuneReportCallback):
+    """Tells Tune what workers of Ray Train report of the objective, and nothing of their checkpoints."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if OBJECTIVE in metrics[0]:
+            super().after_report(run_context, metrics, None)
+
+
+def tune_trial(campaign: Campaign, values: TrialValues, config: dict[str, Any]) -> None:
+    """What Tune runs for every trial."""
+    set_threads(campaign.options.runtime.cpus_per_worker)
+    run_trial(campaign, values.of(config), ray_tune.report, lambda: [PassOn()])
+
+
+class Budget(Stopper):
+    """Stops all trials once they took too long.
+
+    Args:
+        hours: of the campaign; None for no limit.
+        gpu_hours: the sum over trials of their hours times `gpus`; None for no limit.
+        gpus: of a trial.
+        seconds, trial_seconds: spent before, by the campaign and by all its trials.
+    """
+
+    def __init__(
+        self, hours: float | None, gpu_hours: float | None, gpus: float, seconds: float, trial_seconds: float
+    ) -> None:
+        self._hours, self._gpu_hours, self._gpus = hours, gpu_hours, gpus
+        self._before, self._trials_before = seconds, trial_seconds
+        self._start = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self._seconds[trial_id] = result["time_total_s"]
+        return False
+
+    def stop_all(self) -> bool:
+        spent = self.spent()
+        if self._hours is not None and spent["seconds"] >= 3600 * self._hours:
+            return True
+        return self._gpu_hours is not None and spent["trial_seconds"] * self._gpus >= 3600 * self._gpu_hours
+
+    def spent(self) -> dict[str, float]:
+        """Seconds of the campaign and of all its trials."""
+        return {
+            "seconds": self._before + time.monotonic() - self._start,
+            "trial_seconds": self._trials_before + sum(self._seconds.values()),
+        }
+
+
+class Recorder(ray_tune.Callback):
+    """Writes down how trials end that cannot do so themselves, and tells MLflow and the terminal of all.
+
+    Args:
+        campaign, values: to know a trial by its config.
+        tracking, run: where MLflow records the campaign, and its run.
+        budget: whose trials are not stopped for good.
+        progress: shown.
+    """
+
+    def __init__(
+        self,
+        campaign: Campaign,
+        values: TrialValues,
+        tracking: TrackingOptions,
+        run: Run,
+        budget: Budget,
+        progress: Progress,
+    ) -> None:
+        self._campaign, self._values, self._budget, self._progress = campaign, values, budget, progress
+        self._tracking, self._run = tracking, run
+        self._open: dict[str, tuple[ExitStack, Run]] = {}
+        self._ended: dict[str, int] = {}
+        self._best = -math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, and never reads them again here
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the MLflow runs of trials that were cut short; the same command goes on with them."""
+        for stack, _run in self._open.values():
+            stack.close()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        values = self._values.of(trial.config)
+        folder = self._campaign.trial_folder(values)
+        stack = ExitStack()
+        own = stack.enter_context(
+            track(
+                self._tracking,
+                "trial",
+                folder,
+                to_plain(values),
+                default_folder=files.beside(self._campaign.folder, "").rstrip("/"),
+                parent=self._run.id,
+            )
+        )
+        self._open[trial.trial_id] = (stack, own)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        told = {name: value for name, value in result.items() if name in TOLD}
+        self._open[trial.trial_id][1].metrics(told, result[PROGRESS])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        values = self._values.of(trial.config)
+        folder = self._campaign.trial_folder(values)
+        record = read_record(folder)
+        if record is None and not self._budget.stop_all():
+            record = write_end(folder, values, STOPPED)
+        self._end(trial, record)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        values = self._values.of(trial.config)
+        folder = self._campaign.trial_folder(values)
+        record = read_record(folder)
+        if record is None:
+            path = files.join(folder, RECORD)
+            if files.exists(path):
+                record = files.read_json(path)
+            else:
+                record = write_end(folder, values, CRASHED, "its process died (out of memory, or its machine was lost)")
+        self._end(trial, record)
+
+    def _end(self, trial: Any, record: dict[str, Any] | None) -> None:
+        stack, own = self._open.pop(trial.trial_id, (ExitStack(), Run()))
+        if record is not None:
+            own.tags({"unianom.status": record["status"], "unianom.error": record["error"] or ""})
+            if record["status"] == DONE:
+                own.metrics({f"best/{name}": value for name, value in record["best"]["metrics"].items()})
+                own.json("record.json", record)
+                self._best = max(self._best, record["objective"])
+            self._ended[record["status"]] = self._ended.get(record["status"], 0) + 1
+        stack.close()
+        files.write_json(files.join(self._campaign.folder, SPENT), self._budget.spent())
+        words = ", ".join(f"{count} {status}" for status, count in self._ended.items())
+        best = "" if self._best == -math.inf else f", best {self._best:.4f}"
+        self._progress.set(sum(self._ended.values()), words + best)
+
+
+TOLD = (OBJECTIVE, *METRICS, LATENCY, MEMORY)
+"""What of a trial's reports goes to MLflow."""
