@@ -50,7 +50,7 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
             _exit(WRONG_OPTIONS, str(known))
         if known is not None:
             _exit(FAILED, str(known))
-        _exit(FAILED, f"{type(error).__name__}: {_last_line(error)} (unexpected; --debug shows where)")
+        _exit(FAILED, f"{type(error).__name__}: {last_line(error)} (unexpected; --debug shows where)")
     sys.exit(DONE)
 
 
@@ -199,7 +199,7 @@ def user_error(error: BaseException) -> UnianomError | None:
     return None
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Of a remote traceback, the line that names the error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no message"

@@ -6,19 +6,24 @@ need not run it. So a campaign that died goes on by being started again: trials 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import torch
 from ray.train import UserCallback
 
 from pipelines.banks import build_bank
+from pipelines.commandline import last_line, user_error
 from pipelines.encodings import EncodingReader, EncodingSet
 from pipelines.models import load_model
 from pipelines.normals import WORK, Chosen, FitOptions
@@ -53,6 +58,9 @@ it ran on, so that it is tried again when the campaign is resumed."""
 RECORD, PLAN, REPORTS, SETTINGS, SCORES = "record.json", "values.json", "reports.json", "settings.parquet", "scores.npy"
 """Files of a trial: what came of it; its values, written first; what it reported while it trained; all settings of its
 reading options; scores of the validation images by the best of them."""
+
+KEPT = "readings"
+"""Folder of a trial for the readings of its trained model, until its record is written."""
 
 LATENCY, MEMORY = "latency_ms", "memory_mb"
 
@@ -152,12 +160,60 @@ def _seconds_since(folder: str) -> float:
     return time.time() - files.read_json(path)["begun"] if files.exists(path) else 0.0
 
 
+class Turn:
+    """Who may prepare what trials share, so that no two write it at a time. A Ray actor."""
+
+    def __init__(self) -> None:
+        self._holder: str | None = None
+        self._seen = 0.0
+
+    def take(self, name: str) -> bool:
+        """Whether it is this one's turn, who is to ask again every few seconds, or it passes on."""
+        now = time.monotonic()
+        if self._holder not in (None, name) and now - self._seen < PATIENCE:
+            return False
+        self._holder, self._seen = name, now
+        return True
+
+    def leave(self, name: str) -> None:
+        """It is not any more."""
+        if self._holder == name:
+            self._holder = None
+
+
+PATIENCE = 20.0
+"""Seconds after which the turn of a trial passes on that does not ask again: its process died."""
+
+
+@contextmanager
+def in_turn(turn: Any) -> Iterator[None]:
+    """Wait for a turn, a handle to the actor `Turn`, and keep it for the length of the block."""
+    name = f"{os.getpid()}-{uuid.uuid4().hex}"
+    while not ray.get(turn.take.remote(name)):
+        time.sleep(0.5)
+    ended = threading.Event()
+
+    def ask_again() -> None:
+        while not ended.wait(PATIENCE / 5):
+            ray.get(turn.take.remote(name))
+
+    asking = threading.Thread(target=ask_again, daemon=True)
+    asking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        asking.join()
+        ray.get(turn.leave.remote(name))
+
+
 # ---------------------------------------------------------------------------------------------------------- inside Tune
 def run_trial(
     campaign: Campaign,
     values: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
-    callbacks: Callable[[], Sequence[UserCallback]] = lambda: (),
+    callbacks: Callable[[], Sequence[UserCallback]] = tuple,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
     """Run a trial, or tell again what came of it.
 
@@ -166,6 +222,7 @@ def run_trial(
         values: of its options, by name.
         report: told the objective as training goes on, unless `callbacks` tell it, and at the end.
         callbacks: makes what Ray Train calls with the reports of its workers.
+        alone: entered while images are prepared that other trials need, too.
 
     Returns:
         Its record.
@@ -181,12 +238,13 @@ def run_trial(
         for told in read_reports(folder):
             report(told)
         try:
-            record = _run(campaign, values, folder, callbacks)
+            record = _run(campaign, values, folder, callbacks, alone)
         except WorkersLostError as error:
             write_end(folder, values, CRASHED, str(error))
             raise
         except Exception as error:
-            why = str(error) if isinstance(error, UnianomError) else f"{type(error).__name__}: {error}"
+            known = user_error(error)
+            why = str(known) if known is not None else f"{type(error).__name__}: {last_line(error)}"
             write_end(folder, values, FAILED, why)
             raise
     else:
@@ -209,13 +267,17 @@ class _Fitted(NamedTuple):
 
 
 def _run(
-    campaign: Campaign, values: Mapping[str, Any], folder: str, callbacks: Callable[[], Sequence[UserCallback]]
+    campaign: Campaign,
+    values: Mapping[str, Any],
+    folder: str,
+    callbacks: Callable[[], Sequence[UserCallback]],
+    alone: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, Any]:
     config = campaign.config_of(values)
     if issubclass(METHODS[campaign.name], MemoryMethod):
         fitted = _fit_and_find(campaign, values)
     else:
-        fitted = _train(campaign, values, folder, callbacks())
+        fitted = _train(campaign, values, folder, callbacks(), alone)
     proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
     found = search_readings(fitted.method, fitted.readings, config, campaign.settings, proxy, campaign.objective)
     best = best_of(found)
@@ -240,6 +302,7 @@ def _run(
     files.write_json(files.join(folder, RECORD), record)
     if not campaign.keep_models:
         files.remove(files.join(folder, WORK))
+    files.remove(files.join(folder, KEPT))
     return record
 
 
@@ -341,15 +404,23 @@ class Reports(Run):
             files.write_json(files.join(self._folder, REPORTS), [*before, report])
 
 
-def _train(campaign: Campaign, values: Mapping[str, Any], folder: str, callbacks: Sequence[UserCallback]) -> _Fitted:
+def _train(
+    campaign: Campaign,
+    values: Mapping[str, Any],
+    folder: str,
+    callbacks: Sequence[UserCallback],
+    alone: Callable[[], AbstractContextManager[None]],
+) -> _Fitted:
     config, options = campaign.config_of(values), campaign.options
     assert isinstance(options, TrainingOptions)
-    work, kept = files.join(folder, WORK), files.join(folder, "readings")
+    work, kept = files.join(folder, WORK), files.join(folder, KEPT)
     trained = trained_model(folder)
     shell = make_method(campaign.name, config)
-    proxy = campaign.proxy_of(shell)
+    with alone():
+        proxy = campaign.proxy_of(shell)
     if not (is_model(trained) and files.exists(files.join(kept, READINGS))):
-        job = plan_job(campaign.name, config, options, campaign.shards, campaign.categories, campaign.chosen, work)
+        with alone():
+            job = plan_job(campaign.name, config, options, campaign.shards, campaign.categories, campaign.chosen, work)
         comparison = Comparison(proxy, campaign.validation.pixel_stride, campaign.objective, kept)
         reports = Reports(folder)
         reports.iterations = job.iterations

@@ -11,6 +11,7 @@ Tune's own pickled state is never read.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_type_hints
 
+import ray
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
@@ -29,7 +31,7 @@ from ray.tune.stopper import Stopper
 
 from pipelines import storage
 from pipelines.encodings import encode_once
-from pipelines.normals import FitOptions, choose_samples, weights_digest
+from pipelines.normals import WORK, FitOptions, choose_samples, weights_digest
 from pipelines.outcomes import Ran, TuneResult, write_results
 from pipelines.proxy import METRICS, ProxyOptions, check_objective
 from pipelines.readings import OBJECTIVE, PROGRESS
@@ -58,7 +60,9 @@ from pipelines.trials import (
     RECORD,
     STOPPED,
     Campaign,
+    Turn,
     encoding_key,
+    in_turn,
     is_bank_option,
     read_record,
     run_trial,
@@ -176,7 +180,7 @@ def tune_options() -> dict[str, type]:
         summary = f"Search the options of {name}. Its space: {searched}."
         cls.__doc__ = "\n".join([summary, "", "Args:", *documented.values(), OWN_ARGUMENTS])
         # the parser would look for the types' names here, but those of the parents' fields live where these do
-        cls.__init__.__annotations__.update(get_type_hints(cls))
+        cls.__init__.__annotations__.update(get_type_hints(cls))  # type: ignore[misc]
         classes[name] = cls
     return classes
 
@@ -345,6 +349,7 @@ class _Driver:
             if self.memory:
                 self._encode()
             self._tune(planned, budget)
+            self._sweep()
         elif self.memory and self.options.diagnose:
             connect(self.options.runtime)
             self._encode()
@@ -436,20 +441,23 @@ class _Driver:
             )
 
     def _tune(self, planned: list[dict[str, Any]] | None, budget: Budget) -> None:
-        """Ray Tune over all trials; those that have a record only tell it again."""
+        """Ray Tune over all trials; those that have a record only tell it again, if a search or ASHA is to know."""
         options, runtime = self.options, self.options.runtime
+        asha = not self.memory and options.early_stopping.enabled and not options.pareto
+        if planned is not None and not asha:
+            planned = [values for values in planned if read_record(self.campaign.trial_folder(values)) is None]
         values = TrialValues(planned, tuple(self.trial_space))
         points = [] if planned is not None else values.points([self._default(), *self._begun()])
         count = len(planned) if planned is not None else max(self._count(), len(points))
-        # a trial that trains needs nothing itself: its workers do
-        resources = {"cpu": runtime.cpus_per_worker if self.memory else 0}
+        # a trial that trains needs nothing itself, for its workers do; but Tune refuses nothing, so it gets one byte
+        resources: dict[str, float] = {"cpu": runtime.cpus_per_worker} if self.memory else {"memory": 1}
         progress = Progress("tune", count, "trials")
         recorder = Recorder(self.campaign, values, options.tracking, self.run, budget, progress)
         search: SearchAlgorithm | Searcher | None = None
         if planned is None:
             search = tree_parzen(values, points, options)
         scheduler: TrialScheduler | None = None
-        if not self.memory and options.early_stopping.enabled and not options.pareto:
+        if asha:
             stopping = options.early_stopping
             scheduler = AsyncHyperBandScheduler(
                 time_attr=PROGRESS,
@@ -458,15 +466,17 @@ class _Driver:
                 reduction_factor=stopping.reduction,
             )
         goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
+        turn: Any = ray.remote(num_cpus=0)(Turn).remote()
         tuner = ray_tune.Tuner(
-            ray_tune.with_resources(partial(tune_trial, self.campaign, values), resources),
+            ray_tune.with_resources(partial(tune_trial, self.campaign, values, turn), resources),
             param_space=values.space(),
             tune_config=ray_tune.TuneConfig(
                 search_alg=search,
                 scheduler=scheduler,
                 num_samples=count if planned is None else 1,
                 max_concurrent_trials=self._concurrency(count),
-                reuse_actors=True,
+                # what still trains in a process whose trial was stopped ends with the process alone
+                reuse_actors=self.memory,
                 **goal,
             ),
             run_config=ray_tune.RunConfig(
@@ -479,10 +489,16 @@ class _Driver:
             ),
         )
         files.remove(files.join(self.campaign.folder, "_tune"))
-        with _environment(TUNE_ENVIRONMENT), recorder:
+        with _environment(TUNE_ENVIRONMENT), _silent("ray.tune"), recorder:
             tuner.fit()
         progress.close()
         files.remove(files.join(self.campaign.folder, "_tune"))
+
+    def _sweep(self) -> None:
+        """Remove what trials leave that were stopped: checkpoints of a training that will not go on."""
+        for record in self._records():
+            if record["status"] != DONE:
+                files.remove(files.join(self.campaign.trial_folder(record["values"]), WORK))
 
     def _concurrency(self, trials: int) -> int:
         runtime = self.options.runtime
@@ -516,6 +532,18 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """No words of a logger: Tune tells of every failed trial with a long traceback, and the recorder in one line."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @dataclass(frozen=True)
@@ -599,10 +627,10 @@ class PassOn(TuneReportCallback):
             super().after_report(run_context, metrics, None)
 
 
-def tune_trial(campaign: Campaign, values: TrialValues, config: dict[str, Any]) -> None:
+def tune_trial(campaign: Campaign, values: TrialValues, turn: Any, config: dict[str, Any]) -> None:
     """What Tune runs for every trial."""
     set_threads(campaign.options.runtime.cpus_per_worker)
-    run_trial(campaign, values.of(config), ray_tune.report, lambda: [PassOn()])
+    run_trial(campaign, values.of(config), ray_tune.report, lambda: [PassOn()], partial(in_turn, turn))
 
 
 class Budget(Stopper):
