@@ -112,16 +112,24 @@ def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[
 
 
 def _normalise(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> list[str]:
-    """Dashes in names to underscores; a plain `a,b` where a list is wanted to `[a,b]`."""
+    """Dashes in names to underscores; a plain `a,b` where a list is wanted to `[a,b]`; a switch alone to true."""
     lists = {
         option: item
         for action in parser._actions
         for option in action.option_strings
         if (item := _item_type(getattr(action, "_typehint", None))) is not None
     }
+    switches = {
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if getattr(action, "_typehint", None) is bool
+    }
     result: list[str] = []
     for argument in arguments:
         if argument.startswith("--"):
+            if result and result[-1] in switches:
+                result.append("true")
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
             result.append(name + equals + (_bracketed(value, lists[name]) if equals and name in lists else value))
@@ -129,7 +137,7 @@ def _normalise(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> lis
             result.append(_bracketed(argument, lists[result[-1]]))
         else:
             result.append(argument)
-    return result
+    return [*result, "true"] if result and result[-1] in switches else result
 
 
 def _item_type(hint: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,14 @@ import numpy as np
 from pipelines import campaign as shown
 from pipelines import storage
 from pipelines.commandline import console, print_table
-from pipelines.encodings import EncodingReader, EncodingSet, encode_once
-from pipelines.models import load_model
-from pipelines.proxy import ProxySet, build_tests
-from pipelines.readings import find_readings, search_readings
+from pipelines.proxy import ProxySet
+from pipelines.readings import search_readings
 from pipelines.runtime import Progress, run_unfinished
 from pipelines.spaces import key_of
 from pipelines.tracking import Run
-from pipelines.trials import DONE, Campaign, encoding_key, find_distances, fit_bank, read_record, trained_model
+from pipelines.trials import DONE, Campaign, read_record
 from unianom import files, visual
 from unianom.errors import DataError
-from unianom.methods import METHODS, MemoryMethod
-from unianom.model import is_model
 
 DIAGNOSIS = "diagnosis.json"
 """Name of its JSON file."""
@@ -85,13 +80,10 @@ def _test_settings(campaign: Campaign, folder: str, options: Any) -> dict[tuple[
         record = read_record(files.join(campaign.folder, "trials", trial))
         if record is not None and record["status"] == DONE:
             records.append(record)
-    memory = issubclass(METHODS[campaign.name], MemoryMethod)
-    tests = {record["trial"]: _tests_of(campaign, record, folder, memory) for record in records}
+    tests = {record["trial"]: (record["values"], campaign.tests(record["values"], folder)) for record in records}
     arguments = {"campaign": campaign, "tests": tests, "folder": folder, "device": options.runtime.device}
     units = {record["trial"]: {"trial": record["trial"]} for record in records}
     runtime = dataclasses.replace(options.runtime, workers=None)
-    if memory:
-        runtime = dataclasses.replace(runtime, gpus_per_worker=0)
     progress = Progress("diagnose", len(units), "trials")
     found, _ = run_unfinished(Diagnoser, arguments, units, folder, runtime, progress)
     return {
@@ -102,74 +94,23 @@ def _test_settings(campaign: Campaign, folder: str, options: Any) -> dict[tuple[
     }
 
 
-@dataclass(frozen=True)
-class Tests:
-    """The test split as input of a trial.
-
-    Attributes:
-        values: of the trial.
-        proxy: URI of the images.
-        encoded: them encoded, of a memory method.
-    """
-
-    values: dict[str, Any]
-    proxy: str
-    encoded: EncodingSet | None
-
-
-def _tests_of(campaign: Campaign, record: Mapping[str, Any], folder: str, memory: bool) -> Tests:
-    config = campaign.config_of(record["values"])
-    if not memory:
-        model = trained_model(campaign.trial_folder(record["values"]))
-        if not is_model(model):
-            raise DataError(
-                f"the model of trial {record['trial']} was not kept, so it cannot be diagnosed; run the campaign with "
-                f"--diagnose true from its start, in another output"
-            )
-        policy = load_model(model, "cpu").method.input
-    else:
-        policy = load_model(
-            campaign.encodings[encoding_key(record["values"], campaign.name)].encoder, "cpu"
-        ).method.input
-    uri = build_tests(
-        campaign.shards, campaign.categories, policy, campaign.options.limits, files.join(folder, "images")
-    )
-    if not memory:
-        return Tests(record["values"], uri, None)
-    encoded = encode_once(
-        campaign.name,
-        config,
-        campaign.options,
-        campaign.shards,
-        campaign.categories,
-        frozenset(),
-        uri,
-        files.join(folder, "encodings"),
-    )
-    return Tests(record["values"], uri, encoded)
-
-
 class Diagnoser:
     """Measures all settings of a trial on the test split. A `UnitWorker`."""
 
-    def __init__(self, campaign: Campaign, tests: dict[str, Tests], folder: str, device: str) -> None:
+    def __init__(
+        self, campaign: Campaign, tests: dict[str, tuple[dict[str, Any], Any]], folder: str, device: str
+    ) -> None:
         self._campaign, self._tests, self._folder, self._device = campaign, tests, folder, device
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Measure one trial and commit what came of it."""
-        campaign, tests = self._campaign, self._tests[unit["trial"]]
-        config = campaign.config_of(tests.values)
-        proxy = ProxySet(tests.proxy, campaign.validation.pixel_stride)
-        if tests.encoded is not None:
-            method: Any = fit_bank(campaign, tests.values).method
-            readings = find_distances(campaign, method, EncodingReader(tests.encoded).compared(config))
-        else:
-            method = load_model(trained_model(campaign.trial_folder(tests.values)), self._device).method
-            batches = proxy.batches(campaign.options.batch_size, method.input, method.device)
-            readings = {name: value.cpu() for name, value in find_readings(method, batches).items()}
-            method = method.to("cpu")
+        campaign = self._campaign
+        own, tests = self._tests[unit["trial"]]
+        fitted = campaign.find_in_tests(own, tests, self._device)
+        proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
         objective = available(campaign.objective, proxy)
-        found = search_readings(method, readings, config, campaign.settings, proxy, objective)
+        config = campaign.config_of(own)
+        found = search_readings(fitted.reader, fitted.readings, config, campaign.settings, proxy, objective)
         values = [None if one.measured is None else one.measured.objective for one in found]
         keys = [key_of(one.values) for one in found]
         record = {"name": unit["trial"], "keys": keys, "objectives": values, "metrics": sorted(objective)}

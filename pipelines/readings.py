@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pipelines.proxy import Measured, ProxySet, Table
 from pipelines.spaces import key_of, with_values
 from unianom import files
 from unianom.errors import DataError
-from unianom.methods import MemoryMethod, Method
+from unianom.methods import Maps, MemoryMethod, Method
 
 IMAGES_AT_ONCE = 32
 """Maps of the input's size held at a time."""
@@ -29,6 +29,16 @@ READINGS = "_readings.json"
 
 TIMED_PREDICTIONS = 9
 """Predictions of one image each whose median time is the latency."""
+
+
+class Reader(Protocol):
+    """What search_readings needs of a method; see `Method`."""
+
+    map_options: ClassVar[tuple[str, ...]]
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps: ...
+
+    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def find_readings(method: Method, batches: Iterable[Tensor]) -> dict[str, Tensor
 
 @torch.inference_mode()
 def search_readings(
-    method: Method,
+    method: Reader,
     readings: Mapping[str, Tensor],
     config: Any,
     settings: Sequence[Mapping[str, Any]],
@@ -103,7 +113,7 @@ def _measured(proxy: ProxySet, scores: np.ndarray, pixel: Table, objective: Mapp
 
 
 def _read(
-    method: Method, readings: Mapping[str, Tensor], configs: Sequence[Any], proxy: ProxySet
+    method: Reader, readings: Mapping[str, Tensor], configs: Sequence[Any], proxy: ProxySet
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Scores of all images for each config, and the maps that all these configs share, thinned."""
     scores: list[list[Tensor]] = [[] for _ in configs]

@@ -58,8 +58,11 @@ class Range:
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high) or self.steps < 2:
+        ordered = math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high
+        if not ordered or not isinstance(self.steps, int) or self.steps < 2:
             raise OptionError(f"a range needs low < high and steps >= 2, got {self.low}, {self.high}, {self.steps}")
+        if self.integer and not (float(self.low).is_integer() and float(self.high).is_integer()):
+            raise OptionError(f"a range of whole numbers needs whole limits, got {self.low} and {self.high}")
         if self.log and self.low <= 0:
             raise OptionError(f"a logarithmic range must be above zero, got {self.low}")
 
@@ -81,7 +84,7 @@ class Range:
     def rounded(self, value: float) -> float:
         """Whole, or of four digits, so that a recipe can be read; never outside the range."""
         if self.integer:
-            return round(value)
+            return round(value)  # whole limits keep it inside
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
@@ -185,20 +188,29 @@ def space_of(name: str, config: Any, changes: Mapping[str, Any]) -> tuple[Dimens
             integer and steps, null to leave the option alone, or one value to fix it at.
 
     Raises:
-        OptionError: no such option, or a value that it refuses; names it.
+        OptionError: no such option, or a value that it refuses; names it. An option that is searched twice, alone and
+            in a group.
     """
     plain = to_plain(config)
     dimensions = {dimension.name: dimension for dimension in SPACES[name]}
     for option, given in changes.items():
         _known(option, plain)
+        if option == "preset":  # what it fills in is filled in already
+            raise OptionError("space.preset: a preset is chosen for a whole campaign; give --method.preset")
         if given is None:
             dimensions.pop(option, None)
             continue
         why = dimensions[option].why if option in dimensions else ""
-        dimensions[option] = Dimension(option, _domain(option, given), why)
+        dimensions[option] = Dimension(option, _domain(option, given, read_value(config, option)), why)
     for dimension in dimensions.values():
         for value in dimension.domain.grid():
             with_values(config, {dimension.name: value}, alone=True)
+            inside = _leaves(value, f"{dimension.name}.") if isinstance(value, Mapping) else ()
+            twice = sorted(dimensions.keys() & {option for option, _ in inside})
+            if twice:
+                raise OptionError(
+                    f"space.{dimension.name}: {twice[0]} is searched for itself, too; leave it out here, or give it null"
+                )
     return tuple(dimensions.values())
 
 
@@ -221,7 +233,9 @@ def _leaves(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _leaves(value, f"{prefix}{key}.")
 
 
-def _domain(option: str, given: Any) -> Domain:
+def _domain(option: str, given: Any, now: Any) -> Domain:
+    """What is tried for an option whose value is `now`: whole numbers of one that is a float are floats, so that what is
+    the same has one name."""
     if isinstance(given, Mapping) and {"low", "high"} <= set(given):
         unknown = sorted(set(given) - {"low", "high", "log", "integer", "steps"})
         if unknown:
@@ -233,8 +247,13 @@ def _domain(option: str, given: Any) -> Domain:
     if isinstance(given, list | tuple):
         if not given:
             raise OptionError(f"space.{option}: an empty list; name values, or null to leave the option alone")
-        return Choice(tuple(dict.fromkeys(map(_hashable, given))))
-    return Choice((_hashable(given),))
+        return Choice(tuple(dict.fromkeys(_like(value, now) for value in given)))
+    return Choice((_like(given, now),))
+
+
+def _like(value: Any, now: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and isinstance(now, float) else _hashable(value)
 
 
 def _hashable(value: Any) -> Any:
@@ -263,7 +282,8 @@ def with_values(config: Any, values: Mapping[str, Any], alone: bool = False) -> 
         OptionError: the values do not fit.
     """
     changes: dict[str, Any] = {}
-    for name, value in values.items():
+    # groups before what is in them, which would be lost otherwise
+    for name, value in sorted(values.items(), key=lambda pair: pair[0].count(".")):
         inside = changes
         *groups, last = name.split(".")
         for group in groups:
@@ -304,15 +324,22 @@ def grid_size(space: Sequence[Dimension]) -> int:
     return math.prod(len(dimension.domain.grid()) for dimension in space)
 
 
+MOST_IN_VAIN = 1000
+"""Settings drawn in a row that all were there, until no more are drawn."""
+
+
 def draw(space: Sequence[Dimension], count: int, seed: int) -> list[dict[str, Any]]:
     """Distinct random settings, fewer than `count` where there are no more; those of a smaller count are the first."""
     finite = all(isinstance(dimension.domain, Choice) for dimension in space)
     most = min(count, grid_size(space)) if finite else count
     rng = np.random.default_rng(seed)
     drawn: dict[str, dict[str, Any]] = {}
-    while len(drawn) < most:
+    in_vain = 0
+    # rounded, a range has so many values only; how many is not known, but that new ones do not come any more is
+    while len(drawn) < most and (finite or in_vain < MOST_IN_VAIN):
         values = {dimension.name: dimension.domain.sample(rng) for dimension in space}
-        drawn.setdefault(key_of(values), values)
+        in_vain = in_vain + 1 if (key := key_of(values)) in drawn else 0
+        drawn.setdefault(key, values)
     return list(drawn.values())
 
 

@@ -10,10 +10,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, SupportsFloat
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,33 +22,23 @@ import ray
 import torch
 from ray.train import UserCallback
 
-from pipelines.banks import build_bank
 from pipelines.commandline import last_line, user_error
-from pipelines.encodings import EncodingReader, EncodingSet
-from pipelines.models import load_model
-from pipelines.normals import WORK, Chosen, FitOptions
-from pipelines.proxy import ProxyOptions, ProxySet, build_proxy
+from pipelines.normals import WORK, Chosen
+from pipelines.proxy import ProxyOptions, ProxySet, build_proxy, build_tests
 from pipelines.readings import (
     OBJECTIVE,
     PROGRESS,
-    READINGS,
-    Comparison,
+    Reader,
     Reading,
     best_of,
-    latency,
-    load_readings,
-    memory,
     search_readings,
 )
 from pipelines.spaces import key_of, with_values
-from pipelines.tracking import Run
-from pipelines.training import TrainingOptions, WorkersLostError, make_method, plan_job, run_job
+from pipelines.training import WorkersLostError
 from unianom import files
 from unianom.data.shards import ShardSet
 from unianom.errors import UnianomError
-from unianom.methods import METHODS, MemoryMethod, Method
-from unianom.methods.base import Embedding
-from unianom.model import is_model
+from unianom.methods import METHODS, Method
 from unianom.serialise import from_plain, to_plain
 
 DONE, STOPPED, FAILED, CRASHED = "done", "stopped", "failed", "crashed"
@@ -59,15 +49,12 @@ RECORD, PLAN, REPORTS, SETTINGS, SCORES = "record.json", "values.json", "reports
 """Files of a trial: what came of it; its values, written first; what it reported while it trained; all settings of its
 reading options; scores of the validation images by the best of them."""
 
-KEPT = "readings"
-"""Folder of a trial for the readings of its trained model, until its record is written."""
-
 LATENCY, MEMORY = "latency_ms", "memory_mb"
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """What all trials of a campaign share.
+    """What all trials of a campaign share; its kinds say how a trial is fitted.
 
     Attributes:
         name, config: the method, and its options as plain data where a trial says nothing.
@@ -77,13 +64,12 @@ class Campaign:
         settings: values of the reading options that every trial is finished with; the first has those of `config`.
         validation, objective: what trials are compared on, and by.
         folder: of the campaign.
-        encodings: of a memory method, by `encoding_key`.
         keep_models: whether trained models stay, for a diagnosis.
     """
 
     name: str
     config: dict[str, Any]
-    options: FitOptions
+    options: Any
     shards: ShardSet
     categories: list[str]
     chosen: Chosen
@@ -91,12 +77,16 @@ class Campaign:
     validation: ProxyOptions
     objective: dict[str, float]
     folder: str
-    encodings: dict[str, EncodingSet]
     keep_models: bool
 
+    @property
+    def config_class(self) -> type:
+        """Whose options are searched."""
+        return METHODS[self.name].Config
+
     def config_of(self, values: Mapping[str, Any]) -> Any:
-        """The method's options of a trial."""
-        return with_values(from_plain(METHODS[self.name].Config, self.config), values)
+        """The options of a trial."""
+        return with_values(from_plain(self.config_class, self.config), values)
 
     def trial_folder(self, values: Mapping[str, Any]) -> str:
         """Where a trial lies."""
@@ -113,6 +103,57 @@ class Campaign:
             self.options.limits,
             files.join(self.folder, "validation"),
         )
+
+    def tests_for(self, method: Method, folder: str) -> str:
+        """URI of the test split as input of a method, for a diagnosis."""
+        images = files.join(folder, "images")
+        return build_tests(self.shards, self.categories, method.input, self.options.limits, images)
+
+    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
+        """Fit a trial in its folder and find what it sees in the validation images."""
+        raise NotImplementedError
+
+    def tests(self, values: Mapping[str, Any], folder: str) -> Any:
+        """Prepare what `find_in_tests` takes, in the driver; for a diagnosis, in its folder.
+
+        Raises:
+            DataError: there is no labelled test split, or what is needed of the trial was not kept.
+        """
+        raise NotImplementedError
+
+    def find_in_tests(self, values: Mapping[str, Any], tests: Any, device: str) -> Fitted:
+        """Find what a trial sees in the test split."""
+        raise NotImplementedError
+
+
+class Fitted(NamedTuple):
+    """A fitted trial, on the CPU, and what it finds in the images at a URI.
+
+    Attributes:
+        reader: the method, or what reads like one.
+        readings: N×… by name.
+        proxy: URI of the N images.
+        latency_ms, memory_mb: of a prediction of one image, and of weights and bank.
+    """
+
+    reader: Reader
+    readings: dict[str, torch.Tensor]
+    proxy: str
+    latency_ms: float
+    memory_mb: float
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a trial has of Tune and Ray Train while it is fitted.
+
+    Attributes:
+        callbacks: makes what Ray Train calls with the reports of its workers.
+        alone: entered while images are prepared that other trials need, too.
+    """
+
+    callbacks: Callable[[], Sequence[UserCallback]] = tuple
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def trial_id(values: Mapping[str, Any]) -> str:
@@ -212,17 +253,15 @@ def run_trial(
     campaign: Campaign,
     values: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
-    callbacks: Callable[[], Sequence[UserCallback]] = tuple,
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    inside: Inside | None = None,
 ) -> dict[str, Any]:
     """Run a trial, or tell again what came of it.
 
     Args:
         campaign: what it belongs to.
         values: of its options, by name.
-        report: told the objective as training goes on, unless `callbacks` tell it, and at the end.
-        callbacks: makes what Ray Train calls with the reports of its workers.
-        alone: entered while images are prepared that other trials need, too.
+        report: told the objective at the end, and before it what the trial told when it ran before.
+        inside: what it has of Tune and Ray Train; None for nothing.
 
     Returns:
         Its record.
@@ -238,7 +277,7 @@ def run_trial(
         for told in read_reports(folder):
             report(told)
         try:
-            record = _run(campaign, values, folder, callbacks, alone)
+            record = _run(campaign, values, folder, inside or Inside())
         except WorkersLostError as error:
             write_end(folder, values, CRASHED, str(error))
             raise
@@ -257,32 +296,14 @@ def run_trial(
     return record
 
 
-class _Fitted(NamedTuple):
-    """A fitted method, on the CPU, and what it finds in the validation images at a URI."""
-
-    method: Method
-    readings: dict[str, torch.Tensor]
-    proxy: str
-    latency_ms: float
-
-
-def _run(
-    campaign: Campaign,
-    values: Mapping[str, Any],
-    folder: str,
-    callbacks: Callable[[], Sequence[UserCallback]],
-    alone: Callable[[], AbstractContextManager[None]],
-) -> dict[str, Any]:
+def _run(campaign: Campaign, values: Mapping[str, Any], folder: str, inside: Inside) -> dict[str, Any]:
     config = campaign.config_of(values)
-    if issubclass(METHODS[campaign.name], MemoryMethod):
-        fitted = _fit_and_find(campaign, values)
-    else:
-        fitted = _train(campaign, values, folder, callbacks(), alone)
+    fitted = campaign.fit(values, folder, inside)
     proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
-    found = search_readings(fitted.method, fitted.readings, config, campaign.settings, proxy, campaign.objective)
+    found = search_readings(fitted.reader, fitted.readings, config, campaign.settings, proxy, campaign.objective)
     best = best_of(found)
     _write_settings(folder, found)
-    scores = scores_of(fitted.method, fitted.readings, with_values(config, best.values))
+    scores = scores_of(fitted.reader, fitted.readings, with_values(config, best.values))
     files.write_array(files.join(folder, SCORES), scores)
     assert best.measured is not None
     record = {
@@ -294,7 +315,7 @@ def _run(
         "objective": best.measured.objective,
         "seconds": _seconds_since(folder),
         LATENCY: fitted.latency_ms,
-        MEMORY: memory(fitted.method),
+        MEMORY: fitted.memory_mb,
         "best": _plain_reading(best),
         "default": _plain_reading(found[0]),
         "proxy": fitted.proxy,
@@ -302,7 +323,7 @@ def _run(
     files.write_json(files.join(folder, RECORD), record)
     if not campaign.keep_models:
         files.remove(files.join(folder, WORK))
-    files.remove(files.join(folder, KEPT))
+    files.remove(files.join(folder, "readings"))
     return record
 
 
@@ -330,7 +351,7 @@ def _write_settings(folder: str, found: Sequence[Reading]) -> None:
 
 
 @torch.inference_mode()
-def scores_of(method: Method, readings: Mapping[str, torch.Tensor], config: Any) -> np.ndarray:
+def scores_of(method: Reader, readings: Mapping[str, torch.Tensor], config: Any) -> np.ndarray:
     """Scores of all images by some reading options."""
     scores = []
     count = len(next(iter(readings.values())))
@@ -339,97 +360,3 @@ def scores_of(method: Method, readings: Mapping[str, torch.Tensor], config: Any)
         anomaly_map = method.read_maps(part, config).anomaly_map
         scores.append(method.read_scores(part, anomaly_map, config).float().cpu().numpy())
     return np.concatenate(scores)
-
-
-# ------------------------------------------------------------------------------------------------------- memory methods
-def encoding_key(values: Mapping[str, Any], name: str) -> str:
-    """Trials of a memory method with the same key share encoded images."""
-    method = METHODS[name]
-    assert issubclass(method, MemoryMethod)
-    return key_of({option: value for option, value in values.items() if not is_bank_option(method, option)})
-
-
-def is_bank_option(method: type[MemoryMethod], option: str) -> bool:
-    """Whether an option acts between network and bank."""
-    return option in method.bank_options or option.split(".")[0] in method.bank_options
-
-
-def fit_bank(campaign: Campaign, values: Mapping[str, Any]) -> EncodingReader:
-    """Build the bank of a trial; its images come from the reader, whose method has the bank."""
-    config = campaign.config_of(values)
-    reader = EncodingReader(campaign.encodings[encoding_key(values, campaign.name)])
-    reader.method.bank, _ = build_bank(reader.bank_patches(config), config.bank)
-    return reader
-
-
-@torch.inference_mode()
-def find_distances(
-    campaign: Campaign, method: MemoryMethod, embeddings: Iterable[Embedding]
-) -> dict[str, torch.Tensor]:
-    """Readings of embedded images, with as many neighbours as any setting asks for."""
-    plain = {"neighbours": campaign.config["neighbours"]}
-    neighbours = max(setting.get("neighbours", plain["neighbours"]) for setting in campaign.settings)
-    found = [method.find_patches(embedding, neighbours).readings for embedding in embeddings]
-    return {name: torch.cat([readings[name] for readings in found]) for name in found[0]}
-
-
-def _fit_and_find(campaign: Campaign, values: Mapping[str, Any]) -> _Fitted:
-    reader = fit_bank(campaign, values)
-    made = campaign.encodings[encoding_key(values, campaign.name)]
-    readings = find_distances(campaign, reader.method, reader.compared(campaign.config_of(values)))
-    return _Fitted(reader.method, readings, made.proxy, latency(reader.method))
-
-
-# ------------------------------------------------------------------------------------------------------ trained methods
-class Reports(Run):
-    """Keeps the validations that a training run records, in the trial's folder, so that they outlive its process.
-
-    Args:
-        folder: of the trial.
-        iterations: told once they are known; until then nothing is recorded.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self.iterations = 0
-        self._lock = threading.Lock()
-
-    def metrics(self, values: Mapping[str, SupportsFloat | None], step: int | None = None) -> None:
-        told = {name.removeprefix("validation/"): value for name, value in values.items() if "validation/" in name}
-        if OBJECTIVE not in told or step is None:
-            return
-        report = {PROGRESS: round(100 * step / self.iterations), **told}
-        with self._lock:
-            before = [old for old in read_reports(self._folder) if old[PROGRESS] < report[PROGRESS]]
-            files.write_json(files.join(self._folder, REPORTS), [*before, report])
-
-
-def _train(
-    campaign: Campaign,
-    values: Mapping[str, Any],
-    folder: str,
-    callbacks: Sequence[UserCallback],
-    alone: Callable[[], AbstractContextManager[None]],
-) -> _Fitted:
-    config, options = campaign.config_of(values), campaign.options
-    assert isinstance(options, TrainingOptions)
-    work, kept = files.join(folder, WORK), files.join(folder, KEPT)
-    trained = trained_model(folder)
-    shell = make_method(campaign.name, config)
-    with alone():
-        proxy = campaign.proxy_of(shell)
-    if not (is_model(trained) and files.exists(files.join(kept, READINGS))):
-        with alone():
-            job = plan_job(campaign.name, config, options, campaign.shards, campaign.categories, campaign.chosen, work)
-        comparison = Comparison(proxy, campaign.validation.pixel_stride, campaign.objective, kept)
-        reports = Reports(folder)
-        reports.iterations = job.iterations
-        run_job(replace(job, comparison=comparison), options, work, reports, "", callbacks)
-        files.remove(files.join(work, "checkpoints"))
-    readings, milliseconds = load_readings(kept)
-    return _Fitted(load_model(trained, "cpu").method, readings, proxy, milliseconds)
-
-
-def trained_model(folder: str) -> str:
-    """Model folder of a trained trial, where it is kept."""
-    return files.join(folder, WORK, "trained")

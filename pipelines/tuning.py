@@ -51,6 +51,7 @@ from pipelines.spaces import (
 )
 from pipelines.tracking import Run, TrackingOptions, track
 from pipelines.training import TrainingOptions, check_masks, make_method
+from pipelines.trial_kinds import MemoryCampaign, TrainedCampaign, encoding_key, is_bank_option
 from pipelines.trials import (
     CRASHED,
     DONE,
@@ -60,10 +61,9 @@ from pipelines.trials import (
     RECORD,
     STOPPED,
     Campaign,
+    Inside,
     Turn,
-    encoding_key,
     in_turn,
-    is_bank_option,
     read_record,
     run_trial,
     trial_id,
@@ -321,7 +321,8 @@ class _Driver:
             )
         default = {dimension.name: read_value(options.method, dimension.name) for dimension in reading_space}
         drawn = settings_of(reading_space, options.settings, options.seed)
-        self.campaign = Campaign(
+        kind = MemoryCampaign if self.memory else TrainedCampaign
+        self.campaign: Campaign = kind(
             name=name,
             config=to_plain(options.method),
             options=fit,
@@ -332,7 +333,6 @@ class _Driver:
             validation=options.validation,
             objective=options.objective,
             folder=folder,
-            encodings={},
             keep_models=options.diagnose,
         )
 
@@ -412,6 +412,7 @@ class _Driver:
     def _encode(self) -> None:
         """Run the network of a memory method for every combination of the options that it depends on."""
         campaign, method = self.campaign, METHODS[self.campaign.name]
+        assert isinstance(campaign, MemoryCampaign)
         assert issubclass(method, MemoryMethod)
         own = [dimension for dimension in self.trial_space if not is_bank_option(method, dimension.name)]
         if any(isinstance(dimension.domain, Range) for dimension in own):
@@ -630,7 +631,8 @@ class PassOn(TuneReportCallback):
 def tune_trial(campaign: Campaign, values: TrialValues, turn: Any, config: dict[str, Any]) -> None:
     """What Tune runs for every trial."""
     set_threads(campaign.options.runtime.cpus_per_worker)
-    run_trial(campaign, values.of(config), ray_tune.report, lambda: [PassOn()], partial(in_turn, turn))
+    inside = Inside(lambda: [PassOn()], partial(in_turn, turn))
+    run_trial(campaign, values.of(config), ray_tune.report, inside)
 
 
 class Budget(Stopper):

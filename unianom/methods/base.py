@@ -200,7 +200,7 @@ class MemoryMethod(Method):
     """
 
     bank_options: ClassVar[tuple[str, ...]] = ("bank",)
-    map_options = ("neighbours", "blur_sigma")
+    map_options: ClassVar[tuple[str, ...]] = ("neighbours", "blur_sigma")
     bank: MemoryBank | None = None
     grid: tuple[int, int]
 
