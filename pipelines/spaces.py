@@ -209,7 +209,7 @@ def space_of(name: str, config: Any, changes: Mapping[str, Any]) -> tuple[Dimens
             twice = sorted(dimensions.keys() & {option for option, _ in inside})
             if twice:
                 raise OptionError(
-                    f"space.{dimension.name}: {twice[0]} is searched for itself, too; leave it out here, or give it null"
+                    f"space.{dimension.name}: {twice[0]} is searched alone, too; leave it out here, or give it null"
                 )
     return tuple(dimensions.values())
 
@@ -234,8 +234,8 @@ def _leaves(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _domain(option: str, given: Any, now: Any) -> Domain:
-    """What is tried for an option whose value is `now`: whole numbers of one that is a float are floats, so that what is
-    the same has one name."""
+    """What is tried for an option whose value is `now`. Whole numbers for one that is a float become floats, so that
+    equal values have one name."""
     if isinstance(given, Mapping) and {"low", "high"} <= set(given):
         unknown = sorted(set(given) - {"low", "high", "log", "integer", "steps"})
         if unknown:
