@@ -34,7 +34,7 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.model import Model, is_model, versions
-from unianom.serialise import from_plain, to_plain
+from unianom.serialise import to_plain
 
 FEATURES, STATISTICS, CATEGORY = "embedding", "statistics", "category"
 """Names of the arrays kept of a part: N×C×h×w; N×3 float64, mean, mean square and maximum of each map; N int32,
@@ -137,31 +137,15 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
         output: the same, or another one.
         shards, options: images, and how.
     """
-    description = files.read_json(files.join(folder, "model.json"))
-    categories: list[str] = description["categories"]
-    selection = Selection(("train", "val"), tuple(categories), (NORMAL,))
-    shards.check(selection)
-    chosen = _choose(description, shards, categories, options)
-    runtime = options.runtime
-    found_by = {
-        "tool": __version__,
-        **{key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")},
-        "shards": shards.digest,
-        "images": files.digest_of({"ids": sorted(chosen)}),
-        "batch_size": options.batch_size,
-        "half": options.precision == "half",
-        "limits": to_plain(options.limits),
-        "device": runtime.device,
-        "threads": runtime.cpus_per_worker,
-    }
-    plan = {"found_by": files.digest_of(found_by), "calibration": to_plain(options.calibration)}
-    before = _already(folder, output, description, plan, options)
+    kept = Kept.of(folder, shards, options)
+    plan = {"found_by": files.digest_of(kept.plan), "calibration": to_plain(options.calibration)}
+    before = _already(folder, output, plan, options)
     if before is not None:
-        return CalibrateResult(output, categories, False, before)
-    connect(runtime)
-    kept = files.join(options.folder or files.beside(folder, "prepared"), files.digest_of(found_by)[:20])
-    _keep(kept, found_by, folder, shards, selection, chosen, categories, options)
-    calibrator, metrics = _fit(kept, plan, shards, categories, options)
+        return CalibrateResult(output, kept.categories, False, before)
+    connect(options.runtime)
+    kept.fill(options)
+    checkpoint = files.join(kept.uri, f"head-{files.digest_of(plan)[:12]}.pt")
+    calibrator, metrics = _fit(kept, checkpoint, options)
     made = {
         "plan": plan,
         "shards": {"uri": shards.uri, "digest": shards.digest},
@@ -172,13 +156,11 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
     if output != folder:
         load_model(folder, "cpu").save(output)
     Model.add_calibrator(output, calibrator, made)
-    files.remove(files.join(kept, _checkpoint_name(plan)))
-    return CalibrateResult(output, categories, True, metrics)
+    files.remove(checkpoint)
+    return CalibrateResult(output, kept.categories, True, metrics)
 
 
-def _already(
-    folder: str, output: str, description: dict[str, Any], plan: dict[str, Any], options: CalibrateOptions
-) -> dict[str, float] | None:
+def _already(folder: str, output: str, plan: dict[str, Any], options: CalibrateOptions) -> dict[str, float] | None:
     """Metrics of this very calibration, if it lies in the output already.
 
     Raises:
@@ -188,7 +170,7 @@ def _already(
         storage.claim(output, {"model": folder, **plan}, options.overwrite, "calibration")
         if not is_model(output):
             return None
-        description = files.read_json(files.join(output, "model.json"))
+    description = files.read_json(files.join(output, "model.json"))
     made = description["provenance"].get("calibration")
     if made is None or description.get("calibrator") is None:
         return None
@@ -205,8 +187,8 @@ def _already(
 
 def _choose(
     description: dict[str, Any], shards: ShardSet, categories: list[str], options: CalibrateOptions
-) -> frozenset[str]:
-    """Names of the normal images to learn from.
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the normal images to learn from, and of those that the model's training held out.
 
     Raises:
         DataError: held-out ones are asked for and there are none, or which they are cannot be told.
@@ -214,7 +196,7 @@ def _choose(
     columns = ["sample_id", "category", "split"]
     rows = shards.table(Selection(("train", "val"), tuple(categories), (NORMAL,)), columns).to_pylist()
     if options.images == "all":
-        return frozenset(row["sample_id"] for row in rows)
+        return frozenset(row["sample_id"] for row in rows), frozenset()
     provenance, name = description["provenance"], f"the model for {some(categories)}"
     held_out: frozenset[str] = frozenset()
     if provenance["shards"]["digest"] == shards.digest:  # of other shards it has seen nothing, and held nothing out
@@ -225,46 +207,88 @@ def _choose(
                 f"{name} held no normal image out; give --images train, or train it with "
                 f"--threshold.validation_fraction above 0"
             )
-        return held_out
+        return held_out, held_out
     chosen = frozenset(row["sample_id"] for row in rows if row["split"] == "train") - held_out
     if not chosen:
         raise DataError(f"{shards.uri} has no normal training image for {name}; give --images all")
-    return chosen
+    return chosen, held_out
 
 
 # ------------------------------------------------------------------------------------------- what the network finds
-def _keep(
-    uri: str,
-    plan: dict[str, Any],
-    model: str,
-    shards: ShardSet,
-    selection: Selection,
-    chosen: frozenset[str],
-    categories: list[str],
-    options: CalibrateOptions,
-) -> None:
-    """Compute embeddings and statistics of all chosen images, or find them computed."""
-    storage.claim(uri, plan, False, "calibration")
-    if storage.is_complete(uri):
-        return
-    arguments = {
-        "model": model,
-        "shards": shards,
-        "selection": selection,
-        "chosen": chosen,
-        "categories": categories,
-        "output": uri,
-        "batch_size": options.batch_size,
-        "limits": options.limits,
-        "half": options.precision == "half",
-        "device": options.runtime.device,
-        "threads": options.runtime.cpus_per_worker,
-    }
-    progress = Progress("inspect normals", len(chosen))
-    units = {part: {"part": part} for part in shards.parts}
-    records, _ = run_unfinished(PartInspector, arguments, units, uri, options.runtime, progress, "rows")
-    shape = next(record["shape"] for record in records.values() if record["rows"])
-    storage.finish(uri, {"rows": {part: record["rows"] for part, record in records.items()}, "shape": shape})
+@dataclass(frozen=True)
+class Kept:
+    """Where what a model finds in normal images is kept for all calibrators, and of which images it is.
+
+    Attributes:
+        uri: the folder.
+        plan: everything its content depends on.
+        model: folder of the model.
+        shards, categories: the corpus.
+        chosen: sample_ids.
+        held_out: sample_ids of the normal images that the model's training held out.
+    """
+
+    uri: str
+    plan: dict[str, Any]
+    model: str
+    shards: ShardSet
+    categories: list[str]
+    chosen: frozenset[str]
+    held_out: frozenset[str]
+
+    @staticmethod
+    def of(model: str, shards: ShardSet, options: CalibrateOptions) -> Kept:
+        """Which images, and where.
+
+        Raises:
+            DataError: no normal training image, or which were held out cannot be told.
+        """
+        description = files.read_json(files.join(model, "model.json"))
+        categories: list[str] = description["categories"]
+        shards.check(Selection(("train", "val"), tuple(categories), (NORMAL,)))
+        chosen, held_out = _choose(description, shards, categories, options)
+        plan = {
+            "tool": __version__,
+            **{key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")},
+            "shards": shards.digest,
+            "images": files.digest_of({"ids": sorted(chosen)}),
+            "batch_size": options.batch_size,
+            "half": options.precision == "half",
+            "limits": to_plain(options.limits),
+            "device": options.runtime.device,
+            "threads": options.runtime.cpus_per_worker,
+        }
+        uri = files.join(options.folder or files.beside(model, "prepared"), files.digest_of(plan)[:20])
+        return Kept(uri, plan, model, shards, categories, chosen, held_out)
+
+    def fill(self, options: CalibrateOptions) -> None:
+        """Compute embeddings and statistics of all these images, or find them computed."""
+        storage.claim(self.uri, self.plan, False, "calibration")
+        if storage.is_complete(self.uri):
+            return
+        arguments = {
+            "model": self.model,
+            "shards": self.shards,
+            "selection": Selection(("train", "val"), tuple(self.categories), (NORMAL,)),
+            "chosen": self.chosen,
+            "categories": self.categories,
+            "output": self.uri,
+            "batch_size": options.batch_size,
+            "limits": options.limits,
+            "half": options.precision == "half",
+            "device": options.runtime.device,
+            "threads": options.runtime.cpus_per_worker,
+        }
+        progress = Progress("inspect normals", len(self.chosen))
+        units = {part: {"part": part} for part in self.shards.parts}
+        records, _ = run_unfinished(PartInspector, arguments, units, self.uri, options.runtime, progress, "rows")
+        shape = next(record["shape"] for record in records.values() if record["rows"])
+        storage.finish(self.uri, {"rows": {part: r["rows"] for part, r in records.items()}, "shape": shape})
+
+    def made(self) -> dict[str, Any]:
+        """Rows of each part, and the shape of an embedding; once filled."""
+        made: dict[str, Any] = files.read_json(files.join(self.uri, "_manifest.json"))
+        return made
 
 
 class PartInspector:
@@ -360,28 +384,12 @@ class KeptRows:
 
 
 # ------------------------------------------------------------------------------------------------------- the head
-def _checkpoint_name(plan: dict[str, Any]) -> str:
-    return f"head-{files.digest_of(plan)[:12]}.pt"
-
-
-def _fit(
-    kept: str, plan: dict[str, Any], shards: ShardSet, categories: list[str], options: CalibrateOptions
-) -> tuple[Calibrator, dict[str, float]]:
+def _fit(kept: Kept, checkpoint: str, options: CalibrateOptions) -> tuple[Calibrator, dict[str, float]]:
     """Statistics from the kept arrays, and the head trained by one actor."""
     config, runtime = options.calibration, options.runtime
-    made = files.read_json(files.join(kept, "_manifest.json"))
     trainer: Any = ray.remote(
         num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=3, max_task_retries=3
-    )(HeadActor).remote(
-        kept,
-        shards.parts,
-        made,
-        to_plain(config),
-        categories,
-        files.join(kept, _checkpoint_name(plan)),
-        runtime.device,
-        runtime.cpus_per_worker,
-    )
+    )(HeadActor).remote(kept, config, checkpoint, runtime.device, runtime.cpus_per_worker)
     try:
         steps = config.iterations if config.has_head else 0
         if steps:
@@ -396,78 +404,77 @@ def _fit(
         if known is None:
             raise
         raise known from error
-    channels, height, width = made["shape"]
-    calibrator = Calibrator(config, categories, channels, (height, width))
+    channels, height, width = kept.made()["shape"]
+    calibrator = Calibrator(config, kept.categories, channels, (height, width))
     calibrator.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return calibrator.eval(), metrics
 
 
 class HeadActor:
-    """Trains a calibrator's head on kept arrays, checkpoint by checkpoint. A Ray actor; may be made anew any time."""
+    """Trains a calibrator's head on kept arrays, checkpoint by checkpoint. A Ray actor; may be made anew any time.
+
+    Args:
+        kept: the arrays.
+        config: of the calibrator.
+        checkpoint: file of the last checkpoint; None to keep none.
+        device, threads: to train on.
+    """
 
     def __init__(
-        self,
-        kept: str,
-        parts: list[str],
-        made: dict[str, Any],
-        config: dict[str, Any],
-        categories: list[str],
-        checkpoint: str,
-        device: str,
-        threads: int,
+        self, kept: Kept, config: CalibrationConfig, checkpoint: str | None, device: str, threads: int
     ) -> None:
         set_threads(threads)
-        self._kept, self._parts, self._made, self._config = kept, parts, made, config
-        self._categories, self._checkpoint, self._device = categories, checkpoint, device
+        self._kept, self._config, self._checkpoint, self._device = kept, config, checkpoint, device
         self._copies = tempfile.TemporaryDirectory(prefix="unianom-calibration-")
         self._loss = 0.0
         # made by the first call, since what fails in an actor's constructor is told as the actor's death
         self._calibrator: Calibrator | None = None
         self._trainer: HeadTrainer | None = None
 
-    def _prepare(self) -> Calibrator:
+    def calibrator(self) -> Calibrator:
         """The calibrator with its statistics, at the last checkpoint."""
         if self._calibrator is not None:
             return self._calibrator
-        config = from_plain(CalibrationConfig, self._config)
-        filled = [part for part in self._parts if self._made["rows"][part]]
+        config, made = self._config, self._kept.made()
+        filled = [part for part in self._kept.shards.parts if made["rows"][part]]
         copies = Path(self._copies.name)
 
         def load(name: str) -> list[np.ndarray]:
-            return [files.map_array(files.join(self._kept, array_name(part, name)), copies) for part in filled]
+            return [files.map_array(files.join(self._kept.uri, array_name(part, name)), copies) for part in filled]
 
         statistics = MapStatistics(*np.concatenate(load(STATISTICS)).T)
         self._category = np.concatenate(load(CATEGORY))
-        channels, height, width = self._made["shape"]
+        channels, height, width = made["shape"]
         moments = np.sum(load(MOMENTS), axis=0) / (len(self._category) * height * width)
-        calibrator = Calibrator(config, self._categories, channels, (height, width))
+        calibrator = Calibrator(config, self._kept.categories, channels, (height, width))
         calibrator.set_statistics(statistics, self._category, *moments)
         self._calibrator = calibrator.to(self._device).eval()
         self._targets = statistics.targets(config.statistics)
         self._rows = KeptRows(load(FEATURES))
         if config.has_head:
             self._trainer = HeadTrainer(self._calibrator, self._rows, self._targets, self._category)
-            if files.exists(self._checkpoint):
+            if self._checkpoint is not None and files.exists(self._checkpoint):
                 content = io.BytesIO(files.read_bytes(self._checkpoint))
                 self._trainer.restore(torch.load(content, map_location=self._device, weights_only=True))
         return self._calibrator
 
     def run(self, end: int) -> tuple[int, float]:
         """Train up to a step and keep a checkpoint; the step reached, and the mean loss of the last steps."""
-        self._prepare()
+        self.calibrator()
         assert self._trainer is not None
         if self._trainer.step < end:
             losses: list[float] = []
             self._trainer.run(end, lambda _, loss: losses.append(loss))
             self._loss = float(np.mean(losses[-100:]))
-            buffer = io.BytesIO()
-            torch.save(self._trainer.state(), buffer)
-            files.write_bytes(self._checkpoint, buffer.getvalue())
+            if self._checkpoint is not None:
+                buffer = io.BytesIO()
+                torch.save(self._trainer.state(), buffer)
+                files.write_bytes(self._checkpoint, buffer.getvalue())
         return self._trainer.step, self._loss
 
     def result(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """The calibrator's state, and what it makes of the images it learned from."""
-        calibrator = self._prepare()
+        calibrator = self.calibrator()
         metrics = {"images": float(len(self._category)), "alpha": float(calibrator.alpha)}
         metrics |= head_metrics(calibrator, self._rows, self._targets, self._category)
         return {name: value.cpu().numpy() for name, value in calibrator.state_dict().items()}, metrics

@@ -32,8 +32,14 @@ from unianom.thresholds import fit_threshold, normals_needed
 RESULT, RECIPE = "campaign.json", "best.yaml"
 """What a campaign found; the recipe of its best setting."""
 
-NOT_IN_RECIPES = ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every", "validate_every")
+NOT_IN_RECIPES = (
+    *("shards", "output", "model", "folder", "overwrite", "tracking", "runtime"),
+    *("max_failures", "checkpoint_every", "validate_every", "calibration"),
+)
 """Options of fitting that say where and how safely, not what."""
+
+COMMANDS = {"cada": "python jobs/calibrate.py --config {recipe} --model … --shards …"}
+"""How a recipe is used that is not one of jobs/train.py."""
 
 TOP = 5
 """Best settings that are listed, one of each trial."""
@@ -91,10 +97,10 @@ def write_results(options: Any, output: str, ran: Mapping[str, Ran], run: Run) -
         settings[name] = read_settings(one)
         contents[name] = _content(one, settings[name], options)
         _write_campaign(one, contents[name], settings[name], options)
-        prefix = f"{name}/" if options.per_category else ""
+        prefix = f"{name}/" if per_category(options) else ""
         _record(run, one.campaign.folder, contents[name], prefix)
     recipe = files.join(output, RECIPE)
-    if options.per_category:
+    if per_category(options):
         _write_common(output, ran, contents, settings, options, run)
     diagnosis = None
     if options.diagnose:
@@ -102,6 +108,11 @@ def write_results(options: Any, output: str, ran: Mapping[str, Ran], run: Run) -
         diagnosis = diagnose(output, campaigns, contents, settings, options, run)
     storage.finish(output, {"campaigns": {n: c["counts"] for n, c in contents.items()}})
     return TuneResult(output, any(one.fresh for one in ran.values()), contents, recipe, diagnosis)
+
+
+def per_category(options: Any) -> bool:
+    """Whether a job has a campaign for each category; one that calibrates a model has not."""
+    return bool(getattr(options, "per_category", False))
 
 
 def read_settings(ran: Ran) -> list[dict[str, Any]]:
@@ -247,7 +258,8 @@ def recipe(campaign: Campaign, values: Mapping[str, Any], rate: float | None) ->
     if options.runtime.cpus_per_worker != 1:
         fitted["runtime"] = {"cpus_per_worker": options.runtime.cpus_per_worker}
     config = campaign.config_of(values)
-    return {**fitted, "method": difference(to_plain(METHODS[campaign.name].Config()), to_plain(config))}
+    group = "method" if campaign.name in METHODS else "calibration"
+    return {**fitted, group: difference(to_plain(campaign.config_class()), to_plain(config))}
 
 
 def _default_of(field: Any) -> Any:
@@ -280,7 +292,9 @@ def _head(content: Mapping[str, Any], where: str) -> list[str]:
         f"{content['method']}, best of {content['counts']['settings']} settings of a campaign (unianom {__version__}): "
         f"trial {best['trial']}.",
         f"Objective {best['objective']:.4f}{gain}, on {content['objective']['validation']}.",
-        f"python jobs/train.py {content['method']} --config {where} --shards … --output …",
+        COMMANDS.get(
+            content["method"], f"python jobs/train.py {content['method']} --config {{recipe}} --shards … --output …"
+        ).format(recipe=where),
     ]
 
 
@@ -293,7 +307,7 @@ def _write_campaign(ran: Ran, content: dict[str, Any], settings: list[dict[str, 
     with files.open_atomic(files.join(folder, "settings.parquet")) as handle:
         pq.write_table(table, handle, compression="zstd")
     plain = recipe(ran.campaign, content["best"]["values"], chosen_rate(content))
-    if options.per_category:  # the recipe of this category alone
+    if per_category(options):  # the recipe of this category alone
         plain = {**plain, "per_category": False, "categories": ran.campaign.categories}
     files.write_bytes(files.join(folder, RECIPE), recipe_text(plain, _head(content, RECIPE)))
     figures = {

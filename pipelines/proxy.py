@@ -8,7 +8,7 @@ campaign has chosen (`jobs/tune.py --diagnose true`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -258,9 +258,10 @@ def _copy(
     makers = {"cutpaste_patch": cutpaste_patch, "cutpaste_scar": cutpaste_scar, "shade": shade}
     for _ in range(ATTEMPTS):
         made = draem(pixels, rng, other) if recipe == "texture" else makers[recipe](pixels, rng)
-        if made.mask.any():
+        changed = (made.image != pixels).any(2)  # what is pasted may be what was there, such as black on black
+        if changed.any():
             break
-    return made
+    return replace(made, mask=changed)
 
 
 def _write(uri: str, images: Sequence[_Image]) -> None:

@@ -279,8 +279,8 @@ class Progress:
     def _print(self, end: str) -> None:
         assert self._first is not None
         rate = (self._done - self._first[1]) / max(time.monotonic() - self._first[0], 1e-9)
-        left = (self._total - self._done) / max(rate, 1e-9)
-        self._show(f"{rate:.1f}/s, {left:.0f} s left", end)
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 else ""
+        self._show(f"{rate:.1f}/s{left}", end)
 
     def _show(self, tail: str, end: str) -> None:
         line = f"{self._label}: {self._done}/{self._total} {self._unit}, {tail}{self._words}"

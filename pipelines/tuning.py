@@ -30,9 +30,12 @@ from ray.tune.search import SearchAlgorithm, Searcher
 from ray.tune.stopper import Stopper
 
 from pipelines import storage
+from pipelines.cada_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
+from pipelines.calibration import CalibrateOptions, Kept
 from pipelines.encodings import encode_once
-from pipelines.normals import WORK, FitOptions, choose_samples, weights_digest
-from pipelines.outcomes import Ran, TuneResult, write_results
+from pipelines.models import ModelShelf, load_model
+from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, weights_digest
+from pipelines.outcomes import Ran, TuneResult, per_category, write_results
 from pipelines.proxy import METRICS, ProxyOptions, check_objective
 from pipelines.readings import OBJECTIVE, PROGRESS
 from pipelines.runtime import Progress, connect, set_threads
@@ -179,10 +182,31 @@ def tune_options() -> dict[str, type]:
         documented = {parent: _arguments(parent) for parent in (FitOptions, base, SearchOptions)}
         summary = f"Search the options of {name}. Its space: {searched}."
         cls.__doc__ = "\n".join([summary, "", "Args:", *documented.values(), OWN_ARGUMENTS])
+        classes[name] = cls
+    classes[CADA] = TuneCada
+    for cls in classes.values():
         # the parser would look for the types' names here, but those of the parents' fields live where these do
         cls.__init__.__annotations__.update(get_type_hints(cls))  # type: ignore[misc]
-        classes[name] = cls
     return classes
+
+
+@dataclass(frozen=True)
+class TuneCada(SearchOptions, CalibrateOptions):
+    """Search how a model's scores are calibrated (CADA): α, dropout and learning rate of the head, what counts as the
+    top of a map, the pixels whose mean is the score."""
+
+    objective: dict[str, float] = field(default_factory=lambda: {"union_image_auroc": 1.0})
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        SearchOptions.__post_init__(self)
+        CalibrateOptions.__post_init__(self)
+        if self.output is None:
+            raise OptionError("give --output, a folder for the campaign")
+        if self.calibration.variant not in ("cada", "classifier"):
+            raise OptionError(f"calibration.variant={self.calibration.variant} has no head; take cada or classifier")
+        if self.threshold_rates:
+            raise OptionError("threshold_rates are for campaigns of methods; choose the rate with jobs/decide.py")
 
 
 OWN_ARGUMENTS = """    tracking: where MLflow records the campaign and its trials.
@@ -190,7 +214,9 @@ OWN_ARGUMENTS = """    tracking: where MLflow records the campaign and its trial
 
 
 def fit_class(name: str) -> Any:
-    """The options of fitting a method."""
+    """The options of fitting a method, or of calibrating a model."""
+    if name == CADA:
+        return CalibrateOptions
     return FitOptions if issubclass(METHODS[name], MemoryMethod) else TrainingOptions
 
 
@@ -210,8 +236,15 @@ def _check(options: Any) -> None:
 
 
 def method_name(options: Any) -> str:
-    """The method that an options class of `tune_options` belongs to."""
+    """The method that an options class of `tune_options` belongs to, or "cada"."""
+    if isinstance(options, TuneCada):
+        return CADA
     return next(name for name, method in METHODS.items() if method.Config is type(options.method))
+
+
+def searched(options: Any) -> Any:
+    """The options that a campaign varies, as given."""
+    return options.calibration if isinstance(options, TuneCada) else options.method
 
 
 # ---------------------------------------------------------------------------------------------------------- the driver
@@ -227,26 +260,40 @@ def tune(options: Any) -> TuneResult:
     """
     name = method_name(options)
     shards = ShardSet.open(options.shards)
-    space = space_of(name, options.method, options.space)
+    space = space_of(name, searched(options), options.space)
     needs_labels = _prepare(name, options, shards)
     output = files.full_uri(options.output)
     if options.resume and not files.exists(files.join(output, storage.PLAN)):
         raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
     digest = storage.claim(output, _plan(name, options, space, shards), options.overwrite, "campaign")
-    categories = list(options.categories) or shards.categories
-    groups = [[category] for category in categories] if options.per_category else [categories]
+    groups = _groups(name, options, shards)
     params = {"method_name": name, **to_plain(options)}
     with track(options.tracking, "tune", output, params, plan=digest) as run:
         campaigns = {}
         for group in groups:
-            folder = files.join(output, "categories", group[0]) if options.per_category else output
-            campaigns["+".join(group)] = _Driver(name, options, shards, group, folder, space, needs_labels, run).go()
+            folder = files.join(output, "categories", group[0]) if per_category(options) else output
+            campaigns["+".join(group)] = make_driver(
+                name, options, shards, group, folder, space, needs_labels, run
+            ).go()
         return write_results(options, output, campaigns, run)
+
+
+def _groups(name: str, options: Any, shards: ShardSet) -> list[list[str]]:
+    """The categories of each campaign."""
+    if name == CADA:
+        shelf = ModelShelf.open(options.model)
+        if shelf.by_category:
+            raise OptionError(f"{shelf.uri} holds a model for each category; give the folder of one of them as --model")
+        return [shelf.descriptions()[0]["categories"]]
+    categories = list(options.categories) or shards.categories
+    return [[category] for category in categories] if options.per_category else [categories]
 
 
 def _prepare(name: str, options: Any, shards: ShardSet) -> bool:
     """Refuse what no trial could be made of; whether the method learns from anomalous images."""
     labels = False
+    if name == CADA:
+        return labels
     if not issubclass(METHODS[name], MemoryMethod):
         needs = make_method(name, options.method).needs
         labels = needs.labels
@@ -260,15 +307,29 @@ def _prepare(name: str, options: Any, shards: ShardSet) -> bool:
 
 def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet) -> dict[str, Any]:
     """What the trials depend on; not how many there are, so that a campaign can be made longer."""
-    base = fit_class(name)
-    fitted = {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(base)}
-    for left_out in ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every"):
+    fitted = {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(fit_class(name))}
+    config = searched(options)
+    weights = None
+    if name == CADA:
+        weights = files.sha256_file(files.join(options.model, "model.json"))
+    else:
+        weights = weights_digest(config.backbone.weights)
+    for left_out in (
+        "shards",
+        "output",
+        "overwrite",
+        "runtime",
+        "max_failures",
+        "checkpoint_every",
+        "tracking",
+        "folder",
+    ):
         fitted.pop(left_out, None)
     return {
         "tool": __version__,
         "method": name,
-        "config": to_plain(options.method),
-        "weights": weights_digest(options.method.backbone.weights),
+        "config": to_plain(config),
+        "weights": weights,
         "shards": shards.digest,
         "space": to_plain(list(space)),
         "search": options.search,
@@ -282,59 +343,26 @@ def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet)
     }
 
 
-class _Driver:
+class Driver:
     """Runs the trials of one campaign.
 
     Args:
-        name, options, shards, space: as given.
-        categories: of this campaign.
-        folder: of this campaign.
-        labels: whether the method learns from anomalous images.
+        campaign: the campaign.
+        trial_space: what differs between trials.
+        options: of the job.
         run: the MLflow run of the job.
     """
 
-    def __init__(
-        self,
-        name: str,
-        options: Any,
-        shards: ShardSet,
-        categories: list[str],
-        folder: str,
-        space: Sequence[Dimension],
-        labels: bool,
-        run: Run,
-    ) -> None:
-        self.options, self.run = options, run
-        self.memory = issubclass(METHODS[name], MemoryMethod)
-        self.trial_space, reading_space = split_space(space, METHODS[name].reading_options)
-        base = fit_class(name)
-        fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
-        if isinstance(fit, TrainingOptions):
-            # multi-objective search knows no reports on the way
-            validate = 0 if options.pareto else fit.validate_every
-            fit = dataclasses.replace(fit, validate_every=validate)
-        chosen, _ = choose_samples(shards, categories, fit, validate=True, labels=labels)
-        if not chosen.held_out:
-            raise DataError(
-                f"{shards.uri} leaves no normal image of {', '.join(categories)} to compare settings on; raise "
-                f"--threshold.validation_fraction"
-            )
-        default = {dimension.name: read_value(options.method, dimension.name) for dimension in reading_space}
-        drawn = settings_of(reading_space, options.settings, options.seed)
-        kind = MemoryCampaign if self.memory else TrainedCampaign
-        self.campaign: Campaign = kind(
-            name=name,
-            config=to_plain(options.method),
-            options=fit,
-            shards=shards,
-            categories=categories,
-            chosen=chosen,
-            settings=[default, *(values for values in drawn if key_of(values) != key_of(default))],
-            validation=options.validation,
-            objective=options.objective,
-            folder=folder,
-            keep_models=options.diagnose,
-        )
+    def __init__(self, campaign: Campaign, trial_space: Sequence[Dimension], options: Any, run: Run) -> None:
+        self.campaign, self.trial_space, self.options, self.run = campaign, trial_space, options, run
+
+    @property
+    def trains(self) -> bool:
+        """Whether trials are trainings with workers of their own."""
+        return isinstance(self.campaign, TrainedCampaign)
+
+    def prepare(self) -> None:
+        """Compute what all trials share, before the first; Ray is connected."""
 
     def go(self) -> Ran:
         """Run what is missing; give every record."""
@@ -346,13 +374,12 @@ class _Driver:
         budget = self._budget()
         if missing > 0 and not budget.stop_all():
             connect(self.options.runtime)
-            if self.memory:
-                self._encode()
-            self._tune(planned, budget)
+            self.prepare()
+            self._tune(planned, before, budget)
             self._sweep()
-        elif self.memory and self.options.diagnose:
+        elif self.options.diagnose:
             connect(self.options.runtime)
-            self._encode()
+            self.prepare()
         records = self._records(crashed=True)
         if not any(record["status"] == DONE for record in records):
             told = "; ".join(dict.fromkeys(record["error"] for record in records if record["error"]))
@@ -365,7 +392,8 @@ class _Driver:
         return self.options.trials or 24
 
     def _default(self) -> dict[str, Any]:
-        return {dimension.name: read_value(self.options.method, dimension.name) for dimension in self.trial_space}
+        config = self.campaign.config_of({})
+        return {dimension.name: read_value(config, dimension.name) for dimension in self.trial_space}
 
     def _planned(self) -> list[dict[str, Any]] | None:
         """Values of all trials, those given first; None if the search chooses them on its way."""
@@ -406,11 +434,92 @@ class _Driver:
         """What is left of the budget of time."""
         options, path = self.options, files.join(self.campaign.folder, SPENT)
         before = files.read_json(path) if files.exists(path) else {"seconds": 0.0, "trial_seconds": 0.0}
-        gpus = options.runtime.gpus_per_worker * (1 if self.memory else options.runtime.workers or 1)
+        gpus = options.runtime.gpus_per_worker * (options.runtime.workers or 1 if self.trains else 1)
         return Budget(options.hours, options.gpu_hours, gpus, before["seconds"], before["trial_seconds"])
 
-    def _encode(self) -> None:
-        """Run the network of a memory method for every combination of the options that it depends on."""
+    def _tune(self, planned: list[dict[str, Any]] | None, before: Sequence[Mapping[str, Any]], budget: Budget) -> None:
+        """Ray Tune over all trials; those that have a record only tell it again, if a search or ASHA is to know."""
+        options, runtime = self.options, self.options.runtime
+        asha = self.trains and options.early_stopping.enabled and not options.pareto
+        if planned is not None and not asha:
+            planned = [values for values in planned if read_record(self.campaign.trial_folder(values)) is None]
+        values = TrialValues(planned, tuple(self.trial_space))
+        points = [] if planned is not None else values.points([self._default(), *self._begun()])
+        count = len(planned) if planned is not None else max(self._count(), len(points))
+        # a trial that trains needs nothing itself, for its workers do; but Tune refuses nothing, so it gets one byte
+        resources: dict[str, float] = {"memory": 1}
+        if not self.trains:
+            resources = {"cpu": runtime.cpus_per_worker, "gpu": self._trial_gpus()}
+        progress = Progress("tune", count, "trials")
+        best = max((record["objective"] for record in before if record["status"] == DONE), default=None)
+        recorder = Recorder(self.campaign, values, options.tracking, self.run, budget, progress, best)
+        search: SearchAlgorithm | Searcher | None = None
+        if planned is None:
+            search = tree_parzen(values, points, options)
+        scheduler: TrialScheduler | None = None
+        if asha:
+            stopping = options.early_stopping
+            scheduler = AsyncHyperBandScheduler(
+                time_attr=PROGRESS,
+                max_t=101,  # a trial that reports 100 has ended by itself
+                grace_period=round(100 * stopping.grace),
+                reduction_factor=stopping.reduction,
+            )
+        goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
+        turn: Any = ray.remote(num_cpus=0)(Turn).remote()
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(partial(tune_trial, self.campaign, values, turn), resources),
+            param_space=values.space(),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=count if planned is None else 1,
+                max_concurrent_trials=self._concurrency(count),
+                # what still trains in a process whose trial was stopped ends with the process alone
+                reuse_actors=not self.trains,
+                **goal,
+            ),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=files.join(self.campaign.folder, "_tune"),
+                failure_config=ray_tune.FailureConfig(max_failures=0),
+                stop=budget,
+                callbacks=[recorder],
+                verbose=0,
+            ),
+        )
+        files.remove(files.join(self.campaign.folder, "_tune"))
+        with _environment(TUNE_ENVIRONMENT), _silent("ray.tune"), recorder:
+            tuner.fit()
+        progress.close()
+        files.remove(files.join(self.campaign.folder, "_tune"))
+
+    def _trial_gpus(self) -> float:
+        """GPUs of a trial that does all by itself."""
+        return 0.0
+
+    def _sweep(self) -> None:
+        """Remove what trials leave that were stopped: checkpoints of a training that will not go on."""
+        for record in self._records():
+            if record["status"] != DONE:
+                files.remove(files.join(self.campaign.trial_folder(record["values"]), WORK))
+
+    def _concurrency(self, trials: int) -> int:
+        runtime = self.options.runtime
+        fit = dataclasses.replace(runtime, workers=None).pool_size(1 << 30)
+        workers = runtime.workers or 1 if self.trains else 1
+        if fit < workers:
+            raise OptionError(
+                f"a trial of {workers} workers of {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs "
+                f"does not fit this Ray; lower --runtime.workers"
+            )
+        return max(1, min(self.options.concurrency or fit // workers, trials))
+
+
+class MemoryDriver(Driver):
+    """Runs the network of a memory method for every combination of the options that it depends on, then the trials."""
+
+    def prepare(self) -> None:
         campaign, method = self.campaign, METHODS[self.campaign.name]
         assert isinstance(campaign, MemoryCampaign)
         assert issubclass(method, MemoryMethod)
@@ -441,76 +550,88 @@ class _Driver:
                 files.join(campaign.folder, "encodings"),
             )
 
-    def _tune(self, planned: list[dict[str, Any]] | None, budget: Budget) -> None:
-        """Ray Tune over all trials; those that have a record only tell it again, if a search or ASHA is to know."""
-        options, runtime = self.options, self.options.runtime
-        asha = not self.memory and options.early_stopping.enabled and not options.pareto
-        if planned is not None and not asha:
-            planned = [values for values in planned if read_record(self.campaign.trial_folder(values)) is None]
-        values = TrialValues(planned, tuple(self.trial_space))
-        points = [] if planned is not None else values.points([self._default(), *self._begun()])
-        count = len(planned) if planned is not None else max(self._count(), len(points))
-        # a trial that trains needs nothing itself, for its workers do; but Tune refuses nothing, so it gets one byte
-        resources: dict[str, float] = {"cpu": runtime.cpus_per_worker} if self.memory else {"memory": 1}
-        progress = Progress("tune", count, "trials")
-        recorder = Recorder(self.campaign, values, options.tracking, self.run, budget, progress)
-        search: SearchAlgorithm | Searcher | None = None
-        if planned is None:
-            search = tree_parzen(values, points, options)
-        scheduler: TrialScheduler | None = None
-        if asha:
-            stopping = options.early_stopping
-            scheduler = AsyncHyperBandScheduler(
-                time_attr=PROGRESS,
-                max_t=101,  # a trial that reports 100 has ended by itself
-                grace_period=round(100 * stopping.grace),
-                reduction_factor=stopping.reduction,
-            )
-        goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
-        turn: Any = ray.remote(num_cpus=0)(Turn).remote()
-        tuner = ray_tune.Tuner(
-            ray_tune.with_resources(partial(tune_trial, self.campaign, values, turn), resources),
-            param_space=values.space(),
-            tune_config=ray_tune.TuneConfig(
-                search_alg=search,
-                scheduler=scheduler,
-                num_samples=count if planned is None else 1,
-                max_concurrent_trials=self._concurrency(count),
-                # what still trains in a process whose trial was stopped ends with the process alone
-                reuse_actors=self.memory,
-                **goal,
-            ),
-            run_config=ray_tune.RunConfig(
-                name="tune",
-                storage_path=files.join(self.campaign.folder, "_tune"),
-                failure_config=ray_tune.FailureConfig(max_failures=0),
-                stop=budget,
-                callbacks=[recorder],
-                verbose=0,
-            ),
+
+class CadaDriver(Driver):
+    """Runs the model once on the images that heads learn from and on those they are compared on, then the trials."""
+
+    def prepare(self) -> None:
+        campaign = self.campaign
+        assert isinstance(campaign, CadaCampaign)
+        assert campaign.kept is not None
+        campaign.kept.fill(campaign.options)
+        proxy = campaign.proxy_of(load_model(campaign.model, "cpu").method)
+        seen = files.join(campaign.folder, "seen")
+        see(campaign, proxy, seen)
+        self.campaign = dataclasses.replace(campaign, proxy=proxy, seen=seen)
+
+    def _trial_gpus(self) -> float:
+        return self.options.runtime.gpus_per_worker
+
+
+def make_driver(
+    name: str,
+    options: Any,
+    shards: ShardSet,
+    categories: list[str],
+    folder: str,
+    space: Sequence[Dimension],
+    labels: bool,
+    run: Run,
+) -> Driver:
+    """The driver of one campaign.
+
+    Args:
+        name, options, shards, space: as given.
+        categories: of this campaign.
+        folder: of this campaign.
+        labels: whether the method learns from anomalous images.
+        run: the MLflow run of the job.
+
+    Raises:
+        DataError: there is no normal image to compare settings on.
+    """
+    reader: Any = CalibratedReader if name == CADA else METHODS[name]
+    trial_space, reading_space = split_space(space, reader.reading_options)
+    config = searched(options)
+    own: dict[str, Any] = {}
+    kind: type[Campaign]
+    driver: type[Driver] = Driver
+    if name == CADA:
+        kind, driver, fit = CadaCampaign, CadaDriver, recipe_options(options)
+        kept = Kept.of(files.full_uri(options.model), shards, fit)
+        own = {"model": kept.model, "kept": kept}
+        chosen, categories = Chosen(kept.chosen, kept.held_out - kept.chosen), kept.categories
+    else:
+        memory = issubclass(METHODS[name], MemoryMethod)
+        kind = MemoryCampaign if memory else TrainedCampaign
+        driver = MemoryDriver if memory else Driver
+        base = fit_class(name)
+        fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
+        if options.pareto and not memory:  # a search for several goals takes no reports on the way
+            fit = dataclasses.replace(fit, validate_every=0)
+        chosen, _ = choose_samples(shards, categories, fit, validate=True, labels=labels)
+    if not chosen.held_out:
+        raise DataError(
+            f"no normal image of {', '.join(categories)} was held out, so there is none to compare settings on; raise "
+            f"--threshold.validation_fraction" + (" of the model's training" if name == CADA else "")
         )
-        files.remove(files.join(self.campaign.folder, "_tune"))
-        with _environment(TUNE_ENVIRONMENT), _silent("ray.tune"), recorder:
-            tuner.fit()
-        progress.close()
-        files.remove(files.join(self.campaign.folder, "_tune"))
-
-    def _sweep(self) -> None:
-        """Remove what trials leave that were stopped: checkpoints of a training that will not go on."""
-        for record in self._records():
-            if record["status"] != DONE:
-                files.remove(files.join(self.campaign.trial_folder(record["values"]), WORK))
-
-    def _concurrency(self, trials: int) -> int:
-        runtime = self.options.runtime
-        fit = dataclasses.replace(runtime, workers=None).pool_size(1 << 30)
-        workers = 1 if self.memory else runtime.workers or 1
-        if fit < workers:
-            raise OptionError(
-                f"a trial of {workers} workers of {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs "
-                f"does not fit this Ray; lower --runtime.workers"
-            )
-        return max(1, min(self.options.concurrency or fit // workers, trials))
+    default = {dimension.name: read_value(config, dimension.name) for dimension in reading_space}
+    drawn = settings_of(reading_space, options.settings, options.seed)
+    campaign = kind(
+        name=name,
+        config=to_plain(config),
+        options=fit,
+        shards=shards,
+        categories=categories,
+        chosen=chosen,
+        settings=[default, *(values for values in drawn if key_of(values) != key_of(default))],
+        validation=options.validation,
+        objective=options.objective,
+        folder=folder,
+        keep_models=options.diagnose,
+        **own,
+    )
+    return driver(campaign, trial_space, options, run)
 
 
 TUNE_ENVIRONMENT = {
@@ -679,6 +800,7 @@ class Recorder(ray_tune.Callback):
         tracking, run: where MLflow records the campaign, and its run.
         budget: whose trials are not stopped for good.
         progress: shown.
+        best: objective so far; None for none.
     """
 
     def __init__(
@@ -689,12 +811,13 @@ class Recorder(ray_tune.Callback):
         run: Run,
         budget: Budget,
         progress: Progress,
+        best: float | None = None,
     ) -> None:
         self._campaign, self._values, self._budget, self._progress = campaign, values, budget, progress
         self._tracking, self._run = tracking, run
         self._open: dict[str, tuple[ExitStack, Run]] = {}
         self._ended: dict[str, int] = {}
-        self._best = -math.inf
+        self._best = -math.inf if best is None else best
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks, and never reads them again here

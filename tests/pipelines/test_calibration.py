@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,16 @@ import torch
 
 import unianom
 from pipelines import calibration
-from pipelines.calibration import CATEGORY, FEATURES, STATISTICS, CalibrateOptions, HeadActor, PartInspector, calibrate
+from pipelines.calibration import (
+    CATEGORY,
+    FEATURES,
+    STATISTICS,
+    CalibrateOptions,
+    HeadActor,
+    Kept,
+    PartInspector,
+    calibrate,
+)
 from pipelines.commandline import parse
 from pipelines.features import array_name
 from pipelines.fitting import train
@@ -26,7 +36,6 @@ from unianom.data.image import ImageLimits, decode_prepared, normalise
 from unianom.data.schema import NORMAL
 from unianom.data.shards import ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ModelError
-from unianom.serialise import to_plain
 
 pytestmark = pytest.mark.ray
 
@@ -210,10 +219,12 @@ def test_a_killed_head_ends_the_same(small: Small, model: Path, tmp_path: Path) 
             assert {len(array) for array in arrays} == {record["rows"]}
     shape = next(record["shape"] for record in records if record["rows"])
     made = {"rows": {record["part"]: record["rows"] for record in records}, "shape": shape}
+    (tmp_path / "_manifest.json").write_text(json.dumps(made))
+    kept = Kept(str(tmp_path), {}, str(model), shards, loaded.categories, chosen, frozenset())
 
     def actor(name: str) -> HeadActor:
         checkpoint = str(tmp_path / name)
-        return HeadActor(str(tmp_path), shards.parts, made, to_plain(QUICK), loaded.categories, checkpoint, "cpu", 1)
+        return HeadActor(kept, QUICK, checkpoint, "cpu", 1)
 
     whole = actor("whole.pt")
     whole.run(6)
