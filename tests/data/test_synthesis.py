@@ -31,6 +31,7 @@ from unianom.data.synthesis import (
     perlin_mask,
     perlin_noise,
     posterise,
+    shade,
     shift_hue_and_saturation,
     shuffle_tiles,
     solarise,
@@ -411,6 +412,64 @@ def test_empty_masks_are_drawn_again_as_often_as_allowed():
     given_up = Script(0.7, *EMPTY, *EMPTY, *EMPTY)
     assert not synthesiser(image, given_up, image).mask.any()
     assert not given_up.values
+
+
+# Shading
+
+
+@pytest.mark.parametrize(("coin", "sign"), [(0.2, 1), (0.7, -1)])
+def test_shading_by_hand(coin, sign):
+    image = np.full((64, 64, 3), (30, 128, 240), np.uint8)
+    image.flags.writeable = False
+    blob = perlin_mask(64, Script(*BLOB))
+    rng = Script(*BLOB, 0.2, coin)
+    made = shade(image, rng)
+    assert rng.asked[-2:] == [("uniform", 0.1, 0.3), ("random",)]
+    np.testing.assert_array_equal(made.mask, blob)
+    np.testing.assert_array_equal(made.image[~blob], image[~blob])
+    # a fifth of 255 is 51; nothing goes below 0 or above 255
+    expected = {1: (81, 179, 255), -1: (0, 77, 189)}[sign]
+    np.testing.assert_array_equal(made.image[blob], np.tile(expected, (blob.sum(), 1)))
+    assert made.source == "shade"
+
+
+def test_shading_marks_what_it_changes():
+    """White does not become brighter, nor black darker."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 32:] = 255
+    blob = perlin_mask(64, Script(*BLOB))
+    halves = blob.copy(), blob.copy()
+    halves[0][:, 32:], halves[1][:, :32] = False, False
+    for coin, half in zip((0.2, 0.7), halves, strict=True):
+        made = shade(image, Script(*BLOB, 0.25, coin))
+        assert half.any()
+        np.testing.assert_array_equal(made.mask, half)
+        np.testing.assert_array_equal((made.image != image).any(2), half)
+
+
+def test_shading_is_a_tenth_to_three_tenths_of_the_range_either_way():
+    grey, rng = np.full((64, 64, 3), 127, np.uint8), np.random.default_rng(2)
+    steps = []
+    for _ in range(800):
+        made = shade(grey, rng)
+        changed = np.unique(made.image[made.mask].astype(int)) - 127
+        assert len(changed) <= 1, "one amount for all blobs"
+        steps += changed.tolist()
+    amount = np.array(steps)
+    assert (amount > 0).mean() == pytest.approx(0.5, abs=0.06)
+    amount = abs(amount)
+    assert amount.min() in (25, 26)
+    assert amount.max() in (76, 77)
+    # levels are whole: moved about within one, they are even again
+    spread = (amount + rng.uniform(-0.5, 0.5, len(amount))) / 255
+    assert stats.kstest(spread, stats.uniform(0.1, 0.2).cdf).pvalue > 0.01
+
+
+def test_empty_noise_shades_nothing():
+    image = photo(64)
+    made = shade(image, Script(*EMPTY, 0.2, 0.2))
+    assert not made.mask.any()
+    np.testing.assert_array_equal(made.image, image)
 
 
 # The ten augmenters
