@@ -26,7 +26,7 @@ from unianom import __version__, files, visual
 from unianom.data.schema import NORMAL
 from unianom.data.splits import hash_order
 from unianom.methods import METHODS
-from unianom.serialise import merged, to_plain
+from unianom.serialise import from_plain, merged, to_plain
 from unianom.thresholds import fit_threshold, normals_needed
 
 RESULT, RECIPE = "campaign.json", "best.yaml"
@@ -123,13 +123,14 @@ def read_settings(ran: Ran) -> list[dict[str, Any]]:
         if record["status"] != DONE:
             continue
         path = files.join(ran.campaign.trial_folder(record["values"]), SETTINGS)
+        values = ran.campaign.shown_values(record["values"])
         for row in pq.read_table(pa.BufferReader(files.read_bytes(path))).to_pylist():
             measured = json.loads(row["measured"]) if row["measured"] else {}
             settings.append(
                 {
                     "trial": record["trial"],
                     "reading": row["values"],
-                    "values": {**record["values"], **json.loads(row["values"])},
+                    "values": {**values, **json.loads(row["values"])},
                     "objective": row["objective"],
                     "metrics": measured.get("metrics", {}),
                     "by_category": measured.get("by_category", {}),
@@ -149,11 +150,12 @@ def choose(records: Sequence[Mapping[str, Any]], prefer: str, tolerance: float) 
     return min(near, key=lambda record: record[LATENCY if prefer == "latency" else MEMORY])
 
 
-def _setting(record: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, Any]:
+def _setting(campaign: Campaign, record: Mapping[str, Any], reading: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "trial": record["trial"],
         **reading,
-        "values": {**record["values"], **reading["values"]},
+        "values": {**campaign.shown_values(record["values"]), **reading["values"]},
+        "given": {**record["values"], **reading["values"]},
         LATENCY: record[LATENCY],
         MEMORY: record[MEMORY],
     }
@@ -181,9 +183,9 @@ def _content(ran: Ran, settings: list[dict[str, Any]], options: Any) -> dict[str
             "settings": len(settings),
         },
         "seconds": ran.seconds,
-        "best": _setting(best, best["best"]),
-        "default": None if default is None else _setting(default, default["default"]),
-        "top": [_setting(record, record["best"]) for record in top],
+        "best": _setting(campaign, best, best["best"]),
+        "default": None if default is None else _setting(campaign, default, default["default"]),
+        "top": [_setting(campaign, record, record["best"]) for record in top],
         "importance": shown.importance(
             [setting["values"] for setting in settings],
             [setting["objective"] for setting in settings],
@@ -198,7 +200,8 @@ def _content(ran: Ran, settings: list[dict[str, Any]], options: Any) -> dict[str
 
 def _is_default(campaign: Campaign, record: Mapping[str, Any]) -> bool:
     """Whether the options of a trial are those given."""
-    return to_plain(campaign.config_of(record["values"])) == to_plain(campaign.config_of({}))
+    given = (campaign.config_of(record["values"]), campaign.fit_options(record["values"]))
+    return given == (campaign.config_of({}), campaign.options)
 
 
 def _in_words(campaign: Campaign) -> str:
@@ -246,7 +249,7 @@ def chosen_rate(content: Mapping[str, Any]) -> float | None:
 # -------------------------------------------------------------------------------------------------------------- recipes
 def recipe(campaign: Campaign, values: Mapping[str, Any], rate: float | None) -> dict[str, Any]:
     """Options of jobs/train.py that fit what a trial was, as plain data; those that are defaults are left out."""
-    options = campaign.options
+    options = campaign.fit_options(values)
     fields = [field for field in dataclasses.fields(options) if field.name not in NOT_IN_RECIPES]
     fitted = {
         field.name: to_plain(getattr(options, field.name))
@@ -259,7 +262,19 @@ def recipe(campaign: Campaign, values: Mapping[str, Any], rate: float | None) ->
         fitted["runtime"] = {"cpus_per_worker": options.runtime.cpus_per_worker}
     config = campaign.config_of(values)
     group = "method" if campaign.name in METHODS else "calibration"
-    return {**fitted, group: difference(to_plain(campaign.config_class()), to_plain(config))}
+    return {**fitted, group: told_options(config)}
+
+
+def told_options(config: Any) -> dict[str, Any]:
+    """Options that make a config when nothing else is said, as plain data: those that are not defaults, and those that
+    a preset or another option would fill in otherwise."""
+    cls = type(config)
+    plain = to_plain(config)
+    unsaid = {field.name: to_plain(_default_of(field)) for field in dataclasses.fields(cls)}
+    told = difference(to_plain(cls()), plain)
+    while missing := difference(to_plain(from_plain(cls, merged(unsaid, told))), plain):
+        told = merged(told, missing)
+    return told
 
 
 def _default_of(field: Any) -> Any:
@@ -302,14 +317,15 @@ def _head(content: Mapping[str, Any], where: str) -> list[str]:
 def _write_campaign(ran: Ran, content: dict[str, Any], settings: list[dict[str, Any]], options: Any) -> None:
     folder, records = ran.campaign.folder, ran.records
     files.write_json(files.join(folder, RESULT), content)
-    files.write_bytes(files.join(folder, "trials.csv"), files.csv_bytes(shown.trial_rows(records)))
     table = pa.Table.from_pylist(_one_kind(shown.setting_rows(settings)))
     with files.open_atomic(files.join(folder, "settings.parquet")) as handle:
         pq.write_table(table, handle, compression="zstd")
-    plain = recipe(ran.campaign, content["best"]["values"], chosen_rate(content))
+    plain = recipe(ran.campaign, content["best"]["given"], chosen_rate(content))
     if per_category(options):  # the recipe of this category alone
         plain = {**plain, "per_category": False, "categories": ran.campaign.categories}
     files.write_bytes(files.join(folder, RECIPE), recipe_text(plain, _head(content, RECIPE)))
+    records = [{**record, "values": ran.campaign.shown_values(record["values"])} for record in records]
+    files.write_bytes(files.join(folder, "trials.csv"), files.csv_bytes(shown.trial_rows(records)))
     figures = {
         "parallel.png": ("Settings: options from left to right", shown.parallel_coordinates(settings, content["best"])),
         "importance.png": ("Importance of the options", shown.importance_figure(content["importance"])),
@@ -341,11 +357,13 @@ def _one_kind(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     }
     kept = []
     for row in rows:
-        kept.append({name: str(row.get(name)) if name in mixed else _number(row.get(name)) for name in names})
+        kept.append({name: _one_value(row.get(name), name in mixed) for name in names})
     return kept
 
 
-def _number(value: Any) -> Any:
+def _one_value(value: Any, as_text: bool) -> Any:
+    if as_text and value is not None:
+        return str(value)
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -374,7 +392,7 @@ def _write_common(
     first = next(iter(ran.values())).campaign
     own = {}
     for name, one in ran.items():
-        config = to_plain(one.campaign.config_of(contents[name]["best"]["values"]))
+        config = to_plain(one.campaign.config_of(contents[name]["best"]["given"]))
         own[name] = difference(to_plain(one.campaign.config_of({})), config)
     plain = recipe(first, {}, None)
     plain |= {"categories": sorted(ran), "per_category": True, "category_options": {k: v for k, v in own.items() if v}}

@@ -9,6 +9,7 @@ ends with the same weights. Ray Train keeps the checkpoints and restarts workers
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 import threading
@@ -58,6 +59,7 @@ from pipelines.normals import (
 )
 from pipelines.readings import PROGRESS, Comparer, Comparison
 from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
+from pipelines.spaces import with_values
 from pipelines.tracking import Run
 from pipelines.validation import Validation
 from unianom import files
@@ -107,6 +109,24 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """From some step on, other values of options of the method.
+
+    Args:
+        start: share of the training at which it begins, in (0, 1).
+        method: the options that change, by dotted name, such as {training.learning_rate: 1e-3}; those of earlier phases
+            go on.
+    """
+
+    start: float
+    method: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < 1 or not self.method:
+            raise OptionError(f"phases: start={self.start} must be in (0, 1), and method name an option that changes")
+
+
+@dataclass(frozen=True)
 class TrainingOptions(FitOptions):
     """What training a method needs besides the method's own options.
 
@@ -120,6 +140,8 @@ class TrainingOptions(FitOptions):
             one of each.
         min_workers: let Ray shrink and regrow the run between this many workers and `runtime.workers`.
         max_failures: how often lost workers are replaced before the run fails; preempted nodes do not count.
+        phases: options of the method that change while it is trained, in ascending order; what population-based
+            training finds.
         data: how images reach the network.
         runtime: workers and their CPUs and GPUs; null workers train on one, and use all for what is computed once.
     """
@@ -132,6 +154,7 @@ class TrainingOptions(FitOptions):
     validation_images: int = 256
     min_workers: int | None = None
     max_failures: int = 3
+    phases: tuple[Phase, ...] = ()
     data: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
@@ -140,6 +163,9 @@ class TrainingOptions(FitOptions):
             raise OptionError("accumulate and checkpoint_every must be >= 1, validation_images >= 2")
         if (self.validate_every is not None and self.validate_every < 0) or self.max_failures < 0:
             raise OptionError("validate_every and max_failures must be >= 0")
+        starts = [phase.start for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise OptionError(f"phases begin at {starts}; give them in ascending order")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise OptionError(f"min_workers={self.min_workers} must be in 1…{self.workers}, the runtime.workers")
 
@@ -174,6 +200,7 @@ class Trainer:
         iterations: of the whole run.
         share: this worker's images of a step.
         precision, compile, accumulate: see `TrainingOptions`.
+        phases: steps at which the method gets other options, ascending, and these options.
 
     Attributes:
         step: how many have been taken.
@@ -188,8 +215,10 @@ class Trainer:
         precision: str = "fp32",
         compile: bool = False,
         accumulate: int = 1,
+        phases: Sequence[tuple[int, Any]] = (),
     ) -> None:
         self.method, self.iterations, self.step = method, iterations, 0
+        self._phases, self._phase = phases, 0
         self._batches = batches
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -226,7 +255,24 @@ class Trainer:
             yield {"losses": losses, "data": ready - started, "all": now - started}
             started = time.perf_counter()
 
+    def _adopt_phases(self) -> None:
+        """Give the method the options of this step."""
+        while self._phase < len(self._phases) and self._phases[self._phase][0] <= self.step:
+            self.method.config = self._phases[self._phase][1]
+            self._phase += 1
+            for mine, fresh in zip(self._optimisations, self.method.optimisers(self.iterations), strict=True):
+                rates = zip(mine.schedule.base_lrs, fresh.schedule.base_lrs, strict=True)
+                for group, new, (before, after) in zip(
+                    mine.optimiser.param_groups, fresh.optimiser.param_groups, rates, strict=True
+                ):
+                    # as far down the schedule as it was
+                    now = group["lr"] * after / before if before else after
+                    group.update({key: value for key, value in new.items() if key != "params"})
+                    group["lr"] = now
+                mine.schedule.base_lrs = fresh.schedule.base_lrs
+
     def _take(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        self._adopt_phases()
         self.method.begin_step(self.step, self.iterations)
         for optimisation in self._optimisations:
             optimisation.optimiser.zero_grad(set_to_none=True)
@@ -263,6 +309,7 @@ class Trainer:
             dist.all_gather_object(random, mine)
         return {
             "step": self.step,
+            "phase": self._phase,
             "method": self.method.state_dict(),
             "optimisers": [optimisation.optimiser.state_dict() for optimisation in self._optimisations],
             "schedules": [optimisation.schedule.state_dict() for optimisation in self._optimisations],
@@ -271,7 +318,9 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state; on another number of workers, those without a random state of their own get a new one."""
-        self.step = state["step"]
+        self.step, self._phase = state["step"], state.get("phase", 0)
+        if self._phase:
+            self.method.config = self._phases[self._phase - 1][1]
         self.method.size_buffers(state["method"])
         self.method.load_state_dict(state["method"])
         for optimisation, optimiser, schedule in zip(
@@ -300,7 +349,39 @@ def undisturbed(method: TrainedMethod) -> Iterator[None]:
             method.train()
 
 
+def phase_configs(config: Any, phases: Sequence[Phase], method: type, iterations: int) -> list[tuple[int, Any]]:
+    """Steps at which phases begin, and the method's options from there on.
+
+    Raises:
+        OptionError: options that cannot change while the method is trained, or that it refuses.
+    """
+    found = []
+    for phase in phases:
+        fixed = [name for name in phase.method if name not in method.changing_options]  # type: ignore[attr-defined]
+        if fixed:
+            known = ", ".join(method.changing_options)  # type: ignore[attr-defined]
+            raise OptionError(f"phases: {fixed[0]} cannot change while the method is trained; these can: {known}")
+        config = with_values(config, phase.method)
+        found.append((round(phase.start * iterations), config))
+    return found
+
+
 # --------------------------------------------------------------------------------------------------- a worker's job
+@dataclass(frozen=True)
+class Segment:
+    """A part of a training run.
+
+    Attributes:
+        start: file of the state that it goes on from; None for the beginning.
+        end: step that it ends at.
+        state: file for the state there.
+    """
+
+    start: str | None
+    end: int
+    state: str
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a worker is told; plain data, but for the shard set.
@@ -316,6 +397,7 @@ class Job:
         output: where the trained model goes.
         options: the rest.
         comparison: in a trial of a campaign, what it is compared on with others; None in other runs.
+        segment: of population-based training, the part of the run to do; None for all.
     """
 
     name: str
@@ -331,6 +413,20 @@ class Job:
     output: str
     options: TrainingOptions
     comparison: Comparison | None = None
+    segment: Segment | None = None
+
+    @property
+    def end(self) -> int:
+        """The step to train up to."""
+        return self.iterations if self.segment is None else self.segment.end
+
+    def phases(self) -> list[tuple[int, Any]]:
+        """Steps at which the method gets other options, and these.
+
+        Raises:
+            OptionError: they cannot change while it is trained, or the method refuses them.
+        """
+        return phase_configs(self.make().config, self.options.phases, METHODS[self.name], self.iterations)
 
     def make(self) -> TrainedMethod:
         """The method with its initial weights, the same in every process."""
@@ -468,12 +564,22 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
         processes, repeats = _processes(method, options, job), method.needs.repeats
         batches = Batches(data, order, processes, pin=device.type == "cuda", repeats=repeats)
         trainer = Trainer(
-            method, batches, job.iterations, order.share, options.precision, options.compile, options.accumulate
+            method,
+            batches,
+            job.iterations,
+            order.share,
+            options.precision,
+            options.compile,
+            options.accumulate,
+            job.phases(),
         )
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as directory:
                 trainer.restore(torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True))
+        elif job.segment is not None and job.segment.start is not None:
+            content = io.BytesIO(files.read_bytes(job.segment.start))
+            trainer.restore(torch.load(content, map_location="cpu", weights_only=True))
         first = context.get_world_rank() == 0
         if first and trainer.step:
             tell({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
@@ -494,7 +600,15 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
                 options.seed,
             )
         _loop(trainer, data, fixed, validation, job, tell if first else None)
-        if first:
+        if job.end < job.iterations:
+            state = trainer.state()  # of every worker
+            if first:
+                assert job.segment is not None
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                files.write_bytes(job.segment.state, buffer.getvalue())
+        elif first:
+            method.config = job.make().config  # as asked for, whatever phases made of it
             finish(method, data, fixed, job.categories)
             if isinstance(validation, Comparer):
                 with undisturbed(method):
@@ -518,12 +632,12 @@ def _loop(
     log_every = max(1, min(50, job.iterations // 20))
     seconds = {"data": 0.0, "all": 0.0}
     count, warned = 0, False
-    for told in trainer.steps(job.iterations):
+    for told in trainer.steps(job.end):
         step = trainer.step
         seconds["data"] += told["data"]
         seconds["all"] += told["all"]
         count += 1
-        if step % log_every == 0 or step == job.iterations:
+        if step % log_every == 0 or step == job.end:
             waited = time.perf_counter()
             losses = {name: float(value) for name, value in told["losses"].items()}  # waits for the device
             seconds["all"] += time.perf_counter() - waited
@@ -541,7 +655,7 @@ def _loop(
                 }
                 tell({"step": step, "losses": losses, "rates": rates})
             seconds, count = {"data": 0.0, "all": 0.0}, 0
-        if validate_every and (step % validate_every == 0 or step == job.iterations):
+        if validate_every and (step % validate_every == 0 or step == job.end):
             figures: dict[str, float] = {}
             if tell is not None:
                 finish(method, data, fixed, job.categories)
@@ -553,7 +667,7 @@ def _loop(
                 ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations)})
         preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
         warned = warned or preempted
-        if step % options.checkpoint_every == 0 or step == job.iterations or preempted:
+        if step % options.checkpoint_every == 0 or step == job.end or preempted:
             save_checkpoint(trainer, first=tell is not None)
 
 
@@ -650,6 +764,7 @@ def _train(
         "window": options.data.window,
         "device": options.runtime.device,
         "weights": weights_digest(config.backbone.weights),
+        **({"phases": to_plain(options.phases)} if options.phases else {}),
     }
     digest = storage.claim(output, plan, options.overwrite, "training")
     if is_model(output):
@@ -672,6 +787,7 @@ def _train(
             "iterations": config.training.steps(len(chosen.learn), needs.repeats),
             "workers": options.workers,
             "precision": options.precision,
+            "phases": to_plain(options.phases),
         },
         "held_out_normals": len(chosen.held_out),
         "held_out": held_out_record(shards, categories, options),
@@ -731,6 +847,7 @@ def plan_job(
         output=files.join(work, "trained"),
         options=options,
     )
+    job.phases()  # wrong options, and
     synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
     folder = files.full_uri(options.data.folder or files.beside(options.output, "prepared"))
     rows = shards.count(learnable(categories, needs.labels))

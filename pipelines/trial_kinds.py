@@ -17,7 +17,7 @@ from pipelines.proxy import ProxySet
 from pipelines.readings import OBJECTIVE, PROGRESS, READINGS, Comparison, find_readings, latency, load_readings, memory
 from pipelines.spaces import key_of
 from pipelines.tracking import Run
-from pipelines.training import TrainingOptions, make_method, plan_job, run_job
+from pipelines.training import Segment, make_method, plan_job, run_job
 from pipelines.trials import REPORTS, Campaign, Fitted, Inside, read_reports
 from unianom import files
 from unianom.errors import DataError
@@ -106,22 +106,27 @@ class TrainedCampaign(Campaign):
     """A campaign of a method that is trained."""
 
     def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
-        config, options = self.config_of(values), self.options
-        assert isinstance(options, TrainingOptions)
-        work, kept, trained = files.join(folder, WORK), files.join(folder, KEPT), trained_model(folder)
-        shell = make_method(self.name, config)
-        with inside.alone():
-            proxy = self.proxy_of(shell)
-        if not (is_model(trained) and files.exists(files.join(kept, READINGS))):
-            with inside.alone():
-                job = plan_job(self.name, config, options, self.shards, self.categories, self.chosen, work)
-            comparison = Comparison(proxy, self.validation.pixel_stride, self.objective, kept)
-            reports = Reports(folder, job.iterations)
-            run_job(replace(job, comparison=comparison), options, work, reports, "", inside.callbacks())
-            files.remove(files.join(work, "checkpoints"))
-        readings, milliseconds = load_readings(kept)
-        method = load_model(trained, "cpu").method
+        proxy = self.train(values, folder, inside, None)
+        readings, milliseconds = load_readings(files.join(folder, KEPT))
+        method = load_model(trained_model(folder), "cpu").method
         return Fitted(method, readings, proxy, milliseconds, memory(method))
+
+    def train(self, values: Mapping[str, Any], folder: str, inside: Inside, segment: Segment | None) -> str:
+        """Train a trial, or a segment of it, unless that was done; URI of the validation images."""
+        config, options = self.config_of(values), self.fit_options(values)
+        work, kept = files.join(folder, WORK), files.join(folder, KEPT)
+        with inside.alone():
+            proxy = self.proxy_of(make_method(self.name, config))
+        ended = is_model(trained_model(folder)) and files.exists(files.join(kept, READINGS))
+        if ended or (segment is not None and files.exists(segment.state)):
+            return proxy
+        with inside.alone():
+            job = plan_job(self.name, config, options, self.shards, self.categories, self.chosen, work)
+        comparison = Comparison(proxy, self.validation.pixel_stride, self.objective, kept)
+        reports = Reports(folder, job.iterations)
+        run_job(replace(job, comparison=comparison, segment=segment), options, work, reports, "", inside.callbacks())
+        files.remove(files.join(work, "checkpoints"))
+        return proxy
 
     def tests(self, values: Mapping[str, Any], folder: str) -> str:
         model = trained_model(self.trial_folder(values))

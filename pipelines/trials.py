@@ -45,6 +45,9 @@ DONE, STOPPED, FAILED, CRASHED = "done", "stopped", "failed", "crashed"
 """How a trial ended: to its end; early, being worse than others; by a fault of its own values; by one of the machines
 it ran on, so that it is tried again when the campaign is resumed."""
 
+CARRIED = "carried"
+"""How a part of a trial of population-based training ended that others go on from."""
+
 RECORD, PLAN, REPORTS, SETTINGS, SCORES = "record.json", "values.json", "reports.json", "settings.parquet", "scores.npy"
 """Files of a trial: what came of it; its values, written first; what it reported while it trained; all settings of its
 reading options; scores of the validation images by the best of them."""
@@ -88,6 +91,14 @@ class Campaign:
         """The options of a trial."""
         return with_values(from_plain(self.config_class, self.config), values)
 
+    def fit_options(self, values: Mapping[str, Any]) -> Any:
+        """The options of fitting a trial."""
+        return self.options
+
+    def shown_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a trial in tables and figures."""
+        return dict(values)
+
     def trial_folder(self, values: Mapping[str, Any]) -> str:
         """Where a trial lies."""
         return files.join(self.folder, "trials", trial_id(values))
@@ -108,6 +119,10 @@ class Campaign:
         """URI of the test split as input of a method, for a diagnosis."""
         images = files.join(folder, "images")
         return build_tests(self.shards, self.categories, method.input, self.options.limits, images)
+
+    def run(self, values: Mapping[str, Any], folder: str, inside: Inside) -> dict[str, Any]:
+        """Run a trial in its folder; its record, written."""
+        return finish_trial(self, values, folder, self.fit(values, folder, inside))
 
     def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
         """Fit a trial in its folder and find what it sees in the validation images."""
@@ -180,7 +195,7 @@ def write_end(folder: str, values: Mapping[str, Any], status: str, error: str | 
         "values": to_plain(dict(values)),
         "reports": reports,
         "objective": None,
-        "seconds": _seconds_since(folder),
+        "seconds": seconds_since(folder),
         LATENCY: None,
         MEMORY: None,
         "best": None,
@@ -196,7 +211,8 @@ def read_reports(folder: str) -> list[dict[str, Any]]:
     return files.read_json(path) if files.exists(path) else []
 
 
-def _seconds_since(folder: str) -> float:
+def seconds_since(folder: str) -> float:
+    """Since a trial was begun."""
     path = files.join(folder, PLAN)
     return time.time() - files.read_json(path)["begun"] if files.exists(path) else 0.0
 
@@ -277,7 +293,7 @@ def run_trial(
         for told in read_reports(folder):
             report(told)
         try:
-            record = _run(campaign, values, folder, inside or Inside())
+            record = campaign.run(values, folder, inside or Inside())
         except WorkersLostError as error:
             write_end(folder, values, CRASHED, str(error))
             raise
@@ -296,9 +312,9 @@ def run_trial(
     return record
 
 
-def _run(campaign: Campaign, values: Mapping[str, Any], folder: str, inside: Inside) -> dict[str, Any]:
+def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fitted: Fitted) -> dict[str, Any]:
+    """Search the reading options of a fitted trial, and write its record."""
     config = campaign.config_of(values)
-    fitted = campaign.fit(values, folder, inside)
     proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
     found = search_readings(fitted.reader, fitted.readings, config, campaign.settings, proxy, campaign.objective)
     best = best_of(found)
@@ -313,7 +329,7 @@ def _run(campaign: Campaign, values: Mapping[str, Any], folder: str, inside: Ins
         "values": to_plain(dict(values)),
         "reports": read_reports(folder),
         "objective": best.measured.objective,
-        "seconds": _seconds_since(folder),
+        "seconds": seconds_since(folder),
         LATENCY: fitted.latency_ms,
         MEMORY: fitted.memory_mb,
         "best": _plain_reading(best),

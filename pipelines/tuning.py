@@ -36,6 +36,7 @@ from pipelines.encodings import encode_once
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, weights_digest
 from pipelines.outcomes import Ran, TuneResult, per_category, write_results
+from pipelines.population import STATE, PopulationCampaign, PopulationOptions, first_segments, next_segments
 from pipelines.proxy import METRICS, ProxyOptions, check_objective
 from pipelines.readings import OBJECTIVE, PROGRESS
 from pipelines.runtime import Progress, connect, set_threads
@@ -56,6 +57,7 @@ from pipelines.tracking import Run, TrackingOptions, track
 from pipelines.training import TrainingOptions, check_masks, make_method
 from pipelines.trial_kinds import MemoryCampaign, TrainedCampaign, encoding_key, is_bank_option
 from pipelines.trials import (
+    CARRIED,
     CRASHED,
     DONE,
     LATENCY,
@@ -112,13 +114,16 @@ class SearchOptions:
     Args:
         space: what is tried, by option, in place of the method's own space: a list of values, a range such as
             {low: 1e-4, high: 1e-2, log: true}, one value to fix it at, or null to leave the option alone.
-        search: how trials are chosen: "random", "grid", or "tpe" (Optuna).
-        trials: how many, the one with the options as given counted; null takes 24, or the whole grid.
+        search: how trials are chosen: "random", "grid", "tpe" (Optuna), or "pbt", population-based training, for
+            methods that are trained, whose options then change on the way.
+        trials: how many, the one with the options as given counted; null takes 24, the whole grid, or a population of
+            8.
         settings: of the reading options that each trial is finished with; all of their grid where it has no more.
         objective: what is maximised: weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
             categories, union_image_auroc, union_image_ap.
         validation: the images settings are compared on.
-        early_stopping: of trials that train.
+        early_stopping: of trials that train, but not of a population.
+        population: how that is trained.
         hours: after which no trial goes on; null for no limit. Time spent before an interruption counts.
         gpu_hours: the same in hours times the GPUs of a trial.
         concurrency: trials at a time; null takes as many as the cluster's CPUs, or GPUs, allow.
@@ -134,12 +139,13 @@ class SearchOptions:
     """
 
     space: dict[str, Any] = field(default_factory=dict)
-    search: Literal["random", "grid", "tpe"] = "random"
+    search: Literal["random", "grid", "tpe", "pbt"] = "random"
     trials: int | None = None
     settings: int = 1000
     objective: dict[str, float] = field(default_factory=lambda: {"image_auroc": 1.0, "pixel_ap": 1.0})
     validation: ProxyOptions = field(default_factory=ProxyOptions)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    population: PopulationOptions = field(default_factory=PopulationOptions)
     hours: float | None = None
     gpu_hours: float | None = None
     concurrency: int | None = None
@@ -231,6 +237,12 @@ def _check(options: Any) -> None:
     fit_class(name).__post_init__(options)
     if options.gpu_hours is not None and not options.runtime.gpus_per_worker:
         raise OptionError("gpu_hours needs --runtime.gpus_per_worker; give --hours")
+    if options.search == "pbt" and fit_class(name) is not TrainingOptions:
+        raise OptionError(
+            f"search=pbt changes options while a method is trained, which {name} is not; take random or tpe"
+        )
+    if getattr(options, "phases", ()):
+        raise OptionError("phases are what --search pbt finds; leave them out")
     if options.category_options:
         raise OptionError("category_options are what a campaign with --per_category true finds; leave them out")
 
@@ -337,6 +349,7 @@ def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet)
         "objective": options.objective,
         "validation": to_plain(options.validation),
         "early_stopping": to_plain(options.early_stopping),
+        "population": to_plain(options.population) if options.search == "pbt" else None,
         "fit": fitted,
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
@@ -380,16 +393,20 @@ class Driver:
         elif self.options.diagnose:
             connect(self.options.runtime)
             self.prepare()
+        return self._ran(wanted, fresh=missing > 0)
+
+    def _ran(self, wanted: int, fresh: bool) -> Ran:
+        """All records, once there is one of a trial that came to its end."""
         records = self._records(crashed=True)
         if not any(record["status"] == DONE for record in records):
             told = "; ".join(dict.fromkeys(record["error"] for record in records if record["error"]))
             raise DataError(
                 f"no trial came to its end ({told or 'none was begun'}); mend the options, or raise the budget"
             )
-        return Ran(self.campaign, records, wanted, self._budget().spent()["seconds"], fresh=missing > 0)
+        return Ran(self.campaign, records, wanted, self._budget().spent()["seconds"], fresh)
 
     def _count(self) -> int:
-        return self.options.trials or 24
+        return self.options.trials or (8 if self.options.search == "pbt" else 24)
 
     def _default(self) -> dict[str, Any]:
         config = self.campaign.config_of({})
@@ -419,7 +436,7 @@ class Driver:
             if not files.exists(path):
                 continue
             record = files.read_json(path)
-            if crashed or record["status"] != CRASHED:
+            if record["status"] != CARRIED and (crashed or record["status"] != CRASHED):
                 found.append((files.read_json(files.join(folder, PLAN))["begun"], record))
         return [record for _, record in sorted(found, key=lambda pair: pair[0])]
 
@@ -440,7 +457,7 @@ class Driver:
     def _tune(self, planned: list[dict[str, Any]] | None, before: Sequence[Mapping[str, Any]], budget: Budget) -> None:
         """Ray Tune over all trials; those that have a record only tell it again, if a search or ASHA is to know."""
         options, runtime = self.options, self.options.runtime
-        asha = self.trains and options.early_stopping.enabled and not options.pareto
+        asha = self.trains and options.early_stopping.enabled and not options.pareto and options.search != "pbt"
         if planned is not None and not asha:
             planned = [values for values in planned if read_record(self.campaign.trial_folder(values)) is None]
         values = TrialValues(planned, tuple(self.trial_space))
@@ -502,7 +519,7 @@ class Driver:
         """Remove what trials leave that were stopped: checkpoints of a training that will not go on."""
         for record in self._records():
             if record["status"] != DONE:
-                files.remove(files.join(self.campaign.trial_folder(record["values"]), WORK))
+                files.remove(files.join(self.campaign.folder, "trials", record["trial"], WORK))
 
     def _concurrency(self, trials: int) -> int:
         runtime = self.options.runtime
@@ -549,6 +566,41 @@ class MemoryDriver(Driver):
                 proxy,
                 files.join(campaign.folder, "encodings"),
             )
+
+
+class PopulationDriver(Driver):
+    """Trains a population segment by segment."""
+
+    def go(self) -> Ran:
+        options, campaign = self.options, self.campaign
+        default = self._default()
+        drawn = draw(self.trial_space, self._count(), options.seed)
+        others = [values for values in drawn if key_of(values) != key_of(default)]
+        members = first_segments([default, *others][: self._count()], options.population.segments)
+        fresh = False
+        before: list[dict[str, Any]] = []
+        for done in range(1, options.population.segments + 1):
+            missing = [values for values in members if read_record(campaign.trial_folder(values)) is None]
+            budget = self._budget()
+            if missing and not budget.stop_all():
+                connect(options.runtime)
+                self._tune(missing, before, budget)
+                fresh = True
+            records = [read_record(campaign.trial_folder(values)) for values in members]
+            if not all(records):
+                break  # out of budget, or crashed: the same command goes on
+            for record in before:  # nobody goes on from them any more
+                for name in (STATE, WORK):
+                    files.remove(files.join(campaign.folder, "trials", record["trial"], name))
+            before = [record for record in records if record is not None]
+            if done < options.population.segments:
+                objectives = [record["objective"] for record in before]
+                changing = METHODS[campaign.name].changing_options  # type: ignore[attr-defined]
+                members = next_segments(
+                    members, objectives, done, self.trial_space, changing, options.population, options.seed
+                )
+        self._sweep()
+        return self._ran(len(members), fresh)
 
 
 class CadaDriver(Driver):
@@ -605,6 +657,9 @@ def make_driver(
         memory = issubclass(METHODS[name], MemoryMethod)
         kind = MemoryCampaign if memory else TrainedCampaign
         driver = MemoryDriver if memory else Driver
+        if options.search == "pbt":
+            kind, driver = PopulationCampaign, PopulationDriver
+            own = {"repeats": make_method(name, config).needs.repeats}
         base = fit_class(name)
         fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
         if options.pareto and not memory:  # a search for several goals takes no reports on the way

@@ -228,6 +228,7 @@ class OneNIP(TrainedMethod):
     """
 
     Config = OneNIPConfig
+    changing_options = ("training.learning_rate", "training.weight_decay", "segmentation_weight")
     reading_options = ("alpha", "score_pool")
     map_options = ("alpha",)
     finish_images: ClassVar[int] = 256

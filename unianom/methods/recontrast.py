@@ -244,6 +244,7 @@ class ReContrast(TrainedMethod):
     """
 
     Config = ReContrastConfig
+    changing_options = ("training.learning_rate", "training.encoder_learning_rate", "training.weight_decay")
     reading_options = ("map.fuse", "map.blur", "map.score_share")
     map_options = ("map.fuse", "map.blur")
 

@@ -228,6 +228,10 @@ class TrainedMethod(Method):
     Subclasses have a `training: TrainingConfig` in their config.
     """
 
+    changing_options: ClassVar[tuple[str, ...]] = ("training.learning_rate", "training.weight_decay")
+    """Dotted names of the options that may change while it is trained: what optimisers and losses read at every
+    step."""
+
     finish_images: ClassVar[int] = 0
     """How many training images `finish` wants to see; 0 where it is not needed."""
 

@@ -229,6 +229,7 @@ class UniAS(TrainedMethod):
     """
 
     Config = UniASConfig
+    changing_options = ("training.learning_rate", "training.weight_decay", "loss_weight")
     reading_options = ("levels", "fuse_at", "level_blur", "reduce")
     map_options = ("levels", "fuse_at", "level_blur")
 

@@ -412,6 +412,15 @@ class UniNet(TrainedMethod):
     """
 
     Config = UniNetConfig
+    changing_options = (
+        "training.learning_rate",
+        "training.encoder_learning_rate",
+        "training.weight_decay",
+        "temperature",
+        "margin",
+        "balance",
+        "supervision",
+    )
     reading_options = ("decision", "alpha", "beta", "decision_share", "score_blur")
 
     def __init__(self, config: UniNetConfig) -> None:
