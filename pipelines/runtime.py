@@ -76,8 +76,14 @@ class RuntimeOptions:
         return max(1, min(self.workers or fit, fit, units))
 
 
-def connect(options: RuntimeOptions) -> None:
-    """Join the Ray that this process belongs to (a submitted job, RAY_ADDRESS), else start one here."""
+def connect(options: RuntimeOptions, dashboard: bool = False) -> None:
+    """Join the Ray that this process belongs to (a submitted job, RAY_ADDRESS), else start one here.
+
+    Args:
+        options: CPUs of one that is started.
+        dashboard: whether one that is started answers questions about its state. Ray Train asks whether a run was
+            killed, to give back what its workers held; without an answer it holds their CPUs for good.
+    """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -89,7 +95,7 @@ def connect(options: RuntimeOptions) -> None:
         else:
             # a plain init() would join any Ray that happens to run on this machine
             cpus = options.local_cpus or os.cpu_count()
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **quiet)
 
 
 @contextmanager

@@ -386,7 +386,7 @@ class Driver:
         missing = wanted - len(have) if planned is None else sum(trial_id(v) not in have for v in planned)
         budget = self._budget()
         if missing > 0 and not budget.stop_all():
-            connect(self.options.runtime)
+            connect(self.options.runtime, dashboard=self.trains)
             self.prepare()
             self._tune(planned, before, budget)
             self._sweep()
@@ -583,7 +583,7 @@ class PopulationDriver(Driver):
             missing = [values for values in members if read_record(campaign.trial_folder(values)) is None]
             budget = self._budget()
             if missing and not budget.stop_all():
-                connect(options.runtime)
+                connect(options.runtime, dashboard=True)
                 self._tune(missing, before, budget)
                 fresh = True
             records = [read_record(campaign.trial_folder(values)) for values in members]
