@@ -69,7 +69,7 @@ def run_inline(
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """All units run in this process, without Ray."""
     for module in MODULES:
-        for name, stand_in in (("run_units", run_inline), ("connect", lambda _: None)):
+        for name, stand_in in (("run_units", run_inline), ("connect", lambda *_, **__: None)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
 

@@ -32,17 +32,27 @@ from pipelines.normals import ThresholdOptions
 from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import ScoreOptions, score
 from pipelines.tracking import TrackingOptions
-from pipelines.training import DataOptions, Trainer, TrainingOptions, fixed_places, keeps_features, undisturbed
+from pipelines.training import (
+    DataOptions,
+    Phase,
+    Trainer,
+    TrainingOptions,
+    fixed_places,
+    keeps_features,
+    phase_configs,
+    undisturbed,
+)
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
 from tests.pipelines.conftest import ONE, UNTRACKED, Small
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, OptionError
+from unianom.methods import METHODS
 from unianom.methods.onenip import OneNIP, OneNIPConfig
 from unianom.methods.trained import Augmentation, TrainedMethod, TrainingBatch, TrainingConfig
 from unianom.methods.uniad import UniAD, UniADConfig
 from unianom.methods.unias import UniAS
 from unianom.methods.uninet import UniNetTraining
-from unianom.serialise import to_plain
+from unianom.serialise import flatten, to_plain
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -159,6 +169,73 @@ def test_schedule_and_clipping_are_the_methods_own() -> None:
         rates.append(steps.state()["optimisers"][0]["param_groups"][0]["lr"])
     # after a step the rate is that of the next one: the seventh of twelve is the first behind one half
     np.testing.assert_allclose(rates, [1e-3] * 5 + [1e-4] * 7)
+
+
+def phases(config: Any, *changes: tuple[int, dict[str, Any]]) -> list[tuple[int, Any]]:
+    told = [Phase(step / 12, change) for step, change in changes]
+    return phase_configs(make(config).config, told, UniAD, 12)
+
+
+def test_a_phase_takes_the_schedule_where_it_is() -> None:
+    training = dataclasses.replace(CONFIG.training, decay_at=(0.5,))
+    method = make(dataclasses.replace(CONFIG, training=training))
+    steps = trainer(method, phases=phases(method.config, (3, {"training.learning_rate": 5e-3})))
+    rates = [steps.state()["optimisers"][0]["param_groups"][0]["lr"] for _ in steps.steps(12)]
+    # told after each step: that of the fourth is the first of the phase, and the schedule goes on
+    np.testing.assert_allclose(rates, [1e-3] * 3 + [5e-3] * 2 + [5e-4] * 7)
+    assert method.config.training.learning_rate == 5e-3
+
+
+@pytest.mark.parametrize("end", [3, 4, 5, 8, 9])
+def test_a_run_with_phases_continues_to_the_same_bits(end: int) -> None:
+    """Before, at and behind the steps at which options change."""
+    changes = ((4, {"training.learning_rate": 3e-3}), (8, {"training.weight_decay": 0.3}))
+    whole = make(CONFIG)
+    losses = run(trainer(whole, phases=phases(CONFIG, *changes)), 12)
+    assert not torch.equal(weights(whole), weights(trained_plainly()))
+    begun = trainer(make(CONFIG), phases=phases(CONFIG, *changes))
+    assert run(begun, end) == losses[:end]
+    state = copy.deepcopy(begun.state())
+    other = make(CONFIG, seed=99)
+    continued = trainer(other, phases=phases(CONFIG, *changes))
+    continued.restore(state)
+    assert run(continued, 12) == losses[end:]
+    assert torch.equal(weights(other), weights(whole))
+
+
+def trained_plainly() -> TrainedMethod:
+    method = make(CONFIG)
+    run(trainer(method), 12)
+    return method
+
+
+def test_a_phase_that_begins_later_is_another_run_until_then_the_same() -> None:
+    """A state is taken over where phases differ only from there on: what a population does."""
+    early = trainer(make(CONFIG), phases=phases(CONFIG, (4, {"training.learning_rate": 3e-3})))
+    run(early, 8)
+    state = copy.deepcopy(early.state())
+    followed = ((4, {"training.learning_rate": 3e-3}), (8, {"training.learning_rate": 1e-4}))
+    other = make(CONFIG, seed=99)
+    continued = trainer(other, phases=phases(CONFIG, *followed))
+    continued.restore(state)
+    losses = run(continued, 12)
+    whole = make(CONFIG)
+    assert run(trainer(whole, phases=phases(CONFIG, *followed)), 12)[8:] == losses
+    assert torch.equal(weights(other), weights(whole))
+
+
+def test_phases_that_cannot_be_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"neighbours cannot change while .*training.learning_rate"):
+        phases(CONFIG, (3, {"neighbours": 0}))
+    with pytest.raises(OptionError, match="ascending"):
+        TrainingOptions("s", "m", phases=(Phase(0.5, {"a": 1}), Phase(0.5, {"b": 1})))
+    for wrong in ((0.0, {"a": 1}), (1.0, {"a": 1}), (0.5, {})):
+        with pytest.raises(OptionError, match="phases"):
+            Phase(*wrong)
+    for name, method in METHODS.items():
+        if issubclass(method, TrainedMethod):
+            plain = flatten(to_plain(TINY[name].config))
+            assert set(method.changing_options) <= set(plain), name
 
 
 def test_bf16_trains_close_to_fp32() -> None:
