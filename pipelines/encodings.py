@@ -212,13 +212,13 @@ class EncodingReader:
 
     def bank_patches(self, config: Any) -> PatchMatrix:
         """The patches of the images learned from that masking by `config` keeps, in the order of jobs/train.py."""
-        return PatchMatrix(
-            [
-                embedding.patches[embedding.keep].numpy()
-                for part in self._made.shards.parts
-                for embedding in self._embeddings(LEARNED, part, config)
-            ]
-        )
+        arrays = []
+        for part in self._made.shards.parts:
+            kept = [one.patches[one.keep].numpy() for one in self._embeddings(LEARNED, part, config)]
+            if kept:
+                # one array a part, for products of other shapes differ in their last bits, and so may the coreset
+                arrays.append(np.concatenate(kept))
+        return PatchMatrix(arrays)
 
     def compared(self, config: Any) -> Iterator[Embedding]:
         """Embeddings of the images that settings are compared on, in order."""

@@ -44,7 +44,10 @@ LABELLED, TESTED = "labelled", "test"
 MOST_TEST_IMAGES = 4000
 """Images of the test split that a diagnosis looks at."""
 
-METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "union_image_auroc", "union_image_ap")
+METRICS = (
+    *("image_auroc", "image_ap", "pixel_auroc", "pixel_ap"),
+    *("union_image_auroc", "union_image_ap", "union_pixel_auroc", "union_pixel_ap"),
+)
 """What an objective may be made of."""
 
 ATTEMPTS = 10
@@ -364,10 +367,10 @@ class ProxySet:
                     table[category, recipe] = {"image_auroc": auroc(points), "image_ap": average_precision(points)}
         return table
 
-    def pixel_table(self, maps: np.ndarray) -> Table:
-        """Pixel AUROC and AP of N×s×s maps, thinned like the masks."""
+    def pixel_table(self, maps: np.ndarray, union: bool = False) -> Table:
+        """Pixel AUROC and AP of N×s×s maps, thinned like the masks; of all categories as one, too, if `union`."""
         table: Table = {}
-        for category in self.categories:
+        for category in [*([""] if union else []), *self.categories]:
             for recipe in self.recipes:
                 normal, anomalous = self._groups[category, recipe]
                 rows = np.concatenate([normal, anomalous])

@@ -98,7 +98,9 @@ def search_readings(
     for numbers in groups.values():
         configs = [with_values(config, settings[number]) for number in numbers]
         scores, maps = _read(method, readings, configs, proxy)
-        pixel: Table = proxy.pixel_table(maps) if any(name.startswith("pixel") for name in objective) else {}
+        pixel: Table = {}
+        if any("pixel" in name for name in objective):
+            pixel = proxy.pixel_table(maps, union=any(name.startswith("union_pixel") for name in objective))
         for number, own in zip(numbers, scores, strict=True):
             results[number] = Reading(dict(settings[number]), _measured(proxy, own, pixel, objective))
         if tell is not None:

@@ -264,6 +264,11 @@ def in_turn(turn: Any) -> Iterator[None]:
         ray.get(turn.leave.remote(name))
 
 
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether Ray lost something, and not what ran on it failed."""
+    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
+
+
 # ---------------------------------------------------------------------------------------------------------- inside Tune
 def run_trial(
     campaign: Campaign,
@@ -294,11 +299,12 @@ def run_trial(
             report(told)
         try:
             record = campaign.run(values, folder, inside or Inside())
-        except WorkersLostError as error:
-            write_end(folder, values, CRASHED, str(error))
-            raise
         except Exception as error:
             known = user_error(error)
+            if isinstance(known, WorkersLostError) or (known is None and _is_of_the_machine(error)):
+                # also what a trial sees of being stopped, which the driver then records
+                write_end(folder, values, CRASHED, str(known or last_line(error)))
+                raise
             why = str(known) if known is not None else f"{type(error).__name__}: {last_line(error)}"
             write_end(folder, values, FAILED, why)
             raise

@@ -120,7 +120,7 @@ class SearchOptions:
             8.
         settings: of the reading options that each trial is finished with; all of their grid where it has no more.
         objective: what is maximised: weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
-            categories, union_image_auroc, union_image_ap.
+            categories, and of the same of all categories as one, such as union_image_auroc.
         validation: the images settings are compared on.
         early_stopping: of trials that train, but not of a population.
         population: how that is trained.
