@@ -406,7 +406,7 @@ class ProxySet:
             values = [row[name] for (category, _), row in joined.items() if category and name in row]
             if name.startswith("union_"):
                 own = name.removeprefix("union_")
-                values = [row[own] for (category, _), row in joined.items() if not category]
+                values = [row[own] for (category, _), row in joined.items() if not category and own in row]
             if values:
                 metrics[name] = float(np.mean(values))
         missing = [name for name in objective if name not in metrics]
