@@ -355,7 +355,7 @@ def plain_metrics(proxy: ProxySet, masks: np.ndarray, scores: np.ndarray, maps: 
                 "image_ap": average_precision_score(labels, scores[own]),
             }
             marked = [n for n in own if proxy.masked[n]]
-            if masks[marked].any() and category is not None:
+            if masks[marked].any():
                 row["pixel_auroc"] = roc_auc_score(masks[marked].ravel(), maps[marked].ravel())
                 row["pixel_ap"] = average_precision_score(masks[marked].ravel(), maps[marked].ravel())
             found[category, recipe] = row
@@ -377,7 +377,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, shards: ShardSet) -> str:
 
 
 def measure(proxy: ProxySet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]) -> Measured:
-    return proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps), objective)
+    return proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps, union=True), objective)
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -388,6 +388,7 @@ def measure(proxy: ProxySet, scores: np.ndarray, maps: np.ndarray, objective: Ma
         {"image_ap": 3.0},
         {"image_auroc": 1.0, "image_ap": 2.0, "pixel_auroc": 0.5, "pixel_ap": 4.0},
         {"union_image_auroc": 1.0, "union_image_ap": 0.25, "pixel_auroc": 1.0},
+        {"union_pixel_auroc": 1.0, "union_pixel_ap": 3.0},
     ],
 )
 def test_metrics_are_those_of_a_plain_loop(mixed: str, stride: int, objective: dict[str, float]) -> None:
@@ -431,6 +432,20 @@ def test_a_union_asks_for_scores_on_one_scale(mixed: str) -> None:
     assert measured.metrics["image_auroc"] == 1
     # of the 9 + 5 normal images 9 lie above all 5 anomalous weaves: 5 · 9 of 14 · 14 pairs are lost for each recipe
     assert measured.metrics["union_image_auroc"] == pytest.approx(1 - 45 / 196)
+
+
+def test_unions_of_pixels_are_measured_on_demand(mixed: str) -> None:
+    proxy = ProxySet(mixed, 4)
+    scores, maps = np.arange(70, dtype=np.float32), np.random.default_rng(1).random((70, 16, 16), np.float32)
+    image, alone, both = proxy.image_table(scores), proxy.pixel_table(maps), proxy.pixel_table(maps, union=True)
+    assert {key: row for key, row in both.items() if key[0]} == alone
+    assert {key for key in both if not key[0]} == {("", recipe) for recipe in RECIPES}
+    assert set(proxy.measured(image, alone, OBJECTIVE).metrics) == set(METRICS) - {
+        "union_pixel_auroc",
+        "union_pixel_ap",
+    }
+    with pytest.raises(DataError, match="the objective needs union_pixel_ap"):
+        proxy.measured(image, alone, {"union_pixel_ap": 1.0})
 
 
 def test_images_without_a_mask_count_in_image_metrics_alone(labelled: ShardSet, tmp_path: Path) -> None:
