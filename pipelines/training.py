@@ -43,6 +43,7 @@ from pipelines.batches import (
     descriptors,
     to_input,
 )
+from pipelines.commandline import last_line
 from pipelines.features import MASKS, PIXELS, Arrays, PreparedSet, learnable, prepare
 from pipelines.models import load_model
 from pipelines.normals import (
@@ -958,16 +959,12 @@ def run_job(
         report.close()
         failure = ray.get(events.failure.remote())
         if failure is None:
-            raise WorkersLostError(f"training failed: {_first_line(error)}; the same command continues it") from error
+            raise WorkersLostError(f"training failed: {last_line(error)}; the same command continues it") from error
         raise ERRORS.get(failure[0], UnianomError)(failure[1]) from error
     report.close()
     failure = ray.get(events.failure.remote())
     if failure is not None:
         raise ERRORS.get(failure[0], UnianomError)(failure[1])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_resources(options: TrainingOptions) -> None:

@@ -80,6 +80,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, MemoryMethod
 from unianom.serialise import to_plain
+from unianom.thresholds import smallest_supported_rate
 
 SPENT = "spent.json"
 """Seconds that a campaign and its trials took so far."""
@@ -620,6 +621,15 @@ class CadaDriver(Driver):
         return self.options.runtime.gpus_per_worker
 
 
+def _held_out(fit: FitOptions, count: int) -> FitOptions:
+    """Options by which jobs/train.py holds out as few images as here, too: with the usual rate it would put them into
+    the bank, as they support no threshold; with the lowest rate that they do support it does not."""
+    rate = math.ceil(1000 * smallest_supported_rate(count, fit.threshold.confidence)) / 1000
+    if rate >= 1:
+        return fit  # not even a single false positive can be promised; the recipe's bank then has them
+    return dataclasses.replace(fit, threshold=dataclasses.replace(fit.threshold, target_fpr=rate))
+
+
 def make_driver(
     name: str,
     options: Any,
@@ -664,7 +674,9 @@ def make_driver(
         fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
         if options.pareto and not memory:  # a search for several goals takes no reports on the way
             fit = dataclasses.replace(fit, validate_every=0)
-        chosen, _ = choose_samples(shards, categories, fit, validate=True, labels=labels)
+        chosen, notice = choose_samples(shards, categories, fit, validate=True, labels=labels)
+        if notice and memory and chosen.held_out:
+            fit = _held_out(fit, len(chosen.held_out))
     if not chosen.held_out:
         raise DataError(
             f"no normal image of {', '.join(categories)} was held out, so there is none to compare settings on; raise "
