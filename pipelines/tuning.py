@@ -658,6 +658,7 @@ def make_driver(
     own: dict[str, Any] = {}
     kind: type[Campaign]
     driver: type[Driver] = Driver
+    fit: Any
     if name == CADA:
         kind, driver, fit = CadaCampaign, CadaDriver, recipe_options(options)
         kept = Kept.of(files.full_uri(options.model), shards, fit)

@@ -13,10 +13,13 @@ import pytest
 
 from pipelines import (
     banks,
+    cada_trials,
     calibration,
     clustering,
     decisions,
+    diagnosis,
     embeddings,
+    encodings,
     features,
     normals,
     runtime,
@@ -34,7 +37,10 @@ from unianom.data.image import InputPolicy
 from unianom.methods.layers.bank import BankConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 
-MODULES = (banks, calibration, clustering, decisions, embeddings, features, normals, runtime, scoring, training)
+MODULES = (
+    *(banks, cada_trials, calibration, clustering, decisions, diagnosis, embeddings, encodings),
+    *(features, normals, runtime, scoring, training),
+)
 """Where units of work are spread from."""
 
 UNTRACKED = TrackingOptions(enabled=False)
