@@ -185,9 +185,16 @@ def read_record(folder: str) -> dict[str, Any] | None:
     return None if record["status"] == CRASHED else record
 
 
-def write_end(folder: str, values: Mapping[str, Any], status: str, error: str | None = None) -> dict[str, Any]:
-    """Write the record of a trial that did not come to its end."""
-    reports = read_reports(folder)
+def write_end(
+    folder: str,
+    values: Mapping[str, Any],
+    status: str,
+    error: str | None = None,
+    told: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Write the record of a trial that did not come to its end; `told` are reports that reached Tune."""
+    kept = {report[PROGRESS]: dict(report) for report in [*told, *read_reports(folder)]}
+    reports = [kept[progress] for progress in sorted(kept)]
     record = {
         "trial": trial_id(values),
         "status": status,
@@ -311,8 +318,8 @@ def run_trial(
     else:
         for told in record["reports"]:
             report(told)
-        if record["status"] == FAILED:
-            raise UnianomError(record["error"])
+        if record["status"] == FAILED or not (record["reports"] or record["status"] == DONE):
+            raise UnianomError(record["error"] or "it was stopped before it told anything")
     if record["status"] == DONE:
         report({OBJECTIVE: record["objective"], PROGRESS: 100, LATENCY: record[LATENCY], MEMORY: record[MEMORY]})
     return record

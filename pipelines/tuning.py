@@ -704,6 +704,7 @@ def make_driver(
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # see Budget
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints boxes whatever the verbosity
     # relative paths in options mean what they mean to the user
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -843,7 +844,7 @@ class Budget(Stopper):
         self._seconds: dict[str, float] = {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._seconds[trial_id] = result["time_total_s"]
+        self._seconds[trial_id] = result.get("time_total_s", 0.0)  # a trial may end without having told anything
         return False
 
     def stop_all(self) -> bool:
@@ -884,6 +885,7 @@ class Recorder(ray_tune.Callback):
         self._campaign, self._values, self._budget, self._progress = campaign, values, budget, progress
         self._tracking, self._run = tracking, run
         self._open: dict[str, tuple[ExitStack, Run]] = {}
+        self._told: dict[str, list[dict[str, Any]]] = {}
         self._ended: dict[str, int] = {}
         self._best = -math.inf if best is None else best
 
@@ -917,7 +919,10 @@ class Recorder(ray_tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if PROGRESS not in result:
+            return
         told = {name: value for name, value in result.items() if name in TOLD}
+        self._told.setdefault(trial.trial_id, []).append({PROGRESS: result[PROGRESS], **told})
         self._open[trial.trial_id][1].metrics(told, result[PROGRESS])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -925,7 +930,7 @@ class Recorder(ray_tune.Callback):
         folder = self._campaign.trial_folder(values)
         record = read_record(folder)
         if record is None and not self._budget.stop_all():
-            record = write_end(folder, values, STOPPED)
+            record = write_end(folder, values, STOPPED, told=self._told.get(trial.trial_id, []))
         self._end(trial, record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -27,7 +27,7 @@ from pipelines.fitting import train, train_options
 from pipelines.models import load_model
 from pipelines.normals import ThresholdOptions
 from pipelines.proxy import ProxyOptions, ProxySet
-from pipelines.spaces import Choice, Dimension, Range, key_of
+from pipelines.spaces import Choice, Dimension, Range, key_of, space_of
 from pipelines.tracking import TrackingOptions
 from pipelines.trial_kinds import trained_model
 from pipelines.trials import run_trial
@@ -276,6 +276,16 @@ def test_configs_of_optuna_stand_for_values_and_back() -> None:
         assert 1e-4 <= found["rate"] <= 1e-2
         assert found["count"] in range(1, 10)
         assert found["blocks"] in ((0, 1), (2,))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs" / "recipes" / "tuning").glob("*.yaml")), ids=str)
+def test_recipes(path: Path) -> None:
+    name = path.stem.split("_")[0]
+    model = ["--model", "m"] if name == "cada" else []
+    asked = parse(tune_options(), [name, "--config", str(path), *model, "--shards", "s", "--output", "o"])
+    space = space_of(name, tuning.searched(asked), asked.space)
+    assert {dimension.name for dimension in space} >= {option for option, tried in asked.space.items() if tried}
+    assert f"jobs/tune.py {name} --config jobs/recipes/tuning/{path.name} " in path.read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------- with Ray
