@@ -11,23 +11,17 @@ Tune's own pickled state is never read.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_type_hints
 
 import ray
 from ray import tune as ray_tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
-from ray.tune.stopper import Stopper
 
 from pipelines import storage
 from pipelines.cada_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
@@ -37,9 +31,9 @@ from pipelines.models import ModelShelf, load_model
 from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, weights_digest
 from pipelines.outcomes import Ran, TuneResult, per_category, write_results
 from pipelines.population import STATE, PopulationCampaign, PopulationOptions, first_segments, next_segments
-from pipelines.proxy import METRICS, ProxyOptions, check_objective
+from pipelines.proxy import ProxyOptions, check_objective
 from pipelines.readings import OBJECTIVE, PROGRESS
-from pipelines.runtime import Progress, connect, set_threads
+from pipelines.runtime import Progress, connect
 from pipelines.spaces import (
     SPACES,
     Choice,
@@ -47,6 +41,7 @@ from pipelines.spaces import (
     Range,
     draw,
     grid,
+    grid_size,
     key_of,
     read_value,
     settings_of,
@@ -60,20 +55,14 @@ from pipelines.trials import (
     CARRIED,
     CRASHED,
     DONE,
-    LATENCY,
-    MEMORY,
     PLAN,
     RECORD,
-    STOPPED,
     Campaign,
-    Inside,
     Turn,
-    in_turn,
     read_record,
-    run_trial,
     trial_id,
-    write_end,
 )
+from pipelines.tune_runs import SPENT, Budget, Recorder, TrialValues, surroundings, tree_parzen, tune_trial
 from unianom import __version__, files
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
@@ -82,8 +71,8 @@ from unianom.methods import METHODS, MemoryMethod
 from unianom.serialise import to_plain
 from unianom.thresholds import smallest_supported_rate
 
-SPENT = "spent.json"
-"""Seconds that a campaign and its trials took so far."""
+NOT_IN_PLANS = ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every", "tracking", "folder")
+"""Options of fitting that say where, how fast and how safely, not what."""
 
 MOST_ENCODINGS = 64
 """Combinations of options that the network must run for, of a memory method."""
@@ -327,17 +316,8 @@ def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet)
         weights = files.sha256_file(files.join(options.model, "model.json"))
     else:
         weights = weights_digest(config.backbone.weights)
-    for left_out in (
-        "shards",
-        "output",
-        "overwrite",
-        "runtime",
-        "max_failures",
-        "checkpoint_every",
-        "tracking",
-        "folder",
-    ):
-        fitted.pop(left_out, None)
+    for option in NOT_IN_PLANS:
+        fitted.pop(option, None)
     return {
         "tool": __version__,
         "method": name,
@@ -382,11 +362,16 @@ class Driver:
         """Run what is missing; give every record."""
         planned = self._planned()
         before = self._records()
-        wanted = len(planned) if planned is not None else self._count()
         have = {record["trial"] for record in before}
-        missing = wanted - len(have) if planned is None else sum(trial_id(v) not in have for v in planned)
+        if planned is None:
+            wanted = int(min(self._count(), self._most()))
+            missing = wanted - len(have)
+        else:
+            wanted = len(planned)
+            missing = sum(trial_id(values) not in have for values in planned)
         budget = self._budget()
-        if missing > 0 and not budget.stop_all():
+        fresh = missing > 0 and not budget.stop_all()
+        if fresh:
             connect(self.options.runtime, dashboard=self.trains)
             self.prepare()
             self._tune(planned, before, budget)
@@ -394,7 +379,7 @@ class Driver:
         elif self.options.diagnose:
             connect(self.options.runtime)
             self.prepare()
-        return self._ran(wanted, fresh=missing > 0)
+        return self._ran(wanted, fresh)
 
     def _ran(self, wanted: int, fresh: bool) -> Ran:
         """All records, once there is one of a trial that came to its end."""
@@ -408,6 +393,11 @@ class Driver:
 
     def _count(self) -> int:
         return self.options.trials or (8 if self.options.search == "pbt" else 24)
+
+    def _most(self) -> float:
+        """Trials that there can be."""
+        finite = all(isinstance(dimension.domain, Choice) for dimension in self.trial_space)
+        return grid_size(self.trial_space) if finite else math.inf
 
     def _default(self) -> dict[str, Any]:
         config = self.campaign.config_of({})
@@ -464,7 +454,7 @@ class Driver:
         values = TrialValues(planned, tuple(self.trial_space))
         points = [] if planned is not None else values.points([self._default(), *self._begun()])
         count = len(planned) if planned is not None else max(self._count(), len(points))
-        # a trial that trains needs nothing itself, for its workers do; but Tune refuses nothing, so it gets one byte
+        # a trial that trains needs nothing itself, its workers do; but Tune takes no empty request, so it gets one byte
         resources: dict[str, float] = {"memory": 1}
         if not self.trains:
             resources = {"cpu": runtime.cpus_per_worker, "gpu": self._trial_gpus()}
@@ -473,7 +463,7 @@ class Driver:
         recorder = Recorder(self.campaign, values, options.tracking, self.run, budget, progress, best)
         search: SearchAlgorithm | Searcher | None = None
         if planned is None:
-            search = tree_parzen(values, points, options)
+            search = tree_parzen(values, points, options.seed, options.pareto)
         scheduler: TrialScheduler | None = None
         if asha:
             stopping = options.early_stopping
@@ -507,7 +497,7 @@ class Driver:
             ),
         )
         files.remove(files.join(self.campaign.folder, "_tune"))
-        with _environment(TUNE_ENVIRONMENT), _silent("ray.tune"), recorder:
+        with surroundings(), recorder:
             tuner.fit()
         progress.close()
         files.remove(files.join(self.campaign.folder, "_tune"))
@@ -524,7 +514,8 @@ class Driver:
 
     def _concurrency(self, trials: int) -> int:
         runtime = self.options.runtime
-        fit = dataclasses.replace(runtime, workers=None).pool_size(1 << 30)
+        gpus = runtime.gpus_per_worker if self.trains else self._trial_gpus()
+        fit = dataclasses.replace(runtime, workers=None, gpus_per_worker=gpus).pool_size(1 << 30)
         workers = runtime.workers or 1 if self.trains else 1
         if fit < workers:
             raise OptionError(
@@ -700,266 +691,3 @@ def make_driver(
         **own,
     )
     return driver(campaign, trial_space, options, run)
-
-
-TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # see Budget
-    "RAY_AIR_NEW_OUTPUT": "0",  # which prints boxes whatever the verbosity
-    # relative paths in options mean what they mean to the user
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Tune would take the first Ctrl-C for a wish to stop in good order, which costs it minutes; nothing is lost anyway
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """No words of a logger: Tune tells of every failed trial with a long traceback, and the recorder in one line."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@dataclass(frozen=True)
-class TrialValues:
-    """How Tune's configs stand for values of options.
-
-    Attributes:
-        planned: values of trials by number; None where a search chooses them.
-        dimensions: of the search.
-    """
-
-    planned: list[dict[str, Any]] | None
-    dimensions: tuple[Dimension, ...]
-
-    def space(self) -> dict[str, Any]:
-        """Tune's parameter space."""
-        return {} if self.planned is None else {"number": ray_tune.grid_search(list(range(len(self.planned))))}
-
-    def of(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a trial."""
-        if self.planned is not None:
-            return self.planned[config["number"]]
-        values: dict[str, Any] = {}
-        for dimension in self.dimensions:
-            told, domain = config[dimension.name], dimension.domain
-            values[dimension.name] = domain.values[told] if isinstance(domain, Choice) else domain.rounded(told)
-        return values
-
-    def distributions(self) -> dict[str, Any]:
-        """Optuna's, by option. A choice is told by its place, for Optuna knows no lists."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        made: dict[str, Any] = {}
-        for dimension in self.dimensions:
-            domain = dimension.domain
-            if isinstance(domain, Choice):
-                made[dimension.name] = CategoricalDistribution(list(range(len(domain.values))))
-            elif domain.integer:
-                made[dimension.name] = IntDistribution(round(domain.low), round(domain.high), log=domain.log)
-            else:
-                made[dimension.name] = FloatDistribution(domain.low, domain.high, log=domain.log)
-        return made
-
-    def points(self, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Configs of trials, each once; those outside the space are left out."""
-        found: dict[str, dict[str, Any]] = {}
-        for values in trials:
-            point: dict[str, Any] = {}
-            for dimension in self.dimensions:
-                value, domain = values[dimension.name], dimension.domain
-                if isinstance(domain, Choice):
-                    places = [n for n, known in enumerate(domain.values) if to_plain(known) == to_plain(value)]
-                    if places:
-                        point[dimension.name] = places[0]
-                elif isinstance(value, int | float) and domain.low <= value <= domain.high:
-                    point[dimension.name] = value
-            if len(point) == len(self.dimensions):
-                found.setdefault(key_of(values), point)
-        return list(found.values())
-
-
-def tree_parzen(values: TrialValues, points: list[dict[str, Any]], options: SearchOptions) -> Searcher:
-    """Optuna's TPE, which begins with some points: the options as given, and after an interruption all trials that
-    were ever begun, in their order, so that it learns again what it knew."""
-    from optuna import logging as optuna_logging
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna_logging.set_verbosity(optuna_logging.WARNING)
-    goals: dict[str, Any] = {"metric": OBJECTIVE, "mode": "max"}
-    if options.pareto:
-        goals = {"metric": [OBJECTIVE, LATENCY, MEMORY], "mode": ["max", "min", "min"]}
-    seed = options.seed  # type: ignore[attr-defined]
-    return OptunaSearch(space=values.distributions(), points_to_evaluate=points or None, seed=seed, **goals)
-
-
-class PassOn(TuneReportCallback):
-    """Tells Tune what workers of Ray Train report of the objective, and nothing of their checkpoints."""
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if OBJECTIVE in metrics[0]:
-            super().after_report(run_context, metrics, None)
-
-
-def tune_trial(campaign: Campaign, values: TrialValues, turn: Any, config: dict[str, Any]) -> None:
-    """What Tune runs for every trial."""
-    set_threads(campaign.options.runtime.cpus_per_worker)
-    inside = Inside(lambda: [PassOn()], partial(in_turn, turn))
-    run_trial(campaign, values.of(config), ray_tune.report, inside)
-
-
-class Budget(Stopper):
-    """Stops all trials once they took too long.
-
-    Args:
-        hours: of the campaign; None for no limit.
-        gpu_hours: the sum over trials of their hours times `gpus`; None for no limit.
-        gpus: of a trial.
-        seconds, trial_seconds: spent before, by the campaign and by all its trials.
-    """
-
-    def __init__(
-        self, hours: float | None, gpu_hours: float | None, gpus: float, seconds: float, trial_seconds: float
-    ) -> None:
-        self._hours, self._gpu_hours, self._gpus = hours, gpu_hours, gpus
-        self._before, self._trials_before = seconds, trial_seconds
-        self._start = time.monotonic()
-        self._seconds: dict[str, float] = {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._seconds[trial_id] = result.get("time_total_s", 0.0)  # a trial may end without having told anything
-        return False
-
-    def stop_all(self) -> bool:
-        spent = self.spent()
-        if self._hours is not None and spent["seconds"] >= 3600 * self._hours:
-            return True
-        return self._gpu_hours is not None and spent["trial_seconds"] * self._gpus >= 3600 * self._gpu_hours
-
-    def spent(self) -> dict[str, float]:
-        """Seconds of the campaign and of all its trials."""
-        return {
-            "seconds": self._before + time.monotonic() - self._start,
-            "trial_seconds": self._trials_before + sum(self._seconds.values()),
-        }
-
-
-class Recorder(ray_tune.Callback):
-    """Writes down how trials end that cannot do so themselves, and tells MLflow and the terminal of all.
-
-    Args:
-        campaign, values: to know a trial by its config.
-        tracking, run: where MLflow records the campaign, and its run.
-        budget: whose trials are not stopped for good.
-        progress: shown.
-        best: objective so far; None for none.
-    """
-
-    def __init__(
-        self,
-        campaign: Campaign,
-        values: TrialValues,
-        tracking: TrackingOptions,
-        run: Run,
-        budget: Budget,
-        progress: Progress,
-        best: float | None = None,
-    ) -> None:
-        self._campaign, self._values, self._budget, self._progress = campaign, values, budget, progress
-        self._tracking, self._run = tracking, run
-        self._open: dict[str, tuple[ExitStack, Run]] = {}
-        self._told: dict[str, list[dict[str, Any]]] = {}
-        self._ended: dict[str, int] = {}
-        self._best = -math.inf if best is None else best
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks, and never reads them again here
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the MLflow runs of trials that were cut short; the same command goes on with them."""
-        for stack, _run in self._open.values():
-            stack.close()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        values = self._values.of(trial.config)
-        folder = self._campaign.trial_folder(values)
-        stack = ExitStack()
-        own = stack.enter_context(
-            track(
-                self._tracking,
-                "trial",
-                folder,
-                to_plain(values),
-                default_folder=files.beside(self._campaign.folder, "").rstrip("/"),
-                parent=self._run.id,
-            )
-        )
-        self._open[trial.trial_id] = (stack, own)
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if PROGRESS not in result:
-            return
-        told = {name: value for name, value in result.items() if name in TOLD}
-        self._told.setdefault(trial.trial_id, []).append({PROGRESS: result[PROGRESS], **told})
-        self._open[trial.trial_id][1].metrics(told, result[PROGRESS])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        values = self._values.of(trial.config)
-        folder = self._campaign.trial_folder(values)
-        record = read_record(folder)
-        if record is None and not self._budget.stop_all():
-            record = write_end(folder, values, STOPPED, told=self._told.get(trial.trial_id, []))
-        self._end(trial, record)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        values = self._values.of(trial.config)
-        folder = self._campaign.trial_folder(values)
-        record = read_record(folder)
-        if record is None:
-            path = files.join(folder, RECORD)
-            if files.exists(path):
-                record = files.read_json(path)
-            else:
-                record = write_end(folder, values, CRASHED, "its process died (out of memory, or its machine was lost)")
-        self._end(trial, record)
-
-    def _end(self, trial: Any, record: dict[str, Any] | None) -> None:
-        stack, own = self._open.pop(trial.trial_id, (ExitStack(), Run()))
-        if record is not None:
-            own.tags({"unianom.status": record["status"], "unianom.error": record["error"] or ""})
-            if record["status"] == DONE:
-                own.metrics({f"best/{name}": value for name, value in record["best"]["metrics"].items()})
-                own.json("record.json", record)
-                self._best = max(self._best, record["objective"])
-            self._ended[record["status"]] = self._ended.get(record["status"], 0) + 1
-        stack.close()
-        files.write_json(files.join(self._campaign.folder, SPENT), self._budget.spent())
-        words = ", ".join(f"{count} {status}" for status, count in self._ended.items())
-        best = "" if self._best == -math.inf else f", best {self._best:.4f}"
-        self._progress.set(sum(self._ended.values()), words + best)
-
-
-TOLD = (OBJECTIVE, *METRICS, LATENCY, MEMORY)
-"""What of a trial's reports goes to MLflow."""

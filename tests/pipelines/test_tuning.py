@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from pipelines import tuning
-from pipelines.calibration import CalibrateOptions
+from pipelines.calibration import CalibrateOptions, HeadActor, Kept
 from pipelines.commandline import parse
 from pipelines.fitting import train, train_options
 from pipelines.models import load_model
@@ -31,12 +31,14 @@ from pipelines.spaces import Choice, Dimension, Range, key_of, space_of
 from pipelines.tracking import TrackingOptions
 from pipelines.trial_kinds import trained_model
 from pipelines.trials import run_trial
-from pipelines.tuning import Budget, EarlyStopping, TrialValues, tree_parzen, tune, tune_options
+from pipelines.tune_runs import Budget, TrialValues, tree_parzen
+from pipelines.tuning import EarlyStopping, tune, tune_options
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_method, tiny_training
 from tests.pipelines.sharded import samples
 from unianom.calibration import CalibrationConfig
+from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods.trained import TrainingConfig
 from unianom.serialise import to_plain
@@ -168,9 +170,6 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
 
 def fitted(options: CalibrateOptions) -> Any:
     """The calibrator that jobs/calibrate.py would make, in this process."""
-    from pipelines.calibration import HeadActor, Kept
-    from unianom.data.shards import ShardSet
-
     kept = Kept.of(options.model, ShardSet.open(options.shards), options)
     kept.fill(options)
     actor = HeadActor(kept, options.calibration, None, "cpu", 1)
@@ -266,7 +265,7 @@ def test_configs_of_optuna_stand_for_values_and_back() -> None:
     (point,) = values.points([told, to_plain(told), outside])
     assert point == {"blocks": 1, "rate": 3e-3, "count": 4}
     assert values.of(point) == told
-    search = tree_parzen(values, [point], memory_options("s", Path("o"), search="tpe"))
+    search = tree_parzen(values, [point], seed=0, pareto=False)
     assert values.of(search.suggest("first")) == told
     for number in range(20):
         search.on_trial_complete(
