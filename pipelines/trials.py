@@ -308,7 +308,9 @@ def run_trial(
             record = campaign.run(values, folder, inside or Inside())
         except Exception as error:
             known = user_error(error)
-            if isinstance(known, WorkersLostError) or (known is None and _is_of_the_machine(error)):
+            # a full disk and a lost connection are no fault of the values, either
+            ours = isinstance(known, WorkersLostError) or isinstance(error, OSError)
+            if ours or (known is None and _is_of_the_machine(error)):
                 # also what a trial sees of being stopped, which the driver then records
                 write_end(folder, values, CRASHED, str(known or last_line(error)))
                 raise
