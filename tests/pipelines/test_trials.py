@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -432,11 +433,21 @@ def test_a_fault_of_its_values_is_recorded_and_told_again(made: Made, error: Exc
     assert made.fitted == [{}]
 
 
-def test_a_trial_whose_workers_died_is_tried_again(made: Made) -> None:
-    fails(dataclasses.replace(made, error=WorkersLostError("workers died")), WorkersLostError, "workers died")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (WorkersLostError("workers died"), "workers died"),
+        (OSError(errno.ENOSPC, "no space"), "the disk is full; free space"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+    ],
+)
+def test_a_trial_whose_machine_failed_is_tried_again(made: Made, error: Exception, words: str) -> None:
+    fails(dataclasses.replace(made, error=error), type(error), None)
     folder = made.trial_folder({})
     assert read_record(folder) is None
-    assert files.read_json(f"{folder}/record.json")["status"] == "crashed"
+    crashed = files.read_json(f"{folder}/record.json")
+    assert crashed["status"] == "crashed"
+    assert crashed["error"].startswith(words)
     begun = files.read_json(f"{folder}/values.json")
     record, _ = run(made, {})
     assert (record["status"], len(made.fitted)) == ("done", 2)
