@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,17 @@ class Range:
         return min(max(float(f"{value:.4g}"), self.low), self.high)
 
 
+@dataclass(frozen=True)
+class Halves:
+    """A list as the campaign is given it, its first and its second half: layers of whatever encoder."""
+
+    def of(self, given: Sequence[Any]) -> Choice:
+        """What that is of a list."""
+        middle = (len(given) + 1) // 2
+        found = (tuple(given), tuple(given[:middle]), tuple(given[middle:]))
+        return Choice(tuple(dict.fromkeys(half for half in found if half)))
+
+
 Domain = Choice | Range
 
 
@@ -97,12 +108,12 @@ class Dimension:
 
     Attributes:
         name: of the option, dotted, such as "bank.coreset_ratio"; or of a group, whose values are then dicts.
-        domain: what is tried.
+        domain: what is tried; `Halves` only in default spaces, where the given list is not known.
         why: what it does, in a few words.
     """
 
     name: str
-    domain: Domain
+    domain: Any
     why: str = ""
 
 
@@ -152,6 +163,7 @@ SPACES: dict[str, tuple[Dimension, ...]] = {
     "revdist": (_rate(1e-3, 1e-2), *DISTANCE_MAPS),
     "recontrast": (_rate(5e-4, 5e-3), *DISTANCE_MAPS),
     "uniformaly": (
+        Dimension("blocks", Halves(), "layers of the encoder"),
         Dimension("mask_threshold", Choice((0.0, 0.05, 0.1, 0.2)), "attention above which back-patch masking keeps"),
         Dimension("mask_kernel", Choice((1, 5, 7)), "smoothing of the attention before"),
         Dimension("bank.coreset_ratio", Choice((0.01, 0.05, 0.1)), "share of the patches in the bank"),
@@ -160,6 +172,7 @@ SPACES: dict[str, tuple[Dimension, ...]] = {
         Dimension("blur_sigma", Choice((2.0, 4.0, 6.0, 8.0)), "smoothing of the map"),
     ),
     "patchcore": (
+        Dimension("taps", Halves(), "layers of the encoder"),
         Dimension("bank.coreset_ratio", Choice((0.01, 0.05, 0.1)), "share of the patches in the bank"),
         Dimension("patch_size", Choice((1, 3, 5)), "cells that a patch is averaged over"),
         Dimension("neighbours", Choice((1, 3, 5, 9)), "bank vectors averaged in a distance"),
@@ -192,7 +205,7 @@ def space_of(name: str, config: Any, changes: Mapping[str, Any]) -> tuple[Dimens
             in a group.
     """
     plain = to_plain(config)
-    dimensions = {dimension.name: dimension for dimension in SPACES[name]}
+    dimensions = {dimension.name: _resolved(dimension, config) for dimension in SPACES[name]}
     for option, given in changes.items():
         _known(option, plain)
         if option == "preset":  # what it fills in is filled in already
@@ -212,6 +225,13 @@ def space_of(name: str, config: Any, changes: Mapping[str, Any]) -> tuple[Dimens
                     f"space.{dimension.name}: {twice[0]} is searched alone, too; leave it out here, or give it null"
                 )
     return tuple(dimensions.values())
+
+
+def _resolved(dimension: Dimension, config: Any) -> Dimension:
+    """A dimension of a default space for this config."""
+    if not isinstance(dimension.domain, Halves):
+        return dimension
+    return replace(dimension, domain=dimension.domain.of(read_value(config, dimension.name)))
 
 
 def _known(option: str, plain: Mapping[str, Any]) -> None:

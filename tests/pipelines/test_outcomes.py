@@ -26,7 +26,7 @@ from pipelines.normals import Chosen, FitOptions, ThresholdOptions
 from pipelines.outcomes import choose, chosen_rate, difference, joined_settings, recipe, recipe_text, told_options
 from pipelines.proxy import ProxyOptions
 from pipelines.runtime import RuntimeOptions
-from pipelines.spaces import SPACES, draw, with_values
+from pipelines.spaces import draw, space_of, with_values
 from pipelines.training import TrainingOptions
 from pipelines.trials import SCORES, Campaign
 from unianom import files
@@ -142,7 +142,7 @@ def test_a_recipe_of_the_defaults_says_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_recipe_makes_the_options_of_the_trial(name: str, preset: str, tmp_path: Path) -> None:
     own = campaign(name, METHODS[name].Config(preset=preset), seed=3)
-    for values in draw(SPACES[name], 2, 5):
+    for values in draw(space_of(name, own.config_of({}), {}), 2, 5):
         made = parsed(name, recipe(own, values, None), tmp_path)
         assert made.method == own.config_of(values)
         assert made.seed == 3

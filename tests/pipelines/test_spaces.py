@@ -16,6 +16,7 @@ from pipelines.spaces import (
     SPACES,
     Choice,
     Dimension,
+    Halves,
     Range,
     draw,
     grid,
@@ -68,7 +69,9 @@ def test_every_method_and_calibration_have_a_space() -> None:
 @pytest.mark.parametrize("name", SPACES)
 def test_a_default_space_fits_the_default_options(name: str) -> None:
     space = space_of(name, default_config(name), {})
-    assert space == SPACES[name]
+    for found, default in zip(space, SPACES[name], strict=True):
+        assert (found.name, found.why) == (default.name, default.why)
+        assert found == default or isinstance(default.domain, Halves)
     names = [dimension.name for dimension in space]
     assert len(set(names)) == len(names)
     for dimension in space:
@@ -91,7 +94,7 @@ def test_what_is_read_and_what_is_trained_for(name: str) -> None:
 def test_the_default_options_lie_in_or_near_the_space(name: str) -> None:
     """Nobody should be surprised that the published setting is far outside of what is tried by default."""
     config = default_config(name)
-    for dimension in SPACES[name]:
+    for dimension in space_of(name, config, {}):
         value, domain = read_value(config, dimension.name), dimension.domain
         if isinstance(domain, Range):
             assert domain.low <= value <= domain.high
@@ -139,7 +142,17 @@ def test_lists_ranges_single_values_and_nulls() -> None:
 
 
 def test_null_for_an_option_that_is_not_in_the_space_changes_nothing() -> None:
-    assert space_of("uniformaly", UniFormalyConfig(), {"mask": None}) == SPACES["uniformaly"]
+    config = UniFormalyConfig()
+    assert space_of("uniformaly", config, {"mask": None}) == space_of("uniformaly", config, {})
+
+
+def test_layers_are_those_given_and_their_halves() -> None:
+    def tried(blocks: tuple[int, ...]) -> list[Any]:
+        return domains(space_of("uniformaly", UniFormalyConfig(blocks=blocks), {}))["blocks"].grid()
+
+    assert tried((2, 3, 4, 5, 6, 7, 8, 9)) == [(2, 3, 4, 5, 6, 7, 8, 9), (2, 3, 4, 5), (6, 7, 8, 9)]
+    assert tried((1, 4, 5)) == [(1, 4, 5), (1, 4), (5,)]
+    assert tried((7,)) == [(7,)]
 
 
 def test_groups_of_options_are_one_value() -> None:
