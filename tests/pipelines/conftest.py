@@ -1,15 +1,21 @@
-"""A local Ray for the whole test session, and the small data every pipeline test starts from."""
+"""A local Ray for the whole test session and a stand-in for it, and the small data every pipeline test starts from."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import torch
+from ray import cloudpickle
 
 from pipelines import (
     banks,
@@ -22,14 +28,16 @@ from pipelines import (
     encodings,
     features,
     normals,
+    pixels,
     runtime,
     scoring,
     training,
 )
-from pipelines.fitting import train_options
-from pipelines.ingest import IngestOptions, ingest
+from pipelines import ingest as ingesting
+from pipelines.fitting import train, train_options
 from pipelines.normals import ThresholdOptions
 from pipelines.runtime import RuntimeOptions
+from pipelines.scoring import ScoreOptions, score
 from pipelines.tracking import TrackingOptions
 from unianom.backbones import BackboneConfig
 from unianom.data.drawing import draw_corpus
@@ -39,7 +47,7 @@ from unianom.methods.uniformaly import UniFormalyConfig
 
 MODULES = (
     *(banks, cada_trials, calibration, clustering, decisions, diagnosis, embeddings, encodings),
-    *(features, normals, runtime, scoring, training),
+    *(features, ingesting, normals, pixels, runtime, scoring, training),
 )
 """Where units of work are spread from."""
 
@@ -50,34 +58,87 @@ ONE = RuntimeOptions(workers=1)
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Four logical CPUs, so that pools of one, two and four actors all fit."""
-    import ray
+    """Four logical CPUs, so that small pools beside each other fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        # a checkpoint waits until Ray Train asks for it, which it does every two seconds
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        runtime.connect(RuntimeOptions(local_cpus=4))
+        yield
+        ray.shutdown()
 
-    from pipelines.runtime import connect
 
-    connect(RuntimeOptions(local_cpus=4))
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads as an actor has, so that what is done in this process is the same to the last bit."""
+    before = torch.get_num_threads()
+    runtime.set_threads(1)
     yield
-    ray.shutdown()
+    runtime.set_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def on_ray(request: pytest.FixtureRequest) -> None:
+    """All tests marked so have that Ray, and start none of their own."""
+    if request.node.get_closest_marker("ray"):
+        request.getfixturevalue("ray_cluster")
+
+
+def kill_job(process: subprocess.Popen[Any]) -> None:
+    """kill -9 of a job and of all that belongs to its Ray, whose processes would otherwise go on for a while."""
+    import psutil  # Ray brings its own, and shows it when imported
+
+    for running in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            running.kill()
+    process.wait()
 
 
 def run_inline(
-    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], _: Any
+    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], options: RuntimeOptions | None
 ) -> Iterator[dict[str, Any]]:
-    """`run_units` in this process; lists of a unit become arrays, as they do on their way through Ray Data."""
-    if units:
-        made = worker(**arguments)
-        for unit in units:
+    """`run_units` in this process: what goes to workers and comes back is copied as on its way through Ray.
+
+    One worker takes the units in their order; of several, each has its own, and the last one ends first.
+    """
+    count = min((options and options.workers) or 1, len(units))
+    dealt = [units[number::count] for number in range(count)]
+    for own in reversed(dealt):
+        made = worker(**cloudpickle.loads(cloudpickle.dumps(arguments)))
+        for unit in own:
+            # lists of a unit become arrays on their way through Ray Data
             arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in unit.items()}
             yield json.loads(json.dumps(made.run(arrived)))
 
 
+def run_job_inline(job: training.Job, *_: Any) -> None:
+    """Ray Train's only worker, in this process."""
+    training._work(job, lambda event: None)
+
+
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All units run in this process, without Ray."""
+    """All units of work and all training run in this process."""
+    _replace_ray(monkeypatch)
+
+
+@contextmanager
+def without_ray() -> Iterator[None]:
+    """As `inline`, for fixtures that serve several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        _replace_ray(patch)
+        yield
+
+
+def _replace_ray(patch: pytest.MonkeyPatch) -> None:
     for module in MODULES:
         for name, stand_in in (("run_units", run_inline), ("connect", lambda *_, **__: None)):
             if hasattr(module, name):
-                monkeypatch.setattr(module, name, stand_in)
+                patch.setattr(module, name, stand_in)
+    patch.setattr(training, "run_job", run_job_inline)
+    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
+        patch.setattr(f"ray.train.get_{name}", lambda value=value: value)
+    patch.setattr("ray.train.report", lambda *told, **more: None)
 
 
 @dataclass(frozen=True)
@@ -89,11 +150,30 @@ class Small:
 
 
 @pytest.fixture(scope="session")
-def small(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Small:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     root = tmp_path_factory.mktemp("small")
     draw_corpus(root / "corpus", ("weave", "cog"), train=12, good=4, per_defect=2, size=64)
-    ingest(IngestOptions("mvtec", str(root / "corpus"), str(root / "shards"), runtime=ONE))
+    with without_ray():
+        ingesting.ingest(ingesting.IngestOptions("mvtec", str(root / "corpus"), str(root / "shards"), runtime=ONE))
     return Small(root / "corpus", root / "shards")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What UniFormaly makes of these shards on one worker; nobody may write there."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    with without_ray():
+        train(tiny_training(small.shards, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_scores(small: Small, tiny_model: Path) -> Path:
+    """Its scores, in batches of three."""
+    folder = tiny_model.parent / "scores"
+    with without_ray():
+        score(ScoreOptions(str(tiny_model), str(small.shards), str(folder), batch_size=3, runtime=ONE))
+    return folder
 
 
 def tiny_method(**changes: Any) -> UniFormalyConfig:

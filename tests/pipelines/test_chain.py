@@ -1,11 +1,10 @@
-"""The jobs one after another on a local Ray: what each leaves for the next, and what happens when one is disturbed."""
+"""The jobs one after another: what each leaves for the next, in this process, then on Ray, whole and disturbed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import random
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -24,15 +23,14 @@ from pipelines.evaluation import evaluate
 from pipelines.fitting import train
 from pipelines.ingest import ingest
 from pipelines.normals import ThresholdOptions
-from pipelines.runtime import RuntimeOptions, run_units
+from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import score
-from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
+from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training, without_ray
 from unianom.data.image import decode_map
 from unianom.data.shards import ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, OptionError
+from unianom.methods.layers.bank import BankConfig
 from unianom.metrics.image import image_metrics
-
-pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -40,19 +38,14 @@ IngestOptions = partial(ingesting.IngestOptions, runtime=ONE)
 ScoreOptions = partial(scoring.ScoreOptions, runtime=ONE)
 EvaluateOptions = partial(evaluation.EvaluateOptions, runtime=ONE)
 
-
-@pytest.fixture(scope="module")
-def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "model"
-    train(tiny_training(small.shards, folder))
-    return folder
+TWO = RuntimeOptions(workers=2)
 
 
-@pytest.fixture(scope="module")
-def scores(small: Small, model: Path) -> Path:
-    folder = model.parent / "scores"
-    score(ScoreOptions(str(model), str(small.shards), str(folder), batch_size=3))
-    return folder
+@pytest.fixture(autouse=True)
+def serial(request: pytest.FixtureRequest) -> None:
+    """No Ray, but in the tests that are about it."""
+    if "ray_cluster" not in request.fixturenames:
+        request.getfixturevalue("inline")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -78,57 +71,29 @@ def test_ingest_again_does_nothing_and_refuses_another_plan(small: Small) -> Non
         ingest(IngestOptions("mvtec", str(small.corpus), str(small.shards), resize=32))
 
 
-def test_ingest_continues_to_the_same_bytes(small: Small, tmp_path: Path) -> None:
-    output = tmp_path / "shards"
-    options = IngestOptions("mvtec", str(small.corpus), str(output))
-    ingest(options)
-    whole = content(output)
-    assert whole == content(small.shards)
-    for name in ("_manifest.json", "_part-00003.json", "part-00003.parquet", "_part-00007.json"):
-        (output / name).unlink()
-    (output / "part-00007.parquet.0badf00d.tmp").write_bytes(b"half a part")
-    with pytest.raises(DataError, match="unfinished"):
-        ShardSet.open(output)
-    assert ingest(options).fresh
-    assert content(output) == whole
-
-
-@pytest.mark.parametrize("workers", [2, 4])
-def test_the_bank_does_not_depend_on_the_number_of_workers(
-    small: Small, model: Path, tmp_path: Path, workers: int
-) -> None:
-    pooled = tmp_path / "pooled"
-    train(tiny_training(small.shards, pooled, runtime=RuntimeOptions(workers=workers)))
-    assert content(model / "bank") == content(pooled / "bank")
-    assert (model / "model.json").read_bytes() == (pooled / "model.json").read_bytes()
-
-
-def test_a_bank_in_shards_scores_the_same(small: Small, model: Path, scores: Path, tmp_path: Path) -> None:
-    from tests.pipelines.conftest import tiny_method
-    from unianom.methods.layers.bank import BankConfig
-
+def test_a_bank_in_shards_scores_the_same(small: Small, tiny_model: Path, tiny_scores: Path, tmp_path: Path) -> None:
     method = tiny_method(bank=BankConfig(coreset_ratio=0.5, shards=3))
     train(tiny_training(small.shards, tmp_path / "model", method=method))
     assert len(list((tmp_path / "model" / "bank").glob("*.faiss"))) == 3
     score(ScoreOptions(str(tmp_path / "model"), str(small.shards), str(tmp_path / "scores"), batch_size=3))
     columns = ["sample_id", "score", "anomaly_map"]
-    ours, theirs = (ScoreSet.open(folder).table(columns=columns) for folder in (tmp_path / "scores", scores))
+    ours, theirs = (ScoreSet.open(folder).table(columns=columns) for folder in (tmp_path / "scores", tiny_scores))
     assert ours.equals(theirs)
 
 
-def test_training_again_does_nothing(small: Small, model: Path) -> None:
-    before = content(model)
-    results = train(tiny_training(small.shards, model))
+def test_training_again_does_nothing(small: Small, tiny_model: Path) -> None:
+    before = content(tiny_model)
+    results = train(tiny_training(small.shards, tiny_model))
     assert not results[0].fresh
-    assert content(model) == before
+    assert content(tiny_model) == before
 
 
-def test_scores_equal_predictions_from_the_files(small: Small, model: Path, scores: Path) -> None:
-    rows = ScoreSet.open(scores).table().to_pylist()
+def test_scores_equal_predictions_from_the_files(small: Small, tiny_model: Path, tiny_scores: Path) -> None:
+    rows = ScoreSet.open(tiny_scores).table().to_pylist()
     assert sorted(row["sample_id"] for row in rows) == sorted(
         ShardSet.open(small.shards).table(Selection(("test",)), ["sample_id"])["sample_id"].to_pylist()
     )
-    predicted = unianom.load(model).predict([row["uri"] for row in rows])
+    predicted = unianom.load(tiny_model).predict([row["uri"] for row in rows])
     for row, result in zip(rows, predicted, strict=True):
         assert row["score"] == pytest.approx(result.score, rel=1e-5)
         assert row["decision"] == result.decision
@@ -136,60 +101,18 @@ def test_scores_equal_predictions_from_the_files(small: Small, model: Path, scor
         np.testing.assert_allclose(stored, result.anomaly_map, atol=row["map_scale"], rtol=1e-4)
 
 
-def test_scoring_again_does_nothing(small: Small, model: Path, scores: Path) -> None:
-    before = content(scores)
-    assert not score(ScoreOptions(str(model), str(small.shards), str(scores), batch_size=3)).fresh
-    assert content(scores) == before
+def test_scoring_again_does_nothing(small: Small, tiny_model: Path, tiny_scores: Path) -> None:
+    before = content(tiny_scores)
+    assert not score(ScoreOptions(str(tiny_model), str(small.shards), str(tiny_scores), batch_size=3)).fresh
+    assert content(tiny_scores) == before
 
 
-def test_a_killed_scoring_job_continues_to_the_same_bytes(
-    small: Small, model: Path, scores: Path, tmp_path: Path
+def test_evaluation_agrees_with_metrics_of_the_scores(
+    small: Small, tiny_model: Path, tiny_scores: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of the driver and all its Ray processes at random moments, then the same command again."""
-    output = tmp_path / "scores"
-    command = [sys.executable, "jobs/score.py", "--model", str(model), "--shards", str(small.shards)]
-    command += ["--output", str(output), "--batch_size", "3", "--runtime.local_cpus", "2"]
-    generator = random.Random(0)
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL)
-        parts = generator.randint(1, 8)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list(output.glob("_part-*.json"))) >= parts:
-                os.killpg(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.02)
-        process.wait()
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert content(output) == content(scores)
-
-
-class DiesOnce:
-    """A worker that is killed, as by the kernel, in the middle of its first unit."""
-
-    def __init__(self, marker: str) -> None:
-        self._marker = Path(marker)
-
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        if unit["number"] == 3 and not self._marker.exists():
-            self._marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"number": unit["number"]}
-
-
-def test_a_killed_worker_loses_nothing(ray_cluster: None, tmp_path: Path) -> None:
-    units = [{"number": number} for number in range(12)]
-    arguments = {"marker": str(tmp_path / "died")}
-    done = [r["number"] for r in run_units(DiesOnce, arguments, units, RuntimeOptions(workers=2))]
-    assert (tmp_path / "died").exists()
-    assert sorted(done) == list(range(12))
-
-
-def test_evaluation_agrees_with_metrics_of_the_scores(small: Small, scores: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "evaluation")
-    found = evaluate(EvaluateOptions(str(scores), str(small.shards), output, soft_dice=True, tracking=UNTRACKED))
-    table = ScoreSet.open(scores).table(columns=["category", "score", "label"]).to_pylist()
+    found = evaluate(EvaluateOptions(str(tiny_scores), str(small.shards), output, soft_dice=True, tracking=UNTRACKED))
+    table = ScoreSet.open(tiny_scores).table(columns=["category", "score", "label"]).to_pylist()
     for row in found["metrics"]["categories"]:
         mine = [r for r in table if r["category"] == row["category"]]
         expected = image_metrics([r["score"] for r in mine], [r["label"] for r in mine])
@@ -200,18 +123,18 @@ def test_evaluation_agrees_with_metrics_of_the_scores(small: Small, scores: Path
     union = image_metrics([r["score"] for r in table], [r["label"] for r in table])
     assert found["metrics"]["union"]["image_auroc"] == union["image_auroc"]
     rates = found["threshold"]["union"]
-    threshold = unianom.load(scores.parent / "model").threshold
+    threshold = unianom.load(tiny_model).threshold
     assert threshold is not None
     failed = sum(r["score"] > threshold.value for r in table if r["label"] == 0)
     assert rates["false_positive_rate"] == failed / sum(r["label"] == 0 for r in table)
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text()) == found
 
 
-def test_evaluation_refuses_other_shards(small: Small, scores: Path, tmp_path: Path) -> None:
+def test_evaluation_refuses_other_shards(small: Small, tiny_scores: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     ingest(IngestOptions("mvtec", str(small.corpus), str(other), {"categories": ["weave"]}))
     with pytest.raises(DataError, match="other shards"):
-        evaluate(EvaluateOptions(str(scores), str(other), str(tmp_path / "evaluation"), tracking=UNTRACKED))
+        evaluate(EvaluateOptions(str(tiny_scores), str(other), str(tmp_path / "evaluation"), tracking=UNTRACKED))
 
 
 def test_one_model_per_category(small: Small, tmp_path: Path) -> None:
@@ -237,7 +160,7 @@ def test_a_rate_the_normals_cannot_support_is_refused_before_any_work(small: Sma
     assert not (tmp_path / "model").exists()
 
 
-def test_unlabelled_images_and_broken_files(ray_cluster: None, small: Small, model: Path, tmp_path: Path) -> None:
+def test_unlabelled_images_and_broken_files(small: Small, tiny_model: Path, tmp_path: Path) -> None:
     """Everything readable is scored, everything else is listed with its reason, and too much of it fails the job."""
     folder = tmp_path / "in" / "line1"
     folder.mkdir(parents=True)
@@ -251,7 +174,7 @@ def test_unlabelled_images_and_broken_files(ray_cluster: None, small: Small, mod
     with pytest.raises(DataError, match="3 of 7 samples were rejected"):
         ingest(IngestOptions("folder", str(tmp_path / "in"), str(tmp_path / "shards"), **options))
     assert ShardSet.open(tmp_path / "shards").rejected().num_rows == 3
-    allowed = ScoreOptions(str(model), str(tmp_path / "shards"), str(tmp_path / "scores"), max_reject_fraction=0.5)
+    allowed = ScoreOptions(str(tiny_model), str(tmp_path / "shards"), str(tmp_path / "scores"), max_reject_fraction=0.5)
     result = score(allowed)
     rows = result.scores.table().to_pylist()
     assert sorted((row["sample_id"].rsplit("/", 1)[1], row["status"]) for row in rows) == [
@@ -265,4 +188,58 @@ def test_unlabelled_images_and_broken_files(ray_cluster: None, small: Small, mod
     assert all(row["anomaly_map"] is None for row in rows)
     assert pq.read_table(tmp_path / "scores", columns=["sample_id"]).num_rows == 7
     with pytest.raises(DataError, match="have no score"):
-        score(ScoreOptions(str(model), str(tmp_path / "shards"), str(tmp_path / "scores")))
+        score(ScoreOptions(str(tiny_model), str(tmp_path / "shards"), str(tmp_path / "scores")))
+
+
+# ---- on Ray ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_ingest_continues_to_the_same_bytes(ray_cluster: None, small: Small, tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    shutil.copytree(small.shards, output)
+    (output / "_manifest.json").unlink()
+    for number in (0, 3, 7, 11, 15):
+        (output / f"_part-{number:05d}.json").unlink()
+        if number != 7:
+            (output / f"part-{number:05d}.parquet").unlink()
+    (output / "part-00007.parquet.0badf00d.tmp").write_bytes(b"half a part")
+    with pytest.raises(DataError, match="unfinished"):
+        ShardSet.open(output)
+    assert ingest(IngestOptions("mvtec", str(small.corpus), str(output), runtime=TWO)).fresh
+    assert content(output) == content(small.shards)
+
+
+@pytest.mark.ray
+def test_the_bank_does_not_depend_on_the_number_of_workers(
+    ray_cluster: None, small: Small, tiny_model: Path, tmp_path: Path
+) -> None:
+    pooled = tmp_path / "pooled"
+    train(tiny_training(small.shards, pooled, runtime=TWO))
+    assert content(tiny_model / "bank") == content(pooled / "bank")
+    assert (tiny_model / "model.json").read_bytes() == (pooled / "model.json").read_bytes()
+
+
+@pytest.mark.ray
+def test_a_killed_scoring_job_continues_to_the_same_bytes(
+    ray_cluster: None, small: Small, tiny_model: Path, tiny_scores: Path, tmp_path: Path
+) -> None:
+    """kill -9 of the driver and all its Ray processes, then the same options again; also what follows is the same."""
+    output = tmp_path / "scores"
+    command = [sys.executable, "jobs/score.py", "--model", str(tiny_model), "--shards", str(small.shards)]
+    command += ["--output", str(output), "--batch_size", "3", "--runtime.local_cpus", "1"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("_part-*.json"))) < 3:
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill_job(process)
+    assert not (output / "_manifest.json").exists()
+    score(ScoreOptions(str(tiny_model), str(small.shards), str(output), batch_size=3, runtime=TWO))
+    assert content(output) == content(tiny_scores)
+
+    given = EvaluateOptions(str(output), str(small.shards), str(tmp_path / "here"), tracking=UNTRACKED)
+    with without_ray():
+        here = evaluate(given)
+    assert evaluate(dataclasses.replace(given, output=str(tmp_path / "evaluation"), runtime=TWO)) == here
