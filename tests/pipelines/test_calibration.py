@@ -37,23 +37,19 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ModelError
 
-pytestmark = pytest.mark.ray
-
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes" / "calibration"
 
 QUICK = CalibrationConfig(iterations=6, batch_size=4, head=HeadConfig(hidden=8))
 
 
 @pytest.fixture(scope="module")
-def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "model"
-    train(tiny_training(small.shards, folder))
-    return folder
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 @pytest.fixture
 def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the pipeline in this process, its actors one after the other; the first test has them on Ray."""
+    """Runs the pipeline in this process, its actors one after the other."""
 
     class Handle:
         def __init__(self, actor: Any) -> None:
@@ -91,7 +87,7 @@ def listed(shards: ShardSet) -> list[dict[str, Any]]:
     return shards.table(Selection(("train",), labels=(NORMAL,)), ["sample_id", "category", "split"]).to_pylist()
 
 
-def test_calibrating_scores_and_what_is_kept(small: Small, model: Path, tmp_path: Path) -> None:
+def test_calibrating_scores_and_what_is_kept(here: None, small: Small, model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     output = tmp_path / "cada"
     (result,) = calibrate(options(small, model, output=str(output), folder=str(kept)))
@@ -253,3 +249,17 @@ def test_recipes(name: str, alpha: float | None, iterations: int) -> None:
     assert config.statistics == ("mean_std" if name == "contaminated" else "mean_max")
     assert (config.standardise, config.schedule) == ((True, "cosine") if alpha is None else (False, "constant"))
     assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == ["contaminated", "recontrast", "revdist", "uniad"]
+
+
+@pytest.mark.ray
+def test_actors_make_the_same(
+    ray_cluster: None, small: Small, model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    calibrate(options(small, model, output=str(tmp_path / "ray")))
+    request.getfixturevalue("here")
+    calibrate(options(small, model, output=str(tmp_path / "here"), folder=str(tmp_path / "kept-here")))
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")} for name in ("ray", "here")
+    )
+    assert "model.json" in first
+    assert first == second

@@ -208,17 +208,13 @@ def test_anomalous_images_only_and_a_model_of_each_category(model: str, shards: 
     assert ShardSet.open(shards).count(Selection(labels=(1,))) == 12
 
 
-@pytest.mark.ray
-def test_actors_write_the_same(
-    ray_cluster: None, model: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster_anomalies(options(model, shards, tmp_path / "here" / "out"))
-    monkeypatch.undo()
-    cluster_anomalies(options(model, shards, tmp_path / "ray" / "out", runtime=RuntimeOptions(workers=2)))
-    first, second = (
-        {path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()} for name in ("here", "ray")
-    )
-    assert first == second
+def test_results_do_not_depend_on_the_number_of_workers(model: str, shards: str, tmp_path: Path) -> None:
+    written = []
+    for workers in (1, 2):
+        output = tmp_path / str(workers) / "out"
+        cluster_anomalies(options(model, shards, output, runtime=RuntimeOptions(workers=workers)))
+        written.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert written[0] == written[1]
 
 
 def test_patchcore_clusters_too_and_unlabelled_images_need_a_number(tmp_path: Path) -> None:

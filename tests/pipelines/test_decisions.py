@@ -16,6 +16,7 @@ from PIL import Image
 
 import unianom
 from pipelines.decisions import DecideOptions, DecideResult, DecisionSet, decide, print_decisions
+from pipelines.runtime import RuntimeOptions
 from tests.pipelines.conftest import ONE, UNTRACKED, tiny_method
 from tests.pipelines.evaluated import Scored, _write_scores, _write_shards, model_entry
 from unianom import files
@@ -34,10 +35,8 @@ RATES: dict[str, Any] = {"target_fpr": 0.15, "review_fpr": 0.3}
 
 
 @pytest.fixture(autouse=True)
-def serial(request: pytest.FixtureRequest) -> None:
-    """No Ray, but in the test that is about the cluster."""
-    if "ray_cluster" not in request.fixturenames:
-        request.getfixturevalue("inline")
+def serial(inline: None) -> None:
+    """No test here has Ray."""
 
 
 def corpus(train: str = "train") -> list[Scored]:
@@ -306,9 +305,8 @@ def test_a_loaded_model_decides_by_its_rule(tmp_path: Path) -> None:
     assert unianom.load(str(tmp_path / "copy")).digest == ruled.digest
 
 
-@pytest.mark.ray
-def test_actors_decide_as_the_rule_says(ray_cluster: None, written: Written, scores: str) -> None:
-    written.decide(scores, "by_actors")
+def test_two_workers_decide_as_the_rule_says(written: Written, scores: str) -> None:
+    written.decide(scores, "by_actors", runtime=RuntimeOptions(workers=2))
     folder = written.folder / "by_actors"
     rows = {row["sample_id"]: row["decision"] for row in DecisionSet.open(folder).table().to_pylist()}
     rule = DecisionRule.from_dict(json.loads((folder / "thresholds.json").read_text()))

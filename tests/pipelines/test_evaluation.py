@@ -266,8 +266,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path):
         _write(tmp_path / "unlabelled", [replace(s, label=None) for s in _samples()])
 
 
-@pytest.mark.ray
-def test_bytes_do_not_depend_on_the_number_of_workers(ray_cluster: None, tmp_path: Path):
+def test_bytes_do_not_depend_on_the_number_of_workers(inline: None, tmp_path: Path):
     """Those of one, two and four workers are those of no worker at all."""
     expected = {}
     for pixels in (10**9, 0):

@@ -34,7 +34,7 @@ from pipelines.protocols import (
 from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import ScoreOptions, score
 from tests.data.test_shards import write_set
-from tests.pipelines.conftest import UNTRACKED, Small, tiny_method
+from tests.pipelines.conftest import UNTRACKED, tiny_method
 from tests.pipelines.sharded import masked, picture, sample, samples
 from unianom import files
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100, SPECIES_60, SPECIES_60_SPLITS
@@ -135,6 +135,16 @@ def test_scores_in_larger_batches_agree_up_to_rounding(inline: None, shards: str
     found = draws_of(tmp_path / "low")
     for row in ordinary_scores(shards, tmp_path, 3, 0, 4, categories=("bolt",)):
         assert found[3, 0, row["sample_id"]] == pytest.approx(row["score"], rel=1e-4)
+
+
+def test_results_do_not_depend_on_the_number_of_workers(inline: None, shards: str, tmp_path: Path) -> None:
+    outputs = []
+    for workers in (1, 2):
+        output = tmp_path / str(workers) / "low"
+        low_shot(low_shot_options(shards, output, shots=(1, 3), runtime=RuntimeOptions(workers=workers)))
+        outputs.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert outputs[0] == outputs[1]
+    assert files.exists(str(tmp_path / "1" / "embeddings"))
 
 
 def test_metrics_and_what_was_left_out(inline: None, shards: str, tmp_path: Path, capsys: Any) -> None:
@@ -312,17 +322,3 @@ def test_every_recipe_is_a_config_of_its_protocol(recipe: Path) -> None:
     plain = yaml.safe_load(recipe.read_text())
     for key in set(plain) - {"method"}:
         assert getattr(options, key) == (tuple(plain[key]) if isinstance(plain[key], list) else plain[key])
-
-
-# ---- on Ray ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_results_do_not_depend_on_the_number_of_workers(small: Small, tmp_path: Path) -> None:
-    outputs = []
-    for workers in (1, 2):
-        output = tmp_path / str(workers) / "low"
-        low_shot(low_shot_options(str(small.shards), output, shots=(1, 2), runtime=RuntimeOptions(workers=workers)))
-        outputs.append({path.name: path.read_bytes() for path in output.iterdir()})
-    assert outputs[0] == outputs[1]
-    assert files.exists(str(tmp_path / "1" / "embeddings"))
