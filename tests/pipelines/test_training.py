@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-import os
-import signal
+import re
 import socket
 import subprocess
 import sys
@@ -43,7 +42,7 @@ from pipelines.training import (
     undisturbed,
 )
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
-from tests.pipelines.conftest import ONE, UNTRACKED, Small
+from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, without_ray
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS
@@ -257,32 +256,38 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ddp_worker(rank: int, port: int, config: Any, output: str) -> None:
-    """One of two workers: three steps, the model finished on the first one after each, as validation does."""
+def ddp_worker(rank: int, port: int, configs: list[Any], output: str) -> None:
+    """One of two workers: three steps of each, the model finished on the first one after each, as validation does."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    method = make(config)
-    steps = trainer(method, rank, 2)
-    for _ in steps.steps(3):
+    for number, config in enumerate(configs):
+        method = make(config)
+        steps = trainer(method, rank, 2)
+        for _ in steps.steps(3):
+            if rank == 0:
+                with undisturbed(method):
+                    method.finish([training_batch(method, 4)], ["a", "b"])
+        state = steps.state()
         if rank == 0:
-            with undisturbed(method):
-                method.finish([training_batch(method, 4)], ["a", "b"])
-    state = steps.state()
-    if rank == 0:
-        torch.save({"weights": weights(method), "random": len(state["random"])}, output)
+            torch.save({"weights": weights(method), "random": len(state["random"])}, f"{output}{number}")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("config", [CONFIG, OneNIPConfig(**RECONSTRUCTION, refiner=False, training=CONFIG.training)])
-def test_two_workers_step_as_one_on_the_whole_batch(config: Any, tmp_path: Path) -> None:
-    still = dataclasses.replace(config, transformer=STILL, training=dataclasses.replace(config.training, batch_size=5))
-    alone = make(still)
-    run(trainer(alone), 3)
-    mp.spawn(ddp_worker, (free_port(), still, str(tmp_path / "state")), nprocs=2)  # shares of 2 and 3 images
-    state = torch.load(tmp_path / "state", weights_only=True)
-    assert state["random"] == 2
-    torch.testing.assert_close(state["weights"], weights(alone), rtol=1e-3, atol=2e-5)
+def test_two_workers_step_as_one_on_the_whole_batch(tmp_path: Path) -> None:
+    """Of two methods, in the same processes, since starting these takes longest."""
+    training = dataclasses.replace(CONFIG.training, batch_size=5)  # shares of 2 and 3 images
+    configs = [
+        dataclasses.replace(CONFIG, transformer=STILL, training=training),
+        OneNIPConfig(**{**RECONSTRUCTION, "transformer": STILL}, refiner=False, training=training),
+    ]
+    mp.spawn(ddp_worker, (free_port(), configs, str(tmp_path / "state")), nprocs=2)
+    for number, config in enumerate(configs):
+        alone = make(config)
+        run(trainer(alone), 3)
+        state = torch.load(tmp_path / f"state{number}", weights_only=True)
+        assert state["random"] == 2
+        torch.testing.assert_close(state["weights"], weights(alone), rtol=1e-3, atol=2e-5)
 
 
 def test_finishing_sees_every_category_alike() -> None:
@@ -322,7 +327,7 @@ def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
         TrainingOptions("shards", "model", **wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------- with Ray
+# ------------------------------------------------------------------------------------------------------ the pipeline
 def options(name: str, small: Small, output: Path, config: Any, **changes: Any) -> Any:
     defaults: dict[str, Any] = {
         "method": config,
@@ -335,21 +340,57 @@ def options(name: str, small: Small, output: Path, config: Any, **changes: Any) 
     return train_options()[name](shards=str(small.shards), output=str(output), **{**defaults, **changes})
 
 
-LONG = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, iterations=600))
+def test_uninet_goes_from_training_to_scores_with_and_without_batch_norm_folded(
+    inline: None, small: Small, tmp_path: Path
+) -> None:
+    """Its frozen teacher's features are kept, its other teacher sees the images."""
+    config = dataclasses.replace(TINY["uninet"].config, training=UniNetTraining(iterations=4, batch_size=4))
+    train(options("uninet", small, tmp_path / "model", config))
+    assert list((tmp_path / "prepared").rglob("*-level_2.npy"))
+    assert list((tmp_path / "prepared").rglob("*-pixels.npy"))
+    scores = {}
+    for fold in (True, False):
+        folder = str(tmp_path / f"scores-{fold}")
+        given = ScoreOptions(str(tmp_path / "model"), str(small.shards), folder, fold_batch_norm=fold, runtime=ONE)
+        table = score(given).scores.table(columns=["sample_id", "score"])
+        scores[fold] = dict(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    assert scores[True].keys() == scores[False].keys()
+    assert scores[True] == pytest.approx(scores[False], rel=1e-4)
+    assert scores[True] != scores[False], "nothing was folded"
+
+
+def test_wrong_inputs_show_before_any_work(inline: None, small: Small, tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY["onenip"].config, synthesis=SynthesisConfig(textures=str(tmp_path / "dtd")))
+    with pytest.raises(DataError, match=r"synthesis\.textures: no folder .*dtd"):
+        train(options("onenip", small, tmp_path / "model", config))
+    with pytest.raises(DataError, match="no category nut; it has cog, weave"):
+        train(options("uniad", small, tmp_path / "other", CONFIG, categories=("nut",)))
+    assert not (tmp_path / "prepared").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- with Ray
+LONG = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, iterations=400))
 
 
 @pytest.fixture(scope="module")
 def undisturbed_model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one worker in this process."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    result = train(options("uniad", small, folder, LONG, checkpoint_every=150))[0]
+    with without_ray():
+        result = train(options("uniad", small, folder, LONG, checkpoint_every=150))[0]
     assert result.fresh
-    assert result.metrics["iterations"] == 600
+    assert result.metrics["iterations"] == 400
     assert result.threshold is not None
     return folder
 
 
-def checkpoints(output: Path) -> list[Path]:
-    return list((output / "_work" / "checkpoints").glob("checkpoint_*/state.pt"))
+def checkpoints(output: Path) -> set[str]:
+    """Those that Ray Train knows of, and so continues from."""
+    try:
+        known = (output / "_work" / "checkpoints" / "checkpoint_manager_snapshot.json").read_text()
+    except FileNotFoundError:
+        return set()
+    return set(re.findall(r"checkpoint_[\d_.-]+", known))
 
 
 def same_weights(left: Path, right: Path) -> bool:
@@ -357,26 +398,42 @@ def same_weights(left: Path, right: Path) -> bool:
 
 
 @pytest.mark.ray
-def test_a_killed_job_continues_to_the_same_weights(undisturbed_model: Path, small: Small) -> None:
-    """kill -9 of driver, cluster and workers behind the first checkpoint, then the same options again."""
+def test_a_killed_job_and_a_killed_worker_end_with_the_same_weights(
+    ray_cluster: None, undisturbed_model: Path, small: Small, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """kill -9 of driver, cluster and workers behind a checkpoint, then of a worker of the job that continues it."""
     output = undisturbed_model.parent / "killed"
     asked = options("uniad", small, output, LONG, checkpoint_every=20)
     config = undisturbed_model.parent / "killed.yaml"
     config.write_text(yaml.safe_dump(to_plain(asked)))
-    process = subprocess.Popen(
-        [sys.executable, "jobs/train.py", "uniad", "--config", str(config)], cwd=REPOSITORY, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, "jobs/train.py", "uniad", "--config", str(config)], cwd=REPOSITORY)
     deadline = time.monotonic() + 180
     while not checkpoints(output):
         assert process.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_job(process)
     assert not (output / "model.json").exists()
+    left = checkpoints(output)
+    killed: list[int] = []
 
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            if checkpoints(output) - left:
+                for process in psutil.Process().children(recursive=True):
+                    if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     result = train(asked)[0]
+    killer.join()
+    assert killed
     assert result.fresh
+    assert capfd.readouterr().err.count("continuing at step") == 2
     assert same_weights(output, undisturbed_model)
     assert unianom.load(output).threshold == unianom.load(undisturbed_model).threshold
     assert not (output / "_work").exists()
@@ -386,32 +443,8 @@ def test_a_killed_job_continues_to_the_same_weights(undisturbed_model: Path, sma
 
 
 @pytest.mark.ray
-def test_a_killed_worker_is_replaced(undisturbed_model: Path, small: Small, capfd: pytest.CaptureFixture[str]) -> None:
-    output = undisturbed_model.parent / "worker-killed"
-    killed: list[int] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 120
-        while not killed and time.monotonic() < deadline:
-            if checkpoints(output):
-                time.sleep(2.5)  # until Ray Train knows of the checkpoint
-                for process in psutil.Process().children(recursive=True):
-                    if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    train(options("uniad", small, output, LONG, checkpoint_every=20))
-    killer.join()
-    assert killed
-    assert same_weights(output, undisturbed_model)
-
-
-@pytest.mark.ray
 def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
-    undisturbed_model: Path, small: Small, capfd: pytest.CaptureFixture[str]
+    ray_cluster: None, undisturbed_model: Path, small: Small, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also: the frozen features that UniAD's run kept serve this one, since both have the same neck."""
     output = undisturbed_model.parent / "onenip"
@@ -445,26 +478,6 @@ def test_two_workers_train_onenip_with_prompts_synthesis_and_validation(
 
 
 @pytest.mark.ray
-def test_uninet_goes_from_training_to_scores_with_and_without_batch_norm_folded(
-    ray_cluster: None, small: Small, tmp_path: Path
-) -> None:
-    """Its frozen teacher's features are kept, its other teacher sees the images."""
-    config = dataclasses.replace(TINY["uninet"].config, training=UniNetTraining(iterations=4, batch_size=4))
-    train(options("uninet", small, tmp_path / "model", config))
-    assert list((tmp_path / "prepared").rglob("*-level_2.npy"))
-    assert list((tmp_path / "prepared").rglob("*-pixels.npy"))
-    scores = {}
-    for fold in (True, False):
-        folder = str(tmp_path / f"scores-{fold}")
-        given = ScoreOptions(str(tmp_path / "model"), str(small.shards), folder, fold_batch_norm=fold, runtime=ONE)
-        table = score(given).scores.table(columns=["sample_id", "score"])
-        scores[fold] = dict(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
-    assert scores[True].keys() == scores[False].keys()
-    assert scores[True] == pytest.approx(scores[False], rel=1e-4)
-    assert scores[True] != scores[False], "nothing was folded"
-
-
-@pytest.mark.ray
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     ray_cluster: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,16 +487,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     streamed = DataOptions(images="stream", frozen_features=False, folder=str(tmp_path / "prepared"))
     with pytest.raises(DataError, match=r"not finite at step \d+ .*learning_rate"):
         train(options("uniad", small, tmp_path / "model", config, data=streamed))
-    assert not (tmp_path / "prepared").exists()
-
-
-@pytest.mark.ray
-def test_wrong_inputs_show_before_any_work(ray_cluster: None, small: Small, tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY["onenip"].config, synthesis=SynthesisConfig(textures=str(tmp_path / "dtd")))
-    with pytest.raises(DataError, match=r"synthesis\.textures: no folder .*dtd"):
-        train(options("onenip", small, tmp_path / "model", config))
-    with pytest.raises(DataError, match="no category nut; it has cog, weave"):
-        train(options("uniad", small, tmp_path / "other", CONFIG, categories=("nut",)))
     assert not (tmp_path / "prepared").exists()
 
 
