@@ -57,7 +57,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
                 time.sleep(1)
             yield address, token
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGKILL)  # asked to end, it takes half a minute
             process.wait(60)
             shutil.rmtree(temporary, ignore_errors=True)
 
