@@ -24,6 +24,9 @@ IMAGES_AT_ONCE = 32
 OBJECTIVE, PROGRESS = "objective", "progress"
 """What a trial reports: how well it does, and the share of its training that is done, in percent."""
 
+WORKERS = "workers"
+"""What a trial reports besides: the placement group of its training workers."""
+
 READINGS = "_readings.json"
 """Names the arrays of kept readings, once all are written, and tells the latency."""
 

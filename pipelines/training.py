@@ -58,7 +58,7 @@ from pipelines.normals import (
     missing_masks,
     weights_digest,
 )
-from pipelines.readings import PROGRESS, Comparer, Comparison
+from pipelines.readings import PROGRESS, WORKERS, Comparer, Comparison
 from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
 from pipelines.spaces import with_values
 from pipelines.tracking import Run
@@ -665,11 +665,17 @@ def _loop(
                 if figures:
                     tell({"step": step, "validation": figures})
             if job.comparison is not None:  # every worker must, or none goes on
-                ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations)})
+                ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations), WORKERS: _workers()})
         preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
         warned = warned or preempted
         if step % options.checkpoint_every == 0 or step == job.end or preempted:
             save_checkpoint(trainer, first=tell is not None)
+
+
+def _workers() -> str:
+    """Placement group of the workers of this training, as text; empty outside of Ray."""
+    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
+    return "" if group is None else group.id.hex()
 
 
 def save_checkpoint(trainer: Trainer, first: bool) -> None:

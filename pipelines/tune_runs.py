@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from pipelines.proxy import METRICS
-from pipelines.readings import OBJECTIVE, PROGRESS
+from pipelines.readings import OBJECTIVE, PROGRESS, WORKERS
 from pipelines.runtime import Progress, set_threads
 from pipelines.spaces import Choice, Dimension, key_of
 from pipelines.tracking import Run, TrackingOptions, track
@@ -235,6 +237,7 @@ class Recorder(tune.Callback):
         self._tracking, self._run = tracking, run
         self._open: dict[str, tuple[ExitStack, Run]] = {}
         self._told: dict[str, list[dict[str, Any]]] = {}
+        self._workers: dict[str, str] = {}
         self._ended: dict[str, int] = {}
         self._best = -math.inf if best is None else best
 
@@ -270,6 +273,7 @@ class Recorder(tune.Callback):
     ) -> None:
         if PROGRESS not in result:
             return
+        self._workers[trial.trial_id] = result.get(WORKERS, "")
         told = {name: value for name, value in result.items() if name in TOLD}
         self._told.setdefault(trial.trial_id, []).append({PROGRESS: result[PROGRESS], **told})
         self._open[trial.trial_id][1].metrics(told, result[PROGRESS])
@@ -295,6 +299,7 @@ class Recorder(tune.Callback):
         self._end(trial, record)
 
     def _end(self, trial: Any, record: dict[str, Any] | None) -> None:
+        release(self._workers.pop(trial.trial_id, ""))
         stack, own = self._open.pop(trial.trial_id, (ExitStack(), Run()))
         if record is not None:
             own.tags({"unianom.status": record["status"], "unianom.error": record["error"] or ""})
@@ -308,6 +313,19 @@ class Recorder(tune.Callback):
         words = ", ".join(f"{count} {status}" for status, count in self._ended.items())
         best = "" if self._best == -math.inf else f", best {self._best:.4f}"
         self._progress.set(sum(self._ended.values()), words + best)
+
+
+def release(workers: str) -> None:
+    """Give back what the workers of a training hold whose trial has ended, if they hold it still.
+
+    Ray Train gives it back where its controller ended in good order, but that of a stopped trial is killed. What should
+    notice that asks the dashboard, which need not be there, and gives up where two Rays run on a machine.
+    """
+    if not workers:
+        return
+    group = PlacementGroup(ray.PlacementGroupID.from_hex(workers))
+    if placement_group_table(group).get("state") not in (None, "REMOVED"):
+        remove_placement_group(group)
 
 
 TOLD = (OBJECTIVE, *METRICS, LATENCY, MEMORY)
