@@ -32,6 +32,7 @@ from scipy import stats
 from sklearn.ensemble import RandomForestRegressor
 
 from pipelines.commandline import console, print_table
+from unianom import visual
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -364,23 +365,11 @@ def _cell(value: Any) -> Any:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Axes as quiet as those of `unianom.visual`."""
-    axes.set_title(title, fontsize=9, loc="left", fontweight="bold", color=_INK, parse_math=False)
-    axes.set_xlabel(x_label, fontsize=8, color=_INK)
-    axes.set_ylabel(y_label, fontsize=8, color=_INK)
-    axes.tick_params(length=0, labelsize=7, labelcolor=_INK)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 def _nothing(title: str, words: str) -> Figure:
     """A figure that says why it is empty."""
     figure = Figure(figsize=(4.6, 1.2), layout="constrained")
     axes = figure.add_subplot()
-    _style(axes, title, "", "")
+    visual.quiet(axes, title, "", "")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=8, color=_FAINT)
@@ -595,7 +584,7 @@ def importance_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yticks(place, [_wrap(names[row["option"]], 34, 1) for row in shown], parse_math=False)
     axes.invert_yaxis()
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    _style(axes, title, "R² lost when the option is shuffled", "")
+    visual.quiet(axes, title, "R² lost when the option is shuffled", "")
     axes.grid(visible=False, axis="y")
     if len(shown) < len(rows):
         _caption(figure, f"the first {len(shown)} of {len(rows)} options")
@@ -642,7 +631,7 @@ def pareto_figure(trials: Sequence[Mapping[str, Any]], front: Collection[str]) -
         best = int(np.argmax(np.where(known, y, -np.inf)))
         _name_point(axes, cost[best], y[best], str(trials[best]["trial"]), cost[known])
         _limit(axes, floor, y.max() + 0.06 * (y.max() - floor))  # room for the name
-        _style(axes, _COSTS[key].split(" in ")[0].capitalize(), _COSTS[key], "objective" if number == 0 else "")
+        visual.quiet(axes, _COSTS[key].split(" in ")[0].capitalize(), _COSTS[key], "objective" if number == 0 else "")
         axes.tick_params(labelleft=number == 0)
     words = (
         f"{_count(len(trials), 'trial')}; orange: on the common front; line: what none beats in the two values shown"
@@ -701,7 +690,7 @@ def history_figure(trials: Sequence[Mapping[str, Any]]) -> Figure:
     axes.plot(*curve[-1], "X" if trial["status"] == "stopped" else "o", color=_MARKED, markersize=6, zorder=4)
     axes.set_xlim(-2, 102)
     _limit(axes, floor, high)
-    _style(axes, "Objective while training", "progress in %", "objective")
+    visual.quiet(axes, "Objective while training", "progress in %", "objective")
     _legend(axes)
     _caption(figure, _ended(trials) + _below(ends, floor))
     return figure
@@ -730,7 +719,7 @@ def _history_in_turn(trials: Sequence[Mapping[str, Any]]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(0.5 - 0.01 * len(y), len(y) + 0.5 + 0.01 * len(y))
     _limit(axes, floor, float(y[best]) + 0.06 * (float(y[best]) - floor))
-    _style(axes, "Objective of each trial", "trial", "objective")
+    visual.quiet(axes, "Objective of each trial", "trial", "objective")
     _legend(axes)
     _caption(figure, _ended(trials) + _below(y[known], floor))
     return figure
@@ -775,7 +764,7 @@ def slices_figure(settings: Sequence[Mapping[str, Any]]) -> Figure:
     for number, column in enumerate(shown):
         axes = figure.add_subplot(down, across, number + 1, sharey=first)
         first = first or axes
-        _style(axes, _wrap(names[column.option], 26), "", "objective" if number % across == 0 else "")
+        visual.quiet(axes, _wrap(names[column.option], 26), "", "objective" if number % across == 0 else "")
         axes.title.set_fontsize(8)
         _draw_slice(axes, column, np.maximum(y, floor), generator)
         if number % across:
@@ -889,7 +878,7 @@ def proxy_figure(
         axes.scatter(drawn[0][others], drawn[1][others], color=_PLAIN, linewidths=0, label="other settings", **small)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    _style(axes, title, "proxy objective", "test objective")
+    visual.quiet(axes, title, "proxy objective", "test objective")
     _legend(axes)
     edge = f"; {_count(int(low.sum()), 'lower setting')} at the lower edges" if low.any() else ""
     _caption(figure, _correlation_words(rank_correlation(x, y)) + edge)

@@ -224,18 +224,6 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "sd": deviation}
 
 
-def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Axes as quiet as those of `unianom.visual`."""
-    axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=8)
-    axes.set_ylabel(y_label, fontsize=8)
-    axes.tick_params(length=0, labelsize=7)
-    axes.grid(color="#dde1e7", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
 # -- semantic anomalies ------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +439,7 @@ def _task_figure(rows: Sequence[Mapping[str, Any]], mean: float | None) -> Figur
     axes.set_yticks(range(len(known)), [row["task"] for row in known])
     axes.set_ylim(-0.7, len(known) - 0.3)
     axes.set_xlim(max(0, min([50, *values]) - 4), 104)
-    _style(axes, title, "image AUROC in %", "")
+    visual.quiet(axes, title, "image AUROC in %", "")
     return figure
 
 
@@ -778,7 +766,7 @@ def _shot_figure(summary: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(shots, [str(s) for s in shots])
         axes.minorticks_off()
-        _style(axes, LOW_SHOT_METRICS[key], "normal images per category", "in %" if number == 0 else "")
+        visual.quiet(axes, LOW_SHOT_METRICS[key], "normal images per category", "in %" if number == 0 else "")
         if number == 0:
             axes.legend(fontsize=7, frameon=False, loc="lower right")
     return figure

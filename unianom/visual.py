@@ -319,6 +319,18 @@ def _draw_row(axes: Axes, edges: NDArray[np.float64], normal: ArrayLike, anomalo
     axes.spines["bottom"].set_color(_GRID)
 
 
+def quiet(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Axes with a light grid, no frame and small type."""
+    axes.set_title(title, fontsize=9, color=_INK, loc="left", fontweight="bold", parse_math=False)
+    axes.set_xlabel(x_label, fontsize=8, color=_INK)
+    axes.set_ylabel(y_label, fontsize=8, color=_INK)
+    axes.tick_params(length=0, labelsize=7, labelcolor=_INK)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
 def _dress(
     axes: Axes,
     title: str,
@@ -326,15 +338,9 @@ def _dress(
     y_label: str,
     legend: Literal["best", "lower right"],
 ) -> None:
-    """Quiet axes: a light grid, no frame, small type."""
-    axes.set_title(title, fontsize=9, color=_INK, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=8, color=_INK)
-    axes.set_ylabel(y_label, fontsize=8, color=_INK)
-    axes.tick_params(length=0, labelsize=7, labelcolor=_INK)
+    """Quiet axes, with a legend where there is anything to tell."""
+    quiet(axes, title, x_label, y_label)
     axes.grid(color=_GRID, linewidth=0.6, clip_on=False)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7, frameon=False, loc=legend, labelcolor=_INK, handlelength=1.4)
 
