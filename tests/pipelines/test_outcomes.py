@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
@@ -78,18 +78,16 @@ def test_the_best_trial_and_the_cheapest_of_the_good(prefer: str, tolerance: flo
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For machines that others use, too."""
+
 leaf = st.none() | st.booleans() | st.integers(2, 9) | st.floats(-0.9, 0.9) | st.text(max_size=2)
-tree = st.dictionaries(
-    st.sampled_from("abc"),
-    st.recursive(
-        leaf | st.lists(leaf, max_size=2),
-        lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
-        max_leaves=8,
-    ),
-    max_size=3,
-)
+keys = st.sampled_from("abc")
+inner = st.dictionaries(keys, leaf | st.lists(leaf, max_size=2), max_size=2)
+tree = st.dictionaries(keys, leaf | inner | st.dictionaries(keys, leaf | inner, max_size=3), max_size=3)
 
 
+@PATIENT
 @given(before=tree, changes=tree)
 def test_a_difference_and_merging_undo_each_other(before: dict[str, Any], changes: dict[str, Any]) -> None:
     after = merged(before, changes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -37,6 +37,9 @@ from unianom.methods.patchcore import PatchCoreConfig
 from unianom.methods.revdist import RevDistConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 from unianom.methods.uninet import UniNetConfig
+
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For machines that others use, too."""
 
 READ = {
     "uninet": ["alpha", "beta", "score_blur"],
@@ -237,6 +240,7 @@ def test_a_range_must_be_finite(low: float) -> None:
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
+@PATIENT
 @given(
     low=st.floats(1e-8, 1e3),
     factor=st.floats(1.01, 1e6),
@@ -307,6 +311,7 @@ def test_drawn_settings_differ_and_a_seed_names_them() -> None:
     assert all(list(values) == ["a", "b.c", "rate"] for values in drawn)
 
 
+@PATIENT
 @given(seed=st.integers(0, 1000), fewer=st.integers(0, 8), more=st.integers(8, 12))
 def test_fewer_draws_are_the_first_of_more(seed: int, fewer: int, more: int) -> None:
     for space in (TWO, OPEN):
@@ -371,11 +376,8 @@ def test_values_are_read_as_they_are_written() -> None:
     assert read_value(config, "bank") == dataclasses.asdict(config.bank)
 
 
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-1, 1) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
+leaf = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-1, 1) | st.text(max_size=3)
+plain = leaf | st.lists(leaf | st.lists(leaf, max_size=2), max_size=3) | st.dictionaries(st.text(max_size=3), leaf)
 
 
 def as_tuples(value: Any) -> Any:
@@ -384,6 +386,7 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
+@PATIENT
 @given(st.dictionaries(st.text(max_size=3), plain, max_size=4))
 def test_keys_are_the_same_for_lists_and_tuples_in_any_order(values: dict[str, Any]) -> None:
     assert key_of(values) == key_of(as_tuples(values))
