@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -112,6 +113,10 @@ class TrialValues:
             values[dimension.name] = domain.values[told] if isinstance(domain, Choice) else domain.rounded(told)
         return values
 
+    def are(self, values: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        """Whether a config stands for these values."""
+        return key_of(self.of(config)) == key_of(values)
+
     def distributions(self) -> dict[str, Any]:
         """Optuna's, by option. A choice is told by its place, for Optuna knows no lists."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -159,6 +164,24 @@ def tree_parzen(values: TrialValues, points: list[dict[str, Any]], seed: int, pa
     if pareto:
         goals = {"metric": [OBJECTIVE, LATENCY, MEMORY], "mode": ["max", "min", "min"]}
     return OptunaSearch(space=values.distributions(), points_to_evaluate=points or None, seed=seed, **goals)
+
+
+class Halving(AsyncHyperBandScheduler):
+    """Asynchronous successive halving that never stops the trial with the options as given, since all others are
+    compared with it.
+
+    Args:
+        spared: tells that trial by its config.
+        options: of the scheduler.
+    """
+
+    def __init__(self, spared: Callable[[dict[str, Any]], bool], **options: Any) -> None:
+        super().__init__(**options)
+        self._spared = spared
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if self._spared(trial.config) else decision
 
 
 class PassOn(TuneReportCallback):

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_type_hints
 
 import ray
 from ray import tune as ray_tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 
 from pipelines import storage
@@ -62,7 +62,7 @@ from pipelines.trials import (
     read_record,
     trial_id,
 )
-from pipelines.tune_runs import SPENT, Budget, Recorder, TrialValues, surroundings, tree_parzen, tune_trial
+from pipelines.tune_runs import SPENT, Budget, Halving, Recorder, TrialValues, surroundings, tree_parzen, tune_trial
 from unianom import __version__, files
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
@@ -467,7 +467,8 @@ class Driver:
         scheduler: TrialScheduler | None = None
         if asha:
             stopping = options.early_stopping
-            scheduler = AsyncHyperBandScheduler(
+            scheduler = Halving(
+                partial(values.are, self._default()),
                 time_attr=PROGRESS,
                 max_t=101,  # a trial that reports 100 has ended by itself
                 grace_period=round(100 * stopping.grace),

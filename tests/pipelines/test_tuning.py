@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -31,7 +32,7 @@ from pipelines.spaces import Choice, Dimension, Range, key_of, space_of
 from pipelines.tracking import TrackingOptions
 from pipelines.trial_kinds import trained_model
 from pipelines.trials import run_trial
-from pipelines.tune_runs import Budget, TrialValues, tree_parzen
+from pipelines.tune_runs import Budget, Halving, TrialValues, tree_parzen
 from pipelines.tuning import EarlyStopping, tune, tune_options
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
@@ -249,6 +250,31 @@ def test_time_is_counted_through_interruptions() -> None:
     budget("b", {"time_total_s": 3600.0})
     assert budget.stop_all()
     assert budget.spent()["trial_seconds"] == 14400.0
+
+
+def test_halving_spares_the_trial_with_the_options_as_given() -> None:
+    halving = Halving(
+        lambda config: config["number"] == 0,
+        time_attr="progress",
+        metric="objective",
+        mode="max",
+        max_t=101,
+        grace_period=20,
+        reduction_factor=2,
+    )
+    trials = [SimpleNamespace(trial_id=str(number), config={"number": number}) for number in range(4)]
+    for trial in trials:
+        halving.on_trial_add(None, trial)
+
+    def told(number: int, progress: int, objective: float) -> str:
+        return halving.on_trial_result(None, trials[number], {"progress": progress, "objective": objective})
+
+    assert told(1, 20, 0.9) == "CONTINUE"
+    assert told(2, 20, 0.1) == "STOP"
+    assert told(0, 20, 0.0) == "CONTINUE", "it is what the others are compared with"
+    assert told(3, 20, 0.95) == "CONTINUE"
+    assert told(3, 40, 0.5) == "CONTINUE"
+    assert told(1, 40, 0.4) == "STOP"
 
 
 DIMENSIONS = (
