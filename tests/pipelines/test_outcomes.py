@@ -37,7 +37,7 @@ from unianom.methods.layers.bank import BankConfig
 from unianom.methods.patchcore import PatchCoreConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 from unianom.methods.uninet import UniNetConfig
-from unianom.serialise import merged, to_plain
+from unianom.serialise import from_plain, merged, to_plain
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
@@ -147,27 +147,30 @@ def test_a_recipe_makes_the_options_of_the_trial(name: str, preset: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
+    "config",
     [
         # all of it the default of one preset, but not of the other
-        ("patchcore", PatchCoreConfig(preset="reference", reweight=True)),
-        ("patchcore", PatchCoreConfig(reweight=False)),
+        PatchCoreConfig(preset="reference", reweight=True),
+        PatchCoreConfig(reweight=False),
         # the lower limit hangs on the decision where it is not given
-        ("uninet", UniNetConfig(decision="literal", beta=3e-5)),
-        ("uninet", UniNetConfig(decision="literal")),
-        (
-            "uniformaly",
-            UniFormalyConfig(
-                backbone=BackboneConfig("vit_tiny_patch16_224", weights="random", options={"patch_size": 8}),
-                input=InputPolicy(resize="stretch", size=64, crop=None),
-                bank=BankConfig(index="ivf_flat", nlist=9),
-                blocks=(0, 1),
-            ),
-        ),
+        UniNetConfig(decision="literal", beta=3e-5),
+        UniNetConfig(decision="literal"),
     ],
 )
-def test_a_recipe_says_what_would_be_filled_in_otherwise(name: str, config: Any, tmp_path: Path) -> None:
+def test_a_recipe_says_what_would_be_filled_in_otherwise(config: Any, tmp_path: Path) -> None:
+    name = next(name for name, method in METHODS.items() if method.Config is type(config))
     assert parsed(name, recipe(campaign(name, config), {}, None), tmp_path).method == config
+    assert from_plain(type(config), told_options(config)) == config
+
+
+def test_a_recipe_keeps_options_of_options(tmp_path: Path) -> None:
+    config = UniFormalyConfig(
+        backbone=BackboneConfig("vit_tiny_patch16_224", weights="random", options={"patch_size": 8}),
+        input=InputPolicy(resize="stretch", size=64, crop=None),
+        bank=BankConfig(index="ivf_flat", nlist=9),
+        blocks=(0, 1),
+    )
+    assert parsed("uniformaly", recipe(campaign("uniformaly", config), {}, None), tmp_path).method == config
 
 
 def test_a_recipe_names_what_was_changed_and_no_more() -> None:
