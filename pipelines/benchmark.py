@@ -426,7 +426,8 @@ class StagedScorer(PartScorer):
         if new:
             method: Any = model.method
             method.embed = self._clocked("forward", method.embed)
-            method.score_patches = self._clocked("search, map", method.score_patches)
+            for name in ("find_patches", "read_maps", "read_scores"):
+                setattr(method, name, self._clocked("search, map", getattr(method, name)))
         return model
 
     def _clocked(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1026,6 +1026,14 @@ def _left_undone(content: Mapping[str, Any]) -> list[str]:
         "not run; the same command continues": missing,
     }
     found = [f"{_count(number, 'trial')} {words}." for words, number in kinds.items() if number > 0]
+    gain = content.get("gain")
+    if gain:
+        low, high = gain["interval"]
+        words = (
+            f"The best setting has {gain['objective']:+.4f} over the options as given (95 %: {low:+.4f} to {high:+.4f})"
+        )
+        advice = "." if gain["beyond_chance"] else ", which is not beyond chance: rather keep the options as given."
+        found.append(words + advice)
     if not content.get("best"):
         found.append("No setting was measured, so there is no best one.")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import errno
 import json
@@ -72,12 +73,29 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file of these options; later arguments override it")
     parser.add_class_arguments(options, as_group=False)
+    parser.set_defaults(_left_open(options))
     try:
         config = parser.parse_args(_normalise(parser, arguments))
         _check_groups(config, parser.get_defaults())
         return _instance(parser, config, options)
     except jsonargparse.ArgumentError as error:
         raise OptionError(_explain(str(error), parser)) from error
+
+
+def _left_open(options: type) -> dict[str, None]:
+    """Options of groups that are null unless given, by dotted name.
+
+    The parser takes the defaults of a group from an instance of it, in which its preset has filled them in already; so
+    another preset would fill in nothing.
+    """
+    hints = typing.get_type_hints(options)
+    return {
+        f"{group.name}.{option.name}": None
+        for group in dataclasses.fields(options)
+        if dataclasses.is_dataclass(hints[group.name])
+        for option in dataclasses.fields(hints[group.name])
+        if option.default is None
+    }
 
 
 def _check_groups(config: jsonargparse.Namespace, defaults: jsonargparse.Namespace, prefix: str = "") -> None:

@@ -19,9 +19,10 @@ from pipelines import campaign as shown
 from pipelines import storage
 from pipelines.diagnosis import diagnose
 from pipelines.proxy import ProxySet
+from pipelines.readings import gain_interval
 from pipelines.spaces import key_of
 from pipelines.tracking import Run
-from pipelines.trials import DONE, LATENCY, MEMORY, SCORES, SETTINGS, Campaign
+from pipelines.trials import BEST, DONE, GIVEN, LATENCY, MAPS, MEMORY, SCORES, SETTINGS, Campaign
 from unianom import __version__, files, visual
 from unianom.data.schema import NORMAL
 from unianom.data.splits import hash_order
@@ -185,6 +186,7 @@ def _content(ran: Ran, settings: list[dict[str, Any]], options: Any) -> dict[str
         "seconds": ran.seconds,
         "best": _setting(campaign, best, best["best"]),
         "default": None if default is None else _setting(campaign, default, default["default"]),
+        "gain": _gain(campaign, best, default, options.seed),
         "top": [_setting(campaign, record, record["best"]) for record in top],
         "importance": shown.importance(
             [setting["values"] for setting in settings],
@@ -204,6 +206,25 @@ def _is_default(campaign: Campaign, record: Mapping[str, Any]) -> bool:
     return given == (campaign.config_of({}), campaign.options)
 
 
+def _gain(
+    campaign: Campaign, best: Mapping[str, Any], default: Mapping[str, Any] | None, seed: int
+) -> dict[str, Any] | None:
+    """What the best setting has over the options as given, and whether that is beyond chance; None where the latter
+    were not measured, or on other images."""
+    if default is None or default["proxy"] != best["proxy"]:
+        return None
+    proxy = ProxySet(best["proxy"], campaign.validation.pixel_stride)
+
+    def seen(record: Mapping[str, Any], which: str) -> tuple[np.ndarray, np.ndarray]:
+        folder = campaign.trial_folder(record["values"])
+        scores, maps = (files.read_array(files.join(folder, f"{which}-{name}")) for name in (SCORES, MAPS))
+        return scores, maps
+
+    low, high = gain_interval(proxy, seen(best, BEST), seen(default, GIVEN), campaign.objective, seed=seed)
+    gain = best["objective"] - default["default"]["objective"]
+    return {"objective": gain, "interval": [low, high], "beyond_chance": low > 0}
+
+
 def _in_words(campaign: Campaign) -> str:
     """The validation images of a campaign."""
     for name in files.list_names(files.join(campaign.folder, "validation")):
@@ -220,7 +241,7 @@ def _rates(campaign: Campaign, best: Mapping[str, Any], options: Any) -> list[di
     and on the anomalous ones."""
     if not options.threshold_rates:
         return []
-    scores = files.read_array(files.join(campaign.trial_folder(best["values"]), SCORES))
+    scores = files.read_array(files.join(campaign.trial_folder(best["values"]), f"{BEST}-{SCORES}"))
     proxy = ProxySet(best["proxy"])
     normal, anomalous = np.flatnonzero(proxy.label == NORMAL), np.flatnonzero(proxy.label != NORMAL)
     order = hash_order([str(number) for number in normal], options.seed)
@@ -303,6 +324,8 @@ def recipe_text(plain: Mapping[str, Any], head: Sequence[str]) -> bytes:
 def _head(content: Mapping[str, Any], where: str) -> list[str]:
     best, default = content["best"], content["default"]
     gain = "" if default is None else f", with the options as given {default['objective']:.4f}"
+    if content["gain"] is not None and not content["gain"]["beyond_chance"]:
+        gain += " (no gain beyond chance)"
     return [
         f"{content['method']}, best of {content['counts']['settings']} settings of a campaign (unianom {__version__}): "
         f"trial {best['trial']}.",

@@ -7,6 +7,7 @@ campaign has chosen (`jobs/tune.py --diagnose true`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -329,6 +330,19 @@ class ProxySet:
     def __len__(self) -> int:
         return len(self.category)
 
+    def check(self, objective: Mapping[str, float]) -> None:
+        """Refuse an objective that these images cannot tell.
+
+        Raises:
+            DataError: it needs pixel metrics, and no anomalous image has a mask.
+        """
+        pixel = [name for name in objective if "pixel" in name]
+        if pixel and not (self.masked & (self.label != NORMAL)).any():
+            raise DataError(
+                f"the objective needs {pixel[0]}, but no anomalous validation image has a mask; choose another "
+                f"--objective, or --validation.labelled false"
+            )
+
     @cached_property
     def _pixels(self) -> np.ndarray:
         return files.read_array(files.join(self.uri, "pixels.npy"))
@@ -391,6 +405,22 @@ class ProxySet:
             for recipe in self.recipes:
                 groups[category, recipe] = (normal, np.flatnonzero(mine & (self.recipe == recipe)))
         return groups
+
+    def resampled(self, rng: np.random.Generator) -> ProxySet:
+        """The same images, of which each kind of each category is drawn anew, with replacement; for the tables."""
+        drawn = copy.copy(self)
+        groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        for category in self.categories:
+            normal = rng.choice(own, len(own)) if len(own := self._groups[category, self.recipes[0]][0]) else own
+            for recipe in self.recipes:
+                anomalous = self._groups[category, recipe][1]
+                again = rng.choice(anomalous, len(anomalous)) if len(anomalous) else anomalous
+                groups[category, recipe] = (normal, again)
+        for recipe in self.recipes:
+            parts = [groups[category, recipe] for category in self.categories]
+            groups["", recipe] = (np.concatenate([n for n, _ in parts]), np.concatenate([a for _, a in parts]))
+        drawn.__dict__["_groups"] = groups
+        return drawn
 
     def measured(self, image: Table, pixel: Table, objective: Mapping[str, float]) -> Measured:
         """One verdict from both tables.

@@ -100,15 +100,54 @@ def search_readings(
     results: dict[int, Reading] = {}
     for numbers in groups.values():
         configs = [with_values(config, settings[number]) for number in numbers]
-        scores, maps = _read(method, readings, configs, proxy)
-        pixel: Table = {}
-        if any("pixel" in name for name in objective):
-            pixel = proxy.pixel_table(maps, union=any(name.startswith("union_pixel") for name in objective))
+        scores, maps = read(method, readings, configs, proxy)
+        pixel = _pixels(proxy, maps, objective)
         for number, own in zip(numbers, scores, strict=True):
             results[number] = Reading(dict(settings[number]), _measured(proxy, own, pixel, objective))
         if tell is not None:
             tell(len(numbers))
     return [results[number] for number in range(len(settings))]
+
+
+def measure(proxy: ProxySet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]) -> Measured:
+    """The verdict on N scores and N×s×s thinned maps."""
+    return proxy.measured(proxy.image_table(scores), _pixels(proxy, maps, objective), objective)
+
+
+def gain_interval(
+    proxy: ProxySet,
+    better: tuple[np.ndarray, np.ndarray],
+    worse: tuple[np.ndarray, np.ndarray],
+    objective: Mapping[str, float],
+    resamples: int = 100,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Between what 95 % of the gains lie that one setting has over another on images drawn anew.
+
+    The same images for both, each time. It does not know of how many settings the better one is the best, so a gain
+    that is not beyond chance by this is none.
+
+    Args:
+        proxy: the N images.
+        better, worse: scores N and thinned maps N×s×s of either setting.
+        objective: weights of the metrics.
+        resamples, seed: of the bootstrap.
+    """
+    rng = np.random.default_rng(seed)
+    gains = []
+    for _ in range(resamples):
+        drawn = proxy.resampled(rng)
+        first, second = (measure(drawn, *setting, objective).objective for setting in (better, worse))
+        gains.append(first - second)
+    low, high = np.quantile(gains, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _pixels(proxy: ProxySet, maps: np.ndarray, objective: Mapping[str, float]) -> Table:
+    """Pixel metrics, where the objective has any."""
+    if not any("pixel" in name for name in objective):
+        return {}
+    return proxy.pixel_table(maps, union=any(name.startswith("union_pixel") for name in objective))
 
 
 def _measured(proxy: ProxySet, scores: np.ndarray, pixel: Table, objective: Mapping[str, float]) -> Measured | None:
@@ -117,10 +156,18 @@ def _measured(proxy: ProxySet, scores: np.ndarray, pixel: Table, objective: Mapp
     return proxy.measured(proxy.image_table(scores), pixel, objective)
 
 
-def _read(
+def read(
     method: Reader, readings: Mapping[str, Tensor], configs: Sequence[Any], proxy: ProxySet
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Scores of all images for each config, and the maps that all these configs share, thinned."""
+    """Scores of all images for each config, and the maps N×s×s that all these configs share, thinned.
+
+    Args:
+        method, readings, proxy: as of `search_readings`.
+        configs: options that differ in others than those of the map.
+
+    Raises:
+        DataError: maps are not finite.
+    """
     scores: list[list[Tensor]] = [[] for _ in configs]
     maps = []
     for start in range(0, len(proxy), IMAGES_AT_ONCE):

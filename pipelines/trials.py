@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -31,13 +30,14 @@ from pipelines.readings import (
     Reader,
     Reading,
     best_of,
+    read,
     search_readings,
 )
 from pipelines.spaces import key_of, with_values
 from pipelines.training import WorkersLostError
 from unianom import files
 from unianom.data.shards import ShardSet
-from unianom.errors import UnianomError
+from unianom.errors import UnianomError, WeightsError
 from unianom.methods import METHODS, Method
 from unianom.serialise import from_plain, to_plain
 
@@ -48,9 +48,14 @@ it ran on, so that it is tried again when the campaign is resumed."""
 CARRIED = "carried"
 """How a part of a trial of population-based training ended that others go on from."""
 
-RECORD, PLAN, REPORTS, SETTINGS, SCORES = "record.json", "values.json", "reports.json", "settings.parquet", "scores.npy"
+RECORD, PLAN, REPORTS, SETTINGS = "record.json", "values.json", "reports.json", "settings.parquet"
 """Files of a trial: what came of it; its values, written first; what it reported while it trained; all settings of its
-reading options; scores of the validation images by the best of them."""
+reading options."""
+
+SCORES, MAPS = "scores.npy", "maps.npy"
+BEST, GIVEN = "best", "given"
+"""Scores and thinned maps of the validation images are kept by the best setting of every trial, and of the trial with
+the options as given also by these."""
 
 LATENCY, MEMORY = "latency_ms", "memory_mb"
 
@@ -308,8 +313,8 @@ def run_trial(
             record = campaign.run(values, folder, inside or Inside())
         except Exception as error:
             known = user_error(error)
-            # a full disk and a lost connection are no fault of the values, either
-            ours = isinstance(known, WorkersLostError) or isinstance(error, OSError)
+            # a full disk, a lost connection and missing weights are no fault of the values, either
+            ours = isinstance(known, WorkersLostError | WeightsError) or isinstance(error, OSError)
             if ours or (known is None and _is_of_the_machine(error)):
                 # also what a trial sees of being stopped, which the driver then records
                 write_end(folder, values, CRASHED, str(known or last_line(error)))
@@ -334,8 +339,11 @@ def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fit
     found = search_readings(fitted.reader, fitted.readings, config, campaign.settings, proxy, campaign.objective)
     best = best_of(found)
     _write_settings(folder, found)
-    scores = scores_of(fitted.reader, fitted.readings, with_values(config, best.values))
-    files.write_array(files.join(folder, SCORES), scores)
+    kept = {BEST: best.values, **({GIVEN: found[0].values} if config == campaign.config_of({}) else {})}
+    for name, reading in kept.items():
+        (scores,), maps = read(fitted.reader, fitted.readings, [with_values(config, reading)], proxy)
+        files.write_array(files.join(folder, f"{name}-{SCORES}"), scores)
+        files.write_array(files.join(folder, f"{name}-{MAPS}"), maps)
     assert best.measured is not None
     record = {
         "trial": trial_id(values),
@@ -379,15 +387,3 @@ def _write_settings(folder: str, found: Sequence[Reading]) -> None:
     schema = pa.schema([("values", pa.string()), ("objective", pa.float64()), ("measured", pa.string())])
     with files.open_atomic(files.join(folder, SETTINGS)) as handle:
         pq.write_table(pa.Table.from_pylist(rows, schema), handle, compression="zstd")
-
-
-@torch.inference_mode()
-def scores_of(method: Reader, readings: Mapping[str, torch.Tensor], config: Any) -> np.ndarray:
-    """Scores of all images by some reading options."""
-    scores = []
-    count = len(next(iter(readings.values())))
-    for start in range(0, count, 32):
-        part = {name: value[start : start + 32] for name, value in readings.items()}
-        anomaly_map = method.read_maps(part, config).anomaly_map
-        scores.append(method.read_scores(part, anomaly_map, config).float().cpu().numpy())
-    return np.concatenate(scores)

@@ -31,7 +31,7 @@ from pipelines.models import ModelShelf, load_model
 from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, weights_digest
 from pipelines.outcomes import Ran, TuneResult, per_category, write_results
 from pipelines.population import STATE, PopulationCampaign, PopulationOptions, first_segments, next_segments
-from pipelines.proxy import ProxyOptions, check_objective
+from pipelines.proxy import ProxyOptions, ProxySet, check_objective
 from pipelines.readings import OBJECTIVE, PROGRESS
 from pipelines.runtime import Progress, connect
 from pipelines.spaces import (
@@ -357,6 +357,8 @@ class Driver:
 
     def prepare(self) -> None:
         """Compute what all trials share, before the first; Ray is connected."""
+        campaign = self.campaign
+        ProxySet(campaign.proxy_of(make_method(campaign.name, campaign.config_of({})))).check(campaign.objective)
 
     def go(self) -> Ran:
         """Run what is missing; give every record."""
@@ -549,6 +551,7 @@ class MemoryDriver(Driver):
         for values in combinations:
             config = campaign.config_of({**values, "mask": "binary"} if masks else values)
             proxy = campaign.proxy_of(method(config))
+            ProxySet(proxy).check(campaign.objective)
             campaign.encodings[encoding_key(values, campaign.name)] = encode_once(
                 campaign.name,
                 config,
@@ -577,6 +580,7 @@ class PopulationDriver(Driver):
             budget = self._budget()
             if missing and not budget.stop_all():
                 connect(options.runtime, dashboard=True)
+                self.prepare()
                 self._tune(missing, before, budget)
                 fresh = True
             records = [read_record(campaign.trial_folder(values)) for values in members]
@@ -605,6 +609,7 @@ class CadaDriver(Driver):
         assert campaign.kept is not None
         campaign.kept.fill(campaign.options)
         proxy = campaign.proxy_of(load_model(campaign.model, "cpu").method)
+        ProxySet(proxy).check(campaign.objective)
         seen = files.join(campaign.folder, "seen")
         see(campaign, proxy, seen)
         self.campaign = dataclasses.replace(campaign, proxy=proxy, seen=seen)

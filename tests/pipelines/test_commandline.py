@@ -13,6 +13,7 @@ from pipelines.ingest import IngestOptions
 from pipelines.normals import own_config
 from unianom import files
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.methods import METHODS
 from unianom.serialise import to_plain
 
 
@@ -433,3 +434,23 @@ def test_tables_show_every_cell(capsys):
     print_table("scores", ["category", "AUROC"], [["a" * 90, "99.1"], ["mean", "98.0"]], footer=1)
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert shown == [["scores"], ["category", "AUROC"], ["a" * 90, "99.1"], ["mean", "98.0"]]
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_fills_in_what_is_left_open(name: str, preset: str) -> None:
+    """The defaults that the parser shows come from the default preset, and must not stand in the way of another."""
+    given = parse(train_options(), [name, "--shards", "s", "--output", "o", "--method.preset", preset])
+    assert given.method == METHODS[name].Config(preset=preset)
+
+
+def test_what_follows_from_another_option_follows_from_it_on_the_command_line() -> None:
+    given = parse(train_options(), ["uninet", "--shards", "s", "--output", "o", "--method.decision", "literal"])
+    assert given.method.beta == 0.03
+
+
+def test_a_switch_may_stand_alone() -> None:
+    name = ["uniformaly", "--shards", "s", "--output", "o"]
+    assert parse(train_options(), [*name, "--overwrite", "--seed", "3"]).overwrite
+    assert parse(train_options(), [*name, "--per-category"]).per_category
+    assert not parse(train_options(), [*name, "--overwrite", "false"]).overwrite

@@ -259,7 +259,7 @@ def test_rates_are_tried_on_the_half_they_were_not_fitted_to(tmp_path: Path) -> 
     scores = (rng.normal(size=66) + 1.5 * label).astype(np.float32)
     own = campaign("uniformaly", UniFormalyConfig(), folder=str(tmp_path))
     values = {"bank.coreset_ratio": 0.1}
-    files.write_array(files.join(own.trial_folder(values), SCORES), scores)
+    files.write_array(files.join(own.trial_folder(values), f"best-{SCORES}"), scores)
     best = {"values": values, "proxy": write_proxy(tmp_path / "proxy", label)}
     options = SimpleNamespace(threshold_rates=(0.3, 0.02, 0.15), threshold=ThresholdOptions(confidence=0.8), seed=9)
     rows = outcomes._rates(own, best, options)
@@ -287,7 +287,7 @@ def test_rates_are_tried_on_the_half_they_were_not_fitted_to(tmp_path: Path) -> 
 def test_rates_that_the_model_itself_could_not_promise_are_not_tried(tmp_path: Path) -> None:
     """The validation images may be more than the held-out ones that its threshold will be fitted to."""
     own = campaign("uniformaly", UniFormalyConfig(), folder=str(tmp_path))
-    files.write_array(files.join(own.trial_folder({}), SCORES), np.arange(35, dtype=np.float32))
+    files.write_array(files.join(own.trial_folder({}), f"best-{SCORES}"), np.arange(35, dtype=np.float32))
     options = SimpleNamespace(threshold_rates=(0.3,), threshold=ThresholdOptions(confidence=0.8), seed=0)
     best = {"values": {}, "proxy": write_proxy(tmp_path / "proxy", np.array([0] * 30 + [1] * 5))}
     assert "balanced_accuracy" in outcomes._rates(own, best, options)[0]

@@ -27,11 +27,11 @@ from pipelines.readings import (
     latency,
     load_readings,
     memory,
+    read,
     save_readings,
     search_readings,
 )
 from pipelines.spaces import with_values
-from pipelines.trials import scores_of
 from tests.methods.conftest import TINY, fit, remade
 from tests.pipelines.sharded import LIMITS, POLICY, SIDE, sample, write_shards
 from unianom.data.drawing import draw_sample
@@ -110,7 +110,8 @@ def test_settings_are_measured_as_methods_made_with_them(
     for one in found:
         config = with_values(method.config, one.values)
         scores, maps = predicted(remade(method, config), proxy)
-        np.testing.assert_allclose(scores_of(method, readings, config), scores, rtol=1e-4, atol=1e-6)
+        (again,), _ = read(method, readings, [config], proxy)
+        np.testing.assert_allclose(again, scores, rtol=1e-4, atol=1e-6)
         expected = proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps, union=True), EVERYTHING)
         assert one.measured is not None
         assert one.measured.metrics == pytest.approx(expected.metrics, abs=1e-3)

@@ -168,7 +168,7 @@ def test_a_record_tells_the_best_setting(campaign: MemoryCampaign) -> None:
     assert told == [{"objective": objectives[place], "progress": 100, **cost}]
 
     # the kept scores are those that the objective was measured by
-    proxy, scores = ProxySet(record["proxy"]), np.load(f"{folder}/scores.npy")
+    proxy, scores = ProxySet(record["proxy"]), np.load(f"{folder}/best-scores.npy")
     aurocs = []
     for category in ("cog", "weave"):
         for kind in ("cutpaste_patch", "shade"):
@@ -239,7 +239,7 @@ def test_a_recipe_makes_the_bank_of_the_trial(
     proxy = ProxySet(record["proxy"])
     batches = proxy.batches(5, model.method.input, torch.device("cpu"))
     scores = np.concatenate([model.method.predict(batch).score.numpy() for batch in batches])
-    kept = np.load(f"{campaign.trial_folder(values)}/scores.npy")
+    kept = np.load(f"{campaign.trial_folder(values)}/best-scores.npy")
     np.testing.assert_allclose(kept, scores, rtol=1e-4, atol=1e-6)
 
 
@@ -487,7 +487,8 @@ def test_models_are_kept_on_demand_and_readings_never(made: Made, keep: bool) ->
     files.write_bytes(f"{folder}/_work/trained/model.json", b"{}")
     save_readings(f"{folder}/readings", {"level": torch.zeros(2)}, 1.0)
     run(dataclasses.replace(made, keep_models=keep), {})
-    names = {"record.json", "values.json", "settings.parquet", "scores.npy"}
+    names = {"record.json", "values.json", "settings.parquet"}
+    names |= {f"{which}-{what}.npy" for which in ("best", "given") for what in ("scores", "maps")}
     assert set(files.list_names(folder)) == names | ({"_work"} if keep else set())
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -36,7 +34,7 @@ from pipelines.tune_runs import Budget, Halving, TrialValues, tree_parzen
 from pipelines.tuning import EarlyStopping, tune, tune_options
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
-from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_method, tiny_training
+from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training
 from tests.pipelines.sharded import samples
 from unianom.calibration import CalibrationConfig
 from unianom.data.shards import ShardSet
@@ -57,6 +55,7 @@ def memory_options(shards: Path | str, output: Path, **changes: Any) -> Any:
             "bank.coreset_ratio": [0.1, 0.25, 0.5, 1.0],
             "mask_threshold": [0.0, 0.1],
             "mask_kernel": None,
+            "blocks": None,
             "k_ratio": [0.05, 0.25, 1.0],
             "neighbours": [1, 2],
             "blur_sigma": None,
@@ -179,7 +178,8 @@ def fitted(options: CalibrateOptions) -> Any:
 
 
 def test_a_space_of_reading_options_alone_is_one_trial(here: list[str], shards: str, tmp_path: Path) -> None:
-    space = {"bank.coreset_ratio": None, "mask_threshold": None, "mask_kernel": None, "k_ratio": [0.1, 1.0]}
+    trials = ("bank.coreset_ratio", "mask_threshold", "mask_kernel", "blocks")
+    space = {**dict.fromkeys(trials), "k_ratio": [0.1, 1.0]}
     result = tune(memory_options(shards, tmp_path / "c", space=space, threshold_rates=(0.5, 0.9, 0.01)))
     assert here == ["{}"]
     (content,) = result.contents.values()
@@ -338,26 +338,23 @@ def test_a_killed_campaign_goes_on_and_its_recipe_trains_the_best_trial_again(sm
     options = trained_options(small, tmp_path / "c")
     config = tmp_path / "options.yaml"
     config.write_text(yaml.safe_dump(to_plain(options)))
-    process = subprocess.Popen(
-        [sys.executable, "jobs/tune.py", "uniad", "--config", str(config)], cwd=REPOSITORY, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, "jobs/tune.py", "uniad", "--config", str(config)], cwd=REPOSITORY)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("c/trials/*/record.json")):
         assert process.poll() is None, "the campaign ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_job(process)
     before = {path: path.read_bytes() for path in tmp_path.glob("c/trials/*/record.json")}
 
     result = tune(dataclasses.replace(options, resume=True))
     assert result.fresh
     assert {path: path.read_bytes() for path in before} == before
     (content,) = result.contents.values()
-    assert content["counts"] == {"trials": 4, "done": 2, "stopped": 0, "failed": 2, "crashed": 0, "settings": 8}
+    assert content["counts"] == {"trials": 4, "done": 2, "stopped": 0, "failed": 2, "crashed": 0, "settings": 10}
     assert all("finite" in row["error"] for row in content["errors"])
     assert result.diagnosis is not None
-    assert result.diagnosis["campaigns"]["cog+weave"]["settings"]["n"] == 8
+    assert result.diagnosis["campaigns"]["cog+weave"]["settings"]["n"] == 10
 
     runs = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
     (parent,) = [run for run in runs if run.data.tags["unianom.job"] == "tune"]
