@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -275,21 +275,26 @@ class Recorder(tune.Callback):
         for stack, _run in self._open.values():
             stack.close()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        values = self._values.of(trial.config)
-        folder = self._campaign.trial_folder(values)
-        stack = ExitStack()
-        own = stack.enter_context(
-            track(
-                self._tracking,
-                "trial",
-                folder,
-                to_plain(values),
-                default_folder=files.beside(self._campaign.folder, "").rstrip("/"),
-                parent=self._run.id,
-            )
+    def _track(self, values: Mapping[str, Any]) -> AbstractContextManager[Run]:
+        """The MLflow run of a trial."""
+        return track(
+            self._tracking,
+            "trial",
+            self._campaign.trial_folder(values),
+            to_plain(dict(values)),
+            default_folder=files.beside(self._campaign.folder, "").rstrip("/"),
+            parent=self._run.id,
         )
-        self._open[trial.trial_id] = (stack, own)
+
+    def tell_again(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Tell MLflow of trials that ended before, for their driver may have died in between."""
+        for record in records if self._run.id is not None else ():
+            with self._track(record["values"]) as own:
+                _tell(own, record)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        stack = ExitStack()
+        self._open[trial.trial_id] = (stack, stack.enter_context(self._track(self._values.of(trial.config))))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -325,10 +330,8 @@ class Recorder(tune.Callback):
         release(self._workers.pop(trial.trial_id, ""))
         stack, own = self._open.pop(trial.trial_id, (ExitStack(), Run()))
         if record is not None:
-            own.tags({"unianom.status": record["status"], "unianom.error": record["error"] or ""})
+            _tell(own, record)
             if record["status"] == DONE:
-                own.metrics({f"best/{name}": value for name, value in record["best"]["metrics"].items()})
-                own.json("record.json", record)
                 self._best = max(self._best, record["objective"])
             self._ended[record["status"]] = self._ended.get(record["status"], 0) + 1
         stack.close()
@@ -336,6 +339,14 @@ class Recorder(tune.Callback):
         words = ", ".join(f"{count} {status}" for status, count in self._ended.items())
         best = "" if self._best == -math.inf else f", best {self._best:.4f}"
         self._progress.set(sum(self._ended.values()), words + best)
+
+
+def _tell(run: Run, record: Mapping[str, Any]) -> None:
+    """How a trial ended, to its MLflow run."""
+    run.tags({"unianom.status": record["status"], "unianom.error": record["error"] or ""})
+    if record["status"] == DONE:
+        run.metrics({f"best/{name}": value for name, value in record["best"]["metrics"].items()})
+        run.json("record.json", record)
 
 
 def release(workers: str) -> None:

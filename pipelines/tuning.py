@@ -500,6 +500,7 @@ class Driver:
             ),
         )
         files.remove(files.join(self.campaign.folder, "_tune"))
+        recorder.tell_again(before)
         with surroundings(), recorder:
             tuner.fit()
         progress.close()
