@@ -262,13 +262,13 @@ def tune(options: Any) -> TuneResult:
     """
     name = method_name(options)
     shards = ShardSet.open(options.shards)
+    groups = _groups(name, options, shards)  # a missing model shows first
     space = space_of(name, searched(options), options.space)
     needs_labels = _prepare(name, options, shards)
     output = files.full_uri(options.output)
     if options.resume and not files.exists(files.join(output, storage.PLAN)):
         raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
     digest = storage.claim(output, _plan(name, options, space, shards), options.overwrite, "campaign")
-    groups = _groups(name, options, shards)
     params = {"method_name": name, **to_plain(options)}
     with track(options.tracking, "tune", output, params, plan=digest) as run:
         campaigns = {}
