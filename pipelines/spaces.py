@@ -364,8 +364,10 @@ def draw(space: Sequence[Dimension], count: int, seed: int) -> list[dict[str, An
 
 
 def settings_of(space: Sequence[Dimension], count: int, seed: int) -> list[dict[str, Any]]:
-    """All combinations where there are no more than `count`, else as many random ones."""
-    return list(grid(space)) if grid_size(space) <= count else draw(space, count, seed)
+    """All combinations of single values where there are no more than `count`, else, and of ranges, as many random
+    ones."""
+    single = all(isinstance(dimension.domain, Choice) for dimension in space)
+    return list(grid(space)) if single and grid_size(space) <= count else draw(space, count, seed)
 
 
 def key_of(values: Mapping[str, Any]) -> str:

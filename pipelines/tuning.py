@@ -108,7 +108,8 @@ class SearchOptions:
             methods that are trained, whose options then change on the way.
         trials: how many, the one with the options as given counted; null takes 24, the whole grid, or a population of
             8.
-        settings: of the reading options that each trial is finished with; all of their grid where it has no more.
+        settings: of the reading options that each trial is finished with; all combinations of single values where there
+            are no more.
         objective: what is maximised: weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
             categories, and of the same of all categories as one, such as union_image_auroc.
         validation: the images settings are compared on.

@@ -340,6 +340,10 @@ def test_settings_are_the_whole_grid_where_it_is_no_larger() -> None:
     assert settings_of(TWO, 6, 0) == list(grid(TWO))
     assert settings_of(TWO, 5, 1) == draw(TWO, 5, 1)
     assert settings_of((), 10, 0) == [{}]
+    ranged = (Dimension("blur_sigma", Range(1.0, 9.0)), TWO[0])
+    found = settings_of(ranged, 200, 0)
+    assert found == draw(ranged, 200, 0)
+    assert len({values["blur_sigma"] for values in found}) > 100, "a range is more than the steps of its grid"
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------
