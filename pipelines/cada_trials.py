@@ -31,6 +31,7 @@ CADA = "cada"
 """Name of calibrating on the command line of jobs/tune.py."""
 
 IMAGES_PER_UNIT = 64
+"""Validation images that one unit of work looks at."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class CadaCampaign(Campaign):
     Attributes:
         model: its folder.
         kept: what it finds in the normal images that heads learn from.
-        seen: folder of what it finds in the validation images; empty until `inspect_proxy`.
+        seen: folder of what it finds in the validation images; empty until `see`.
         proxy: URI of these.
     """
 

@@ -27,7 +27,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
-from rich.markup import escape
 from scipy import stats
 from sklearn.ensemble import RandomForestRegressor
 
@@ -927,25 +926,20 @@ def print_campaign(content: Mapping[str, Any]) -> None:
     """Print the best settings, how the trials ended, what categories would gain, and what was left undone."""
     columns, rows = _setting_table(content)
     if rows:
-        print_table("best settings", columns, _plain(rows))
+        print_table("best settings", columns, rows)
     counts = content["counts"]
     columns = ["trials", *STATUSES, "settings", "time"]
     row = [f"{counts.get(key, 0):,}" for key in columns[:-1]]
     print_table("trials", columns, [[*row, _duration(content["seconds"])]])
     gain = _gain_table(content)
     if gain:
-        print_table("gain of a setting for each category", GAIN_COLUMNS, _plain(gain), footer=1)
+        print_table("gain of a setting for each category", GAIN_COLUMNS, gain, footer=1)
     for sentence in _left_undone(content):
         console.print(f"note: {sentence}", markup=False)
     for error in content["errors"][:_TOP]:
         console.print(f"  {error['trial']}: {error['error']}", markup=False)
     if len(content["errors"]) > _TOP:
         console.print(f"  and {len(content['errors']) - _TOP} more", markup=False)
-
-
-def _plain(rows: list[list[str]]) -> list[list[str]]:
-    """Cells of which the terminal takes no bracket for markup, as it would of a list."""
-    return [[escape(cell) for cell in row] for row in rows]
 
 
 def _setting_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from unianom.errors import OptionError, UnianomError
@@ -96,6 +97,12 @@ def _left_open(options: type) -> dict[str, None]:
         for option in dataclasses.fields(hints[group.name])
         if option.default is None
     }
+
+
+def documented_arguments(*classes: type) -> str:
+    """The lines below "Args:" of the docstrings of some classes, each once, indented for another docstring's."""
+    texts = [(cls.__doc__ or "").split("Args:\n", 1)[1].rstrip() for cls in dict.fromkeys(classes)]
+    return "\n".join(re.sub(r"(?m)^    ", "", text) for text in texts)
 
 
 def _check_groups(config: jsonargparse.Namespace, defaults: jsonargparse.Namespace, prefix: str = "") -> None:
@@ -242,6 +249,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for number, row in enumerate(rows):
-        table.add_row(*row, style="bold" if number >= len(rows) - footer else None)
+        # cells are data, in which square brackets are no markup
+        table.add_row(*map(escape, row), style="bold" if number >= len(rows) - footer else None)
     wide = Console(highlight=False, width=max(console.width, 160)) if not console.is_terminal else console
     wide.print(table)

@@ -57,7 +57,7 @@ def diagnose(
         own = files.join(folder, name) if len(campaigns) > 1 else folder
         tested = _test_settings(campaign, own, options)
         found[name] = _verdict(contents[name], settings[name], tested)
-        _draw(own, found[name], settings[name], tested, contents[name])
+        _draw(own, settings[name], tested, contents[name])
         prefix = f"diagnosis/{name}" if len(campaigns) > 1 else "diagnosis"
         run.metrics({f"{prefix}/spearman": found[name]["settings"]["spearman"]})
         run.figures({f"{prefix}.png": files.read_bytes(files.join(own, "proxy.png"))})
@@ -124,8 +124,7 @@ def available(objective: Mapping[str, float], proxy: ProxySet) -> dict[str, floa
     Raises:
         DataError: nothing is left of it.
     """
-    masked = bool((proxy.masked & (proxy.label != 0)).any())
-    left = {name: weight for name, weight in objective.items() if masked or "pixel" not in name}
+    left = {name: weight for name, weight in objective.items() if proxy.tells_pixels or "pixel" not in name}
     if not left:
         raise DataError("the test split has no masks, so an objective of pixel metrics cannot be diagnosed")
     return left
@@ -178,7 +177,6 @@ def _place(wanted: Mapping[str, Any] | None, settings: Sequence[Mapping[str, Any
 
 def _draw(
     folder: str,
-    verdict: Mapping[str, Any],
     settings: Sequence[Mapping[str, Any]],
     tested: Mapping[tuple[str, str], float],
     content: Mapping[str, Any],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import field
 from typing import Any, Literal
 
 from pipelines.banks import fit_banks
 from pipelines.calibration import CalibrateOptions, calibrate_model
+from pipelines.commandline import documented_arguments
 from pipelines.normals import FitOptions, FitResult
 from pipelines.tracking import Run, TrackingOptions, track
 from pipelines.training import TrainingOptions, train_networks
@@ -43,9 +43,8 @@ def train_options() -> dict[str, type]:
         ]
         added = {"__post_init__": _check}
         cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(base,), frozen=True, namespace=added)
-        documented = {parent.__qualname__: _arguments(parent) for parent in (FitOptions, base)}
         summary = f"Fit {name}: {(method.Config.__doc__ or '').splitlines()[0]}"
-        cls.__doc__ = "\n".join([summary, "", "Args:", *documented.values(), JOB_ARGUMENTS])
+        cls.__doc__ = "\n".join([summary, "", "Args:", documented_arguments(FitOptions, base), JOB_ARGUMENTS])
         classes[name] = cls
     return classes
 
@@ -54,12 +53,6 @@ def _check(options: Any) -> None:
     super(type(options), options).__post_init__()
     if options.register_as is not None and not options.tracking.enabled:
         raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
-
-
-def _arguments(cls: type) -> str:
-    """The lines below "Args:" of a class docstring, indented by one level."""
-    text = (cls.__doc__ or "").split("Args:\n", 1)[1].rstrip()
-    return re.sub(r"(?m)^    ", "", text)
 
 
 def train(options: Any) -> list[FitResult]:

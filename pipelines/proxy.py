@@ -330,6 +330,11 @@ class ProxySet:
     def __len__(self) -> int:
         return len(self.category)
 
+    @property
+    def tells_pixels(self) -> bool:
+        """Whether it is known of an anomalous image which of its pixels are."""
+        return bool((self.masked & (self.label != NORMAL)).any())
+
     def check(self, objective: Mapping[str, float]) -> None:
         """Refuse an objective that these images cannot tell.
 
@@ -337,7 +342,7 @@ class ProxySet:
             DataError: it needs pixel metrics, and no anomalous image has a mask.
         """
         pixel = [name for name in objective if "pixel" in name]
-        if pixel and not (self.masked & (self.label != NORMAL)).any():
+        if pixel and not self.tells_pixels:
             raise DataError(
                 f"the objective needs {pixel[0]}, but no anomalous validation image has a mask; choose another "
                 f"--objective, or --validation.labelled false"

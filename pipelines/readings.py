@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -75,7 +75,6 @@ def search_readings(
     settings: Sequence[Mapping[str, Any]],
     proxy: ProxySet,
     objective: Mapping[str, float],
-    tell: Callable[[int], None] | None = None,
 ) -> list[Reading]:
     """Compare settings of the reading options.
 
@@ -88,7 +87,6 @@ def search_readings(
         settings: reading options by name.
         proxy: the N images.
         objective: weights of the metrics.
-        tell: told how many settings were compared each time.
 
     Returns:
         One for each setting, in their order.
@@ -104,8 +102,6 @@ def search_readings(
         pixel = _pixels(proxy, maps, objective)
         for number, own in zip(numbers, scores, strict=True):
             results[number] = Reading(dict(settings[number]), _measured(proxy, own, pixel, objective))
-        if tell is not None:
-            tell(len(numbers))
     return [results[number] for number in range(len(settings))]
 
 

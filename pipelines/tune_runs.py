@@ -240,7 +240,7 @@ class Recorder(tune.Callback):
 
     Args:
         campaign, values: to know a trial by its config.
-        tracking, run: where MLflow records the campaign, and its run.
+        tracking, store, run: where MLflow records the job, the folder of its store by default, and its run.
         budget: whose trials are not stopped for good.
         progress: shown.
         best: objective so far; None for none.
@@ -251,13 +251,14 @@ class Recorder(tune.Callback):
         campaign: Campaign,
         values: TrialValues,
         tracking: TrackingOptions,
+        store: str,
         run: Run,
         budget: Budget,
         progress: Progress,
         best: float | None = None,
     ) -> None:
         self._campaign, self._values, self._budget, self._progress = campaign, values, budget, progress
-        self._tracking, self._run = tracking, run
+        self._tracking, self._store, self._run = tracking, store, run
         self._open: dict[str, tuple[ExitStack, Run]] = {}
         self._told: dict[str, list[dict[str, Any]]] = {}
         self._workers: dict[str, str] = {}
@@ -282,7 +283,7 @@ class Recorder(tune.Callback):
             "trial",
             self._campaign.trial_folder(values),
             to_plain(dict(values)),
-            default_folder=files.beside(self._campaign.folder, "").rstrip("/"),
+            default_folder=self._store,
             parent=self._run.id,
         )
 

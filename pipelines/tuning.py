@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from ray.tune.search import SearchAlgorithm, Searcher
 from pipelines import storage
 from pipelines.cada_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
 from pipelines.calibration import CalibrateOptions, Kept
+from pipelines.commandline import documented_arguments
 from pipelines.encodings import encode_once
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, weights_digest
@@ -68,6 +68,7 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, MemoryMethod
+from unianom.methods.trained import BatchNeeds
 from unianom.serialise import to_plain
 from unianom.thresholds import smallest_supported_rate
 
@@ -115,7 +116,8 @@ class SearchOptions:
         validation: the images settings are compared on.
         early_stopping: of trials that train, but not of a population.
         population: how that is trained.
-        hours: after which no trial goes on; null for no limit. Time spent before an interruption counts.
+        hours: after which no trial goes on, of each campaign with `per_category`; null for no limit. Time spent before
+            an interruption counts.
         gpu_hours: the same in hours times the GPUs of a trial.
         concurrency: trials at a time; null takes as many as the cluster's CPUs, or GPUs, allow.
         pareto: let "tpe" look for accuracy, latency and memory at once.
@@ -176,10 +178,12 @@ def tune_options() -> dict[str, type]:
             f"Tune_{name}", fields, bases=(SearchOptions, base), frozen=True, namespace={"__post_init__": _check}
         )
         searched = "; ".join(f"{d.name} ({d.why})" for d in SPACES[name])
-        documented = {parent: _arguments(parent) for parent in (FitOptions, base, SearchOptions)}
         summary = f"Search the options of {name}. Its space: {searched}."
-        cls.__doc__ = "\n".join([summary, "", "Args:", *documented.values(), OWN_ARGUMENTS])
+        documented = documented_arguments(FitOptions, base, SearchOptions)
+        cls.__doc__ = "\n".join([summary, "", "Args:", documented, OWN_ARGUMENTS])
         classes[name] = cls
+    documented = documented_arguments(CalibrateOptions, SearchOptions)
+    TuneCada.__doc__ = "\n".join([CADA_SUMMARY, "", "Args:", documented, CADA_ARGUMENTS])
     classes[CADA] = TuneCada
     for cls in classes.values():
         # the parser would look for the types' names here, but those of the parents' fields live where these do
@@ -189,8 +193,7 @@ def tune_options() -> dict[str, type]:
 
 @dataclass(frozen=True)
 class TuneCada(SearchOptions, CalibrateOptions):
-    """Search how a model's scores are calibrated (CADA): α, dropout and learning rate of the head, what counts as the
-    top of a map, the pixels whose mean is the score."""
+    """The options of calibrating a model, and how to search; documented by `tune_options`."""
 
     objective: dict[str, float] = field(default_factory=lambda: {"union_image_auroc": 1.0})
     seed: int = 0
@@ -198,13 +201,22 @@ class TuneCada(SearchOptions, CalibrateOptions):
     def __post_init__(self) -> None:
         SearchOptions.__post_init__(self)
         CalibrateOptions.__post_init__(self)
+        _check_budget(self)
         if self.output is None:
             raise OptionError("give --output, a folder for the campaign")
         if self.calibration.variant not in ("cada", "classifier"):
             raise OptionError(f"calibration.variant={self.calibration.variant} has no head; take cada or classifier")
+        if self.search == "pbt":
+            raise OptionError("search=pbt is for methods that are trained, not for heads; take random or tpe")
         if self.threshold_rates:
             raise OptionError("threshold_rates are for campaigns of methods; choose the rate with jobs/decide.py")
 
+
+CADA_SUMMARY = (
+    "Search how a model's scores are calibrated (CADA): α, dropout and learning rate of the head, what counts as the "
+    "top of a map, the pixels whose mean is the score."
+)
+CADA_ARGUMENTS = """    seed: of the search."""
 
 OWN_ARGUMENTS = """    tracking: where MLflow records the campaign and its trials.
     method: the method's own options, where nothing is searched."""
@@ -217,17 +229,11 @@ def fit_class(name: str) -> Any:
     return FitOptions if issubclass(METHODS[name], MemoryMethod) else TrainingOptions
 
 
-def _arguments(cls: type) -> str:
-    """The lines below "Args:" of a class docstring, indented by one level."""
-    return re.sub(r"(?m)^    ", "", (cls.__doc__ or "").split("Args:\n", 1)[1].rstrip())
-
-
 def _check(options: Any) -> None:
     name = method_name(options)
     SearchOptions.__post_init__(options)
     fit_class(name).__post_init__(options)
-    if options.gpu_hours is not None and not options.runtime.gpus_per_worker:
-        raise OptionError("gpu_hours needs --runtime.gpus_per_worker; give --hours")
+    _check_budget(options)
     if options.search == "pbt" and fit_class(name) is not TrainingOptions:
         raise OptionError(
             f"search=pbt changes options while a method is trained, which {name} is not; take random or tpe"
@@ -236,6 +242,11 @@ def _check(options: Any) -> None:
         raise OptionError("phases are what --search pbt finds; leave them out")
     if options.category_options:
         raise OptionError("category_options are what a campaign with --per_category true finds; leave them out")
+
+
+def _check_budget(options: Any) -> None:
+    if options.gpu_hours is not None and not options.runtime.gpus_per_worker:
+        raise OptionError("gpu_hours needs --runtime.gpus_per_worker; give --hours")
 
 
 def method_name(options: Any) -> str:
@@ -259,13 +270,14 @@ def tune(options: Any) -> TuneResult:
 
     Raises:
         DataError: no data to compare settings on, no campaign to resume, or every trial failed.
+        ModelError: no model to calibrate.
         OptionError: a space that the method refuses, or a cluster that holds no trial.
     """
     name = method_name(options)
     shards = ShardSet.open(options.shards)
     groups = _groups(name, options, shards)  # a missing model shows first
     space = space_of(name, searched(options), options.space)
-    needs_labels = _prepare(name, options, shards)
+    needs = _prepare(name, options, shards)
     output = files.full_uri(options.output)
     if options.resume and not files.exists(files.join(output, storage.PLAN)):
         raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
@@ -275,9 +287,7 @@ def tune(options: Any) -> TuneResult:
         campaigns = {}
         for group in groups:
             folder = files.join(output, "categories", group[0]) if per_category(options) else output
-            campaigns["+".join(group)] = make_driver(
-                name, options, shards, group, folder, space, needs_labels, run
-            ).go()
+            campaigns["+".join(group)] = make_driver(name, options, shards, group, folder, space, needs, run).go()
         return write_results(options, output, campaigns, run)
 
 
@@ -292,27 +302,26 @@ def _groups(name: str, options: Any, shards: ShardSet) -> list[list[str]]:
     return [[category] for category in categories] if options.per_category else [categories]
 
 
-def _prepare(name: str, options: Any, shards: ShardSet) -> bool:
-    """Refuse what no trial could be made of; whether the method learns from anomalous images."""
-    labels = False
+def _prepare(name: str, options: Any, shards: ShardSet) -> BatchNeeds:
+    """Refuse what no trial could be made of; what the training of the method needs, if it is trained."""
+    needs = BatchNeeds()
     if name == CADA:
-        return labels
+        return needs
     if not issubclass(METHODS[name], MemoryMethod):
         needs = make_method(name, options.method).needs
-        labels = needs.labels
         if needs.masks:
             check_masks(shards, list(options.categories) or shards.categories)
     elif getattr(options.method, "mask_scope", "image") == "batch":
         raise OptionError("with method.mask_scope=batch patches depend on what shares their batch; take image")
     shards.check(Selection(("train",), options.categories, (NORMAL,)))
-    return labels
+    return needs
 
 
 def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet) -> dict[str, Any]:
     """What the trials depend on; not how many there are, so that a campaign can be made longer."""
     fitted = {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(fit_class(name))}
     config = searched(options)
-    weights = None
+    weights: str | None
     if name == CADA:
         weights = files.sha256_file(files.join(options.model, "model.json"))
     else:
@@ -463,7 +472,8 @@ class Driver:
             resources = {"cpu": runtime.cpus_per_worker, "gpu": self._trial_gpus()}
         progress = Progress("tune", count, "trials")
         best = max((record["objective"] for record in before if record["status"] == DONE), default=None)
-        recorder = Recorder(self.campaign, values, options.tracking, self.run, budget, progress, best)
+        store = files.beside(options.output, "").rstrip("/")
+        recorder = Recorder(self.campaign, values, options.tracking, store, self.run, budget, progress, best)
         search: SearchAlgorithm | Searcher | None = None
         if planned is None:
             search = tree_parzen(values, points, options.seed, options.pareto)
@@ -636,7 +646,7 @@ def make_driver(
     categories: list[str],
     folder: str,
     space: Sequence[Dimension],
-    labels: bool,
+    needs: BatchNeeds,
     run: Run,
 ) -> Driver:
     """The driver of one campaign.
@@ -645,7 +655,7 @@ def make_driver(
         name, options, shards, space: as given.
         categories: of this campaign.
         folder: of this campaign.
-        labels: whether the method learns from anomalous images.
+        needs: of the method's training.
         run: the MLflow run of the job.
 
     Raises:
@@ -669,12 +679,12 @@ def make_driver(
         driver = MemoryDriver if memory else Driver
         if options.search == "pbt":
             kind, driver = PopulationCampaign, PopulationDriver
-            own = {"repeats": make_method(name, config).needs.repeats}
+            own = {"repeats": needs.repeats}
         base = fit_class(name)
         fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
         if options.pareto and not memory:  # a search for several goals takes no reports on the way
             fit = dataclasses.replace(fit, validate_every=0)
-        chosen, notice = choose_samples(shards, categories, fit, validate=True, labels=labels)
+        chosen, notice = choose_samples(shards, categories, fit, validate=True, labels=needs.labels)
         if notice and memory and chosen.held_out:
             fit = _held_out(fit, len(chosen.held_out))
     if not chosen.held_out:

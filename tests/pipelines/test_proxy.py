@@ -23,6 +23,7 @@ from pipelines.proxy import (
     build_tests,
     check_objective,
 )
+from pipelines.readings import gain_interval
 from tests.pipelines.sharded import (
     LIMITS,
     POLICY,
@@ -499,3 +500,52 @@ def test_objectives_of_known_metrics_with_weights_are_taken() -> None:
     ):
         with pytest.raises(OptionError, match=words):
             check_objective(objective)
+
+
+# ---- is a gain beyond chance ----------------------------------------------------------------------------------------
+
+
+def test_images_drawn_anew_keep_the_size_of_every_kind(mixed: str) -> None:
+    proxy = ProxySet(mixed)
+    drawn = proxy.resampled(np.random.default_rng(0))
+    changed = 0
+    for category in ("", *proxy.categories):
+        for recipe in proxy.recipes:
+            before, after = proxy._groups[category, recipe], drawn._groups[category, recipe]
+            for own, again in zip(before, after, strict=True):
+                assert len(own) == len(again)
+                assert set(again) <= set(own)
+                changed += sorted(again) != sorted(own)
+    assert changed, "they are drawn with replacement"
+    for category in proxy.categories:
+        normal = {tuple(drawn._groups[category, recipe][0]) for recipe in proxy.recipes}
+        assert len(normal) == 1, "the same normal images for every recipe"
+
+
+def test_the_interval_of_a_gain(mixed: str) -> None:
+    proxy = ProxySet(mixed)
+    objective = {"image_auroc": 1.0}
+    maps = np.zeros((len(proxy), 2, 2), np.float32)
+    right = (proxy.label + np.linspace(0, 0.5, len(proxy))).astype(np.float32)
+    assert gain_interval(proxy, (right, maps), (right, maps), objective) == (0.0, 0.0)
+    # every draw tells the two apart wholly
+    assert gain_interval(proxy, (right, maps), (-right, maps), objective) == (1.0, 1.0)
+    noise = np.random.default_rng(5).normal(size=(2, len(proxy))).astype(np.float32)
+    low, high = gain_interval(proxy, (noise[0], maps), (noise[1], maps), objective)
+    plain = []
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        drawn = proxy.resampled(rng)
+        rows = [
+            [
+                roc_auc_score(np.repeat([0, 1], [len(n), len(a)]), np.concatenate([scores[n], scores[a]]))
+                for category in proxy.categories
+                for n, a in [drawn._groups[category, recipe]]
+            ]
+            for scores in noise
+            for recipe in proxy.recipes
+        ]
+        half = len(proxy.recipes)
+        plain.append(np.mean(rows[:half]) - np.mean(rows[half:]))
+    assert (low, high) == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=1e-9)
+    assert low < 0 < high, "noise has no gain over noise"

@@ -26,11 +26,12 @@ from pipelines.fitting import train, train_options
 from pipelines.models import load_model
 from pipelines.normals import ThresholdOptions
 from pipelines.proxy import ProxyOptions, ProxySet
+from pipelines.runtime import Progress
 from pipelines.spaces import Choice, Dimension, Range, key_of, space_of
 from pipelines.tracking import TrackingOptions
 from pipelines.trial_kinds import trained_model
 from pipelines.trials import run_trial
-from pipelines.tune_runs import Budget, Halving, TrialValues, tree_parzen
+from pipelines.tune_runs import Budget, Halving, Recorder, TrialValues, tree_parzen
 from pipelines.tuning import EarlyStopping, tune, tune_options
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
@@ -232,6 +233,47 @@ def test_what_cannot_be_is_refused(
     with pytest.raises((OptionError, DataError), match=sentence):
         tune(memory_options(shards, tmp_path / "c", **wrong))
     assert not here
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"search": "pbt"}, "pbt is for methods that are trained"),
+        ({"gpu_hours": 1.0}, "gpu_hours needs"),
+        ({"output": None}, "give --output"),
+        ({"threshold_rates": (0.1,)}, "jobs/decide.py"),
+        ({"calibration": CalibrationConfig(variant="labels")}, "has no head"),
+    ],
+)
+def test_what_a_campaign_of_heads_cannot_be_is_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        tune_options()["cada"](**{"model": "m", "shards": "s", "output": "o", **wrong})
+
+
+def test_trials_are_recorded_where_their_job_is(here: list[str], shards: str, tmp_path: Path) -> None:
+    """Those of campaigns for single categories, too, whose folders lie deeper."""
+    options = memory_options(shards, tmp_path / "c", trials=1, per_category=True, tracking=TrackingOptions())
+    told = []
+
+    def trials(self: Any, planned: list[dict[str, Any]], before: Any, budget: Any) -> None:
+        store = str(Path(options.output).parent)
+        for values in planned:
+            record = run_trial(self.campaign, values, lambda report: None)
+            progress = Progress("tune", 1, "trials")
+            recorder = Recorder(self.campaign, None, options.tracking, store, self.run, budget, progress)  # type: ignore[arg-type]
+            recorder.tell_again([record])
+            told.append(record["trial"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning.Driver, "_tune", trials)
+        tune(options)
+    assert len(told) == 2
+    assert list(tmp_path.rglob("mlflow.db")) == [tmp_path / "mlflow.db"]
+    runs = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
+    (parent,) = [run for run in runs if run.data.tags["unianom.job"] == "tune"]
+    of_trials = [run for run in runs if run.data.tags["unianom.job"] == "trial"]
+    assert [run.data.tags["mlflow.parentRunId"] for run in of_trials] == [parent.info.run_id] * 2
+    assert all("best/image_auroc" in run.data.metrics for run in of_trials)
 
 
 def test_another_campaign_in_the_output_is_not_touched(here: list[str], shards: str, tmp_path: Path) -> None:
