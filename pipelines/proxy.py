@@ -243,7 +243,10 @@ def _read(
 
 
 def _synthetic(normals: Sequence[_Image], options: ProxyOptions, policy: InputPolicy) -> list[_Image]:
-    textures = None if options.textures is None else TextureSource(options.textures, policy.side)
+    try:
+        textures = None if options.textures is None else TextureSource(options.textures, policy.side)
+    except DataError as error:
+        raise DataError(f"--validation.textures: {error}") from error
     draem = Synthesiser(SynthesisConfig(cutpaste_share=0, textures=options.textures, empty_retries=ATTEMPTS), textures)
     copies = []
     for recipe in options.recipes:
