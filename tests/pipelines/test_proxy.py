@@ -187,7 +187,7 @@ def test_textures_come_from_their_folder(shards: ShardSet, tmp_path: Path) -> No
         for channel in range(3):
             slope, level = np.polyfit(before[:, channel], blended[:, channel], 1)
             np.testing.assert_allclose(slope * before[:, channel] + level, blended[:, channel], atol=1.5)
-    with pytest.raises(DataError, match="--validation.textures: .*missing"):
+    with pytest.raises(DataError, match=r"--validation.textures: .*missing"):
         build(shards, tmp_path, ProxyOptions(textures=str(tmp_path / "missing")))
 
 
