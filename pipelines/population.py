@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.normals import WORK
 from pipelines.readings import OBJECTIVE
 from pipelines.spaces import Choice, Dimension
 from pipelines.training import Phase, Segment
@@ -81,7 +82,13 @@ class PopulationCampaign(TrainedCampaign):
         steps = self.config_of(values).training.steps(len(self.chosen.learn), self.repeats)
         start = None if parent is None else files.join(parent, STATE)
         end = steps if values[UNTIL] == 1 else round(values[UNTIL] * steps)
-        self.train(values, folder, inside, Segment(start, end, files.join(folder, STATE)))
+        segment = Segment(start, end, files.join(folder, STATE))
+        self.train(values, folder, inside, segment)
+        if values[UNTIL] < 1 and not read_reports(folder):
+            # its driver died when the segment had ended and before it heard how well it did
+            files.remove(files.join(folder, WORK))
+            files.remove(segment.state)
+            self.train(values, folder, inside, segment)
         reports = [*([] if parent is None else files.read_json(files.join(parent, RECORD))["reports"])]
         reports += [told for told in read_reports(folder) if told not in reports]
         if values[UNTIL] == 1:

@@ -602,6 +602,8 @@ class PopulationDriver(Driver):
                 for name in (STATE, WORK):
                     files.remove(files.join(campaign.folder, "trials", record["trial"], name))
             before = [record for record in records if record is not None]
+            if all(record["objective"] is None for record in before):
+                break  # there is none to go on from
             if done < options.population.segments:
                 objectives = [record["objective"] for record in before]
                 changing = METHODS[campaign.name].changing_options  # type: ignore[attr-defined]

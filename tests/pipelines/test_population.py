@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +41,7 @@ from tests.methods.conftest import TINY
 from tests.pipelines.conftest import ONE, UNTRACKED
 from tests.pipelines.sharded import samples
 from unianom.data.shards import ShardSet
-from unianom.errors import OptionError
+from unianom.errors import DataError, OptionError, UnianomError
 from unianom.methods.trained import TrainingConfig
 from unianom.model import load
 
@@ -139,33 +141,79 @@ def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def trials(self: Any, planned: list[dict[str, Any]], before: Any, budget: Any) -> None:
         for values in planned:
-            run_trial(self.campaign, values, lambda told: None)
+            with suppress(UnianomError):  # as Tune goes on with the others
+                run_trial(self.campaign, values, lambda told: None)
 
     monkeypatch.setattr(tuning.Driver, "_tune", trials)
     monkeypatch.setattr(tuning, "connect", lambda *_, **__: None)
 
 
-def test_a_recipe_trains_the_best_member_again(here: None, tmp_path: Path) -> None:
-    shards = ShardSet.open(write_set(tmp_path / "shards", [samples("bolt", "train", 12), samples("nut", "train", 12)]))
+def population(shards: ShardSet, output: Path, **changes: Any) -> Any:
+    """Four members of UniAD in three segments of three steps."""
     config = dataclasses.replace(
         TINY["uniad"].config, training=TrainingConfig(iterations=9, batch_size=4, learning_rate=1e-3)
     )
-    options = tune_options()["uniad"](
-        shards=shards.uri,
-        output=str(tmp_path / "campaign"),
-        method=config,
-        space={"neighbours": None, "training.learning_rate": {"low": 1e-5, "high": 3e-2, "log": True}},
-        search="pbt",
-        trials=4,
-        population=PopulationOptions(segments=3, share=0.5),
-        settings=4,
-        validation=ProxyOptions(normals=4, recipes=("cutpaste_patch", "shade"), pixel_stride=2),
-        threshold=ThresholdOptions(validation_fraction=0.3),
-        validate_every=3,
-        runtime=ONE,
-        tracking=UNTRACKED,
-        diagnose=False,
-    )
+    given = {
+        "method": config,
+        "space": {"neighbours": None, "training.learning_rate": {"low": 1e-5, "high": 3e-2, "log": True}},
+        "search": "pbt",
+        "trials": 4,
+        "population": PopulationOptions(segments=3, share=0.5),
+        "settings": 4,
+        "validation": ProxyOptions(normals=4, recipes=("cutpaste_patch", "shade"), pixel_stride=2),
+        "threshold": ThresholdOptions(validation_fraction=0.3),
+        "validate_every": 3,
+        "runtime": ONE,
+        "tracking": UNTRACKED,
+    }
+    return tune_options()["uniad"](shards=shards.uri, output=str(output), **{**given, **changes})
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> ShardSet:
+    parts = [samples("bolt", "train", 12), samples("nut", "train", 12)]
+    return ShardSet.open(write_set(tmp_path / "shards", parts))
+
+
+def test_a_segment_whose_driver_died_before_it_heard_of_it_is_trained_again(
+    here: None, shards: ShardSet, tmp_path: Path
+) -> None:
+    whole = tune(population(shards, tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        # the last segments never begin
+        patch.setattr(tuning, "next_segments", lambda members, objectives, done, *rest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(population(shards, tmp_path / "killed"))
+    first = sorted(tmp_path.glob("killed/trials/*"))
+    assert len(first) == 4
+    record = json.loads((first[0] / "record.json").read_text())
+    for name in ("record.json", "reports.json"):
+        (first[0] / name).unlink()
+    assert (first[0] / "state.pt").exists()
+    again = tune(population(shards, tmp_path / "killed"))
+    told = json.loads((first[0] / "record.json").read_text())
+    assert told["objective"] == record["objective"]
+    (content,), (expected,) = again.contents.values(), whole.contents.values()
+    assert content["best"]["objective"] == expected["best"]["objective"]
+
+
+def test_a_population_that_all_fails_says_why(here: None, shards: ShardSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no trial came to its end .*finite"):
+        tune(
+            population(
+                shards,
+                tmp_path / "c",
+                space={"neighbours": None, "training.learning_rate": [1e30]},
+                trials=1,
+                method=dataclasses.replace(
+                    TINY["uniad"].config, training=TrainingConfig(iterations=9, batch_size=4, learning_rate=1e30)
+                ),
+            )
+        )
+
+
+def test_a_recipe_trains_the_best_member_again(here: None, shards: ShardSet, tmp_path: Path) -> None:
+    options = population(shards, tmp_path / "campaign")
     kept: dict[str, torch.Tensor] = {}
     real = trial_kinds.load_model
 
