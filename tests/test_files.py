@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -262,3 +263,24 @@ def test_what_lies_beside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert files.beside("runs/model/", "prepared") == str(tmp_path / "runs" / "prepared")
     assert files.beside("memory://a/b", "c") == "memory:///a/c"
+
+
+@pytest.mark.parametrize("name", ["bottle", "01", "a b", "a_b", "metal-nut.v2", "Flasche_ä", "螺丝"])
+def test_harmless_names_stay(name):
+    assert files.safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["../escaped", "/tmp/x", "..", ".", "", "_work", ".git", "a/b", "a\\b", "a?b", "a%20b", "a:b", "x" * 300, "é" * 80]
+)
+def test_names_from_data_stay_inside_their_folder(name):
+    safe = files.safe_name(name)
+    assert re.fullmatch(r"[^\W_][\w.\- ]*-[0-9a-f]{8}", safe)
+    assert len(safe.encode()) <= 109
+    assert safe != name
+
+
+def test_no_two_names_share_a_file():
+    names = ["a/b", "a_b", "a b", "a:b", "é", "e\u0301", "..", "../", "_a", "a", "x" * 150, "x" * 151]
+    names += [files.safe_name(name) for name in names if files.safe_name(name) != name]
+    assert len({files.safe_name(name) for name in names}) == len(names)

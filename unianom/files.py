@@ -12,7 +12,9 @@ import io
 import json
 import os
 import posixpath
+import re
 import tempfile
+import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,6 +175,24 @@ def remove(uri: str | os.PathLike[str]) -> None:
     fs, path = resolve(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)
+
+
+def safe_name(name: str) -> str:
+    """Return a file or folder name for a name that comes from data, such as a category.
+
+    A harmless name stays as it is. Any other is cleaned (separators, leading dots and underscores, characters that
+    file systems or URIs take for something else, more than 100 bytes) and told apart by a digest of the whole name, so
+    two names never share a file and none leaves its folder.
+    """
+    cleaned = re.sub(r"[^\w.\- ]", "_", unicodedata.normalize("NFC", name)).lstrip("._- ").rstrip(". ")
+    shortened = cleaned.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    if name and shortened == name and not _DIGEST_ENDING.search(name):
+        return name
+    return f"{shortened or 'unnamed'}-{sha256_of(name.encode(errors='surrogatepass'))[:8]}"
+
+
+_LONGEST_NAME = 100
+_DIGEST_ENDING = re.compile(r"-[0-9a-f]{8}$")
 
 
 def sha256_of(content: bytes) -> str:
