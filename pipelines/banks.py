@@ -9,6 +9,8 @@ same, bit for bit, whatever the number of workers. They stay until the model is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,13 +22,17 @@ from pipelines import storage
 from pipelines.models import load_model
 from pipelines.normals import (
     WORK,
+    Chosen,
     FitOptions,
     FitResult,
+    FitTask,
     NormalReader,
     choose_samples,
-    fit_models,
+    fit_all,
     held_out_record,
     held_out_threshold,
+    open_models,
+    plan_fits,
     weights_digest,
 )
 from pipelines.runtime import Progress, connect, run_unfinished
@@ -54,32 +60,44 @@ def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:
     Raises:
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
-
-    def fit(own: Any, shards: ShardSet, categories: list[str], output: str) -> FitResult:
-        return _fit(name, own, options, shards, categories, output)
-
-    return fit_models(config, options, fit)
+    tasks = plan_banks(name, config, options)
+    with open_models(tasks, options):
+        return fit_planned_banks(name, tasks, options)
 
 
-def _fit(
-    name: str, config: Any, options: FitOptions, shards: ShardSet, categories: list[str], output: str
-) -> FitResult:
-    chosen, notice = choose_samples(shards, categories, options)
-    plan = {
-        "method": name,
-        "config": to_plain(config),
-        "shards": shards.digest,
-        "categories": categories,
-        "few_shot": options.few_shot,
-        "seed": options.seed,
-        "batch_size": options.batch_size,
-        "threshold": to_plain(options.threshold),
-        "limits": to_plain(options.limits),
-        "device": options.runtime.device,
-        "threads": options.runtime.cpus_per_worker,
-        "weights": weights_digest(config.backbone.weights),
-    }
-    digest = storage.claim(output, plan, options.overwrite, "training")
+def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
+    """Plan what `fit_banks` fits; arguments and errors are the same."""
+    weights = cache(weights_digest)
+
+    def describe(own: Any, shards: ShardSet, categories: list[str]) -> tuple[Chosen, str, dict[str, Any]]:
+        chosen, notice = choose_samples(shards, categories, options)
+        plan = {
+            "method": name,
+            "config": to_plain(own),
+            "shards": shards.digest,
+            "categories": categories,
+            "few_shot": options.few_shot,
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "threshold": to_plain(options.threshold),
+            "limits": to_plain(options.limits),
+            "device": options.runtime.device,
+            "threads": options.runtime.cpus_per_worker,
+            "weights": weights(own.backbone.weights),
+        }
+        return chosen, notice, plan
+
+    return plan_fits(config, options, describe)
+
+
+def fit_planned_banks(name: str, tasks: Sequence[FitTask], options: FitOptions) -> list[FitResult]:
+    """Fit what `plan_banks` planned, in folders that are claimed."""
+    return fit_all(tasks, options, partial(_fit, name, options))
+
+
+def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResult:
+    config, shards, categories, output = task.config, task.shards, task.categories, task.output
+    chosen, notice = task.chosen, task.notice
     if is_model(output):
         return _result(load_model(output, "cpu"), output, False, 0.0)
     work = files.join(output, WORK)

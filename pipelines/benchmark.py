@@ -1241,6 +1241,8 @@ def measure(options: Any) -> dict[str, Any]:
     """Run the benchmark that these options belong to; returns what is written to its output.
 
     Raises:
-        UnianomError: wrong options or inputs.
+        UnianomError: wrong options or inputs, or an output that is there already: figures are never replaced.
     """
+    if files.exists(options.output):
+        raise DataError(f"{options.output} is there already; choose another output, or remove it first")
     return next(run for cls, run in BENCHMARKS.values() if cls is type(options))(options)

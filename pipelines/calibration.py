@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -23,6 +23,7 @@ import torch
 from pipelines import storage
 from pipelines.commandline import user_error
 from pipelines.features import array_name, write_npy_header
+from pipelines.locks import exclusive
 from pipelines.models import ModelShelf, load_model, write_index
 from pipelines.normals import NormalReader, held_out_normals, some
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_unfinished, set_threads
@@ -116,7 +117,10 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
     shards, shelf = ShardSet.open(options.shards), ModelShelf.open(options.model)
     shelf.descriptions()  # a missing or damaged model shows now
     output = shelf.uri if options.output is None else files.full_uri(options.output)
-    with track(options.tracking, "calibrate", output, to_plain(options)) as run:
+    with (
+        _opened_for_all(shelf, output, options),
+        track(options.tracking, "calibrate", output, to_plain(options)) as run,
+    ):
         results = []
         for folder in shelf.folders:
             own = output if not shelf.by_category else files.join(output, folder.rsplit("/", 1)[-1])
@@ -124,9 +128,19 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
             prefix = f"{result.categories[0]}/" if shelf.by_category else ""
             run.metrics({prefix + name: value for name, value in result.metrics.items()})
             results.append(result)
-        if shelf.by_category and output != shelf.uri:
+        if shelf.by_category and not files.same_place(output, shelf.uri):
             write_index(output, {category: folder.rsplit("/", 1)[-1] for category, folder in shelf.by_category.items()})
     return results
+
+
+def _opened_for_all(shelf: ModelShelf, output: str, options: CalibrateOptions) -> AbstractContextManager[Any]:
+    """Claim the folder of all calibrated models, where there is one for each category and they are written anew."""
+    if not shelf.by_category or files.same_place(output, shelf.uri):
+        return nullcontext()
+    digests = [model["digest"] for model in shelf.descriptions()]
+    plan = {"models": digests, "calibration": to_plain(options.calibration)}
+    inputs = {"model": options.model, "shards": options.shards}
+    return storage.open_output(output, "calibrated models", plan, inputs=inputs, overwrite=options.overwrite)
 
 
 def calibrate_model(folder: str, output: str, shards: ShardSet, options: CalibrateOptions) -> CalibrateResult:
@@ -139,9 +153,26 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
     """
     kept = Kept.of(folder, shards, options)
     plan = {"found_by": files.digest_of(kept.plan), "calibration": to_plain(options.calibration)}
-    before = _already(folder, output, plan, options)
-    if before is not None:
-        return CalibrateResult(output, kept.categories, False, before)
+    with _opened(folder, output, plan, options):
+        before = _already(output, plan, options)
+        if before is not None:
+            return CalibrateResult(output, kept.categories, False, before)
+        return _calibrate(folder, output, kept, plan, shards, options)
+
+
+def _opened(folder: str, output: str, plan: dict[str, Any], options: CalibrateOptions) -> AbstractContextManager[Any]:
+    """Claim the folder that the calibrator is written to, the model's own or another one."""
+    if files.same_place(folder, output):
+        return exclusive(files.join(output, storage.LOCK), output)
+    inputs = {"model": folder, "shards": options.shards}
+    own = {"model": folder, **plan}
+    return storage.open_output(output, "calibrated model", own, inputs=inputs, overwrite=options.overwrite)
+
+
+def _calibrate(
+    folder: str, output: str, kept: Kept, plan: dict[str, Any], shards: ShardSet, options: CalibrateOptions
+) -> CalibrateResult:
+    """Fit a calibrator and write it; the output is claimed."""
     connect(options.runtime)
     kept.fill(options)
     checkpoint = files.join(kept.uri, f"head-{files.digest_of(plan)[:12]}.pt")
@@ -153,23 +184,21 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
         "metrics": metrics,
         "versions": versions(),
     }
-    if output != folder:
+    if not files.same_place(folder, output):
         load_model(folder, "cpu").save(output)
     Model.add_calibrator(output, calibrator, made)
     files.remove(checkpoint)
     return CalibrateResult(output, kept.categories, True, metrics)
 
 
-def _already(folder: str, output: str, plan: dict[str, Any], options: CalibrateOptions) -> dict[str, float] | None:
+def _already(output: str, plan: dict[str, Any], options: CalibrateOptions) -> dict[str, float] | None:
     """Metrics of this very calibration, if it lies in the output already.
 
     Raises:
-        DataError: another one does, or other files, and `overwrite` is not set.
+        DataError: another one does, and `overwrite` is not set.
     """
-    if output != folder:
-        storage.claim(output, {"model": folder, **plan}, options.overwrite, "calibration")
-        if not is_model(output):
-            return None
+    if not is_model(output):
+        return None
     description = files.read_json(files.join(output, "model.json"))
     made = description["provenance"].get("calibration")
     if made is None or description.get("calibrator") is None:
@@ -263,27 +292,27 @@ class Kept:
 
     def fill(self, options: CalibrateOptions) -> None:
         """Compute embeddings and statistics of all these images, or find them computed."""
-        storage.claim(self.uri, self.plan, False, "calibration")
-        if storage.is_complete(self.uri):
-            return
-        arguments = {
-            "model": self.model,
-            "shards": self.shards,
-            "selection": Selection(("train", "val"), tuple(self.categories), (NORMAL,)),
-            "chosen": self.chosen,
-            "categories": self.categories,
-            "output": self.uri,
-            "batch_size": options.batch_size,
-            "limits": options.limits,
-            "half": options.precision == "half",
-            "device": options.runtime.device,
-            "threads": options.runtime.cpus_per_worker,
-        }
-        progress = Progress("inspect normals", len(self.chosen))
-        units = {part: {"part": part} for part in self.shards.parts}
-        records, _ = run_unfinished(PartInspector, arguments, units, self.uri, options.runtime, progress, "rows")
-        shape = next(record["shape"] for record in records.values() if record["rows"])
-        storage.finish(self.uri, {"rows": {part: r["rows"] for part, r in records.items()}, "shape": shape})
+        with storage.open_cache(self.uri, "calibration images", self.plan) as complete:
+            if complete:
+                return
+            arguments = {
+                "model": self.model,
+                "shards": self.shards,
+                "selection": Selection(("train", "val"), tuple(self.categories), (NORMAL,)),
+                "chosen": self.chosen,
+                "categories": self.categories,
+                "output": self.uri,
+                "batch_size": options.batch_size,
+                "limits": options.limits,
+                "half": options.precision == "half",
+                "device": options.runtime.device,
+                "threads": options.runtime.cpus_per_worker,
+            }
+            progress = Progress("inspect normals", len(self.chosen))
+            units = {part: {"part": part} for part in self.shards.parts}
+            records, _ = run_unfinished(PartInspector, arguments, units, self.uri, options.runtime, progress, "rows")
+            shape = next(record["shape"] for record in records.values() if record["rows"])
+            storage.finish(self.uri, {"rows": {part: r["rows"] for part, r in records.items()}, "shape": shape})
 
     def made(self) -> dict[str, Any]:
         """Rows of each part, and the shape of an embedding; once filled."""

@@ -10,7 +10,6 @@ network.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from pipelines.commandline import console, print_table
 from pipelines.contact import font, sheet_png
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import NormalReader
-from pipelines.report import SCALE_MAPS, STORED, as_seen, percent, read_samples
+from pipelines.report import SCALE_MAPS, STORED, as_seen, percent, read_samples, scope_key
 from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files, visual
@@ -176,15 +175,18 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
         "threads": options.runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
-    digest = storage.claim(output, plan, options.overwrite, "clustering")
-    fresh = not storage.is_complete(output)
-    with track(options.tracking, "cluster_anomalies", output, to_plain(options), plan=digest) as run:
+    inputs = {"model": options.model, "shards": options.shards}
+    with (
+        storage.open_output(output, "clustering", plan, inputs=inputs, overwrite=options.overwrite) as digest,
+        track(options.tracking, "cluster_anomalies", output, to_plain(options), plan=digest) as run,
+    ):
+        fresh = not storage.is_complete(output)
         if fresh:
             folder = keep_features(options, shards, shelf, models)
             _write(options, output, shards, shelf, models, folder, selection)
         content = files.read_json(files.join(output, "clustering.json"))
         for row in content["categories"]:
-            run.metrics({f"{row['category']}/{key}": value for key, value in row.items() if key in SHOWN})
+            run.metrics({f"{scope_key(row['category'])}/{key}": value for key, value in row.items() if key in SHOWN})
         run.metrics({f"mean/{key}": value for key, value in content["mean"].items()})
         run.artifacts({"categories.csv": files.read_bytes(files.join(output, "categories.csv"))})
         run.json("clustering.json", content)
@@ -225,25 +227,25 @@ def keep_features(
     }
     folder = files.full_uri(options.features or files.beside(options.output, "cluster_features"))
     uri = files.join(folder, files.digest_of(plan)[:20])
-    storage.claim(uri, plan, False, "feature set")
-    if storage.is_complete(uri):
+    with storage.open_cache(uri, "cluster features", plan) as complete:
+        if complete:
+            return uri
+        arguments = {
+            "shards": shards,
+            "shelf": shelf,
+            "splits": options.splits,
+            "output": uri,
+            "keep_ratio": options.keep_ratio,
+            "batch_size": options.batch_size,
+            "limits": options.limits,
+            "device": options.runtime.device,
+            "threads": options.runtime.cpus_per_worker,
+        }
+        units = {feature_part(p, n): {"part": p, "model": n} for p in shards.parts for n in range(len(models))}
+        progress = Progress("features", shards.count(Selection(options.splits)))
+        run_unfinished(PartFeatures, arguments, units, uri, options.runtime, progress, "images")
+        storage.finish(uri, {"kind": "cluster features", "images": shards.count(Selection(options.splits))})
         return uri
-    arguments = {
-        "shards": shards,
-        "shelf": shelf,
-        "splits": options.splits,
-        "output": uri,
-        "keep_ratio": options.keep_ratio,
-        "batch_size": options.batch_size,
-        "limits": options.limits,
-        "device": options.runtime.device,
-        "threads": options.runtime.cpus_per_worker,
-    }
-    units = {feature_part(p, n): {"part": p, "model": n} for p in shards.parts for n in range(len(models))}
-    progress = Progress("features", shards.count(Selection(options.splits)))
-    run_unfinished(PartFeatures, arguments, units, uri, options.runtime, progress, "images")
-    storage.finish(uri, {"kind": "cluster features", "images": shards.count(Selection(options.splits))})
-    return uri
 
 
 def feature_part(part: str, model: int) -> str:
@@ -482,7 +484,7 @@ def _write(
         rows.append(_measured(category, own, count))
         clusters += summarise_clusters(category, own)
         if options.shown:
-            sheets[category] = "clusters_" + re.sub(r"[^\w.-]", "_", category) + ".png"
+            sheets[category] = f"clusters_{files.safe_name(category)}.png"
             sheet = contact_sheet(shards, described, own, options.shown)
             files.write_bytes(files.join(output, sheets[category]), sheet)
     if not rows:

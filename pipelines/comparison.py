@@ -15,11 +15,12 @@ import numpy as np
 import yaml
 from scipy.stats import rankdata
 
+from pipelines import storage
 from pipelines.commandline import console, print_table
 from pipelines.evaluation import mean_row
 from pipelines.report import UNDEFINED, percent
 from pipelines.tracking import TrackingOptions, track
-from unianom import files
+from unianom import __version__, files
 from unianom.errors import DataError, OptionError
 from unianom.serialise import flatten, to_plain
 
@@ -49,6 +50,7 @@ class CompareOptions:
         output: folder for comparison.json, .csv, .md and .tex; path or URI.
         names: of the evaluations, in the same order; empty takes the last part of each path.
         published: YAML file of published results in place of the one that comes along; path or URI.
+        overwrite: replace another comparison in the output.
         tracking: where MLflow records the run.
     """
 
@@ -56,6 +58,7 @@ class CompareOptions:
     output: str
     names: tuple[str, ...] = ()
     published: str | None = None
+    overwrite: bool = False
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
     def __post_init__(self) -> None:
@@ -112,17 +115,49 @@ class Table:
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Compare evaluations, write all forms of the result, and return the content of comparison.json.
+    """Compare evaluations and write all forms of the result, or find them written; return the content of
+    comparison.json.
 
     Raises:
-        DataError: an evaluation or the file of published results is missing or damaged.
+        DataError: an evaluation or the file of published results is missing or damaged, or the output holds anything
+            else.
     """
-    published = read_published(options.published or str(PUBLISHED))
+    source = options.published or str(PUBLISHED)
+    published = read_published(source)
     results: list[Result] = []
     for name, uri in zip(options.labels, options.evaluations, strict=True):
         results += results_of(name, _read(uri), published)
-    content, tables = _content(results, published), list(make_tables(results))
+    plan = {
+        "tool": __version__,
+        "evaluations": [files.sha256_file(files.join(uri, "evaluation.json")) for uri in options.evaluations],
+        "names": options.labels,
+        "published": files.sha256_file(source),
+    }
     output = files.full_uri(options.output)
+    inputs = {"published": options.published}
+    for uri in options.evaluations:
+        storage.check_apart(output, {"evaluations": uri})
+    with (
+        storage.open_output(output, "comparison", plan, inputs=inputs, overwrite=options.overwrite),
+        track(options.tracking, "compare", output, to_plain(options)) as run,
+    ):
+        if not files.exists(files.join(output, "comparison.json")):
+            _write(output, results, published)
+        for result in results:
+            prefix = "/".join([result.name, result.dataset, result.protocol, result.scores])
+            run.metrics({f"{prefix}/{key}": value for key, value in result.metrics.items()})
+        run.artifacts({name: files.read_bytes(files.join(output, name)) for name in FORMS})
+        content: dict[str, Any] = files.read_json(files.join(output, "comparison.json"))
+    return content
+
+
+FORMS = ("comparison.csv", "comparison.md", "comparison.tex", "section.json", "comparison.json")
+"""Files of a comparison, in the order they are written."""
+
+
+def _write(output: str, results: Sequence[Result], published: Sequence[Mapping[str, Any]]) -> None:
+    """Write all forms of the result."""
+    content, tables = _content(results, published), list(make_tables(results))
     forms = {
         "comparison.csv": _csv(results),
         "comparison.md": "\n\n".join(map(markdown, tables)).encode() + b"\n",
@@ -130,14 +165,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         "section.json": files.json_bytes(_section(tables, content["notes"])),
         "comparison.json": files.json_bytes(content),
     }
-    for file, body in forms.items():
-        files.write_bytes(files.join(output, file), body)
-    with track(options.tracking, "compare", output, to_plain(options)) as run:
-        for result in results:
-            prefix = "/".join([result.name, result.dataset, result.protocol, result.scores])
-            run.metrics({f"{prefix}/{key}": value for key, value in result.metrics.items()})
-        run.artifacts(forms)
-    return content
+    for file in FORMS:
+        files.write_bytes(files.join(output, file), forms[file])
 
 
 def _read(uri: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Rows of the test split are not even read for it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from scipy.stats import binom
 from pipelines import storage
 from pipelines.commandline import console, print_table
 from pipelines.contact import draw_queue
+from pipelines.locks import exclusive
 from pipelines.models import ModelShelf
 from pipelines.normals import held_out_normals, some
 from pipelines.report import SCALE_MAPS, UNDEFINED, percent
@@ -181,16 +183,24 @@ def decide(options: DecideOptions) -> DecideResult:
         "pictures": options.pictures,
     }
     output = files.full_uri(options.output)
-    digest = storage.claim(output, plan, options.overwrite, "decision")
-    fresh = not storage.is_complete(output)
-    with track(options.tracking, "decide", output, to_plain(options), plan=digest) as run:
+    inputs = {
+        "scores": options.scores,
+        "normals": options.normals,
+        "shards": options.shards,
+        "write_back": options.write_back,
+    }
+    with (
+        storage.open_output(output, "decision set", plan, inputs=inputs, overwrite=options.overwrite) as digest,
+        track(options.tracking, "decide", output, to_plain(options), plan=digest) as run,
+    ):
+        fresh = not storage.is_complete(output)
         if fresh:
             records = _write_parts(scores, rule, output, digest, options)
             _finish(records, scores, shards, unseen, rule, output, digest, options)
         summary = files.read_json(files.join(output, "summary.json"))
         for row in summary["categories"]:
             run.metrics({f"{row['category']}/{key}": row[key] for key in RATES})
-        names = [name for name in files.list_names(output) if name in KEPT or name.endswith(".png")]
+        names = [name for name in files.list_names(output) if name in KEPT or re.fullmatch(r"queue_\w+\.png", name)]
         run.artifacts({name: files.read_bytes(files.join(output, name)) for name in names})
     written = [target.store(rule) for target in targets if not target.has(rule)]
     return DecideResult(DecisionSet.open(output), fresh, rule, summary, written)
@@ -646,7 +656,8 @@ class RuleTarget:
         """Write the rule into `model.json`; returns the folder."""
         description = self._description()
         made = {"fitted_to_scores_of": self.digest, "model_without_rule": _digest_without_rule(description)}
-        store_rule(self.folder, rule.restricted(description["categories"]), made)
+        with exclusive(files.join(self.folder, storage.LOCK), self.folder):
+            store_rule(self.folder, rule.restricted(description["categories"]), made)
         return self.folder
 
     def _description(self) -> dict[str, Any]:

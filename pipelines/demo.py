@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines import storage
 from pipelines.commandline import console
 from pipelines.evaluation import EvaluateOptions, evaluate, print_evaluation
 from pipelines.fitting import train, train_options
@@ -50,6 +51,14 @@ def run_demo(options: DemoOptions) -> None:
     paths = {name: str(root / name) for name in ("corpus", "shards", "model", "scores", "evaluation")}
     report = str(root / "report.html")
 
+    plan = {"weights": options.weights, "backbone": options.backbone, "seed": options.seed}
+    with storage.open_output(str(root), "demo", plan):
+        _run(options, root, paths, report)
+    console.print(f"time:    {time.monotonic() - start:.0f} s")
+
+
+def _run(options: DemoOptions, root: Path, paths: dict[str, str], report: str) -> None:
+    """Run every step in the claimed folder."""
     _say("1/6 draw a corpus in MVTec AD layout", None)
     draw_corpus(paths["corpus"], train=60, seed=options.seed)
 
@@ -82,7 +91,6 @@ def run_demo(options: DemoOptions) -> None:
     console.print(f"\nreport:  {report}")
     console.print(f"MLflow:  mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'}")
     console.print(f"model:   unianom.load('{paths['model']}'), registered as models:/{REGISTERED}@candidate")
-    console.print(f"time:    {time.monotonic() - start:.0f} s")
 
 
 def _train_options(options: DemoOptions, paths: dict[str, str]) -> Any:

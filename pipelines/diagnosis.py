@@ -54,7 +54,7 @@ def diagnose(
     folder = files.join(output, "diagnosis")
     found = {}
     for name, campaign in campaigns.items():
-        own = files.join(folder, name) if len(campaigns) > 1 else folder
+        own = files.join(folder, files.safe_name(name)) if len(campaigns) > 1 else folder
         tested = _test_settings(campaign, own, options)
         found[name] = _verdict(contents[name], settings[name], tested)
         _draw(own, settings[name], tested, contents[name])

@@ -122,24 +122,24 @@ def embed_once(
     }
     folder = files.full_uri(options.embeddings or files.beside(options.output, "embeddings"))
     uri = files.join(folder, files.digest_of(plan)[:20])
-    storage.claim(uri, plan, False, "embedding")
     made = EmbeddingSet(uri, shards, selections)
-    if storage.is_complete(uri):
+    with storage.open_cache(uri, "embeddings", plan) as complete:
+        if complete:
+            return made
+        if not is_model(made.encoder):
+            Model(METHODS[name](config), shards.categories).save(made.encoder)
+        arguments = {
+            "embedded": made,
+            "batch_size": options.batch_size,
+            "limits": options.limits,
+            "device": options.runtime.device,
+            "threads": options.runtime.cpus_per_worker,
+        }
+        units = {patch_file(part, side): {"part": part, "side": side} for part in shards.parts for side in selections}
+        progress = Progress("embed", sum(shards.count(selection) for selection in selections.values()))
+        run_unfinished(PartEmbedder, arguments, units, uri, options.runtime, progress, "images")
+        storage.finish(uri, {"images": {side: shards.count(selection) for side, selection in selections.items()}})
         return made
-    if not is_model(made.encoder):
-        Model(METHODS[name](config), shards.categories).save(made.encoder)
-    arguments = {
-        "embedded": made,
-        "batch_size": options.batch_size,
-        "limits": options.limits,
-        "device": options.runtime.device,
-        "threads": options.runtime.cpus_per_worker,
-    }
-    units = {patch_file(part, side): {"part": part, "side": side} for part in shards.parts for side in selections}
-    progress = Progress("embed", sum(shards.count(selection) for selection in selections.values()))
-    run_unfinished(PartEmbedder, arguments, units, uri, options.runtime, progress, "images")
-    storage.finish(uri, {"images": {side: shards.count(selection) for side, selection in selections.items()}})
-    return made
 
 
 def _check_scope(config: Any, batch_size: int) -> None:

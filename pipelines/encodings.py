@@ -100,21 +100,21 @@ def encode_once(
         "threads": options.runtime.cpus_per_worker,
     }
     uri = files.join(folder, files.digest_of(plan)[:20])
-    storage.claim(uri, plan, False, "encoding")
     made = EncodingSet(uri, shards, tuple(categories), learn, proxy)
-    if storage.is_complete(uri):
+    with storage.open_cache(uri, "encodings", plan) as complete:
+        if complete:
+            return made
+        if not is_model(made.encoder):
+            Model(METHODS[name](config), categories).save(made.encoder)
+        compared = len(ProxySet(proxy))
+        units: dict[str, dict[str, Any]] = {}
+        for part in shards.parts:
+            units[patch_name(LEARNED, part)] = {"kind": LEARNED, "part": part}
+        for start in range(0, compared, IMAGES_PER_UNIT):
+            units[patch_name(COMPARED, str(start))] = {"kind": COMPARED, "part": str(start)}
+        _encode(made, options, units, len(learn) + compared)
+        storage.finish(uri, {"learned": len(learn), "compared": compared})
         return made
-    if not is_model(made.encoder):
-        Model(METHODS[name](config), categories).save(made.encoder)
-    compared = len(ProxySet(proxy))
-    units: dict[str, dict[str, Any]] = {}
-    for part in shards.parts:
-        units[patch_name(LEARNED, part)] = {"kind": LEARNED, "part": part}
-    for start in range(0, compared, IMAGES_PER_UNIT):
-        units[patch_name(COMPARED, str(start))] = {"kind": COMPARED, "part": str(start)}
-    _encode(made, options, units, len(learn) + compared)
-    storage.finish(uri, {"learned": len(learn), "compared": compared})
-    return made
 
 
 def network_part(name: str, config: Any) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines import storage
 from pipelines.commandline import console, print_table
 from pipelines.pixels import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
-from pipelines.report import aupro_names, figures, headline_rows, largest_error, percent
+from pipelines.report import aupro_names, figures, headline_rows, largest_error, percent, scope_key
 from pipelines.runtime import RuntimeOptions
 from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
@@ -43,7 +44,8 @@ from unianom.metrics.region import AuproVariant, check_aupro_options
 from unianom.serialise import from_plain, to_plain
 
 UNION = "union"
-WORK = "_work"
+COUNTED = "_pixel_counts"
+"""Folder below the evaluation where counts of pixels lie until it is written."""
 
 COUNTS = ("n_images", "n_anomalous", "n_maps", "n_anomalous_maps", "n_regions")
 """Entries of a metrics row that add up over categories instead of being averaged."""
@@ -90,6 +92,7 @@ class EvaluateOptions:
         exact_pixels: up to so many labelled pixels, pixel metrics are exact and take some 12 bytes of memory a pixel,
             3 GB by default; beyond, they come from bins, in bounded memory, each with the most it can be off.
         curve_points: points kept of each curve.
+        overwrite: replace what another evaluation left in the output.
         bootstrap: confidence intervals.
         runtime: actors and their CPUs.
         tracking: where MLflow records the run.
@@ -103,6 +106,7 @@ class EvaluateOptions:
     soft_dice: bool = False
     exact_pixels: int = 250_000_000
     curve_points: int = 400
+    overwrite: bool = False
     bootstrap: BootstrapOptions = field(default_factory=BootstrapOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
@@ -114,44 +118,64 @@ class EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Compute all tables and curves, write them, and return the content of evaluation.json.
+    """Compute all tables and curves and write them, or find them written; return the content of evaluation.json.
 
     Raises:
-        DataError: the scores are not of these shards, or nothing is labelled.
+        DataError: the scores are not of these shards, nothing is labelled, or the output holds anything else.
         OptionError: a published approximation of AUPRO, of more pixels than are counted exactly.
     """
     scores, shards = ScoreSet.open(options.scores), ShardSet.open(options.shards)
     if scores.manifest["shards"]["digest"] != shards.digest:
         raise DataError(f"{scores.uri} was scored on other shards than {shards.uri}; give the shards it was made from")
     images = Images.of(scores)
-    plan = pixel_plan(options, scores, images)
+    counting = pixel_plan(options, scores, images)
+    own = ("aupro_limit", "aupro_variant", "soft_dice", "exact_pixels", "curve_points", "bootstrap")
+    plan = {
+        "tool": __version__,
+        "scores": scores.digest,
+        "shards": shards.digest,
+        **{name: to_plain(getattr(options, name)) for name in own},
+    }
     output = files.full_uri(options.output)
-    work = files.join(output, WORK)
-    # what a killed run has counted is found again by what it depends on
-    folder = files.join(work, files.digest_of([scores.digest, shards.digest, asdict(plan)])[:12])
-    if scores.manifest["maps"]:
-        count_pixels(scores, shards, plan, folder, options.runtime)
-    content = tabulate(options, scores, shards, images, plan, folder)
-    table = _table_csv(content)
-    files.write_bytes(files.join(output, "categories.csv"), table)
-    files.write_json(files.join(output, "evaluation.json"), content)
-    files.remove(work)
-    with track(options.tracking, "evaluate", output, to_plain(options)) as run:
+    path = files.join(output, "evaluation.json")
+    inputs = {"scores": options.scores, "shards": options.shards}
+    with (
+        storage.open_output(output, "evaluation", plan, inputs=inputs, overwrite=options.overwrite),
+        track(options.tracking, "evaluate", output, to_plain(options)) as run,
+    ):
+        if not files.exists(path):
+            _write(options, scores, shards, images, counting, output)
+        content: dict[str, Any] = files.read_json(path)
         run.tags({"unianom.models": ", ".join(m["digest"] for m in content["models"])})
         for prefix, found in (("", content), ("calibrated/", content["calibrated"])):
             if found is None:
                 continue
             metrics = found["metrics"]
             for row in metrics["categories"]:
-                own = {f"{prefix}{row['category']}/{k}": v for k, v in row.items() if k not in ("dataset", "category")}
-                run.metrics(own)
+                scope = f"{prefix}{scope_key(row['category'])}"
+                run.metrics({f"{scope}/{k}": v for k, v in row.items() if k not in ("dataset", "category")})
             run.metrics({f"{prefix}mean/{key}": value for key, value in metrics["mean"].items()})
             run.metrics({f"{prefix}{UNION}/{key}": value for key, value in metrics["union"].items()})
-        run.artifacts({"categories.csv": table})
+        run.artifacts({"categories.csv": files.read_bytes(files.join(output, "categories.csv"))})
         run.json("evaluation.json", content)
         columns = ["sample_id", "category", "label", "score", "calibrated_score", "status"]
         run.figures(figures(content, scores.table(columns=columns)))
     return content
+
+
+def _write(
+    options: EvaluateOptions, scores: ScoreSet, shards: ShardSet, images: Images, plan: PixelPlan, output: str
+) -> None:
+    """Compute all tables and curves and write them, evaluation.json last."""
+    work = files.join(output, COUNTED)
+    # what a killed run has counted is found again by what it depends on
+    folder = files.join(work, files.digest_of([scores.digest, shards.digest, asdict(plan)])[:12])
+    if scores.manifest["maps"]:
+        count_pixels(scores, shards, plan, folder, options.runtime)
+    content = tabulate(options, scores, shards, images, plan, folder)
+    files.write_bytes(files.join(output, "categories.csv"), _table_csv(content))
+    files.write_json(files.join(output, "evaluation.json"), content)
+    files.remove(work)
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,7 +376,8 @@ def kind_tables(
             {"dataset": name, "mean": mean_row([result((g,))[0] for g in groups]), "union": result(groups)[0]}
             for name, groups in images.datasets.items()
         ],
-        "curves": {name: result(groups)[1] for name, groups in images.categories.items()} | {UNION: union_curves},
+        "curves": {scope_key(name): result(groups)[1] for name, groups in images.categories.items()}
+        | {UNION: union_curves},
     }
 
 
@@ -489,12 +514,13 @@ class Resampling:
         Histograms tie what lies in one bin. That shifts a metric a little, in all resamples alike; so their distances
         from the histograms' own value are laid around the value in the tables.
         """
-        scopes = {**self._images.categories, UNION: self._images.everything}
-        values = self._values(scopes)
+        own = self._images.categories
+        scopes = {scope_key(name): groups for name, groups in own.items()}
+        values = self._values({**scopes, UNION: self._images.everything})
         rows = {row["category"]: row for row in metrics["categories"]}
-        categories = {name: self._around(values[name], row) for name, row in rows.items()}
+        categories = {name: self._around(values[scope_key(name)], row) for name, row in rows.items()}
         mean = {
-            key: _mean_of_defined([values[name][key] for name in rows if row_has(rows[name], key)])
+            key: _mean_of_defined([values[scope_key(name)][key] for name in rows if row_has(rows[name], key)])
             for key in values[UNION]
             if any(row_has(row, key) for row in rows.values())
         }

@@ -120,36 +120,36 @@ def prepare(
         "masks": masks,
     }
     uri = files.join(folder, files.digest_of(plan)[:20])
-    storage.claim(uri, plan, False, "preparation")
-    if storage.is_complete(uri):
-        made = files.read_json(files.join(uri, "_manifest.json"))
-        return PreparedSet(uri, tuple(made["names"]), made["bytes"], 0.0)
-    model = None
-    if encoder is not None:
-        model = files.join(uri, "encoder")
-        Model(encoder, categories).save(model)
-    arguments = {
-        "shards": shards,
-        "selection": selection,
-        "policy": policy,
-        "output": uri,
-        "limits": limits,
-        "model": model,
-        "half": half,
-        "batch_size": batch_size,
-        "device": runtime.device if model else "cpu",
-        "threads": runtime.cpus_per_worker,
-        "masks": masks,
-    }
-    progress = Progress("frozen features" if model else "prepare images", shards.count(selection))
-    units = {part: {"part": part} for part in shards.parts}
-    records, rate = run_unfinished(PartPreparer, arguments, units, uri, runtime, progress, "rows")
-    size = sum(record["bytes"] for record in records.values())
-    names: list[str] = next((record["names"] for record in records.values() if record["rows"]), [])
-    if model:
-        files.remove(model)
-    storage.finish(uri, {"names": names, "bytes": size, "rows": sum(record["rows"] for record in records.values())})
-    return PreparedSet(uri, tuple(names), size, rate)
+    with storage.open_cache(uri, "features", plan) as complete:
+        if complete:
+            made = files.read_json(files.join(uri, "_manifest.json"))
+            return PreparedSet(uri, tuple(made["names"]), made["bytes"], 0.0)
+        model = None
+        if encoder is not None:
+            model = files.join(uri, "encoder")
+            Model(encoder, categories).save(model)
+        arguments = {
+            "shards": shards,
+            "selection": selection,
+            "policy": policy,
+            "output": uri,
+            "limits": limits,
+            "model": model,
+            "half": half,
+            "batch_size": batch_size,
+            "device": runtime.device if model else "cpu",
+            "threads": runtime.cpus_per_worker,
+            "masks": masks,
+        }
+        progress = Progress("frozen features" if model else "prepare images", shards.count(selection))
+        units = {part: {"part": part} for part in shards.parts}
+        records, rate = run_unfinished(PartPreparer, arguments, units, uri, runtime, progress, "rows")
+        size = sum(record["bytes"] for record in records.values())
+        names: list[str] = next((record["names"] for record in records.values() if record["rows"]), [])
+        if model:
+            files.remove(model)
+        storage.finish(uri, {"names": names, "bytes": size, "rows": sum(record["rows"] for record in records.values())})
+        return PreparedSet(uri, tuple(names), size, rate)
 
 
 def array_name(part: str, name: str) -> str:

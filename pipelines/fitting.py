@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import field
 from typing import Any, Literal
 
-from pipelines.banks import fit_banks
+from pipelines.banks import fit_planned_banks, plan_banks
 from pipelines.calibration import CalibrateOptions, calibrate_model
 from pipelines.commandline import documented_arguments
-from pipelines.normals import FitOptions, FitResult
+from pipelines.normals import FitOptions, FitResult, open_models
 from pipelines.tracking import Run, TrackingOptions, track
-from pipelines.training import TrainingOptions, train_networks
+from pipelines.training import TrainingOptions, plan_trainings, train_planned
 from unianom import files
 from unianom.calibration import CalibrationConfig
 from unianom.data.shards import ShardSet
@@ -59,17 +59,20 @@ def train(options: Any) -> list[FitResult]:
     """Fit the method that `options` (one of `train_options()`) belongs to; record and register the result.
 
     Raises:
-        UnianomError: see `fit_banks`, `train_networks` and `pipelines.tracking.track`.
+        UnianomError: see `plan_banks`, `plan_trainings`, `open_models` and `pipelines.tracking.track`.
     """
     name = next(name for name, method in METHODS.items() if method.Config is type(options.method))
     output = files.full_uri(options.output)
-    with track(options.tracking, "train", output, {"method_name": name, **to_plain(options)}) as run:
+    memory = issubclass(METHODS[name], MemoryMethod)
+    tasks = (plan_banks if memory else plan_trainings)(name, options.method, options)
+    params = {"method_name": name, **to_plain(options)}
+    with open_models(tasks, options), track(options.tracking, "train", output, params) as run:
         if options.register_as is not None and run.id is None:
             raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
-        if issubclass(METHODS[name], MemoryMethod):
-            results = fit_banks(name, options.method, options)
+        if memory:
+            results = fit_planned_banks(name, tasks, options)
         else:
-            results = train_networks(name, options.method, options, run)
+            results = train_planned(name, tasks, options, run)
         if options.calibrate is not None:
             _calibrate(results, options)
         for result in results:

@@ -140,12 +140,13 @@ def ingest(options: IngestOptions) -> IngestResult:
     }
     if options.contaminate:  # only then, so that shard sets from before there was this option stay the same plan
         plan["contaminate"] = [options.contaminate, options.contaminate_seed]
-    digest = storage.claim(output, plan, options.overwrite, "ingest")
-    fresh = not storage.is_complete(output)
-    rate = 0.0
-    if fresh:
-        rate = _write_parts(parts, output, digest, options)
-        _commit(output, digest, plan, len(parts))
+    inputs = {"source": options.source}
+    with storage.open_output(output, "shard set", plan, inputs=inputs, overwrite=options.overwrite) as digest:
+        fresh = not storage.is_complete(output)
+        rate = 0.0
+        if fresh:
+            rate = _write_parts(parts, output, digest, options)
+            _commit(output, digest, plan, len(parts))
     shards = ShardSet.open(output)
     check_rejected(shards, options.max_reject_fraction)
     return IngestResult(shards, fresh, rate)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipelines import storage
 from pipelines.ingest import map_ahead
 from pipelines.models import load_model, write_index
 from pipelines.runtime import Progress, RuntimeOptions, run_units
@@ -141,41 +143,6 @@ def own_config(config: Any, categories: list[str], options: FitOptions) -> Any:
         raise OptionError(f"category_options.{categories[0]}: {error}") from error
 
 
-def fit_models(
-    config: Any, options: FitOptions, fit: Callable[[Any, ShardSet, list[str], str], FitResult], labels: bool = False
-) -> list[FitResult]:
-    """Fit one model for all categories, or one each with an index of them.
-
-    Args:
-        config: the method's options.
-        options: data and output.
-        fit: makes one model, given its options, the shard set, its categories and its output folder.
-        labels: whether the method learns from anomalous training images, too.
-
-    Raises:
-        DataError: there is no such category, not a single normal training image, or, where anomalous ones are learned
-            from, none of these for one of the models.
-        OptionError: see `own_config`.
-    """
-    shards = ShardSet.open(options.shards)
-    shards.check(Selection(("train",), options.categories, (NORMAL, ANOMALOUS) if labels else (NORMAL,)))
-    categories = list(options.categories) or shards.categories
-    groups = [[category] for category in categories] if options.per_category else [categories]
-    configs = [own_config(config, group, options) for group in groups]
-    for group in groups:
-        if labels and not shards.count(Selection(("train",), tuple(group), (ANOMALOUS,))):
-            raise DataError(
-                f"{shards.uri} has no anomalous training image of {', '.join(group)} for a method that learns from "
-                f"labels; ingest a data set whose train split holds some, or take a method or options without labels"
-            )
-    output = files.full_uri(options.output)
-    if not options.per_category:
-        return [fit(configs[0], shards, categories, output)]
-    results = [fit(c, shards, group, files.join(output, group[0])) for c, group in zip(configs, groups, strict=True)]
-    write_index(output, {category: category for category in categories})
-    return results
-
-
 @dataclass(frozen=True)
 class Chosen:
     """Which samples a method learns from, and which are held out for validation and the threshold.
@@ -249,6 +216,121 @@ def choose_samples(
         if options.few_shot is None and not any(row["split"] == "val" for row in normals):
             learn = frozenset(row["sample_id"] for row in train)
     return Chosen(learn | anomalous, held_out, anomalous), notice
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """One model to fit.
+
+    Attributes:
+        config: the method's options.
+        shards, categories: its images, of which `chosen` are learned from and held out.
+        output: model folder.
+        chosen, notice: see `choose_samples`.
+        plan: all that the model's bytes depend on.
+    """
+
+    config: Any
+    shards: ShardSet
+    categories: list[str]
+    output: str
+    chosen: Chosen
+    notice: str
+    plan: dict[str, Any]
+
+
+def plan_fits(
+    config: Any,
+    options: FitOptions,
+    describe: Callable[[Any, ShardSet, list[str]], tuple[Chosen, str, dict[str, Any]]],
+    labels: bool = False,
+) -> list[FitTask]:
+    """Plan one model for all categories, or one each.
+
+    Args:
+        config: the method's options.
+        options: data and output.
+        describe: gives the images and the plan of one model, given its options, the shard set and its categories.
+        labels: whether the method learns from anomalous training images, too.
+
+    Raises:
+        DataError: there is no such category, not a single normal training image, or, where anomalous ones are learned
+            from, none of these for one of the models.
+        OptionError: see `own_config`.
+    """
+    shards = ShardSet.open(options.shards)
+    shards.check(Selection(("train",), options.categories, (NORMAL, ANOMALOUS) if labels else (NORMAL,)))
+    categories = list(options.categories) or shards.categories
+    groups = [[category] for category in categories] if options.per_category else [categories]
+    configs = [own_config(config, group, options) for group in groups]
+    for group in groups:
+        if labels and not shards.count(Selection(("train",), tuple(group), (ANOMALOUS,))):
+            raise DataError(
+                f"{shards.uri} has no anomalous training image of {', '.join(group)} for a method that learns from "
+                f"labels; ingest a data set whose train split holds some, or take a method or options without labels"
+            )
+    output = files.full_uri(options.output)
+    tasks = []
+    for own, group in zip(configs, groups, strict=True):
+        chosen, notice, plan = describe(own, shards, group)
+        folder = files.join(output, files.safe_name(group[0])) if options.per_category else output
+        tasks.append(FitTask(own, shards, group, folder, chosen, notice, plan))
+    return tasks
+
+
+@contextmanager
+def open_models(tasks: Sequence[FitTask], options: FitOptions) -> Iterator[None]:
+    """Claim the model folder, or with `per_category` that of all models, for the length of the block.
+
+    Raises:
+        OptionError, DataError: see `storage.open_output`; of any of the models, before the first is fitted.
+    """
+    with ExitStack() as stack:
+        if options.per_category:
+            plan = {"models": {task.categories[0]: files.digest_of(task.plan) for task in tasks}}
+            inputs = inputs_of(options.shards, tasks[0].config)
+            output = files.full_uri(options.output)
+            stack.enter_context(storage.open_output(output, "models", plan, inputs=inputs, overwrite=options.overwrite))
+            for task in tasks:
+                storage.check_output(task.output, "model", task.plan, overwrite=options.overwrite)
+        else:
+            stack.enter_context(open_model(tasks[0], options))
+        yield
+
+
+def open_model(task: FitTask, options: FitOptions) -> AbstractContextManager[str]:
+    """Claim the folder of one model; gives the digest of its plan."""
+    inputs = inputs_of(options.shards, task.config)
+    return storage.open_output(task.output, "model", task.plan, inputs=inputs, overwrite=options.overwrite)
+
+
+def fit_all(tasks: Sequence[FitTask], options: FitOptions, fit: Callable[[FitTask, str], FitResult]) -> list[FitResult]:
+    """Fit planned models one after another, and write which is of which category.
+
+    Args:
+        tasks: from `plan_fits`.
+        options: data and output.
+        fit: makes one model, given its task and the digest of its plan, or finds it made.
+    """
+    results = []
+    for task in tasks:
+        with open_model(task, options) as digest:
+            results.append(fit(task, digest))
+    if options.per_category:
+        names = {task.categories[0]: task.output.rsplit("/", 1)[-1] for task in tasks}
+        write_index(files.full_uri(options.output), names)
+    return results
+
+
+def inputs_of(shards: str, config: Any) -> dict[str, str | None]:
+    """Return what fitting a method reads, by the option that names it."""
+    weights = config.backbone.weights
+    synthesis = getattr(config, "synthesis", None)
+    return {
+        "shards": shards,
+        "method.backbone.weights": None if weights in ("pretrained", "random") else weights,
+        "method.synthesis.textures": getattr(synthesis, "textures", None),
+    }
 
 
 def held_out_record(shards: ShardSet, categories: list[str], options: FitOptions) -> dict[str, Any]:

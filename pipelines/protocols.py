@@ -27,8 +27,8 @@ from pipelines.commandline import console, print_table
 from pipelines.embeddings import EmbeddingOptions, EmbeddingReader, EmbeddingSet, Side, embed_once
 from pipelines.evaluation import plain
 from pipelines.models import load_model
-from pipelines.normals import weights_digest
-from pipelines.report import percent
+from pipelines.normals import inputs_of, weights_digest
+from pipelines.report import percent, scope_key
 from pipelines.runtime import Progress, run_unfinished
 from pipelines.tracking import track
 from unianom import __version__, files, visual
@@ -318,16 +318,19 @@ def semantic(options: Any) -> ProtocolResult:
     tasks = choose_tasks(options, classes)
     plan = _plan(options, shards, protocol="semantic", tasks=tasks)
     output = files.full_uri(options.output)
-    digest = storage.claim(output, plan, options.overwrite, "semantic protocol")
-    fresh = not storage.is_complete(output)
-    with track(options.tracking, "semantic", output, to_plain(options), plan=digest) as run:
+    inputs = inputs_of(options.shards, options.method)
+    with (
+        storage.open_output(output, "semantic protocol", plan, inputs=inputs, overwrite=options.overwrite) as digest,
+        track(options.tracking, "semantic", output, to_plain(options), plan=digest) as run,
+    ):
+        fresh = not storage.is_complete(output)
         if fresh:
             sides: dict[Side, Selection] = {"train": Selection(("train",)), "test": Selection(("test",))}
             units = [{"number": n, "task": task, "classes": normal} for n, (task, normal) in enumerate(tasks.items())]
             records = _run_banks(TaskScorer, options, shards, sides, output, digest, units, "semantic tasks")
             _write_semantic(output, options, shards, tasks, records)
         content = files.read_json(files.join(output, "semantic.json"))
-        run.metrics({f"{row['task']}/image_auroc": row["image_auroc"] for row in content["tasks"]})
+        run.metrics({f"{scope_key(row['task'])}/image_auroc": row["image_auroc"] for row in content["tasks"]})
         run.metrics({f"mean/{key}": value for key, value in content["mean"].items()})
         run.artifacts({"tasks.csv": files.read_bytes(files.join(output, "tasks.csv"))})
         run.json("semantic.json", content)
@@ -516,9 +519,12 @@ def low_shot(options: Any) -> ProtocolResult:
     own = ("categories", "shots", "draws", "seed", "per_category")
     plan = _plan(options, shards, protocol="low_shot", **{key: to_plain(getattr(options, key)) for key in own})
     output = files.full_uri(options.output)
-    digest = storage.claim(output, plan, options.overwrite, "low-shot protocol")
-    fresh = not storage.is_complete(output)
-    with track(options.tracking, "low_shot", output, to_plain(options), plan=digest) as run:
+    inputs = inputs_of(options.shards, options.method)
+    with (
+        storage.open_output(output, "low-shot protocol", plan, inputs=inputs, overwrite=options.overwrite) as digest,
+        track(options.tracking, "low_shot", output, to_plain(options), plan=digest) as run,
+    ):
+        fresh = not storage.is_complete(output)
         if fresh:
             sides: dict[Side, Selection] = {"train": train, "test": test}
             records = _run_banks(DrawScorer, options, shards, sides, output, digest, units, "low-shot draws")

@@ -141,28 +141,28 @@ def build_proxy(
         "limits": to_plain(limits),
     }
     uri = files.join(folder, files.digest_of(plan)[:20])
-    storage.claim(uri, plan, False, "validation set")
-    if storage.is_complete(uri):
+    with storage.open_cache(uri, "validation set", plan) as complete:
+        if complete:
+            return uri
+        groups: dict[str, list[str]] = {name: [] for name in categories}
+        normals = Selection(("train", "val"), tuple(categories), (NORMAL,))
+        for row in shards.table(normals, ["sample_id", "category"]).to_pylist():
+            if row["sample_id"] in held_out:
+                groups[row["category"]].append(row["sample_id"])
+        made = _read(shards, normals, _shares(groups, options.normals, options.seed), "normal", policy, limits)
+        if labelled:
+            made += _read(shards, anomalous, None, LABELLED, policy, limits)
+        else:
+            made += _synthetic(made, options, policy)
+        for label, kind in ((NORMAL, "normal"), (ANOMALOUS, "anomalous")):
+            missing = sorted(set(categories) - {image.category for image in made if image.label == label})
+            if missing:
+                raise DataError(
+                    f"there is no {kind} image to compare settings on of category {', '.join(missing)}; leave the "
+                    f"category out, raise --threshold.validation_fraction, or take --validation.labelled false"
+                )
+        _write(uri, made)
         return uri
-    groups: dict[str, list[str]] = {name: [] for name in categories}
-    normals = Selection(("train", "val"), tuple(categories), (NORMAL,))
-    for row in shards.table(normals, ["sample_id", "category"]).to_pylist():
-        if row["sample_id"] in held_out:
-            groups[row["category"]].append(row["sample_id"])
-    made = _read(shards, normals, _shares(groups, options.normals, options.seed), "normal", policy, limits)
-    if labelled:
-        made += _read(shards, anomalous, None, LABELLED, policy, limits)
-    else:
-        made += _synthetic(made, options, policy)
-    for label, kind in ((NORMAL, "normal"), (ANOMALOUS, "anomalous")):
-        missing = sorted(set(categories) - {image.category for image in made if image.label == label})
-        if missing:
-            raise DataError(
-                f"there is no {kind} image to compare settings on of category {', '.join(missing)}; leave the category "
-                f"out, raise --threshold.validation_fraction, or take --validation.labelled false"
-            )
-    _write(uri, made)
-    return uri
 
 
 def build_tests(
@@ -186,20 +186,22 @@ def build_tests(
         "limits": to_plain(limits),
     }
     uri = files.join(folder, files.digest_of(plan)[:20])
-    storage.claim(uri, plan, False, "test set")
-    if storage.is_complete(uri):
+    with storage.open_cache(uri, "test set", plan) as complete:
+        if complete:
+            return uri
+        made = []
+        for label, kind in ((NORMAL, "normal"), (ANOMALOUS, TESTED)):
+            selection = Selection(("test",), tuple(categories), (label,))
+            groups: dict[str, list[str]] = {}
+            for row in shards.table(selection, ["sample_id", "category"]).to_pylist():
+                groups.setdefault(row["category"], []).append(row["sample_id"])
+            if not groups:
+                raise DataError(
+                    f"{shards.uri} has no {kind} image in a labelled test split, so nothing can be diagnosed"
+                )
+            made += _read(shards, selection, _shares(groups, MOST_TEST_IMAGES // 2, 0), kind, policy, limits)
+        _write(uri, made)
         return uri
-    made = []
-    for label, kind in ((NORMAL, "normal"), (ANOMALOUS, TESTED)):
-        selection = Selection(("test",), tuple(categories), (label,))
-        groups: dict[str, list[str]] = {}
-        for row in shards.table(selection, ["sample_id", "category"]).to_pylist():
-            groups.setdefault(row["category"], []).append(row["sample_id"])
-        if not groups:
-            raise DataError(f"{shards.uri} has no {kind} image in a labelled test split, so nothing can be diagnosed")
-        made += _read(shards, selection, _shares(groups, MOST_TEST_IMAGES // 2, 0), kind, policy, limits)
-    _write(uri, made)
-    return uri
 
 
 def _shares(groups: Mapping[str, list[str]], count: int, seed: int) -> frozenset[str]:

@@ -26,8 +26,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipelines import storage
 from pipelines.tracking import TrackingOptions, track
-from unianom import files, visual
+from unianom import __version__, files, visual
 from unianom.data.image import (
     ImageLimits,
     InputPolicy,
@@ -81,6 +82,7 @@ class ReportOptions:
             URIs.
         gallery: pictures of the worst misses, and of the worst false alarms; half as many of each category, and a
             quarter as many typical ones of each defect type. 0 shows none.
+        overwrite: replace another report in the output.
         tracking: where MLflow keeps a copy.
     """
 
@@ -88,6 +90,7 @@ class ReportOptions:
     output: str
     gallery: int = 8
     sections: tuple[str, ...] = ()
+    overwrite: bool = False
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
     def __post_init__(self) -> None:
@@ -98,11 +101,11 @@ class ReportOptions:
 
 
 def write_report(options: ReportOptions) -> str:
-    """Write the report; returns its path or URI.
+    """Write the report, or find it written; return its path or URI.
 
     Raises:
-        DataError: no evaluation there, its scores or shards are gone or were changed since, or a section is missing or
-            not what it should be.
+        DataError: no evaluation there, its scores or shards are gone or were changed since, a section is missing or
+            not what it should be, or the output is anything but such a report.
     """
     path = files.join(options.evaluation, "evaluation.json")
     try:
@@ -115,13 +118,34 @@ def write_report(options: ReportOptions) -> str:
             raise DataError(f"{found.uri} was changed after {path} was written; run jobs/evaluate.py again")
     table = labelled(scores.table(columns=COLUMNS))
     sections = [read_section(folder) for folder in options.sections]
-    gallery = make_gallery(evaluation, table, scores, shards, options.gallery)
     output = files.full_uri(options.output)
-    content = render(evaluation, scores.manifest, shards.manifest, table, gallery, sections).encode()
-    files.write_bytes(output, content)
-    with track(options.tracking, "report", output, to_plain(options)) as run:
-        run.artifacts({output.rsplit("/", 1)[-1]: content})
+    digest = files.digest_of(
+        {
+            "tool": __version__,
+            "evaluation": files.sha256_file(path),
+            "sections": [files.sha256_of(repr(section).encode()) for section in sections],
+            "gallery": options.gallery,
+        }
+    )
+    inputs = {"evaluation": options.evaluation}
+    for folder in options.sections:
+        storage.check_apart(output, {"sections": folder})
+    with (
+        storage.open_file(output, "a report", digest, _made_by, inputs=inputs, overwrite=options.overwrite) as made,
+        track(options.tracking, "report", output, to_plain(options)) as run,
+    ):
+        if not made:
+            gallery = make_gallery(evaluation, table, scores, shards, options.gallery)
+            page = render(evaluation, scores.manifest, shards.manifest, table, gallery, sections, digest)
+            files.write_bytes(output, page.encode())
+        run.artifacts({output.rsplit("/", 1)[-1]: files.read_bytes(output)})
     return output
+
+
+def _made_by(page: bytes) -> str | None:
+    """The digest of the plan that a report names in its head."""
+    found = re.search(rb'<meta name="unianom-plan" content="([0-9a-f]{64})">', page[:4096])
+    return None if found is None else found[1].decode()
 
 
 @dataclass(frozen=True)
@@ -204,7 +228,8 @@ class Scope:
     """What a set of curves and scores is about: a category, or all of them together.
 
     Attributes:
-        name: its key in the evaluation's curves.
+        name: its category, or "union".
+        key: see `scope_key`.
         title: its name as shown.
         metrics: its row of the results.
         rates: what the threshold does to it, if there is one.
@@ -212,11 +237,20 @@ class Scope:
     """
 
     name: str
+    key: str
     title: str
     metrics: Mapping[str, Any]
     rates: Mapping[str, Any] | None
     normal: np.ndarray
     anomalous: np.ndarray
+
+
+def scope_key(category: str) -> str:
+    """Return the name of a category where those of the mean and of the union of all stand, too.
+
+    It is the category's own unless it could be taken for one of these, or for what is made of such a name here.
+    """
+    return f"category:{category}" if category in ("mean", "union") or category.startswith("category:") else category
 
 
 def scopes(evaluation: Mapping[str, Any], table: pa.Table) -> list[Scope]:
@@ -229,6 +263,7 @@ def scopes(evaluation: Mapping[str, Any], table: pa.Table) -> list[Scope]:
     found = [
         Scope(
             name="union",
+            key="union",
             title=names[0] if len(names) == 1 else "All categories",
             metrics=metrics["union"],
             rates=threshold["union"] if threshold else None,
@@ -239,7 +274,9 @@ def scopes(evaluation: Mapping[str, Any], table: pa.Table) -> list[Scope]:
     for name, row in zip(names, metrics["categories"], strict=True):
         own = category == name
         if len(names) > 1:
-            found.append(Scope(name, name, row, rates.get(name), score[own & normal], score[own & anomalous]))
+            found.append(
+                Scope(name, scope_key(name), name, row, rates.get(name), score[own & normal], score[own & anomalous])
+            )
     return found
 
 
@@ -261,7 +298,7 @@ def figures(evaluation: Mapping[str, Any], scores_table: pa.Table) -> dict[str, 
         figure, axes = visual.new_figure(len(panels), scope.title)
         for draw, ax in zip(panels, axes, strict=True):
             draw(ax)
-        name = "union" if number == 0 else "category_" + re.sub(r"[^\w.-]", "_", scope.name)
+        name = "union" if number == 0 else f"category_{files.safe_name(scope.name)}"
         pictures[f"{name}.png"] = visual.png(figure)
     rows = score_rows(evaluation, table)
     if rows is not None:
@@ -293,8 +330,8 @@ def score_rows(evaluation: Mapping[str, Any], table: pa.Table) -> Figure | None:
 
 def _panels(evaluation: Mapping[str, Any], scope: Scope) -> list[Callable[[Axes], None]]:
     """What draws each figure of a scope: ROC, precision–recall, PRO where there is one, score histogram."""
-    own = evaluation["curves"][scope.name]
-    others = [c for name, c in evaluation["curves"].items() if name != "union"] if scope.name == "union" else []
+    own = evaluation["curves"][scope.key]
+    others = [c for key, c in evaluation["curves"].items() if key != "union"] if scope.key == "union" else []
     rates = scope.rates or {}
 
     def curves(**keys: tuple[str, str]) -> dict[str, Curve]:
@@ -667,8 +704,9 @@ def render(
     table: pa.Table,
     gallery: Gallery,
     sections: Sequence[Section] = (),
+    plan: str = "",
 ) -> str:
-    """The report as HTML."""
+    """The report as HTML; its head names the digest of its plan."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipelines", ""),
         autoescape=True,
@@ -681,6 +719,7 @@ def render(
     calibrated = evaluation.get("calibrated")
     return environment.get_template("report.html").render(
         title=_title(evaluation),
+        plan=plan,
         facts=_facts(evaluation, score_manifest, table),
         notices=_notices(evaluation, shard_manifest, table),
         headline=_headline(evaluation),

@@ -116,26 +116,27 @@ def score(options: ScoreOptions) -> ScoreResult:
         "threads": options.runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
-    digest = storage.claim(output, plan, options.overwrite, "scoring")
-    fresh = not storage.is_complete(output)
-    rate = 0.0
-    if fresh:
-        arguments = {
-            "shards": shards,
-            "selection": selection,
-            "shelf": shelf,
-            "digests": dict(zip(shelf.folders, plan["models"], strict=True)),
-            "output": output,
-            "plan": digest,
-            "maps": maps,
-            "batch_size": options.batch_size,
-            "limits": options.limits,
-            "device": options.runtime.device,
-            "threads": options.runtime.cpus_per_worker,
-            "fold": options.fold_batch_norm,
-        }
-        rate = _write_parts(arguments, shards, selection, options.runtime)
-        _commit(output, digest, shards, selection, models, plan)
+    inputs = {"model": options.model, "shards": options.shards}
+    with storage.open_output(output, "score set", plan, inputs=inputs, overwrite=options.overwrite) as digest:
+        fresh = not storage.is_complete(output)
+        rate = 0.0
+        if fresh:
+            arguments = {
+                "shards": shards,
+                "selection": selection,
+                "shelf": shelf,
+                "digests": dict(zip(shelf.folders, plan["models"], strict=True)),
+                "output": output,
+                "plan": digest,
+                "maps": maps,
+                "batch_size": options.batch_size,
+                "limits": options.limits,
+                "device": options.runtime.device,
+                "threads": options.runtime.cpus_per_worker,
+                "fold": options.fold_batch_norm,
+            }
+            rate = _write_parts(arguments, shards, selection, options.runtime)
+            _commit(output, digest, shards, selection, models, plan)
     scores = ScoreSet.open(output)
     _check_unscored(scores, options.max_reject_fraction)
     return ScoreResult(scores, fresh, rate)

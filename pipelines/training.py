@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import storage
 from pipelines.batches import (
     Batches,
     Companions,
@@ -51,11 +51,14 @@ from pipelines.normals import (
     Chosen,
     FitOptions,
     FitResult,
+    FitTask,
     choose_samples,
-    fit_models,
+    fit_all,
     held_out_record,
     held_out_threshold,
     missing_masks,
+    open_models,
+    plan_fits,
     weights_digest,
 )
 from pipelines.readings import PROGRESS, WORKERS, Comparer, Comparison
@@ -730,52 +733,57 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
     Raises:
         DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
     """
+    tasks = plan_trainings(name, config, options)
+    with open_models(tasks, options):
+        return train_planned(name, tasks, options, run)
+
+
+def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[FitTask]:
+    """Plan what `train_networks` trains; arguments and errors are the same."""
     needs = make_method(name, config).needs
+    weights = cache(weights_digest)
 
-    def fit(own: Any, shards: ShardSet, categories: list[str], output: str) -> FitResult:
-        prefix = f"{categories[0]}/" if options.per_category else ""
+    def describe(own: Any, shards: ShardSet, categories: list[str]) -> tuple[Chosen, str, dict[str, Any]]:
         own_needs = needs if own == config else make_method(name, own).needs
-        return _train(name, own, own_needs, options, shards, categories, output, run, prefix)
+        chosen, notice = choose_samples(shards, categories, options, validate=True, labels=own_needs.labels)
+        if own_needs.masks:
+            check_masks(shards, categories)
+        plan = {
+            "method": name,
+            "config": to_plain(own),
+            "shards": shards.digest,
+            "categories": categories,
+            "few_shot": options.few_shot,
+            "seed": options.seed,
+            "threshold": to_plain(options.threshold),
+            "limits": to_plain(options.limits),
+            "precision": options.precision,
+            "accumulate": options.accumulate,
+            "frozen_features": options.data.frozen_features,
+            "feature_precision": options.data.feature_precision,
+            "images": options.data.images,
+            "window": options.data.window,
+            "device": options.runtime.device,
+            "weights": weights(own.backbone.weights),
+            **({"phases": to_plain(options.phases)} if options.phases else {}),
+        }
+        return chosen, notice, plan
 
-    return fit_models(config, options, fit, needs.labels)
+    return plan_fits(config, options, describe, needs.labels)
 
 
-def _train(
-    name: str,
-    config: Any,
-    needs: BatchNeeds,
-    options: TrainingOptions,
-    shards: ShardSet,
-    categories: list[str],
-    output: str,
-    run: Run,
-    prefix: str,
-) -> FitResult:
-    chosen, notice = choose_samples(shards, categories, options, validate=True, labels=needs.labels)
-    if needs.masks:
-        check_masks(shards, categories)
-    plan = {
-        "method": name,
-        "config": to_plain(config),
-        "shards": shards.digest,
-        "categories": categories,
-        "few_shot": options.few_shot,
-        "seed": options.seed,
-        "threshold": to_plain(options.threshold),
-        "limits": to_plain(options.limits),
-        "precision": options.precision,
-        "accumulate": options.accumulate,
-        "frozen_features": options.data.frozen_features,
-        "feature_precision": options.data.feature_precision,
-        "images": options.data.images,
-        "window": options.data.window,
-        "device": options.runtime.device,
-        "weights": weights_digest(config.backbone.weights),
-        **({"phases": to_plain(options.phases)} if options.phases else {}),
-    }
-    digest = storage.claim(output, plan, options.overwrite, "training")
+def train_planned(name: str, tasks: Sequence[FitTask], options: TrainingOptions, run: Run) -> list[FitResult]:
+    """Train what `plan_trainings` planned, in folders that are claimed."""
+    return fit_all(tasks, options, partial(_train, name, options, run))
+
+
+def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest: str) -> FitResult:
+    config, shards, categories, output = task.config, task.shards, task.categories, task.output
+    chosen, notice = task.chosen, task.notice
     if is_model(output):
         return _result(load_model(output, "cpu"), output, fresh=False)
+    needs = make_method(name, config).needs
+    prefix = f"{categories[0]}/" if options.per_category else ""
     connect(options.runtime)
     work = files.join(output, WORK)
     trained = files.join(work, "trained")

@@ -28,7 +28,7 @@ from pipelines.calibration import CalibrateOptions, Kept
 from pipelines.commandline import documented_arguments
 from pipelines.encodings import encode_once
 from pipelines.models import ModelShelf, load_model
-from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, weights_digest
+from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, inputs_of, weights_digest
 from pipelines.outcomes import Ran, TuneResult, per_category, write_results
 from pipelines.population import STATE, PopulationCampaign, PopulationOptions, first_segments, next_segments
 from pipelines.proxy import ProxyOptions, ProxySet, check_objective
@@ -281,12 +281,17 @@ def tune(options: Any) -> TuneResult:
     output = files.full_uri(options.output)
     if options.resume and not files.exists(files.join(output, storage.PLAN)):
         raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
-    digest = storage.claim(output, _plan(name, options, space, shards), options.overwrite, "campaign")
-    params = {"method_name": name, **to_plain(options)}
-    with track(options.tracking, "tune", output, params, plan=digest) as run:
+    plan, params = _plan(name, options, space, shards), {"method_name": name, **to_plain(options)}
+    inputs = inputs_of(options.shards, searched(options)) if name != CADA else {"model": options.model}
+    with (
+        storage.open_output(
+            output, "campaign", plan, inputs={**inputs, "shards": options.shards}, overwrite=options.overwrite
+        ) as digest,
+        track(options.tracking, "tune", output, params, plan=digest) as run,
+    ):
         campaigns = {}
         for group in groups:
-            folder = files.join(output, "categories", group[0]) if per_category(options) else output
+            folder = files.join(output, "categories", files.safe_name(group[0])) if per_category(options) else output
             campaigns["+".join(group)] = make_driver(name, options, shards, group, folder, space, needs, run).go()
         return write_results(options, output, campaigns, run)
 

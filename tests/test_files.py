@@ -271,7 +271,8 @@ def test_harmless_names_stay(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["../escaped", "/tmp/x", "..", ".", "", "_work", ".git", "a/b", "a\\b", "a?b", "a%20b", "a:b", "x" * 300, "é" * 80]
+    "name",
+    ["../escaped", "/tmp/x", "..", ".", "", "_work", ".git", "a/b", "a\\b", "a?b", "a%20b", "a:b", "x" * 300, "é" * 80],
 )
 def test_names_from_data_stay_inside_their_folder(name):
     safe = files.safe_name(name)

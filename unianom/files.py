@@ -17,8 +17,8 @@ import tempfile
 import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
@@ -82,6 +82,49 @@ def list_names(uri: str | os.PathLike[str]) -> list[str]:
     if not fs.isdir(path):
         return []
     return sorted(posixpath.basename(name.rstrip("/")) for name in fs.ls(path, detail=False))
+
+
+def list_files(uri: str | os.PathLike[str]) -> list[str]:
+    """Sorted paths, relative to a folder, of all files below it; links are not followed, but listed themselves."""
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        return sorted(_walk(path))
+    fs.invalidate_cache()
+    root = path.rstrip("/") + "/"
+    return sorted(name.removeprefix(root) for name in fs.find(path) if name.startswith(root))
+
+
+def _walk(root: str) -> Iterator[str]:
+    for folder, folders, names in os.walk(root):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
+        for name in [*names, *links]:
+            yield os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118
+
+
+def is_file(uri: str | os.PathLike[str]) -> bool:
+    """Whether a file, and no folder, is there."""
+    fs, path = resolve(uri)
+    fs.invalidate_cache()
+    return bool(fs.isfile(path))
+
+
+def lies_within(inner: str | os.PathLike[str], outer: str | os.PathLike[str]) -> bool:
+    """Whether a place is another one or lies below it, whatever links lead there."""
+    (fs, path), (other_fs, other) = resolve(inner), resolve(outer)
+    if isinstance(fs, LocalFileSystem) and isinstance(other_fs, LocalFileSystem):
+        folder, real = Path(os.path.realpath(path)), Path(os.path.realpath(other))
+        # by identity as well: letters of another case, and places mounted twice
+        return any(
+            place == real or (place.exists() and real.exists() and place.samefile(real))
+            for place in (folder, *folder.parents)
+        )
+    one, two = fs.unstrip_protocol(path).rstrip("/"), other_fs.unstrip_protocol(other).rstrip("/")
+    return one == two or one.startswith(two + "/")
+
+
+def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths or URIs name one place, whatever links lead there."""
+    return lies_within(one, other) and lies_within(other, one)
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
@@ -193,6 +236,29 @@ def safe_name(name: str) -> str:
 
 _LONGEST_NAME = 100
 _DIGEST_ENDING = re.compile(r"-[0-9a-f]{8}$")
+
+
+def remove_file(folder: str, name: str) -> None:
+    """Remove a file below a folder, a link as such, and then the folders between them that it leaves empty."""
+    fs, path = resolve(join(folder, name))
+    if not isinstance(fs, LocalFileSystem):
+        remove(join(folder, name))
+        return
+    with suppress(FileNotFoundError):
+        os.remove(path)  # noqa: PTH107
+    for parent in list(PurePosixPath(name).parents)[:-1]:
+        try:
+            os.rmdir(resolve(join(folder, str(parent)))[1])  # noqa: PTH106
+        except OSError:
+            return  # it holds something else
+
+
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+
+
+def is_half_written(name: str) -> bool:
+    """Whether a name is one that `open_atomic` gives to a file until it is whole."""
+    return _HALF_WRITTEN.search(name) is not None
 
 
 def sha256_of(content: bytes) -> str:
