@@ -284,7 +284,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(inline: None, tmp_path: Pa
             tracking=TrackingOptions(enabled=False),
         )
         evaluate(options)
-        assert sorted(path.name for path in output.iterdir()) == ["categories.csv", "evaluation.json"]
+        assert sorted(path.name for path in output.iterdir()) == ["_plan.json", "categories.csv", "evaluation.json"]
         assert (output / "evaluation.json").read_bytes() == expected[pixels]
     rows = list(csv.DictReader((tmp_path / f"{10**9}_by_1" / "categories.csv").read_text().splitlines()))
     assert [row["scores"] for row in rows] == ["raw"] * 9 + ["calibrated"] * 9

@@ -717,7 +717,7 @@ def test_the_record_of_another_plan_is_not_trusted(corpus, tmp_path, units):
 def test_another_plan_does_not_touch_what_is_there(corpus, tmp_path, units, changes):
     ingest(options(corpus, tmp_path))
     before = contents(tmp_path / "shards")
-    with pytest.raises(DataError, match=r"output of another ingest .*--overwrite true"):
+    with pytest.raises(DataError, match=r"a shard set of another run .*--overwrite true"):
         ingest(options(corpus, tmp_path, **changes))
     assert contents(tmp_path / "shards") == before
     units.clear()
@@ -830,7 +830,7 @@ def test_a_layout_that_crops(tmp_path, units):
     np.testing.assert_array_equal(decode_mask(rows["test/cut"]["mask"]), mask[22:278, 12:268])
     whole = dataclasses.replace(given, layout_options={"crop": False}, output=str(tmp_path / "whole"))
     assert set(ingest(whole).shards.table().column("width").to_pylist()) == {280}
-    with pytest.raises(DataError, match="output of another ingest"):
+    with pytest.raises(DataError, match="a shard set of another run"):
         ingest(dataclasses.replace(whole, output=given.output))
 
 

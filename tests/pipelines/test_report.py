@@ -159,8 +159,8 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def text(evaluation: str) -> str:
-    path = write_report(untracked(evaluation, f"{evaluation}/report.html", gallery=4))
-    assert path == f"{evaluation}/report.html"
+    path = write_report(untracked(evaluation, f"{evaluation}.html", gallery=4))
+    assert path == f"{evaluation}.html"
     return Path(path).read_text()
 
 
@@ -511,12 +511,49 @@ def test_sections_that_are_none_are_refused(evaluation: str, tmp_path: Path, cha
     with pytest.raises(DataError, match=words):
         write_report(untracked(evaluation, str(tmp_path / "report.html"), sections=(folder,)))
     with pytest.raises(DataError, match=r"whose job wrote one"):
-        write_report(untracked(evaluation, str(tmp_path / "report.html"), sections=(str(tmp_path),)))
+        write_report(untracked(evaluation, str(tmp_path / "report.html"), sections=(str(tmp_path / "none"),)))
 
 
 def test_the_same_evaluation_gives_the_same_bytes(evaluation: str, text: str, tmp_path: Path):
     again = write_report(untracked(evaluation, str(tmp_path / "again.html"), gallery=4))
     assert Path(again).read_text() == text
+
+
+def test_a_report_is_replaced_only_by_a_report_that_is_asked_for(evaluation: str, tmp_path: Path):
+    path = tmp_path / "report.html"
+    write_report(untracked(evaluation, str(path), gallery=0))
+    before = path.stat().st_ino
+    write_report(untracked(evaluation, str(path), gallery=0))
+    assert path.stat().st_ino == before  # not even written again
+    with pytest.raises(DataError, match=r"holds a report made of something else; .*--overwrite true"):
+        write_report(untracked(evaluation, str(path), gallery=1))
+    write_report(untracked(evaluation, str(path), gallery=1, overwrite=True))
+    path.write_text("<html>mine</html>")
+    with pytest.raises(DataError, match="is a file that is not a report"):
+        write_report(untracked(evaluation, str(path), gallery=1, overwrite=True))
+    assert path.read_text() == "<html>mine</html>"
+    with pytest.raises(OptionError, match="lies within the input --evaluation"):
+        write_report(untracked(evaluation, f"{evaluation}/report.html"))
+
+
+def test_categories_called_as_the_tables_are_keep_their_own_curves(tmp_path: Path):
+    """A category "union" has neither the curves nor the picture of the union of all."""
+    samples = [
+        _sample(category, number, label, score, False, name=f"{category}/{number}")
+        for category in ("union", "mean", "a/b", "a:b")
+        for number, (label, score) in enumerate([(0, 0.1), (0, 0.2), (1, 0.15 if category == "union" else 0.9)])
+    ]
+    uri = write_evaluation(tmp_path, samples, [model_entry(POLICY, THRESHOLD)])
+    content = files.read_json(f"{uri}/evaluation.json")
+    rows = {row["category"]: row for row in content["metrics"]["categories"]}
+    assert rows["union"]["image_auroc"] == 0.5
+    assert content["metrics"]["union"]["image_auroc"] == pytest.approx((3 * 8 + 4) / 32)
+    assert set(content["curves"]) == {"union", "category:union", "category:mean", "a/b", "a:b"}
+    assert content["curves"]["union"]["roc"] != content["curves"]["category:union"]["roc"]
+    table = ScoreSet.open(content["scores"]["uri"]).table(columns=list(COLUMNS))
+    pictures = figures(content, table)
+    assert len([name for name in pictures if name.startswith("category_")]) == 4
+    assert len(set(pictures.values())) == len(pictures)
 
 
 def test_errors_say_what_to_do(evaluation: str, tmp_path: Path):

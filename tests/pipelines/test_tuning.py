@@ -278,7 +278,7 @@ def test_trials_are_recorded_where_their_job_is(here: list[str], shards: str, tm
 
 def test_another_campaign_in_the_output_is_not_touched(here: list[str], shards: str, tmp_path: Path) -> None:
     tune(memory_options(shards, tmp_path / "c", trials=1))
-    with pytest.raises(DataError, match=r"another campaign \(differing in: objective\)"):
+    with pytest.raises(DataError, match=r"a campaign of another run \(differing in: objective\)"):
         tune(memory_options(shards, tmp_path / "c", trials=1, objective={"image_ap": 1.0}))
 
 
