@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -117,30 +117,26 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
     shards, shelf = ShardSet.open(options.shards), ModelShelf.open(options.model)
     shelf.descriptions()  # a missing or damaged model shows now
     output = shelf.uri if options.output is None else files.full_uri(options.output)
-    with (
-        _opened_for_all(shelf, output, options),
-        track(options.tracking, "calibrate", output, to_plain(options)) as run,
-    ):
+    tasks = []
+    for folder in shelf.folders:
+        own = output if not shelf.by_category else files.join(output, folder.rsplit("/", 1)[-1])
+        tasks.append((Kept.of(folder, shards, options), own))
+    anew = shelf.by_category and not files.same_place(output, shelf.uri)
+    with ExitStack() as stack:
+        if anew:
+            stack.enter_context(_opened_for_all(tasks, output, options))
+        elif not shelf.by_category:
+            stack.enter_context(_opened(*tasks[0], options))
+        run = stack.enter_context(track(options.tracking, "calibrate", output, to_plain(options)))
         results = []
-        for folder in shelf.folders:
-            own = output if not shelf.by_category else files.join(output, folder.rsplit("/", 1)[-1])
-            result = calibrate_model(folder, own, shards, options)
+        for kept, own in tasks:
+            result = _calibrate_planned(kept, own, options)
             prefix = f"{result.categories[0]}/" if shelf.by_category else ""
             run.metrics({prefix + name: value for name, value in result.metrics.items()})
             results.append(result)
-        if shelf.by_category and not files.same_place(output, shelf.uri):
+        if anew:
             write_index(output, {category: folder.rsplit("/", 1)[-1] for category, folder in shelf.by_category.items()})
     return results
-
-
-def _opened_for_all(shelf: ModelShelf, output: str, options: CalibrateOptions) -> AbstractContextManager[Any]:
-    """Claim the folder of all calibrated models, where there is one for each category and they are written anew."""
-    if not shelf.by_category or files.same_place(output, shelf.uri):
-        return nullcontext()
-    digests = [model["digest"] for model in shelf.descriptions()]
-    plan = {"models": digests, "calibration": to_plain(options.calibration)}
-    inputs = {"model": options.model, "shards": options.shards}
-    return storage.open_output(output, "calibrated models", plan, inputs=inputs, overwrite=options.overwrite)
 
 
 def calibrate_model(folder: str, output: str, shards: ShardSet, options: CalibrateOptions) -> CalibrateResult:
@@ -151,27 +147,51 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
         output: the same, or another one.
         shards, options: images, and how.
     """
-    kept = Kept.of(folder, shards, options)
-    plan = {"found_by": files.digest_of(kept.plan), "calibration": to_plain(options.calibration)}
-    with _opened(folder, output, plan, options):
+    return _calibrate_planned(Kept.of(folder, shards, options), output, options)
+
+
+def _opened_for_all(
+    tasks: list[tuple[Kept, str]], output: str, options: CalibrateOptions
+) -> AbstractContextManager[str]:
+    """Claim the folder that the calibrated models of single categories are written to; none is refused later."""
+    plan = {"models": [files.digest_of(_plan(kept, options)) for kept, _ in tasks]}
+    inputs = {"model": options.model, "shards": options.shards}
+    for kept, own in tasks:
+        storage.check_output(own, "calibrated model", _plan(kept, options), overwrite=options.overwrite)
+    return storage.open_output(output, "calibrated models", plan, inputs=inputs, overwrite=options.overwrite)
+
+
+def _plan(kept: Kept, options: CalibrateOptions) -> dict[str, Any]:
+    """What a calibrated model depends on."""
+    return {"model": kept.model, **_found_plan(kept, options)}
+
+
+def _found_plan(kept: Kept, options: CalibrateOptions) -> dict[str, Any]:
+    """What a calibrator depends on."""
+    return {"found_by": files.digest_of(kept.plan), "calibration": to_plain(options.calibration)}
+
+
+def _opened(kept: Kept, output: str, options: CalibrateOptions) -> AbstractContextManager[Any]:
+    """Claim the folder that the calibrator is written to, the model's own or another one."""
+    if files.same_place(kept.model, output):
+        return exclusive(files.join(output, storage.LOCK), output)
+    inputs = {"model": kept.model, "shards": options.shards}
+    return storage.open_output(
+        output, "calibrated model", _plan(kept, options), inputs=inputs, overwrite=options.overwrite
+    )
+
+
+def _calibrate_planned(kept: Kept, output: str, options: CalibrateOptions) -> CalibrateResult:
+    """Calibrate one model, or find it calibrated."""
+    plan = _found_plan(kept, options)
+    with _opened(kept, output, options):
         before = _already(output, plan, options)
         if before is not None:
             return CalibrateResult(output, kept.categories, False, before)
-        return _calibrate(folder, output, kept, plan, shards, options)
+        return _calibrate(output, kept, plan, options)
 
 
-def _opened(folder: str, output: str, plan: dict[str, Any], options: CalibrateOptions) -> AbstractContextManager[Any]:
-    """Claim the folder that the calibrator is written to, the model's own or another one."""
-    if files.same_place(folder, output):
-        return exclusive(files.join(output, storage.LOCK), output)
-    inputs = {"model": folder, "shards": options.shards}
-    own = {"model": folder, **plan}
-    return storage.open_output(output, "calibrated model", own, inputs=inputs, overwrite=options.overwrite)
-
-
-def _calibrate(
-    folder: str, output: str, kept: Kept, plan: dict[str, Any], shards: ShardSet, options: CalibrateOptions
-) -> CalibrateResult:
+def _calibrate(output: str, kept: Kept, plan: dict[str, Any], options: CalibrateOptions) -> CalibrateResult:
     """Fit a calibrator and write it; the output is claimed."""
     connect(options.runtime)
     kept.fill(options)
@@ -179,13 +199,13 @@ def _calibrate(
     calibrator, metrics = _fit(kept, checkpoint, options)
     made = {
         "plan": plan,
-        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "shards": {"uri": kept.shards.uri, "digest": kept.shards.digest},
         "images": options.images,
         "metrics": metrics,
         "versions": versions(),
     }
-    if not files.same_place(folder, output):
-        load_model(folder, "cpu").save(output)
+    if not files.same_place(kept.model, output):
+        load_model(kept.model, "cpu").save(output)
     Model.add_calibrator(output, calibrator, made)
     files.remove(checkpoint)
     return CalibrateResult(output, kept.categories, True, metrics)
