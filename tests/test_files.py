@@ -3,7 +3,9 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 import uuid
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -54,6 +56,53 @@ def test_full_names(tmp_path, monkeypatch):
 )
 def test_join(uri, joined):
     assert files.join(uri, "b", "c") == joined
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a::b.png", "cam1::12-30.png", "C::x", "s3::x.png", "zip::y", "memory::z", "::"),
+        *("file:x.png", "local:x", "cam:1", "http:", "~t.png", "a%20b?.png", "[x]*.png", "b#c"),
+    ],
+)
+def test_a_local_name_is_a_name_whatever_it_holds(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"here")
+    monkeypatch.chdir(tmp_path)
+    for place in (name, str(tmp_path / name), tmp_path / name, f"./{name}"):
+        assert files.is_local(place)
+        assert files.read_bytes(place) == b"here"
+        assert Path(files.full_uri(place)).samefile(tmp_path / name)
+        assert not files.is_chained(place)
+
+
+def test_two_colons_on_an_object_store():
+    uri = f"memory://test-{uuid.uuid4().hex}/cam1::12-30.png"
+    files.write_bytes(uri, b"here")
+    assert files.read_bytes(uri) == b"here"
+    assert files.list_names(files.join(uri, "..").replace("/cam1::12-30.png/..", "")) == ["cam1::12-30.png"]
+
+
+def test_chained_uris_stay_what_they_are(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("b.txt", "inside")
+    chained = f"zip://b.txt::{tmp_path}/a.zip"
+    assert files.read_bytes(chained) == b"inside"
+    for uri in (chained, "simplecache::s3://b/k", "tar://x::s3://b/y.tar", "filecache::memory://x"):
+        assert files.is_chained(uri)
+    for uri in ("s3://b/a::c", "gs://x::y", "/a::b", "a::b", "nothing://a::b", "s3://b/k"):
+        assert not files.is_chained(uri)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_composed_otherwise_are_found(folder, forms):
+    stored, asked = (unicodedata.normalize(form, "gerät-ü/é.png") for form in forms)
+    files.write_bytes(files.join(folder, stored), b"x")
+    found = files.composed_otherwise(files.join(folder, asked))
+    assert found is not None
+    assert files.read_bytes(found) == b"x"
+    assert unicodedata.normalize("NFC", found).endswith(unicodedata.normalize("NFC", stored))
+    assert files.composed_otherwise(files.join(folder, asked + "x")) is None
+    assert files.composed_otherwise(files.join(folder, "plain.png")) is None
 
 
 def test_local_or_not(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -32,18 +33,50 @@ from unianom.errors import DataError
 def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
     """Split a path or URI into its file system and the path inside it.
 
+    A text without a scheme ("s3://") is a local path, whatever else it holds. Two colons chain file systems after one
+    that works on another ("zip://inner.png::s3://bucket/archive.zip", "simplecache::s3://bucket/file"); elsewhere they
+    are part of a name, such as that of a time.
+
     Raises:
         DataError: unknown URI scheme, or its fsspec package is not installed.
     """
     text = os.fspath(uri)
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        fs = fsspec.filesystem("file")
+        # a relative name that fsspec would take for a scheme or for somebody's home
+        odd = text.startswith(("file:", "local:")) or (text.startswith("~") and os.path.expanduser(text) == text)  # noqa: PTH111
+        return fs, fs._strip_protocol(f"./{text}" if odd else text)
     try:
+        if "::" in text and not is_chained(text):
+            cls = fsspec.get_filesystem_class(scheme[1])
+            path = cls._strip_protocol(text.replace("::", "\0"))  # some would leave out what follows two colons
+            return cls(**cls._get_kwargs_from_urls(text)), path.replace("\0", "::")
         return url_to_fs(text)
     except (ValueError, ImportError) as error:
-        scheme = text.split("://", 1)[0]
         raise DataError(
-            f"cannot open {text}: no file system for '{scheme}://' is installed ({error}); "
+            f"cannot open {text}: no file system for '{scheme[1]}://' is installed ({error}); "
             f"install its fsspec package (s3fs, gcsfs, adlfs …)"
         ) from error
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)(://|(::[a-z0-9+.\-]+)*::[a-z0-9+.\-]+://)")
+
+
+def is_chained(uri: str | os.PathLike[str]) -> bool:
+    """Whether a URI chains file systems, as fsspec does by two colons."""
+    text = os.fspath(uri)
+    scheme = _SCHEME.match(text)
+    if scheme is None or "::" not in text:
+        return False
+    if scheme[2] != "://":
+        return True
+    try:
+        outer = fsspec.get_filesystem_class(scheme[1])
+    except (ValueError, ImportError):
+        return False
+    # those that work on another file system say so by the arguments they are made with
+    return bool({"fo", "target_protocol"} & set(inspect.signature(outer.__init__).parameters))
 
 
 def is_local(uri: str | os.PathLike[str]) -> bool:
@@ -135,6 +168,27 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     """
     fs, path = resolve(uri)
     return bytes(fs.cat_file(path))
+
+
+def composed_otherwise(uri: str | os.PathLike[str]) -> str | None:
+    """Path or URI of the file or folder whose name is the same text with its accents composed otherwise (Unicode NFC
+    and NFD, which differ between macOS and other systems); None if there is none."""
+    fs, path = resolve(uri)
+    if path.isascii():
+        return None
+    reached = path
+    missing: list[str] = []
+    while reached and not fs.exists(reached):
+        reached, _, name = reached.rpartition("/")
+        missing.append(name)
+    for name in reversed(missing):
+        wanted = unicodedata.normalize("NFC", name)
+        names = (posixpath.basename(each.rstrip("/")) for each in fs.ls(reached or "/", detail=False))
+        found = next((each for each in sorted(names) if unicodedata.normalize("NFC", each) == wanted), None)
+        if found is None:
+            return None
+        reached = f"{reached}/{found}"
+    return reached if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(reached))
 
 
 def read_json(uri: str | os.PathLike[str]) -> Any:
