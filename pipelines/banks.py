@@ -111,6 +111,7 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
     with TemporaryDirectory(prefix="unianom-patches-") as copies:
         patches = PatchFiles(work, shards.parts, Path(copies))
         method.bank, radius = build_bank(patches, config.bank)
+        method.check_bank()
         patch_count = patches.rows
     fitted = files.join(work, "fitted")
     threshold = held_out_threshold(Model(method, categories), fitted, shards, chosen.held_out, options)

@@ -212,3 +212,23 @@ def test_one_neighbour_cannot_reweight():
     """The nearest bank vector is its own nearest neighbour, so b = 1 would make every score zero."""
     with pytest.raises(OptionError, match="reweight_neighbours=1"):
         configure(reweight_neighbours=1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_bank_too_small_for_its_options_is_refused(rows):
+    """With one vector the weight of equation 7 is 1 − 1, so every image would score 0."""
+    bank = MemoryBank.build(np.eye(rows, 50, dtype=np.float32))
+    _, patches = bank_and_patches()
+    embedding = Embedding(patches, torch.ones(patches.shape[:2], dtype=torch.bool))
+    method = PatchCore(configure(preset="paper"), bank)
+    if rows == 1:
+        for refused in (method.check_bank, lambda: method.score_patches(embedding)):
+            with pytest.raises(OptionError, match=r"memory bank, which has only 1, .* score 0; .* reweight=false"):
+                refused()
+        method = PatchCore(configure(preset="paper", reweight=False), bank)
+    method.check_bank()
+    assert (method.score_patches(embedding).score > 0).all()
+    more = PatchCore(configure(neighbours=rows + 1, reweight=False), bank)
+    for refused in (more.check_bank, lambda: more.score_patches(embedding)):
+        with pytest.raises(OptionError, match=f"neighbours={rows + 1}, but the memory bank has only {rows} vectors"):
+            refused()

@@ -299,3 +299,17 @@ def test_blocks_that_are_never_run_are_not_kept(configure):
     assert len(UniFormaly(configure(mask="off", blocks=(1, 3))).encoder.vit.blocks) == 4
     assert len(UniFormaly(configure(attention_block=9)).encoder.vit.blocks) == 10
     assert len(UniFormaly(configure()).encoder.vit.blocks) == 12
+
+
+def test_a_bank_of_fewer_vectors_than_neighbours_is_refused(configure):
+    config = configure(neighbours=3)
+    method = UniFormaly(config)
+    images = random_images(1)
+    with torch.inference_mode():
+        method.bank = MemoryBank.build(method.embed(images).patches[0, :2].numpy())
+        for refused in (method.check_bank, lambda: method.predict(images)):
+            with pytest.raises(OptionError, match="neighbours=3, but the memory bank has only 2 vectors"):
+                refused()
+        method.bank = MemoryBank.build(method.embed(images).patches[0, :3].numpy())
+        method.check_bank()
+        method.predict(images)

@@ -256,6 +256,7 @@ class MemoryMethod(Method):
         """Squared distances of patches to their K nearest vectors of the bank, and the rows of these; both B×N×K, and 0
         where a patch is not kept."""
         count = neighbours or self.config.neighbours
+        self._check_neighbours(count)
         keep = embedding.keep.cpu()  # B N
         distances = torch.zeros(*keep.shape, count)
         rows = torch.zeros(*keep.shape, count, dtype=torch.int64)
@@ -285,6 +286,26 @@ class MemoryMethod(Method):
             ModelError: there is no bank.
         """
         return mean_distances(self._search(embedding, None)[0], self.config.neighbours)
+
+    def check_bank(self, config: Any = None) -> None:
+        """Check that the bank holds as many vectors as scores need.
+
+        Args:
+            config: options to score with; None takes the method's own.
+
+        Raises:
+            OptionError: it holds fewer.
+            ModelError: there is no bank.
+        """
+        self._check_neighbours((config or self.config).neighbours)
+
+    def _check_neighbours(self, count: int) -> None:
+        rows = self.require_bank().rows
+        if count > rows:
+            raise OptionError(
+                f"neighbours={count}, but the memory bank has only {rows} vectors; lower it, or give the bank more by "
+                f"more images or a larger bank.coreset_ratio"
+            )
 
     def require_bank(self) -> MemoryBank:
         """The bank, or an error that says how to get one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -133,6 +133,17 @@ class PatchCore(MemoryMethod):
         }
         return Found(readings, pooled_embedding(embedding.patches, self.grid))
 
+    def check_bank(self, config: PatchCoreConfig | None = None) -> None:
+        super().check_bank(config)
+        config = config or self.config
+        rows = self.require_bank().rows
+        if config.reweight and rows < 2:
+            raise OptionError(
+                f"reweight compares the nearest vector with others of the memory bank, which has only {rows}, so every "
+                f"image would score 0; give the bank more by more images or a larger bank.coreset_ratio, or take "
+                f"reweight=false"
+            )
+
     def read_scores(
         self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
     ) -> Tensor:
@@ -156,6 +167,7 @@ class PatchCore(MemoryMethod):
             ids: B bank rows of m*.
             count: b.
         """
+        self.check_bank(replace(self.config, neighbours=1, reweight=True))
         bank = self.require_bank()
         near = min(count, bank.rows)
         _, neighbours = bank.search(bank.rows_at(ids), near)  # B b; m* is its own nearest
