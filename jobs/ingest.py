@@ -3,6 +3,8 @@
 python jobs/ingest.py --layout mvtec --source data/mvtec --output shards/mvtec
 """
 
+from typing import Any
+
 from pipelines.commandline import console, print_table, run
 from pipelines.ingest import IngestOptions, IngestResult, ingest
 
@@ -37,16 +39,80 @@ def print_summary(result: IngestResult) -> None:
             console.print(
                 f"warning: {summary[key]['groups']} {text}, e.g. {', '.join(summary[key]['examples'][0][:2])}"
             )
-    for problem, found in summary["masks"].items():
-        if found["count"]:
-            text = problem.replace("_", " ")
-            console.print(f"note: masks {text}: {found['count']} anomalous images, e.g. {found['examples'][0]}")
+    for line in doubts(manifest):
+        console.print(line)
     for status, count in manifest["rejected"].items():
         console.print(f"rejected: {count} {status}; see {result.shards.uri}/_rejected.parquet")
     done = "written" if result.fresh else "was complete already"
     console.print(
         f"shard set {done}: {result.shards.uri} ({len(result.shards.parts)} parts, {manifest['bytes']:,} bytes)"
     )
+
+
+FORMATS_READ = "PNG, JPEG, BMP, TIFF and WebP"
+
+MASK_ADVICE = {
+    "nearly_full": (
+        "cover nearly all of their image",
+        "are they inverted? --invert_masks true takes black for the defect; if their background is a shade, "
+        "--mask_threshold takes only what is brighter",
+    ),
+    "read_at_half": (
+        "have shades between black and white, as JPEG and anti-aliasing make them, and were read at half of white",
+        "--mask_threshold 0 takes every shade for the defect",
+    ),
+    "turned": (
+        "have the size that their image has before its EXIF data turns it, and were turned with it",
+        "--mask_orientation shown leaves them as they are",
+    ),
+    "maybe_unturned": (
+        "belong to an image that its EXIF data turns, and their size does not tell whether they lie as it is shown or "
+        "as it is stored; they were taken to lie as it is shown",
+        "--mask_orientation stored turns them along",
+    ),
+    "wrong_size": ("do not have the size of their image and were left out", ""),
+}
+"""What is said of masks, and the option that helps."""
+
+
+def doubts(manifest: dict[str, Any]) -> list[str]:
+    """What was left out or looks wrong, with an example and the option that helps, a line each."""
+    summary = manifest["summary"]
+    lines = []
+    for problem, found in summary["masks"].items():
+        if not found["count"]:
+            continue
+        example = f"e.g. {found['examples'][0]}"
+        if problem in MASK_ADVICE:
+            what, advice = MASK_ADVICE[problem]
+            lines.append(f"note: {found['count']} masks {what}, {example}" + (f"; {advice}" if advice else ""))
+        else:
+            text = problem.replace("_", " ")
+            lines.append(f"note: masks {text}: {found['count']} anomalous images, {example}")
+    deep = summary.get("sixteen_bits")
+    if deep:
+        bits = max(9, int(deep["largest"]).bit_length())
+        lines.append(
+            f"note: {deep['count']} images have 16 bits a sample but no value above {deep['largest']:,}, "
+            f"e.g. {deep['example']}; if they hold {bits} bits, --bits {bits} scales them to the whole range"
+        )
+    left_out = summary.get("left_out", {})
+    for ending, found in left_out.get("files", {}).items():
+        name = f"files ending in {ending}" if ending else "files without an ending"
+        lines.append(
+            f"left out: {found['count']} {name}, e.g. {found['example']}; images are read from {FORMATS_READ} and told "
+            f"by their ending, so convert or rename them if they are images"
+        )
+    if "folders" in left_out:
+        found = left_out["folders"]
+        lines.append(
+            f"left out: {found['images']} images in {found['count']} folders that the layout has no use for, "
+            f"e.g. {found['examples'][0]}"
+        )
+    if "links" in left_out:
+        found = left_out["links"]
+        lines.append(f"left out: {found['count']} links to a folder that they lie in, e.g. {found['examples'][0]}")
+    return lines
 
 
 def _column_order(column: str) -> tuple[int, str]:

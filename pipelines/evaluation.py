@@ -287,8 +287,9 @@ def tabulate(
     """The content of evaluation.json, from the scores and the counted pixels in a folder."""
     found: dict[str, dict[str, Any]] = {}
     intervals: dict[str, Any] = {}
+    left_out: list[str] = []
     for kind in plan.kinds:
-        found[kind], intervals[kind] = _of_kind(options, scores, shards, images, plan, folder, kind)
+        found[kind], intervals[kind], left_out = _of_kind(options, scores, shards, images, plan, folder, kind)
     raw = found[RAW]
     with_maps = raw["metrics"]["union"].get("n_maps") is not None
     return {
@@ -309,7 +310,7 @@ def tabulate(
             RAW: intervals[RAW],
             CALIBRATED: intervals.get(CALIBRATED),
         },
-        "notes": _notes(options, scores, plan, images, with_maps),
+        "notes": _notes(options, scores, plan, images, with_maps, left_out),
         "curves": raw["curves"],
         "statuses": scores.manifest["statuses"],
         "rejected": _not_scored(scores),
@@ -324,19 +325,27 @@ def _of_kind(
     plan: PixelPlan,
     folder: str,
     kind: str,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Tables and intervals of one kind of score; its pixels are in memory no longer than this takes."""
+) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
+    """Tables and intervals of one kind of score, and the images that its pixels leave out; the pixels are in memory no
+    longer than this takes."""
     counted = Counted({}, {})
     if scores.manifest["maps"]:
         counted = read_counted(scores, shards, plan, folder, kind)
     tables = kind_tables(options, images, counted, kind, plan.accumulator)
     if not options.bootstrap.resamples:
-        return tables, None
+        return tables, None, counted.left_out
     resampling = Resampling(images, counted, kind, options.aupro_limit, options.bootstrap)
-    return tables, resampling.intervals(tables["metrics"])
+    return tables, resampling.intervals(tables["metrics"]), counted.left_out
 
 
-def _notes(options: EvaluateOptions, scores: ScoreSet, plan: PixelPlan, images: Images, with_maps: bool) -> list[str]:
+def _notes(
+    options: EvaluateOptions,
+    scores: ScoreSet,
+    plan: PixelPlan,
+    images: Images,
+    with_maps: bool,
+    left_out: Sequence[str],
+) -> list[str]:
     """What a reader must know of how the figures came about."""
     notes = []
     if any(model.get("decision_rule") is not None for model in scores.manifest["models"]):
@@ -346,6 +355,12 @@ def _notes(options: EvaluateOptions, scores: ScoreSet, plan: PixelPlan, images: 
         )
     if images.partly_calibrated:
         notes.append("some images have a calibrated score and some have none, so calibrated scores are not evaluated")
+    if left_out:
+        notes.append(
+            f"{len(left_out)} anomalous images, e.g. {min(left_out)}, have a mask that is empty at the model's "
+            f"resolution, as where its crop leaves the defect out; they count for images and are left out of pixel "
+            f"metrics"
+        )
     if with_maps and plan.binned:
         notes.append(
             f"more than {options.exact_pixels:,} labelled pixels: pixel metrics come from bins, each with the most it "

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from pipelines import storage
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
@@ -26,17 +28,22 @@ from unianom.data.image import (
     CropWindow,
     ImageFacts,
     ImageLimits,
+    check_bits,
     check_image,
+    covers_nearly_all,
     crop_image,
     crop_mask,
     decode_image,
-    decode_mask,
     encode_png,
     find_crop,
+    read_mask,
     reduce_image,
     reduce_mask,
+    spread_bits,
+    turn_upright,
 )
-from unianom.data.layouts import LAYOUTS, iter_samples, make_options
+from unianom.data.layouts import LAYOUTS, LeftOut, iter_samples, make_options
+from unianom.data.layouts.base import check_mask_threshold
 from unianom.data.schema import ANOMALOUS, NORMAL, SAMPLE_SCHEMA, SCHEMA_VERSION, Crop, SampleRef
 from unianom.data.shards import PartWriter, ShardSet, write_rejected
 from unianom.data.splits import hold_out
@@ -47,6 +54,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MASK_PROBLEMS = ("missing", "wrong_size", "unreadable", "empty")
+
+MASK_DOUBTS = ("nearly_full", "read_at_half", "turned", "maybe_unturned")
+"""What else is told of masks, only where there are any: covering nearly all of their image; shades, of which more than
+half of white is anomalous; turned along with their image, since they have the size that it has before it is turned; and
+not turned though their image is, which its size does not tell to be right."""
+
+SMALL_PART = 1 << 14
+"""16-bit images that never reach this value, a quarter of the range, look like images of fewer bits."""
+
+MaskOrientation = Literal["auto", "shown", "stored"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,13 @@ class IngestOptions:
             if nobody had noticed them: label 0, no mask, their defect still named. Shows what methods and calibrators
             make of training sets that are not clean.
         contaminate_seed: of that draw.
+        mask_threshold: mask values above this are anomalous, whatever the layout says. Null leaves it to the layout,
+            and that mostly to the mask: above 0, or above half of white where it is anti-aliased or was saved as JPEG.
+        invert_masks: what is black in a mask is anomalous.
+        mask_orientation: of images that their EXIF data turns, and of masks without such data: the masks lie as the
+            image is "shown", as its pixels are "stored", or "auto": as the size tells, else as it is shown.
+        bits: that images with 16 bits a sample make use of, such as 12 of many cameras; they are stored scaled up to
+            all 16. Null takes what each file states, else 16.
         resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
         part_bytes: aimed size of a part.
         min_parts: parts at least, where there are so many samples; a part is the unit of work of later jobs.
@@ -77,6 +101,10 @@ class IngestOptions:
     layout_options: dict[str, Any] = field(default_factory=dict)
     contaminate: float = 0.0
     contaminate_seed: int = 0
+    mask_threshold: int | None = None
+    invert_masks: bool = False
+    mask_orientation: MaskOrientation = "auto"
+    bits: int | None = None
     resize: int | None = None
     part_bytes: int = 256 << 20
     min_parts: int = 16
@@ -94,6 +122,16 @@ class IngestOptions:
             raise OptionError(f"contaminate={self.contaminate} must be in [0, 1)")
         if self.resize is not None and self.resize < 16:
             raise OptionError(f"resize={self.resize} must be at least 16 pixels")
+        check_mask_threshold(self.mask_threshold)
+        check_bits(self.bits)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Options of how files are read that are not at their defaults: only these enter plans and manifests, so that
+        shard sets from before there were such options stay the same plan."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        names = ("mask_threshold", "invert_masks", "mask_orientation", "bits")
+        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
 
 
 @dataclass(frozen=True)
@@ -123,7 +161,8 @@ def ingest(options: IngestOptions) -> IngestResult:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise OptionError(f"no layout '{options.layout}'{hint} Known: {', '.join(LAYOUTS)}")
     layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
-    refs = list(iter_samples(options.layout, options.source, layout_options))
+    left_out = LeftOut()
+    refs = list(iter_samples(options.layout, options.source, layout_options, left_out))
     check_unique(refs)
     if options.contaminate:
         refs = contaminated(refs, options.contaminate, options.contaminate_seed)
@@ -140,13 +179,15 @@ def ingest(options: IngestOptions) -> IngestResult:
     }
     if options.contaminate:  # only then, so that shard sets from before there was this option stay the same plan
         plan["contaminate"] = [options.contaminate, options.contaminate_seed]
+    if options.reading:
+        plan["reading"] = options.reading
     inputs = {"source": options.source}
     with storage.open_output(output, "shard set", plan, inputs=inputs, overwrite=options.overwrite) as digest:
         fresh = not storage.is_complete(output)
         rate = 0.0
         if fresh:
             rate = _write_parts(parts, output, digest, options)
-            _commit(output, digest, plan, len(parts))
+            _commit(output, digest, plan, len(parts), left_out)
     shards = ShardSet.open(output)
     check_rejected(shards, options.max_reject_fraction)
     return IngestResult(shards, fresh, rate)
@@ -174,7 +215,9 @@ def contaminated(refs: Sequence[SampleRef], fraction: float, seed: int) -> list[
             "contaminate moves anomalous test images into training, but no category has two of them; leave it out"
         )
     return [
-        dataclasses.replace(ref, split="train", label=NORMAL, mask_uri=None) if ref.sample_id in moved else ref
+        dataclasses.replace(ref, split="train", label=NORMAL, mask_uri=None, more_masks=())
+        if ref.sample_id in moved
+        else ref
         for ref in refs
     ]
 
@@ -216,11 +259,17 @@ def _digest_of_refs(refs: Sequence[SampleRef]) -> str:
     digest = hashlib.sha256()
     for ref in sorted(refs, key=lambda ref: ref.sample_id):
         content = hashlib.sha256(ref.data).hexdigest() if ref.data else None
-        *plain, _ = dataclasses.astuple(dataclasses.replace(ref, data=None, crop=None))
+        known = dataclasses.replace(ref, data=None, crop=None, mask_threshold=ref.mask_threshold or 0)
+        *plain, _, _ = dataclasses.astuple(known)
         digest.update(repr(tuple(plain)).encode())
         digest.update(repr(content).encode())
-        if ref.crop is not None:  # only then, so that shard sets from before there were crops stay the same plan
+        # only where there is any, so that shard sets from before there were such stay the same plan
+        if ref.crop is not None:
             digest.update(repr(ref.crop).encode())
+        if ref.more_masks:
+            digest.update(repr(ref.more_masks).encode())
+        if ref.mask_threshold == 0:
+            digest.update(b"above 0")
     return digest.hexdigest()
 
 
@@ -237,6 +286,7 @@ def _write_parts(parts: list[list[SampleRef]], output: str, digest: str, options
         print(f"continuing: {done} samples are stored already")
     connect(options.runtime)
     arguments = {"output": output, "plan": digest, "limits": options.limits, "resize": options.resize}
+    arguments |= options.reading
     arguments["threads"] = 2 * options.runtime.cpus_per_worker  # one reads while another decodes
     progress = Progress("ingest", sum(len(unit["refs"]) for unit in units))
     for record in run_units(PartIngester, arguments, units, options.runtime):
@@ -258,11 +308,25 @@ class PartIngester:
         limits: what an image may cost.
         resize: shorter side to reduce to, or None.
         threads: files that are read and checked at the same time.
+        mask_threshold, invert_masks, mask_orientation, bits: see `IngestOptions`.
     """
 
-    def __init__(self, output: str, plan: str, limits: ImageLimits, resize: int | None, threads: int) -> None:
+    def __init__(
+        self,
+        output: str,
+        plan: str,
+        limits: ImageLimits,
+        resize: int | None,
+        threads: int,
+        mask_threshold: int | None = None,
+        invert_masks: bool = False,
+        mask_orientation: MaskOrientation = "auto",
+        bits: int | None = None,
+    ) -> None:
         self._output, self._plan = output, plan
         self._limits, self._resize = limits, resize
+        self._mask_threshold, self._invert = mask_threshold, invert_masks
+        self._mask_orientation, self._bits = mask_orientation, bits
         self._pool = ThreadPoolExecutor(threads)
         self._threads = threads
 
@@ -271,19 +335,25 @@ class PartIngester:
         name = part_name(unit["number"])
         rejected: list[dict[str, Any]] = []
         masks: dict[str, list[str]] = {problem: [] for problem in MASK_PROBLEMS}
+        doubts: dict[str, list[str]] = {}
+        deep: list[tuple[int, str]] = []
         rows = 0
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SAMPLE_SCHEMA)
             refs = (SampleRef.from_plain(ref) for ref in unit["refs"])
-            for row, problem in map_ahead(self._pool, self._read, refs, 4 * self._threads):
+            for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads):
                 if "status" in row:
                     rejected.append(row)
                     continue
                 writer.write(row)
                 rows += 1
-                if problem:
-                    masks[problem].append(row["sample_id"])
+                if found.problem:
+                    masks[found.problem].append(row["sample_id"])
+                for doubt in found.doubts:
+                    doubts.setdefault(doubt, []).append(row["sample_id"])
+                if found.largest is not None:
+                    deep.append((found.largest, row["sample_id"]))
             writer.close()
         record = {
             "plan": self._plan,
@@ -292,24 +362,29 @@ class PartIngester:
             "sha256": files.sha256_file(path),
             "rejected": rejected,
             "masks": masks,
+            **({"mask_doubts": doubts} if doubts else {}),
+            **({"deep": {"count": len(deep), "largest": max(deep)[0], "example": deep[0][1]}} if deep else {}),
         }
         storage.commit_part(self._output, name, record)
         return record
 
-    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], str | None]:
-        """A row of SAMPLE_SCHEMA and what is wrong with its mask, or a row of REJECTED_SCHEMA."""
+    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], _Found]:
+        """A row of SAMPLE_SCHEMA and what its files were like, or a row of REJECTED_SCHEMA."""
         known = {
             key: getattr(ref, key) for key in ("sample_id", "dataset", "category", "split", "label", "defect", "uri")
         }
         try:
             self._limits.check_bytes(ref.size or 0)  # a file of many gigabytes is not even read
             whole = ref.data if ref.data is not None else read_image_file(ref.uri)
-            facts, original, window = self._crop(whole, ref.crop)
+            full = whole if self._bits is None else spread_bits(whole, self._bits, self._limits)
+            facts, original, window = self._crop(full, ref.crop)
+            if full is not whole and self._bits is not None:  # what was scaled up was turned upright as well
+                facts = dataclasses.replace(check_image(whole, self._limits), largest=None)
             data = original if self._resize is None else reduce_image(original, self._resize, self._limits)
             stored = facts if data is whole else check_image(data, self._limits)
         except ImageError as error:
-            return {**known, "status": error.status, "error": str(error)}, None
-        mask, problem = self._read_mask(ref, (facts.height, facts.width), window, (stored.height, stored.width))
+            return {**known, "status": error.status, "error": str(error)}, _Found()
+        mask, found = self._read_mask(ref, facts, window, (stored.height, stored.width))
         row = {
             **known,
             "image": data,
@@ -317,9 +392,9 @@ class PartIngester:
             "height": stored.height,
             "width": stored.width,
             "mask": mask,
-            "sha256": files.sha256_of(original),
+            "sha256": files.sha256_of(whole if original is full else original),
         }
-        return row, problem
+        return row, dataclasses.replace(found, largest=facts.largest)
 
     def _crop(self, data: bytes, crop: Crop | None) -> tuple[ImageFacts, bytes, CropWindow | None]:
         """Facts of the whole image, the bytes that its sample is made of, and the window of it that they hold."""
@@ -327,25 +402,65 @@ class PartIngester:
             return check_image(data, self._limits), data, None
         decoded = decode_image(data, self._limits)
         window = find_crop(decoded.pixels, crop, self._limits)
-        height, width = decoded.pixels.shape[:2]
-        return ImageFacts(decoded.format, height, width), encode_png(crop_image(decoded.pixels, window)), window
+        return decoded.facts, encode_png(crop_image(decoded.pixels, window)), window
 
     def _read_mask(
-        self, ref: SampleRef, size: tuple[int, int], window: CropWindow | None, stored: tuple[int, int]
-    ) -> tuple[bytes | None, str | None]:
-        """PNG of the mask of an image of `size` and what is wrong with it; cropped and reduced as its image was."""
+        self, ref: SampleRef, image: ImageFacts, window: CropWindow | None, stored: tuple[int, int]
+    ) -> tuple[bytes | None, _Found]:
+        """PNG of the mask of an image and what is wrong with it; cropped and reduced as its image was."""
         if ref.mask_uri is None:
-            return None, "missing" if ref.label == 1 else None
-        try:
-            mask = decode_mask(read_image_file(ref.mask_uri), ref.mask_threshold, self._limits)
-        except ImageError as error:
-            return None, "missing" if error.status == "missing" else "unreadable"
-        if mask.shape != size:
-            return None, "wrong_size"
+            return None, _Found("missing" if ref.label == ANOMALOUS else None)
+        threshold = ref.mask_threshold if self._mask_threshold is None else self._mask_threshold
+        doubts: list[str] = []
+        mask = None
+        for uri in (ref.mask_uri, *ref.more_masks):
+            try:
+                read = read_mask(read_image_file(uri), threshold, self._invert, self._limits)
+            except ImageError as error:
+                return None, _Found("missing" if error.status == "missing" else "unreadable")
+            piece, doubt = self._upright(read.pixels, read.orientation, image)
+            if piece.shape != (image.height, image.width):
+                return None, _Found("wrong_size")
+            doubts += [*(["read_at_half"] if read.halved else []), *([doubt] if doubt else [])]
+            mask = piece if mask is None else mask | piece
+        assert mask is not None
+        if ref.label == ANOMALOUS and covers_nearly_all(mask):
+            doubts.append("nearly_full")
         if window is not None:
             mask = crop_mask(mask, window)  # before it is called empty: a crop may leave the defect out
-        empty = "empty" if ref.label == 1 and not mask.any() else None
-        return encode_png(mask if mask.shape == stored else reduce_mask(mask, *stored)), empty
+        empty = "empty" if ref.label == ANOMALOUS and not mask.any() else None
+        mask = mask if mask.shape == stored else reduce_mask(mask, *stored)
+        return encode_png(mask), _Found(empty, tuple(dict.fromkeys(doubts)))
+
+    def _upright(self, mask: np.ndarray, own: int | None, image: ImageFacts) -> tuple[np.ndarray, str | None]:
+        """A mask as its image lies, and what is in doubt about it."""
+        orientation = image.orientation or 1
+        # a mask with an orientation of its own has been turned by it
+        if orientation == 1 or own is not None or self._mask_orientation == "shown":
+            return mask, None
+        turned = turn_upright(mask, orientation)
+        shown = (image.height, image.width)
+        if self._mask_orientation == "stored":
+            return turned, None
+        if mask.shape != shown:
+            return (turned, "turned") if turned.shape == shown else (mask, None)
+        doubtful = turned.shape == shown and not np.array_equal(turned, mask)
+        return mask, "maybe_unturned" if doubtful else None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the files of a sample were like.
+
+    Attributes:
+        problem: one of `MASK_PROBLEMS`, if any.
+        doubts: of `MASK_DOUBTS`.
+        largest: see `ImageFacts`.
+    """
+
+    problem: str | None = None
+    doubts: tuple[str, ...] = ()
+    largest: int | None = None
 
 
 def read_image_file(uri: str, tries: int = 3) -> bytes:
@@ -359,6 +474,10 @@ def read_image_file(uri: str, tries: int = 3) -> bytes:
         try:
             return files.read_bytes(uri)
         except (FileNotFoundError, NotADirectoryError) as error:
+            otherwise = files.composed_otherwise(uri)  # the name may come from a list made on another system
+            if otherwise is not None and otherwise != uri and attempt < tries:
+                uri = otherwise
+                continue
             raise ImageError("missing", f"no such file: {uri}") from error
         except IsADirectoryError as error:
             raise ImageError("unsupported", f"a folder, not an image file: {uri}") from error
@@ -384,7 +503,7 @@ def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
         yield future.result()
 
 
-def _commit(output: str, digest: str, plan: dict[str, Any], parts: int) -> None:
+def _commit(output: str, digest: str, plan: dict[str, Any], parts: int, left_out: LeftOut) -> None:
     records = []
     for number in range(parts):
         record = storage.part_record(output, part_name(number))
@@ -408,10 +527,11 @@ def _commit(output: str, digest: str, plan: dict[str, Any], parts: int) -> None:
         "plan_digest": digest,
         **{key: plan[key] for key in ("layout", "source", "layout_options", "resize", "limits")},
         "contaminate": plan.get("contaminate"),  # share and seed
+        **({"reading": plan["reading"]} if "reading" in plan else {}),
         "counts": _counts(table),
         "bytes": sum(_size(output, entry["name"]) for entry in entries),
         "rejected": dict(sorted(Counter(row["status"] for row in rejected).items())),
-        "summary": summarise(table, records),
+        "summary": summarise(table, records, left_out),
         "files": entries,
     }
     storage.finish(output, manifest)
@@ -431,8 +551,14 @@ def _counts(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(table: list[dict[str, Any]], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a user should know of the data before trusting a figure made from it."""
+def summarise(
+    table: list[dict[str, Any]], records: list[dict[str, Any]], left_out: LeftOut | None = None
+) -> dict[str, Any]:
+    """What a user should know of the data before trusting a figure made from it.
+
+    The keys "left_out" and "sixteen_bits", and under "masks" those of `MASK_DOUBTS`, are there only where there is
+    something to tell, so that the manifest of a set without such stays what it always was.
+    """
     by_hash: dict[str, list[dict[str, Any]]] = {}
     for row in table:
         by_hash.setdefault(row["sha256"], []).append(row)
@@ -445,6 +571,12 @@ def summarise(table: list[dict[str, Any]], records: list[dict[str, Any]]) -> dic
         return {"groups": len(found), "examples": [[row["sample_id"] for row in rows] for rows in found[:10]]}
 
     masks = {problem: sorted(i for record in records for i in record["masks"][problem]) for problem in MASK_PROBLEMS}
+    for doubt in MASK_DOUBTS:
+        ids = sorted(i for record in records for i in record.get("mask_doubts", {}).get(doubt, []))
+        masks |= {doubt: ids} if ids else {}
+    deep = [record["deep"] for record in records if "deep" in record]
+    largest = max((found["largest"] for found in deep), default=65535)
+    unused = left_out.summary() if left_out else {}
     return {
         "height": [min(heights), max(heights)],
         "width": [min(widths), max(widths)],
@@ -453,4 +585,16 @@ def summarise(table: list[dict[str, Any]], records: list[dict[str, Any]]) -> dic
         "duplicates_across_splits": listed(crossing),
         "duplicates_with_other_label": listed(conflicting),
         "masks": {problem: {"count": len(ids), "examples": ids[:10]} for problem, ids in masks.items()},
+        **({"left_out": unused} if any(unused.values()) else {}),
+        **(
+            {
+                "sixteen_bits": {
+                    "count": sum(found["count"] for found in deep),
+                    "largest": largest,
+                    "example": min(found["example"] for found in deep),
+                }
+            }
+            if largest < SMALL_PART
+            else {}
+        ),
     }

@@ -38,6 +38,7 @@ Group = tuple[str, str]
 Accumulator = PixelAccumulator | BinnedPixelAccumulator
 
 RAW, CALIBRATED = "raw", "calibrated"
+LEFT_OUT = "left_out"
 
 RESAMPLING_BITS = 16
 """Bits of a score that name its bin where images are resampled: 128 bins for every doubling of the score."""
@@ -123,10 +124,12 @@ class Counted:
     Attributes:
         accumulators: for the metrics.
         histograms: for their intervals; empty where none are wanted.
+        left_out: names of the anomalous images whose mask is empty at the model's resolution.
     """
 
     accumulators: dict[Group, Accumulator]
     histograms: dict[Group, Histograms]
+    left_out: list[str] = field(default_factory=list)
 
 
 def count_pixels(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, runtime: RuntimeOptions) -> None:
@@ -184,10 +187,11 @@ class MapReader:
     def _exact(self, part: str) -> dict[str, np.ndarray]:
         """Every pixel, and how each map is calibrated."""
         rows, maps = [], []
-        for row, scores, mask in self._maps(part):
+        left_out: list[str] = []
+        for row, scores, mask in self._maps(part, left_out):
             rows.append(row)
             maps += split_maps([scores], [mask])
-        arrays = _identities(rows)
+        arrays = _identities(rows) | {LEFT_OUT: np.array(left_out, np.str_)}
         for kind in self._plan.kinds:
             arrays |= self._tables(rows, maps, kind)
         arrays["calibration"] = np.array([_calibration(row) for row in rows], np.float32).reshape(-1, 2)
@@ -201,7 +205,8 @@ class MapReader:
         found: dict[tuple[Group, str], BinnedPixelAccumulator] = {}
         rows = []
         tables: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {kind: [] for kind in self._plan.kinds}
-        for row, scores, mask in self._maps(part):
+        left_out: list[str] = []
+        for row, scores, mask in self._maps(part, left_out):
             rows.append(row)
             (split,) = split_maps([scores], [mask])
             for kind in self._plan.kinds:
@@ -210,7 +215,7 @@ class MapReader:
                 found.setdefault((group, kind), BinnedPixelAccumulator(self._plan.aupro_limit)).add(own)
                 if self._plan.resampled:
                     tables[kind].append(map_table(own, RESAMPLING_BITS))
-        arrays = _identities(rows)
+        arrays = _identities(rows) | {LEFT_OUT: np.array(left_out, np.str_)}
         if self._plan.resampled:
             for kind, own_tables in tables.items():
                 arrays |= _packed(own_tables, kind)
@@ -228,8 +233,9 @@ class MapReader:
             maps = [calibrated(split, *_calibration(row)) for row, split in zip(rows, maps, strict=True)]
         return _packed([map_table(split, RESAMPLING_BITS) for split in maps], kind)
 
-    def _maps(self, part: str) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-        """Row, map and mask; anomalous images whose mask is unknown take no part."""
+    def _maps(self, part: str, left_out: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+        """Row, map and mask. Anomalous images whose mask is unknown take no part; nor do those whose mask is empty at
+        the model's resolution, as where a crop leaves the defect out: their names are added to `left_out`."""
         masks: dict[str, bytes | None] = {}
         for batch in self._shards.read(shard_part(part), None, ["sample_id", "mask"]):
             masks.update(zip(batch["sample_id"].to_pylist(), batch["mask"].to_pylist(), strict=True))
@@ -240,11 +246,12 @@ class MapReader:
                 mask = masks[row["sample_id"]]
                 if row["status"] != "ok" or row["label"] is None or (row["label"] == 1 and mask is None):
                     continue
+                marked = None if mask is None else prepare_mask(decode_mask(mask), self._policies[row["model"]])
+                if row["label"] == 1 and marked is not None and not marked.any():
+                    left_out.append(row["sample_id"])
+                    continue
                 anomaly_map = decode_map(row.pop("anomaly_map"), row["map_offset"], row["map_scale"])
-                if mask is None:
-                    yield row, anomaly_map, np.zeros(anomaly_map.shape, bool)
-                else:
-                    yield row, anomaly_map, prepare_mask(decode_mask(mask), self._policies[row["model"]])
+                yield row, anomaly_map, np.zeros(anomaly_map.shape, bool) if marked is None else marked
 
 
 def _calibration(row: dict[str, Any]) -> tuple[float, float]:
@@ -294,6 +301,7 @@ def read_counted(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: st
         try:
             with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
+                counted.left_out.extend(arrays[LEFT_OUT].tolist())
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"cannot read {path}: {error}; remove {folder} and run the same command again") from error
         _add_part(counted, arrays, plan, kind)

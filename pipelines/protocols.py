@@ -138,6 +138,7 @@ class BankScorer:
         """Build the bank of some training images; tells how large it is."""
         patches = self.reader.patches_of(chosen)
         self.method.bank, _ = build_bank(patches, self.config.bank)
+        self.method.check_bank(self.config)
         return {"images": len(chosen), "patches": patches.rows, "bank_rows": self.method.bank.rows}
 
     def score(
@@ -608,7 +609,8 @@ class DrawScorer(BankScorer):
         return self.commit(unit["number"], [{**draw, **row} for row in rows], {**unit, **made, "metrics": measured})
 
     def _masks_of(self, categories: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """S×S bool masks of the anomalous test images that have one, by sample_id; kept for the next draw."""
+        """S×S bool masks of the anomalous test images that have one, and not an empty one at this resolution, by
+        sample_id; kept for the next draw."""
         if categories not in self._masks:
             shards, policy = self.reader.shards, self.method.input
             selection = Selection(("test",), categories, (ANOMALOUS,))
@@ -617,7 +619,9 @@ class DrawScorer(BankScorer):
                 for batch in shards.read(part, selection, ["sample_id", "mask"]):
                     for row in batch.to_pylist():
                         if row["mask"] is not None:
-                            found[row["sample_id"]] = prepare_mask(decode_mask(row["mask"]), policy)
+                            mask = prepare_mask(decode_mask(row["mask"]), policy)
+                            if mask.any():
+                                found[row["sample_id"]] = mask
             self._masks[categories] = found
         return self._masks[categories]
 

@@ -239,6 +239,7 @@ def _read(
                 mask = None if label else np.zeros((policy.side, policy.side), bool)
                 if label and row["mask"] is not None:
                     mask = prepare_mask(decode_mask(row["mask"], limits=limits), policy)
+                    mask = mask if mask.any() else None  # the crop leaves the defect out
                 pixels = decode_row(row, policy, limits)
                 images.append(_Image(row["sample_id"], row["category"], kind, label, pixels, mask))
     return images

@@ -118,6 +118,8 @@ class Validation:
                     mask = None if row["label"] else np.zeros((policy.side, policy.side), bool)
                     if row["mask"] is not None:
                         mask = prepare_mask(decode_mask(row["mask"], limits=self._limits), policy)
+                        if row["label"] and not mask.any():
+                            mask = None  # the crop leaves the defect out
                     images.append(_Image(row["category"], pixels, row["label"], mask))
         return images
 

@@ -20,7 +20,7 @@ import unianom
 from tests.methods.conftest import INPUT, SIDE, TINY, fit, tiny_method
 from unianom import files
 from unianom.backbones import BackboneConfig
-from unianom.data.image import ImageLimits
+from unianom.data.image import ImageLimits, spread_bits
 from unianom.errors import ImageError, ModelError, OptionError
 from unianom.methods import METHODS, Method, Prediction
 from unianom.methods.patchcore import PatchCore, PatchCoreConfig
@@ -440,3 +440,17 @@ def test_a_wrong_batch_size_is_refused(model):
 
 def test_the_package_offers_load_and_its_types():
     assert (unianom.load, unianom.Model, unianom.ImageResult) == (load, Model, ImageResult)
+
+
+def test_files_of_twelve_bits_in_sixteen(model, tmp_path):
+    """Given their depth, they predict as the same picture in 8 bits does, and as ingest would store them."""
+    values = (np.arange(80 * 90).reshape(80, 90) * 4095 // (80 * 90 - 1)).astype(np.uint16)
+    deep, eight = tmp_path / "a::12.png", np.rint(values * (255 / 4095)).astype(np.uint8)
+    deep.write_bytes(png(values))
+    spread = spread_bits(png(values), 12)
+    given = model.predict([str(deep), png(values), png(eight)], batch_size=1, bits=12)
+    assert same(given, model.predict([spread, spread, eight], batch_size=1))
+    assert given[0].score == pytest.approx(given[2].score, rel=0.02)
+    assert model.predict([str(deep)])[0].score != given[0].score
+    with pytest.raises(OptionError, match="bits=7"):
+        model.predict([eight], bits=7)

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from unianom import files
 from unianom.backbones import state_faults
 from unianom.calibration import Calibration, CalibrationConfig, Calibrator
-from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
+from unianom.data.image import ImageLimits, check_bits, decode_image, normalise, prepare_image, spread_bits
 from unianom.errors import ImageError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
@@ -91,6 +91,7 @@ class Model:
         batch_size: int = 8,
         limits: ImageLimits | None = None,
         categories: Sequence[str] | None = None,
+        bits: int | None = None,
     ) -> list[ImageResult]:
         """Score images given as paths, URIs, encoded bytes, H×W×3 or H×W uint8 arrays, or Pillow images.
 
@@ -99,6 +100,7 @@ class Model:
             batch_size: images in one forward pass.
             limits: what an image may cost.
             categories: of the images; only a calibrator or a decision rule that goes by category needs them.
+            bits: that files with 16 bits a sample make use of, where they do not state it; as given to ingest.
 
         Raises:
             ImageError: an image is missing or cannot be read; names it by its place in the list.
@@ -107,12 +109,13 @@ class Model:
         """
         if isinstance(images, str | bytes | bytearray | os.PathLike | np.ndarray | Image.Image):
             raise OptionError("predict takes a list of images; put a single image into a list")
+        check_bits(bits)
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size} must be at least 1")
         if categories is not None and len(categories) != len(images):
             raise OptionError(f"{len(categories)} categories for {len(images)} images; give one for each")
         results: list[ImageResult] = []
-        for batch in self._prepared(images, batch_size, limits or ImageLimits()):
+        for batch in self._prepared(images, batch_size, limits or ImageLimits(), bits):
             tensor = normalise(batch, self.method.input).to(self.method.device)
             names = None if categories is None else categories[len(results) : len(results) + len(batch)]
             known: Sequence[str | None] = [None] * len(batch) if names is None else names
@@ -157,12 +160,14 @@ class Model:
         found = self.method.inspect(images)
         return Prediction(found.anomaly_map, found.score), self.calibrator.calibrate(found, categories)
 
-    def _prepared(self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits) -> Iterator[list[np.ndarray]]:
+    def _prepared(
+        self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits, bits: int | None
+    ) -> Iterator[list[np.ndarray]]:
         """Batches of S×S×3 uint8, decoded one batch ahead of the network."""
 
         def prepare(number: int) -> np.ndarray:
             try:
-                return prepare_image(to_pixels(images[number], limits), self.method.input)
+                return prepare_image(to_pixels(images[number], limits, bits), self.method.input)
             except ImageError as error:
                 raise ImageError(error.status, f"images[{number}]: {error}") from error
 
@@ -246,15 +251,15 @@ class Model:
         files.write_json(path, {**description, "calibrator": content})
 
 
-def to_pixels(image: AnyImage, limits: ImageLimits) -> np.ndarray:
-    """Any form of image that `Model.predict` takes, as H×W×3 uint8.
+def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> np.ndarray:
+    """Any form of image that `Model.predict` takes, as H×W×3 uint8; `bits` as there.
 
     Raises:
         ImageError: the file is missing, or as `decode_image`.
         OptionError: an array is not uint8 of such a shape, or a Pillow image has more than 8 bits.
     """
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(bytes(image), limits).pixels
+        return _decoded(bytes(image), limits, bits)
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise OptionError(f"a Pillow image of mode {image.mode} would be clipped to 8 bits; give its file or bytes")
@@ -271,7 +276,11 @@ def to_pixels(image: AnyImage, limits: ImageLimits) -> np.ndarray:
         content = files.read_bytes(image)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ImageError("missing", f"there is no file {os.fspath(image)}") from error
-    return decode_image(content, limits).pixels
+    return _decoded(content, limits, bits)
+
+
+def _decoded(content: bytes, limits: ImageLimits, bits: int | None) -> np.ndarray:
+    return decode_image(content if bits is None else spread_bits(content, bits, limits), limits).pixels
 
 
 def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:

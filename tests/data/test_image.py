@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageDraw, TiffImagePlugin
 from scipy import ndimage
 from torchvision import transforms
 from torchvision.transforms import functional
@@ -23,6 +23,7 @@ from unianom.data.image import (
     ImageLimits,
     InputPolicy,
     check_image,
+    covers_nearly_all,
     crop_image,
     crop_mask,
     decode_image,
@@ -35,8 +36,11 @@ from unianom.data.image import (
     normalise,
     prepare_image,
     prepare_mask,
+    read_mask,
     reduce_image,
     reduce_mask,
+    spread_bits,
+    turn_upright,
 )
 from unianom.data.schema import Crop
 from unianom.errors import ImageError, OptionError
@@ -412,6 +416,103 @@ def test_limits_must_be_positive(limits):
         ImageLimits(**limits)
 
 
+# ---- samples of fewer bits than they are stored in ------------------------------------------------------------------
+
+TWELVE = (np.arange(24 * 37).reshape(24, 37) * 4095 // (24 * 37 - 1)).astype(np.uint16)
+"""A ramp over all of 12 bits."""
+
+EIGHT_OF_TWELVE = np.floor(TWELVE.astype(np.float64) * 255 / 4095 + 0.5).astype(np.uint8)
+
+
+def grey_png(values, *chunks):
+    """A 16-bit grey PNG of H×W uint16, with chunks of one's own."""
+    return png(values.shape[1], values.shape[0], 16, 0, values.astype(">u2"), *chunks)
+
+
+def tiff(values, **tags):
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info.tagtype[int(tag[1:])] = 3  # a whole number of 16 bits
+        info[int(tag[1:])] = value
+    return saved(values, "TIFF", tiffinfo=info)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [grey_png(TWELVE, (b"sBIT", bytes([12]))), tiff(TWELVE, _341=4095)],
+    ids=["sBIT", "SMaxSampleValue"],
+)
+def test_bits_that_a_file_states_are_scaled_to_the_whole_range(data):
+    decoded = decode_image(data)
+    np.testing.assert_array_equal(decoded.pixels[..., 0], EIGHT_OF_TWELVE)
+    assert decoded.largest is None  # nothing to wonder about
+    np.testing.assert_array_equal(decode_prepared(data, InputPolicy("stretch", 24)),
+                                  prepare_image(decoded.pixels, InputPolicy("stretch", 24)))  # fmt: skip
+
+
+def test_samples_of_twelve_bits_in_twelve():
+    """TIFF packs them: two samples in three bytes."""
+    flat = TWELVE[:, :36].reshape(-1, 2).astype(np.uint32)
+    joined = flat[:, 0] << 12 | flat[:, 1]
+    packed = np.stack([joined >> 16, joined >> 8 & 255, joined & 255], axis=1).astype(np.uint8).tobytes()
+    entries = [(256, 36), (257, 24), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 24), (279, len(packed))]
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    head = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    data = head + packed + struct.pack("<H", len(entries)) + table + struct.pack("<I", 0)
+    np.testing.assert_array_equal(decode_image(data).pixels[..., 0], EIGHT_OF_TWELVE[:, :36])
+
+
+@pytest.mark.parametrize("scaled", [TWELVE << 4, TWELVE << 4 | TWELVE >> 8], ids=["shifted", "repeated"])
+@pytest.mark.parametrize("brightest", [4095, 200])
+def test_samples_that_were_scaled_up_as_png_asks_are_not_scaled_again(scaled, brightest):
+    values = np.where(brightest >= TWELVE, scaled, 0).astype(np.uint16)  # a dark image, too
+    plain, stated = decode_image(grey_png(values)), decode_image(grey_png(values, (b"sBIT", bytes([12]))))
+    np.testing.assert_array_equal(plain.pixels, stated.pixels)
+
+
+@pytest.mark.parametrize("largest", [3000, 65535, 255])
+def test_a_largest_value_that_is_no_depth_or_exceeded_is_not_taken_for_one(largest):
+    """Some programs state the largest value that occurs; images would be scaled each by another factor."""
+    plain = decode_image(saved(TWELVE, "TIFF")).pixels
+    np.testing.assert_array_equal(decode_image(tiff(TWELVE, _341=largest)).pixels, plain)
+
+
+def test_colours_of_few_bits_in_sixteen_are_refused_where_the_file_tells():
+    values = np.dstack([TWELVE] * 3).astype(">u2").reshape(24, -1)
+    colours = png(37, 24, 16, 2, values, (b"sBIT", bytes([12, 12, 12])))
+    for function in (decode_image, check_image):
+        assert status_of(function, colours) == "unsupported"
+    scaled = png(37, 24, 16, 2, (values.astype(np.uint16) << 4).astype(">u2"), (b"sBIT", bytes([12, 12, 12])))
+    np.testing.assert_array_equal(decode_image(scaled).pixels[..., 1], TWELVE >> 4)
+
+
+def test_sixteen_bits_tell_the_largest_value():
+    assert check_image(saved(TWELVE)).largest == decode_image(saved(TWELVE)).facts.largest == 4095
+    assert check_image(saved(SIXTEEN, "TIFF")).largest == 65535
+    assert check_image(saved(GREYS)).largest is None
+    colours = png(37, 24, 16, 2, np.dstack([TWELVE] * 3).astype(">u2").reshape(24, -1))
+    assert check_image(colours).largest == 4095
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_bits_are_spread_on_request(file_format):
+    spread = spread_bits(saved(TWELVE, file_format), 12)
+    with Image.open(io.BytesIO(spread)) as image:
+        assert image.format == "PNG"
+        stored = np.asarray(image)
+    np.testing.assert_array_equal(stored, np.floor(TWELVE.astype(np.float64) * 65535 / 4095 + 0.5))
+    np.testing.assert_allclose(decode_image(spread).pixels[..., 0].astype(int), EIGHT_OF_TWELVE, atol=1)
+    assert len(np.unique(decode_image(saved(TWELVE, file_format)).pixels)) == 17
+    assert len(np.unique(decode_image(spread).pixels)) == 256
+
+
+def test_bits_that_an_image_does_not_have():
+    assert spread_bits(saved(GREYS), 12) == saved(GREYS)
+    assert status_of(spread_bits, saved(TWELVE), 11) == "unsupported"
+    colours = png(37, 24, 16, 2, np.dstack([TWELVE] * 3).astype(">u2").reshape(24, -1))
+    assert status_of(spread_bits, colours, 12) == "unsupported"
+
+
 # ---- masks --------------------------------------------------------------------------------------------------------
 
 CLASSES = RNG.integers(0, 4, (11, 13)).astype(np.uint8)
@@ -425,7 +526,7 @@ CLASSES = RNG.integers(0, 4, (11, 13)).astype(np.uint8)
         (saved(CLASSES, "BMP"), 0, CLASSES > 0),
         (saved(CLASSES), 1, CLASSES > 1),
         (saved(palette_image(CLASSES, [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])), 0, CLASSES > 0),
-        (saved(palette_image(CLASSES, [[255, 255, 255], [128, 0, 0], [0, 0, 0], [0, 0, 1]])), 0, CLASSES > 0),
+        (saved(palette_image(CLASSES, [[255, 255, 255], [128, 0, 0], [0, 90, 0], [0, 0, 1]])), 0, CLASSES > 0),
         (saved(CLASSES.astype(np.uint16) * 300), 0, CLASSES > 0),
         (saved(CLASSES.astype(np.uint16)), 0, CLASSES > 0),
         (saved(CLASSES.astype(np.int32), "TIFF"), 2, CLASSES > 2),
@@ -468,6 +569,159 @@ def test_a_palette_of_greys_stands_for_shades_whatever_the_order_of_its_entries(
     assert quantised.getpalette()[:3] == [255, 255, 255]
     for image in (quantised, palette_image(CLASSES, np.stack([shades] * 3, axis=1))):
         np.testing.assert_array_equal(decode_mask(saved(image), threshold) > 0, shades[CLASSES] > threshold)
+
+
+def blob(height=64, width=64):
+    """A defect of 12 × 10 pixels and one of 5 × 30, H×W bool."""
+    mask = np.zeros((height, width), bool)
+    mask[8:20, 10:20] = True
+    mask[40:45, 20:50] = True
+    return mask
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0), (2, 0, 1), (0, 2, 1)])
+def test_the_order_of_a_palette_in_colours_changes_nothing(order):
+    """Black background, a red and a blue defect, at any of the entries 0, 1 and 2."""
+    defect = blob()
+    classes = defect.astype(np.uint8)
+    classes[40:45] *= 2
+    colours = np.array([[0, 0, 0], [200, 30, 30], [0, 0, 180]], np.uint8)
+    places = np.argsort(order)
+    data = saved(palette_image(places[classes], colours[list(order)]))
+    np.testing.assert_array_equal(decode_mask(data) > 0, defect)
+
+
+def test_class_numbers_hold_where_entry_0_of_a_palette_is_black():
+    """As in VOC: 255 marks the rim of objects; black may come again, for entries that a program left undefined."""
+    classes = np.zeros((20, 20), np.uint8)
+    classes[4:14, 4:14], classes[6:12, 6:12], classes[8:10, 8:10] = 255, 3, 15
+    colours = np.zeros((256, 3), np.uint8)
+    colours[15], colours[255] = (192, 128, 128), (224, 224, 192)
+    for threshold, expected in ((None, classes > 0), (3, classes > 3), (20, classes > 20)):
+        np.testing.assert_array_equal(decode_mask(saved(palette_image(classes, colours)), threshold) > 0, expected)
+
+
+def layered(values, alpha):
+    return np.dstack([values, values, values, alpha]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("below", [0, 128, 255])
+def test_what_is_wholly_transparent_is_background(below):
+    defect = blob()
+    shades = np.where(defect, 255, below)
+    alpha = np.where(defect, 255, 0)
+    masks = [
+        saved(layered(shades, alpha)),
+        saved(Image.fromarray(layered(shades, alpha)).convert("LA")),
+        saved(layered(shades, alpha), "TIFF"),
+        saved(layered(shades, alpha), "WEBP", lossless=True),
+        saved(palette_image(defect, [[below] * 3, [90, 200, 10]]), transparency=0),
+        saved(palette_image(~defect, [[90, 200, 10], [below] * 3]), transparency=bytes([255, 0])),
+    ]
+    if below not in (0, 255):  # a shade that stands for transparency
+        masks.append(saved(shades.astype(np.uint8), transparency=below))
+        masks.append(saved(np.dstack([shades.astype(np.uint8)] * 3), transparency=(below, below, below)))
+        masks.append(saved(shades.astype(np.uint16), transparency=below))
+    for data in masks:
+        np.testing.assert_array_equal(decode_mask(data) > 0, defect)
+
+
+def test_partly_transparent_marks_count():
+    """A translucent overlay, as annotation tools draw it."""
+    defect = blob()
+    np.testing.assert_array_equal(decode_mask(saved(layered(np.where(defect, 255, 0), defect * 100))) > 0, defect)
+
+
+@pytest.mark.parametrize("quality", [50, 75, 95])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_the_ringing_of_jpeg_does_not_enlarge_a_mask(quality, shift):
+    """20 × 10 pixels: as JPEG some 275 of them and their surroundings are above 0."""
+    defect = np.zeros((64, 64), np.uint8)
+    defect[20 + shift : 40 + shift, 20 + shift : 30 + shift] = 255
+    jpeg = saved(defect, "JPEG", quality=quality)
+    assert (decode_mask(jpeg, 0) > 0).sum() > 230
+    converted = saved(np.asarray(Image.open(io.BytesIO(jpeg))))  # the same pixels, in a format without loss
+    red = saved(Image.open(io.BytesIO(saved(np.dstack([defect, defect * 0, defect * 0]), "JPEG", quality=95))))
+    webp = saved(np.dstack([defect] * 3), "WEBP", quality=quality)
+    for data in (jpeg, converted):
+        np.testing.assert_array_equal(decode_mask(data), defect)
+        assert read_mask(data).halved
+    assert read_mask(webp).halved
+    assert (decode_mask(webp) != defect).sum() <= 40
+    assert abs(int((decode_mask(red) > 0).sum()) - 200) <= 30  # JPEG halves the resolution of colours
+
+
+def test_a_grey_mask_in_jpeg_is_read_at_half_of_its_own_brightness():
+    defect = np.where(blob(), np.uint8(100), np.uint8(0))
+    np.testing.assert_array_equal(decode_mask(saved(defect, "JPEG", quality=80)) > 0, defect > 0)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 7])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "16"])
+def test_anti_aliased_edges_are_read_at_half(factor, mode):
+    """A disc drawn larger and reduced: what is covered by half is anomalous, whatever the file's colours."""
+    y, x = np.mgrid[: 64 * factor, : 64 * factor]
+    large = (np.hypot(y - 31.3 * factor, x - 30.7 * factor) < 17.2 * factor) * 255.0
+    cover = large.reshape(64, factor, 64, factor).mean((1, 3))
+    shades = np.rint(cover).astype(np.uint8)
+    data = {
+        "L": lambda: saved(shades),
+        "RGB": lambda: saved(np.dstack([shades, shades * 0, shades // 2])),
+        "RGBA": lambda: saved(np.dstack([np.full_like(shades, 255)] * 3 + [shades])),
+        "P": lambda: saved(Image.fromarray(shades).quantize(200)),
+        "16": lambda: saved(np.rint(cover * 257).astype(np.uint16)),
+    }[mode]()
+    read = read_mask(data)
+    assert read.halved
+    certain = np.abs(cover - 127.5) > (0.6 if mode != "P" else 4)
+    np.testing.assert_array_equal((read.pixels > 0)[certain], (cover > 127.5)[certain])
+    assert (decode_mask(data, 0) > 0).sum() > (read.pixels > 0).sum()  # every shade, where it is asked for
+
+
+@pytest.mark.parametrize(
+    "values", [(1,), (1, 2, 3), (1, 255), (1, 128, 255), (85, 170, 255), (254, 255), (10, 11, 150)]
+)
+@pytest.mark.parametrize("thickness", [1, 2, 9])
+def test_class_numbers_are_no_shades(values, thickness):
+    """Areas and scratches of one class each, side by side or one within the other."""
+    classes = np.zeros((120, 120), np.uint8)
+    for number, value in enumerate(values):
+        classes[5 + 30 * number : 5 + 30 * number + thickness, 10:90] = value
+        classes[60 + 8 * number : 110 - 8 * number, 40 + 8 * number : 90 - 8 * number] = value
+    read = read_mask(saved(classes))
+    assert not read.halved
+    np.testing.assert_array_equal(read.pixels > 0, classes > 0)
+
+
+def test_inverted_masks():
+    defect = blob()
+    white = np.where(defect, np.uint8(0), np.uint8(255))
+    for data in (saved(white), saved(Image.fromarray(~defect)), saved((~defect).astype(np.uint8))):
+        assert covers_nearly_all(decode_mask(data))
+        np.testing.assert_array_equal(read_mask(data, invert=True).pixels > 0, defect)
+    outside = np.zeros_like(defect)
+    outside[:, 55:] = True  # transparent, so neither defect nor its contrary
+    data = saved(layered(white, ~outside * 255))
+    np.testing.assert_array_equal(read_mask(data, invert=True).pixels > 0, defect & ~outside)
+
+
+def test_what_covers_nearly_all_of_an_image():
+    empty, full = np.zeros((40, 50), np.uint8), np.full((40, 50), 255, np.uint8)
+    hole, large, half = full.copy(), empty.copy(), full.copy()
+    hole[5:30, 5:40] = 0  # 56 % of the image, and all its border
+    large[2:-2, 2:-2] = 255  # 83 %, within
+    half[:, :26] = 0
+    found = {name: covers_nearly_all(mask) for name, mask in
+             {"empty": empty, "full": full, "hole": hole, "large": large, "half": half}.items()}  # fmt: skip
+    assert found == {"empty": False, "full": True, "hole": True, "large": False, "half": False}
+
+
+@pytest.mark.parametrize("value", UPRIGHT)
+def test_a_mask_is_turned_as_its_image(value):
+    mask = CLASSES.astype(np.uint8) * np.uint8(85)
+    np.testing.assert_array_equal(turn_upright(mask, value), UPRIGHT[value](mask))
+    assert read_mask(saved(mask, exif=orientation(value))).orientation == value
+    assert read_mask(saved(mask)).orientation is None
 
 
 def test_an_index_beyond_the_palette_is_no_crash():
@@ -587,7 +841,7 @@ def test_mask_policies_against_torchvision(height, width, resize):
         return prepare_mask(mask, InputPolicy(resize, 64, 50, mask_resize=mask_resize))
 
     smooth = expected(transforms.InterpolationMode.BILINEAR)
-    np.testing.assert_array_equal(prepared("nearest"), expected(transforms.InterpolationMode.NEAREST) > 0)
+    np.testing.assert_array_equal(prepared("nearest_only"), expected(transforms.InterpolationMode.NEAREST) > 0)
     np.testing.assert_array_equal(prepared("bilinear_any"), smooth > 0)
     np.testing.assert_array_equal(prepared("bilinear_half"), smooth > 0.5)
     np.testing.assert_array_equal(prepared("bilinear_full"), smooth == 1)
@@ -607,6 +861,122 @@ def test_mask_policies_by_hand():
     assert row("bilinear_half") == [True, True, False, False]
     assert row("bilinear_full") == [True, False, False, False]
     assert row("nearest") == [True, False, False, False]
+
+
+EIGHT = np.ones((3, 3))
+
+
+def thin_masks():
+    """Scratches, hairs and specks in 1024 × 1024, by name."""
+    masks = {}
+    for width, (rise, run) in [(w, slope) for w in (1, 2, 3) for slope in ((0, 600), (5, 600), (40, 600), (300, 600))]:
+        for offset in range(4):
+            canvas = Image.new("L", (1024, 1024))
+            start = (200, 301 + offset)
+            ImageDraw.Draw(canvas).line((*start, start[0] + run, start[1] + rise), 255, width)
+            masks[f"{width} wide, rising {rise}, at {offset}"] = np.asarray(canvas)
+    speck = np.zeros((1024, 1024), np.uint8)
+    speck[500, 501] = 255
+    ring = np.zeros((1024, 1024), np.uint8)
+    distance = np.hypot(*(np.mgrid[:1024, :1024] - 511.5))
+    ring[np.abs(distance - 300) < 1] = 255
+    return {**masks, "speck": speck, "ring": ring}
+
+
+@pytest.mark.parametrize("name", thin_masks())
+def test_thin_defects_are_kept_whole(name):
+    mask = thin_masks()[name]
+    touched = mask.reshape(256, 4, 256, 4).any((1, 3))  # any pixel of the cell
+    for found in (
+        prepare_mask(mask, InputPolicy("stretch", 256)),
+        prepare_mask(mask, InputPolicy("short_side", 256, 256)),
+        reduce_mask(mask, 256, 256) > 0,
+        crop_mask(mask, CropWindow(0, 0, 1024, 256)) > 0,
+    ):
+        assert not (found & ~touched).any()
+        assert ndimage.label(found, EIGHT)[1] == 1
+        for axis in (0, 1):  # from end to end
+            assert abs(int(found.any(axis).sum()) - int(touched.any(axis).sum())) <= 2
+    np.testing.assert_array_equal(
+        prepare_mask(mask, InputPolicy("stretch", 256, mask_resize="nearest_only")),
+        np.asarray(Image.fromarray(mask).resize((256, 256), Image.Resampling.NEAREST)) > 0,
+    )
+
+
+def test_a_scratch_of_two_pixels_has_the_cells_it_lies_in():
+    mask = np.zeros((1024, 1024), np.uint8)
+    mask[400:402, 200:800] = 255
+    expected = np.zeros((256, 256), bool)
+    expected[100, 50:200] = True
+    np.testing.assert_array_equal(prepare_mask(mask, InputPolicy("stretch", 256)), expected)
+
+
+@pytest.mark.parametrize("side", [256, 224, 97])
+def test_other_defects_are_those_of_nearest_neighbour(side):
+    """To the pixel: discs and squares, with a speck beside them that alone is added."""
+    rng = np.random.default_rng(side)
+    for _ in range(20):
+        canvas = Image.new("L", (900, 700))
+        for x, y, size in zip(*rng.integers(0, 600, (2, 3)), rng.integers(30, 90, 3), strict=True):
+            ImageDraw.Draw(canvas).ellipse((x, y, x + size, y + 0.7 * size), 255)
+        mask = np.asarray(canvas).copy()
+        nearest = np.asarray(canvas.resize((side, side), Image.Resampling.NEAREST))
+        np.testing.assert_array_equal(reduce_mask(mask, side, side), nearest)
+        mask[690, 890] = 255  # between the pixels that nearest neighbour looks at, or one of them
+        speck = np.zeros((side, side), np.uint8)
+        speck[1381 * side // 1400, 1781 * side // 1800] = 255
+        np.testing.assert_array_equal(reduce_mask(mask, side, side), np.maximum(nearest, speck))
+
+
+def test_enlarged_masks_are_those_of_nearest_neighbour():
+    mask = noisy_mask(30, 40)
+    expected = np.asarray(Image.fromarray(mask).resize((80, 60), Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(reduce_mask(mask, 60, 80), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("height", "width"), [(20_000, 2), (2, 20_000), (1, 20_000), (1, 500), (65 * 7, 7)])
+def test_of_a_narrow_strip_only_what_the_crop_keeps_is_scaled(height, width, interpolation, monkeypatch):
+    """The whole would have up to 1.3 billion pixels; the largest picture made here has those of the input."""
+    made = []
+    resize = Image.Image.resize
+
+    def watched(self, size, *arguments, **options):
+        made.append(size[0] * size[1])
+        return resize(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    along = np.linspace(0, 255, max(height, width))
+    shades = np.rint(along).astype(np.uint8)
+    strip = np.tile(shades[:, None] if height > width else shades[None], (1, width) if height > width else (height, 1))
+    data = saved(np.dstack([strip] * 3))
+    for policy in (InputPolicy(interpolation=interpolation), InputPolicy("short_side", 64, 64, 80, interpolation)):
+        found = decode_prepared(data, policy)
+        assert found.shape == (policy.side, policy.side, 3)
+        np.testing.assert_array_equal(found, prepare_image(np.dstack([strip] * 3), policy))
+        assert max(made) <= policy.side**2
+        kept = _inner(found, policy)
+        assert abs(kept.mean() - 127.5) < 2  # the middle of the ramp
+        mask = prepare_mask(np.full((height, width), 255, np.uint8), policy)
+        assert mask.shape == (policy.side, policy.side)
+        assert _inner(mask, policy).all()
+        assert max(made) <= policy.side**2
+        made.clear()
+
+
+def _inner(pixels, policy):
+    before = (policy.side - policy.crop) // 2
+    return pixels[before : before + policy.crop, before : before + policy.crop]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64 * 7, 7), (66 * 7, 7), (7, 66 * 7), (70 * 7, 7)])
+def test_strips_on_both_sides_of_the_limit_look_the_same(height, width, monkeypatch):
+    rng = np.random.default_rng(0)
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8)).resize((width, height), 3))
+    policy = InputPolicy("short_side", 64, 50)
+    found = prepare_image(image, policy)
+    expected = functional.center_crop(functional.resize(Image.fromarray(image), 64), 50)
+    np.testing.assert_allclose(found, np.asarray(expected), atol=1)
 
 
 @pytest.mark.parametrize("policy", [InputPolicy("short_side", 60, 48, 70), InputPolicy("stretch", 60, pad=61)])
@@ -654,7 +1024,7 @@ def test_reduced_images_have_the_size_and_pixels_of_torchvisions_resize(height, 
     reduced = reduce_image(saved(image), 48)
     assert decode_image(reduced).format == "PNG"
     np.testing.assert_array_equal(decode_image(reduced).pixels, expected)
-    mask = noisy_mask(height, width)
+    mask = np.asarray(Image.fromarray(blob()).resize((width, height))).astype(np.uint8) * np.uint8(255)
     np.testing.assert_array_equal(
         reduce_mask(mask, *expected.shape[:2]),
         np.asarray(functional.resize(Image.fromarray(mask), 48, transforms.InterpolationMode.NEAREST)),

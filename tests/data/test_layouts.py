@@ -1,12 +1,14 @@
 """Every layout on a drawn miniature: which samples it finds, what it knows of them, and what it says when it cannot."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import logging
 import random
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from unianom.data.layouts import (
     LAYOUTS,
     SPECIES_60,
     SPECIES_60_SPLITS,
+    LeftOut,
     iter_samples,
     make_options,
 )
@@ -437,7 +440,8 @@ def test_mvtec3d(tmp_path):
     assert facts(iter_samples("mvtec3d", tmp_path / "bagel"), tmp_path) == bagel
     only = Mvtec3dOptions(categories=("rope",), crop=False, mask_threshold=0)
     whole = list(iter_samples("mvtec3d", tmp_path, only))
-    assert {(sample.category, sample.crop, sample.mask_threshold) for sample in whole} == {("rope", None, 0)}
+    assert {(sample.category, sample.crop) for sample in whole} == {("rope", None)}
+    assert {sample.mask_threshold for sample in whole if sample.label} == {0}
 
 
 def test_mvtec3d_crops(tmp_path):
@@ -1093,7 +1097,7 @@ def test_folder_with_levels_and_flat_masks(tmp_path):
     assert [(sample.split, sample.category, sample.dataset) for sample in samples] == [
         ("test" if row[4] == "cut" else row[2], "biscuit", "snack") for row in expected
     ]
-    assert [sample.mask_threshold for sample in samples] == [0, 0, 0, 0, 9, 0, 9]
+    assert [sample.mask_threshold for sample in samples] == [None, None, None, None, 9, None, 9]
 
 
 def test_folder_without_levels(tmp_path):
@@ -1482,3 +1486,175 @@ def test_real_classes(real_data):
         ("test", 0, "snail"): 50,
         ("test", 1, ""): 18 * 50,
     }
+
+
+# ---- names and folders as people have them --------------------------------------------------------------------------
+
+
+def left_out(layout, root, options=None):
+    """What a listing left out, and the paths of its samples relative to the root."""
+    seen = LeftOut()
+    samples = list(iter_samples(layout, root, options, seen))
+    return seen.summary(), [sample.sample_id.split("/", 1)[1] for sample in samples]
+
+
+FOLDERS = FolderOptions(normal="good", abnormal=("bad",))
+
+
+def test_a_set_without_oddities_leaves_nothing_out(tmp_path):
+    draw(tmp_path, "good/0.png", "bad/1.png", "masks/1.png")
+    assert left_out("folder", tmp_path, dataclasses.replace(FOLDERS, masks="masks"))[0] == {}
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../good", "../bad/deep"])
+def test_a_folder_is_never_entered_from_inside_itself(tmp_path, target):
+    root = tmp_path / "set"
+    draw(root, "good/0.png", "good/1.png", "bad/2.png")
+    (root / "good/back").symlink_to(target)
+    expected = ["good/0.png", "good/1.png", "bad/2.png"]
+    if target == "../bad/deep":  # there and back again by two links; from bad, good is another place
+        (root / "bad/deep").mkdir()
+        (root / "bad/deep/again").symlink_to("../../good")
+        expected += ["bad/deep/again/0.png", "bad/deep/again/1.png"]
+    summary, paths = left_out("folder", root, FOLDERS)
+    assert sorted(paths) == sorted(expected)
+    assert summary["links"]["count"] >= 1
+    assert summary["links"]["examples"][0].startswith(str(root))
+    whole, everything = left_out("folder", root, FolderOptions(unlabelled=True))
+    assert len(everything) == len(set(everything)) <= 3 * 2
+    assert whole["links"]["count"] >= 1
+
+
+def test_links_to_other_places_are_followed(tmp_path):
+    draw(tmp_path / "elsewhere", "x.png", "deep/y.png")
+    root = tmp_path / "set"
+    draw(root, "good/0.png", "bad/2.png")
+    (root / "good/more").symlink_to("../../elsewhere")
+    (root / "good/same").symlink_to("../bad")  # beside it, not above
+    summary, paths = left_out("folder", root, FOLDERS)
+    assert summary == {}
+    assert paths == ["good/0.png", "good/more/deep/y.png", "good/more/x.png", "good/same/2.png", "bad/2.png"]
+
+
+def test_a_link_to_a_folder_above_the_root_is_not_followed(tmp_path):
+    draw(tmp_path, "other/0.png", "set/good/0.png", "set/bad/1.png")
+    (tmp_path / "set/good/all").symlink_to(tmp_path)
+    assert left_out("folder", tmp_path / "set", FOLDERS)[1] == ["good/0.png", "bad/1.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["@eaDir", "$RECYCLE.BIN", "$Recycle.Bin", "lost+found", "System Volume Information", "#recycle", "@Recycle",
+     ".ipynb_checkpoints", ".Trash-1000", "__MACOSX", "#snapshot"],
+)  # fmt: skip
+def test_what_systems_leave_in_folders_is_no_data(tmp_path, name):
+    draw(tmp_path, "good/0.png", "bad/1.png", f"good/{name}/0.png/SYNOPHOTO_THUMB_M.jpg", f"{name}/x.png")
+    assert left_out("folder", tmp_path, FOLDERS) == ({}, ["good/0.png", "bad/1.png"])
+    draw_mvtec(tmp_path / "mvtec")
+    _, paths = left_out("mvtec", tmp_path / "mvtec")
+    draw(tmp_path / "mvtec", f"{name}/train/good/0.png", f"bottle/{name}/0.png", f"bottle/test/{name}/0.png")
+    assert left_out("mvtec", tmp_path / "mvtec")[1] == paths
+
+
+def test_other_endings_are_read_or_counted(tmp_path):
+    draw(tmp_path, "good/0.png", "good/a.jfif", "good/b.JPE", "good/c.dib", "bad/deep/d.mpo", "bad/e.apng")
+    draw(tmp_path, "good/x.GIF", "good/y.gif", "bad/deep/z.gif", "bad/w.avif", "bad/noending", "bad/list.csv")
+    summary, paths = left_out("folder", tmp_path, FOLDERS)
+    assert paths == ["good/0.png", "good/a.jfif", "good/b.JPE", "good/c.dib", "bad/deep/d.mpo", "bad/e.apng"]
+    assert {ending: found["count"] for ending, found in summary["files"].items()} == {
+        "": 1, ".avif": 1, ".csv": 1, ".gif": 3,
+    }  # fmt: skip
+    assert summary["files"][".avif"]["example"] == str(tmp_path / "bad/w.avif")
+    assert set(summary) == {"files"}
+
+
+def test_folders_and_images_that_a_layout_passes_over_are_counted(tmp_path):
+    draw_mvtec(tmp_path)
+    draw(
+        tmp_path, "bottle/train/good/more/0.png", "bottle/train/good/more/deep/1.png", "bottle/test/broken/again/0.png"
+    )
+    draw(tmp_path, "bottle/rejected/0.png", "bottle/rejected/1.png", "wood/test/loose.bmp")
+    (tmp_path / "bottle/empty").mkdir()
+    summary, paths = left_out("mvtec", tmp_path)
+    assert not any("more" in path or "again" in path for path in paths)
+    assert summary["folders"]["count"] == 3
+    assert summary["folders"]["images"] == 5
+    assert summary["folders"]["examples"] == [
+        str(tmp_path / "bottle" / name) for name in ("rejected", "test/broken/again", "train/good/more")
+    ]
+    assert summary["files"][".bmp"] == {"count": 1, "example": str(tmp_path / "wood/test/loose.bmp")}
+
+
+def test_folders_that_no_option_names_are_counted(tmp_path):
+    draw(tmp_path, "good/0.png", "bad/1.png", "ugly/2.png", "ugly/3.png", "masks/1.png", "loose.png")
+    summary, _ = left_out("folder", tmp_path, dataclasses.replace(FOLDERS, masks="masks"))
+    assert summary["folders"] == {"count": 1, "images": 2, "examples": [str(tmp_path / "ugly")]}
+    assert summary["files"] == {".png": {"count": 1, "example": str(tmp_path / "loose.png")}}
+
+
+def test_merged_sources_tell_what_each_leaves_out(tmp_path):
+    draw(tmp_path, "a/good/0.png", "a/good/1.gif", "b/good/0.png", "b/good/1.gif")
+    options = "{normal: good}"
+    lines = [f"- {{layout: folder, source: {name}, options: {options}}}" for name in ("a", "b")]
+    (tmp_path / "all.yaml").write_text("\n".join(lines))
+    assert left_out("merged", tmp_path / "all.yaml")[0]["files"][".gif"]["count"] == 2
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_composed_otherwise_are_the_same_name(tmp_path, forms):
+    image, mask = (functools.partial(unicodedata.normalize, form) for form in forms)
+    draw(tmp_path, "good/0.png", image("kaputt-ü/Gerät é.png"), mask("masken-ö/kaputt-ü/Gerät é_mask.png"))
+    options = FolderOptions(normal="good", abnormal=(mask("kaputt-ü"),), masks=image("masken-ö"), mask_suffix="_mask")
+    (bad,) = (sample for sample in iter_samples("folder", tmp_path, options) if sample.label)
+    assert bad.uri == str(tmp_path / image("kaputt-ü/Gerät é.png"))
+    assert bad.mask_uri == str(tmp_path / mask("masken-ö/kaputt-ü/Gerät é_mask.png"))
+    draw(
+        tmp_path,
+        "m/cat/train/good/0.png",
+        f"m/cat/test/cut/{image('é')}.png",
+        f"m/cat/ground_truth/cut/{mask('é')}.png",
+    )
+    (bad,) = (sample for sample in iter_samples("mvtec", tmp_path / "m") if sample.label)
+    assert bad.mask_uri == str(tmp_path / f"m/cat/ground_truth/cut/{mask('é')}.png")
+
+
+def test_two_images_of_one_stem_have_masks_by_their_whole_names(tmp_path):
+    draw(tmp_path, "good/0.png", "bad/a.png", "bad/a.jpg", "masks/a.png")
+    options = dataclasses.replace(FOLDERS, masks="masks")
+    fails(
+        DataError, "name each mask by the whole name of its image, a.jpg.png and a.png.png", "folder", tmp_path, options
+    )
+    (tmp_path / "masks/a.png").rename(tmp_path / "masks/a.jpg.png")
+    draw(tmp_path, "masks/a.png.png")
+    masks = {sample.uri: sample.mask_uri for sample in iter_samples("folder", tmp_path, options) if sample.label}
+    assert masks == {str(tmp_path / f"bad/{name}"): str(tmp_path / f"masks/{name}.png") for name in ("a.png", "a.jpg")}
+
+
+def test_mvtec_loco(tmp_path):
+    """A folder of masks an image, and normal images for validation."""
+    box = "breakfast_box"
+    draw(tmp_path, f"{box}/train/good/000.png", f"{box}/validation/good/000.png", f"{box}/test/good/000.png")
+    bad, masks = f"{box}/test/logical_anomalies", f"{box}/ground_truth/logical_anomalies"
+    draw(tmp_path, f"{bad}/000.png", f"{bad}/001.png")
+    draw(tmp_path, f"{masks}/000/000.png", f"{masks}/000/001.png", f"{masks}/001/000.png")
+    seen = LeftOut()
+    samples = list(iter_samples("mvtec", tmp_path, left_out=seen))
+    assert seen.summary() == {}
+    assert [(s.sample_id, s.split, s.label) for s in samples] == [
+        (f"mvtec/{box}/train/good/000.png", "train", 0),
+        (f"mvtec/{box}/validation/good/000.png", "val", 0),
+        (f"mvtec/{box}/test/good/000.png", "test", 0),
+        (f"mvtec/{box}/test/logical_anomalies/000.png", "test", 1),
+        (f"mvtec/{box}/test/logical_anomalies/001.png", "test", 1),
+    ]
+    masks = str(tmp_path / box / "ground_truth/logical_anomalies")
+    assert [(s.mask_uri, s.more_masks) for s in samples[3:]] == [
+        (f"{masks}/000/000.png", (f"{masks}/000/001.png",)),
+        (f"{masks}/001/000.png", ()),
+    ]
+
+
+def test_a_root_whose_name_has_two_colons(tmp_path):
+    draw(tmp_path / "cam::1", "good/12::30.png", "bad/a::b.png")
+    _, paths = left_out("folder", tmp_path / "cam::1", FOLDERS)
+    assert paths == ["good/12::30.png", "bad/a::b.png"]

@@ -321,3 +321,21 @@ def test_a_killed_run_continues_with_the_parts_that_are_left(tmp_path: Path, mon
     parts = ScoreSet.open(tmp_path / "scores").parts
     assert read == [parts[-1], *parts[:-1]], "each once"
     assert not (tmp_path / "again" / "_work").exists()
+
+
+@pytest.mark.parametrize("exact_pixels", [1000, 250_000_000])
+def test_an_image_whose_mask_the_crop_cuts_away_counts_for_images_alone(tmp_path: Path, exact_pixels: int):
+    samples = [s for s in _samples() if s.category == "disc"]
+    away = [n for n, s in enumerate(samples) if s.label][:2]
+    empty = np.zeros((SIDE, SIDE), np.uint8)
+    cut = [replace(s, mask=empty) if n in away else s for n, s in enumerate(samples)]
+    found = _write(tmp_path, cut, bootstrap=FEW, exact_pixels=exact_pixels)
+    row = found["metrics"]["union"]
+    assert (row["n_images"], row["n_anomalous"]) == (len(samples), len(samples) // 2)
+    assert (row["n_maps"], row["n_anomalous_maps"]) == (len(samples) - 2, len(samples) // 2 - 2)
+    expected = _expected([s for n, s in enumerate(samples) if n not in away], calibrated=False)
+    assert row["pixel_auroc"] == pytest.approx(expected["pixel_auroc"], abs=1e-2 if exact_pixels == 1000 else 1e-12)
+    (note,) = [note for note in found["notes"] if "left out of pixel metrics" in note]
+    assert note.startswith(f"2 anomalous images, e.g. {min(samples[n].sample_id for n in away)}, ")
+    whole = _write(tmp_path / "whole", samples, bootstrap=FEW, exact_pixels=exact_pixels)
+    assert not any("left out of pixel metrics" in note for note in whole["notes"])

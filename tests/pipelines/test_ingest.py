@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from jobs.ingest import print_summary
 from pipelines import ingest as module
 from pipelines import storage
 from pipelines.ingest import (
@@ -61,7 +63,7 @@ def write(path, content):
 def run_part(output, refs, threads=2, number=0, **arguments):
     """One part, read back: its rows, its rejected rows and its record."""
     limits = arguments.pop("limits", ImageLimits())
-    ingester = PartIngester(str(output), "plan", limits, arguments.pop("resize", None), threads)
+    ingester = PartIngester(str(output), "plan", limits, arguments.pop("resize", None), threads, **arguments)
     record = ingester.run({"number": number, "refs": [dataclasses.asdict(r) for r in refs]})
     name = part_name(number)
     rows = ShardSet(str(output), {"files": [{"name": name}]}, "").table().to_pylist()
@@ -935,3 +937,250 @@ def test_contaminating_moves_a_share_of_each_categorys_anomalies_into_training()
         contaminated(refs[:8], 0.3, seed=0)
     with pytest.raises(OptionError, match="contaminate=1"):
         IngestOptions("mtd", "/a", "/b", contaminate=1.0)
+
+
+# ---- masks and images as people have them ---------------------------------------------------------------------------
+
+
+def defect_mask(height=40, width=40):
+    mask = np.zeros((height, width), np.uint8)
+    mask[5:15, 8:28] = 255
+    return mask
+
+
+def masked_ref(tmp_path, name, mask, image=None, **changes):
+    """An anomalous sample whose mask is saved as PNG, or is the encoded file."""
+    data = mask if isinstance(mask, bytes) else encoded(mask)
+    return ref(
+        name,
+        uri=write(tmp_path / f"{name}.png", encoded(picture(1, 40, 40)) if image is None else image),
+        mask_uri=write(tmp_path / f"{name}_mask.png", data),
+        label=1,
+        **changes,
+    )
+
+
+def stored_masks(rows):
+    return {row["sample_id"].removeprefix("set/"): decode_mask(row["mask"]) for row in rows}
+
+
+def test_doubtful_masks_are_told(tmp_path):
+    mask = defect_mask()
+    refs = [
+        masked_ref(tmp_path, "plain", mask),
+        masked_ref(tmp_path, "inverted", 255 - mask),
+        masked_ref(tmp_path, "jpeg", encoded(mask, "JPEG", quality=60)),
+    ]
+    rows, _, record = run_part(tmp_path / "out", refs)
+    assert record["mask_doubts"] == {"nearly_full": ["set/inverted"], "read_at_half": ["set/jpeg"]}
+    found = stored_masks(rows)
+    np.testing.assert_array_equal(found["jpeg"], mask)
+    np.testing.assert_array_equal(found["inverted"], 255 - mask)
+    rows, _, record = run_part(tmp_path / "inverted", refs[1:2], invert_masks=True)
+    np.testing.assert_array_equal(stored_masks(rows)["inverted"], mask)
+    assert "mask_doubts" not in record
+    rows, _, _ = run_part(tmp_path / "all", refs[2:], mask_threshold=0)
+    assert (stored_masks(rows)["jpeg"] > 0).sum() > 250  # of 200
+    rows, _, _ = run_part(tmp_path / "explicit", [dataclasses.replace(refs[2], mask_threshold=0)])
+    assert (stored_masks(rows)["jpeg"] > 0).sum() > 250
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_masks_of_images_that_exif_turns(tmp_path, value):
+    """Stored pixels are turned for show; a mask may have been drawn on either."""
+    exif = Image.Exif()
+    exif[0x0112] = value
+    shown = {}
+    for name, (height, width) in {"square": (40, 40), "wide": (30, 50)}.items():
+        image = encoded(picture(3, height, width), "PNG", exif=exif)
+        stored = np.zeros((height, width), np.uint8)
+        stored[3:9, 4:20] = 255
+        with Image.open(io.BytesIO(encoded(stored, exif=exif))) as opened:
+            upright = np.asarray(ImageOps.exif_transpose(opened))
+        refs = [
+            masked_ref(tmp_path, f"{name}_stored", stored, image),
+            masked_ref(tmp_path, f"{name}_shown", upright, image),
+            masked_ref(tmp_path, f"{name}_own", encoded(stored, exif=exif), image),
+        ]
+        for how in ("auto", "shown", "stored"):
+            rows, _, record = run_part(tmp_path / f"{name}{how}", refs, mask_orientation=how)
+            found = {row["sample_id"].split("_")[1]: row["mask"] for row in rows}
+            shown[name, how] = (
+                {key: None if data is None else np.array_equal(decode_mask(data), upright)
+                 for key, data in found.items()},
+                record.get("mask_doubts", {}),
+                record["masks"]["wrong_size"],
+            )  # fmt: skip
+    right = {"stored": True, "shown": True, "own": True}
+    if value == 1:
+        assert all(found == (right, {}, []) for found in shown.values())
+        return
+    tells = value >= 5
+    assert shown["square", "stored"][0] | {"shown": None} == right | {"shown": None}
+    assert shown["square", "shown"] == ({**right, "stored": False}, {}, [])
+    doubted = {"maybe_unturned": ["set/square_stored", "set/square_shown"]}
+    assert shown["square", "auto"] == ({**right, "stored": False}, doubted, [])
+    if tells:
+        assert shown["wide", "auto"] == (right, {"turned": ["set/wide_stored"]}, [])
+        assert shown["wide", "shown"] == ({**right, "stored": None}, {}, ["set/wide_stored"])
+        assert shown["wide", "stored"] == ({**right, "shown": None}, {}, ["set/wide_shown"])
+    else:
+        assert shown["wide", "auto"][1] == {"maybe_unturned": ["set/wide_stored", "set/wide_shown"]}
+
+
+def test_several_masks_of_an_image_are_united(tmp_path):
+    one, other = np.zeros((2, 40, 40), np.uint8)
+    one[2:9, 3:8], other[20:30, 8:33] = 255, 3
+    more = (write(tmp_path / "more.png", encoded(other)),)
+    rows, _, record = run_part(tmp_path / "out", [masked_ref(tmp_path, "a", one, more_masks=more)])
+    np.testing.assert_array_equal(stored_masks(rows)["a"] > 0, (one > 0) | (other > 0))
+    assert not any(record["masks"].values())
+    gone = [masked_ref(tmp_path, "a", one, more_masks=(str(tmp_path / "nowhere.png"),))]
+    assert run_part(tmp_path / "gone", gone)[2]["masks"]["missing"] == ["set/a"]
+
+
+def test_thin_defects_survive_reduction_and_crop(tmp_path):
+    mask = np.zeros((1024, 1024), np.uint8)
+    mask[400:402, 200:800] = 255
+    image = encoded(np.full((1024, 1024, 3), 90, np.uint8))
+    refs = [
+        masked_ref(tmp_path, "reduced", mask, image),
+        masked_ref(tmp_path, "cropped", mask, image, crop=Crop("fundus", 256, margin=0)),
+    ]
+    reduced, cropped = run_part(tmp_path / "out", refs, resize=256)[0]
+    for row in (reduced, cropped):
+        assert (row["height"], row["width"]) == (256, 256)
+        expected = np.zeros((256, 256), bool)
+        expected[100, 50:200] = True
+        np.testing.assert_array_equal(decode_mask(row["mask"]) > 0, expected)
+
+
+def test_twelve_bits_are_told_and_spread_where_asked(tmp_path):
+    values = (np.arange(400).reshape(20, 20) * 4095 // 399).astype(np.uint16)
+    deep, plain = encoded(values), encoded(picture(1, 20, 20))
+    refs = [
+        ref("a", uri=write(tmp_path / "a.png", deep)),
+        ref("b", uri=write(tmp_path / "b.png", plain)),
+        ref("c", uri=write(tmp_path / "c.png", deep), crop=Crop("centre", 10)),
+    ]
+    rows, _, record = run_part(tmp_path / "out", refs)
+    assert record["deep"] == {"count": 2, "largest": 4095, "example": "set/a"}
+    assert rows[0]["image"] == deep
+    rows, rejected, record = run_part(tmp_path / "spread", refs, bits=12)
+    assert rejected == {}
+    assert "deep" not in record
+    expected = np.floor(values.astype(float) * 255 / 4095 + 0.5)
+    np.testing.assert_allclose(decode_image(rows[0]["image"]).pixels[..., 0], expected, atol=1)
+    np.testing.assert_allclose(decode_image(rows[2]["image"]).pixels[..., 0], expected[5:15, 5:15], atol=1)
+    assert rows[1]["image"] == plain
+    assert rows[0]["sha256"] == hashlib.sha256(deep).hexdigest()
+    assert (rows[0]["format"], rows[0]["height"], rows[0]["width"]) == ("PNG", 20, 20)
+    assert set(run_part(tmp_path / "fewer", refs, bits=11)[1]) == {"set/a", "set/c"}
+
+
+def test_an_image_whose_listed_name_is_composed_otherwise_is_read(tmp_path):
+    """Names from a list made on another system; two colons are part of a name, too."""
+    stored = unicodedata.normalize("NFD", "gerät/é.png")
+    write(tmp_path / stored, encoded(picture(1)))
+    write(tmp_path / "cam1::12-30.png", encoded(picture(2)))
+    refs = [
+        ref("composed", uri=str(tmp_path / unicodedata.normalize("NFC", "gerät/é.png"))),
+        ref("colons", uri=str(tmp_path / "cam1::12-30.png")),
+    ]
+    rows, rejected, _ = run_part(tmp_path / "out", refs)
+    assert rejected == {}
+    assert [row["image"] for row in rows] == [encoded(picture(1)), encoded(picture(2))]
+
+
+def printed(result, capsys):
+    print_summary(result)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_summary_says_what_was_left_out_and_what_looks_wrong(corpus, tmp_path, units, capsys):
+    dents = corpus / "nut" / "ground_truth" / "dent"
+    with Image.open(dents / "000_mask.png") as mask:
+        write(dents / "000_mask.png", encoded(255 - np.asarray(mask)))
+    write(dents / "001_mask.png", encoded(np.zeros((9, 9), np.uint8)))
+    write(corpus / "bolt" / "train" / "good" / "x.gif", b"GIF89a")
+    write(corpus / "bolt" / "train" / "good" / "noending", b"?")
+    write(corpus / "bolt" / "spare" / "0.png", encoded(picture(5)))
+    (corpus / "bolt" / "train" / "good" / "back").symlink_to("..")
+    write(corpus / "bolt" / "train" / "good" / "deep.png", encoded(np.full((12, 16), 1023, np.uint16)))
+    result = ingest(options(corpus, tmp_path))
+    summary = result.shards.manifest["summary"]
+    assert summary["masks"]["nearly_full"] == {"count": 1, "examples": ["mvtec/nut/test/dent/000.png"]}
+    assert summary["left_out"] == {
+        "files": {
+            "": {"count": 1, "example": str(corpus / "bolt/train/good/noending")},
+            ".gif": {"count": 1, "example": str(corpus / "bolt/train/good/x.gif")},
+        },
+        "folders": {"count": 1, "images": 1, "examples": [str(corpus / "bolt/spare")]},
+        "links": {"count": 1, "examples": [str(corpus / "bolt/train/good/back")]},
+    }
+    assert summary["sixteen_bits"] == {"count": 1, "largest": 1023, "example": "mvtec/bolt/train/good/deep.png"}
+    text = printed(result, capsys)
+    for sentence in (
+        "1 masks cover nearly all of their image, e.g. mvtec/nut/test/dent/000.png",
+        "--invert_masks true",
+        "1 masks do not have the size of their image and were left out, e.g. mvtec/nut/test/dent/001.png",
+        "1 files ending in .gif, e.g.",
+        "1 files without an ending, e.g.",
+        "1 images in 1 folders that the layout has no use for, e.g.",
+        "1 links to a folder that they lie in, e.g.",
+        "1 images have 16 bits a sample but no value above 1,023, e.g. mvtec/bolt/train/good/deep.png",
+        "--bits 10",
+    ):
+        assert sentence in text
+
+
+def test_the_manifest_of_a_set_without_oddities_is_what_it_was(corpus, tmp_path, units):
+    """Its checksum names the data to scores and models; nothing is added where there is nothing to tell."""
+    manifest = ingest(options(corpus, tmp_path)).shards.manifest
+    assert set(manifest["summary"]) == {
+        *("height", "width", "distinct_sizes", "duplicates", "duplicates_across_splits"),
+        *("duplicates_with_other_label", "masks"),
+    }
+    assert set(manifest["summary"]["masks"]) == {"missing", "wrong_size", "unreadable", "empty"}
+    assert "reading" not in manifest
+
+
+def test_how_files_are_read_is_part_of_the_plan_where_it_is_not_the_default(corpus, tmp_path, units):
+    ingest(options(corpus, tmp_path))
+    assert not ingest(options(corpus, tmp_path, mask_orientation="auto", invert_masks=False, bits=None)).fresh
+    for change in ({"invert_masks": True}, {"mask_threshold": 9}, {"mask_orientation": "stored"}, {"bits": 12}):
+        with pytest.raises(DataError, match="differing in"):
+            ingest(options(corpus, tmp_path, **change))
+    digest = module._digest_of_refs
+    plain = [ref("a", size=9, mask_uri="/m")]
+    united = [dataclasses.replace(plain[0], more_masks=("/n",))]
+    explicit = [dataclasses.replace(plain[0], mask_threshold=0)]
+    assert len({digest(plain), digest(united), digest(explicit)}) == 3
+    # as it was before a threshold could be left open
+    assert digest(plain) == "7c1461a71336d036813f323134600d33c6ff6d2dccdf975f6880130378625a34"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"bits": 8}, "bits=8"), ({"bits": 17}, "bits=17"), ({"mask_threshold": 255}, "mask_threshold")],
+)
+def test_reading_options_that_cannot_be(corpus, tmp_path, change, words):
+    with pytest.raises(OptionError, match=words):
+        options(corpus, tmp_path, **change)
+
+
+def test_a_palette_of_red_on_black_whose_first_entry_is_red(tmp_path, units):
+    """As an editor's indexed colours have it: by its numbers, black would be class 1."""
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 30:40] = mask[40:43, 10:13] = True
+    indexed = Image.fromarray((~mask).astype(np.uint8))
+    indexed.putpalette([220, 20, 20, 0, 0, 0])
+    root, buffer = tmp_path / "set", io.BytesIO()
+    indexed.save(buffer, "PNG")
+    write(root / "masks" / "0.png", buffer.getvalue())
+    for place in ("good/0", "good/1", "bad/0"):
+        write(root / f"{place}.png", encoded(picture(1, 64, 64)))
+    chosen = {"normal": "good", "abnormal": ["bad"], "masks": "masks"}
+    shards = ingest(IngestOptions("folder", str(root), str(tmp_path / "out"), chosen)).shards
+    (row,) = (row for row in shards.table().to_pylist() if row["label"])
+    np.testing.assert_array_equal(decode_mask(row["mask"]) > 0, mask)

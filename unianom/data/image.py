@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import scipy.ndimage
@@ -68,8 +69,9 @@ class InputPolicy:
         crop: pixels of the centre crop, for "short_side".
         pad: zero-pad to this many pixels on each side (black before normalisation), for small images.
         interpolation: filter for images; "bilinear", "bicubic" or "lanczos", antialiased.
-        mask_resize: "nearest" keeps every value, any non-zero pixel is anomalous. The others follow published
-            code: bilinear, then ">0" ("bilinear_any"), ">0.5" ("bilinear_half") or full white only
+        mask_resize: "nearest" neighbour, but a defect so thin that it would vanish or fall to pieces keeps every
+            cell that it touches. The others follow published code: nearest neighbour alone
+            ("nearest_only"), or bilinear, then ">0" ("bilinear_any"), ">0.5" ("bilinear_half") or full white only
             ("bilinear_full").
         mean, std: per channel, on a 0…1 scale; null takes those of the backbone's weights.
     """
@@ -79,7 +81,7 @@ class InputPolicy:
     crop: int | None = 224
     pad: int | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
-    mask_resize: Literal["nearest", "bilinear_any", "bilinear_half", "bilinear_full"] = "nearest"
+    mask_resize: Literal["nearest", "nearest_only", "bilinear_any", "bilinear_half", "bilinear_full"] = "nearest"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
@@ -108,7 +110,26 @@ class InputPolicy:
 _pillow_limit = threading.Lock()
 
 
-def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+@dataclass(frozen=True)
+class _File:
+    """An opened file and what its header says, which the decoded image no longer does.
+
+    Attributes:
+        image: not decoded yet.
+        format: one of `FORMATS`.
+        lossy: whether pixels may differ from those that were saved.
+        sample_bits: bits that a sample is stored in, of PNG and TIFF; else 8.
+        stated_bits: bits that the samples make use of, where the file states fewer than it stores them in.
+    """
+
+    image: Image.Image
+    format: str
+    lossy: bool
+    sample_bits: int
+    stated_bits: int | None
+
+
+def _open(data: bytes, limits: ImageLimits) -> _File:
     if not data:
         raise ImageError("corrupt", "the file is empty")
     limits.check_bytes(len(data))
@@ -129,27 +150,80 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
             "too_large",
             f"{width} x {height} = {width * height} pixels; the limit is {limits.max_pixels} (--limits.max_pixels)",
         )
-    return image
+    # Pillow gives a JPEG with further pictures behind the first, as cameras write, another name
+    file_format = "JPEG" if image.format == "MPO" else str(image.format)
+    sample_bits, stated_bits = 8, None
+    if file_format == "PNG":
+        sample_bits, stated_bits = data[24], _significant_bits(data)
+    elif file_format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        sample_bits = max(tags.get(_BITS_PER_SAMPLE, (8,)))
+        stated_bits = _bits_of_maximum(tags.get(_LARGEST_SAMPLE)) or sample_bits
+    if sample_bits <= 8 or (stated_bits is not None and stated_bits >= 16):
+        stated_bits = None
+    return _File(image, file_format, _is_lossy(image, data), sample_bits, stated_bits)
 
 
-def _load(image: Image.Image) -> Image.Image:
-    """Decode the pixels and turn them upright."""
+_BITS_PER_SAMPLE, _LARGEST_SAMPLE = 258, 341  # tags of TIFF; the latter is SMaxSampleValue
+
+
+def _significant_bits(data: bytes) -> int | None:
+    """The largest figure in the sBIT chunk of a PNG file; None if it has none."""
+    place = 8
+    while place + 8 <= len(data):
+        length, name = struct.unpack(">I4s", data[place : place + 8])
+        if name == b"sBIT":
+            return max(data[place + 8 : place + 8 + min(length, 4)], default=None)
+        if name == b"IDAT":
+            return None
+        place += length + 12
+    return None
+
+
+def _bits_of_maximum(value: Any) -> int | None:
+    """Bits of samples whose largest possible value a TIFF file states. A value that is not all ones is none: some
+    programs state the largest value that occurs, and scaling by that would change from image to image."""
+    largest = max(value) if isinstance(value, tuple) and value else value
+    if not isinstance(largest, int | float) or largest < 1 or largest != int(largest):
+        return None
+    bits = int(largest).bit_length()
+    return bits if int(largest) == (1 << bits) - 1 else None
+
+
+def _is_lossy(image: Image.Image, data: bytes) -> bool:
+    if image.format == "WEBP":
+        return b"VP8 " in data[12:4096]  # VP8L is the lossless kind; metadata of some size may come before either
+    return image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg")
+
+
+_ORIENTATION = 0x0112  # tag of EXIF
+
+
+def _load(image: Image.Image) -> tuple[Image.Image, int | None]:
+    """Decode the pixels and turn them upright; also the EXIF orientation, None if the file has none."""
     try:
         image.load()
     except Exception as error:  # a decoder raises whatever its parser stumbled over
         raise ImageError("corrupt", f"cannot decode: {error}") from error
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(_ORIENTATION)
+        return ImageOps.exif_transpose(image), orientation if orientation in range(1, 9) else None
     except Exception as error:  # as above
         raise ImageError("corrupt", f"its EXIF data, and so its orientation, cannot be read: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file: _File) -> Image.Image:
     """Any colour mode to 8-bit RGB; alpha is dropped, 16 bits are scaled to 8 (Pillow would clip them)."""
     if image.mode == "RGB":
+        if file.stated_bits is not None and _is_unscaled_colour(image, file.stated_bits):
+            raise ImageError(
+                "unsupported",
+                f"colours of {file.stated_bits} bits in samples of {file.sample_bits}, of which only the upper 8 can "
+                f"be read; convert the file to 8 bits a colour",
+            )
         return image
     if image.mode.startswith("I"):
-        return Image.fromarray(_sixteen_to_eight(image)).convert("RGB")
+        return Image.fromarray(_sixteen_to_eight(image, file)).convert("RGB")
     if image.mode == "F":
         raise ImageError("unsupported", "32-bit float pixels have no agreed range; convert the file to 8 or 16 bits")
     if image.mode == "P":
@@ -160,16 +234,33 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError("unsupported", f"colour mode {image.mode} cannot be converted to RGB") from error
 
 
-def _sixteen_to_eight(image: Image.Image) -> np.ndarray:
+def _sixteen_to_eight(image: Image.Image, file: _File) -> np.ndarray:
+    values = _samples(image)
+    bits = file.stated_bits
+    if bits is None or values.max() >= 1 << bits or (file.format == "PNG" and _is_scaled_up(values, bits)):
+        return ((values + 128) // 257).astype(np.uint8)
+    white = (1 << bits) - 1
+    return ((510 * values + white) // (2 * white)).astype(np.uint8)  # rounded
+
+
+def _samples(image: Image.Image) -> np.ndarray:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("unsupported", "32-bit pixels beyond 0…65535; convert the file to 8 or 16 bits")
-    return ((values + 128) // 257).astype(np.uint8)
+    return values
 
 
-def _format(image: Image.Image) -> str:
-    """One of `FORMATS`. Pillow gives a JPEG with further pictures behind the first, as cameras write, another name."""
-    return "JPEG" if image.format == "MPO" else str(image.format)
+def _is_scaled_up(values: np.ndarray, bits: int) -> bool:
+    """Whether samples of so many bits were scaled up to 16, as PNG asks for (ISO/IEC 15948, 12.5), though many cameras'
+    programs leave them as they are: the lower bits are then all 0 or repeat the upper ones."""
+    lower = values & ((1 << (16 - bits)) - 1)
+    return bool((lower == 0).all() or (bits >= 8 and (lower == values >> bits).all()))
+
+
+def _is_unscaled_colour(image: Image.Image, bits: int) -> bool:
+    """Whether samples of so many bits lie at the lower end of 16, as far as the upper 8 bits show it."""
+    largest = int(np.asarray(image).max())
+    return 0 < largest < 1 << max(bits - 8, 0)
 
 
 @dataclass(frozen=True)
@@ -179,11 +270,16 @@ class ImageFacts:
     Attributes:
         format: one of `FORMATS`.
         height, width: pixels, upright.
+        orientation: of EXIF, 1…8; None if the file has none.
+        largest: of an image whose samples have 16 bits, and that does not state to use fewer, the largest value that
+            occurs, else None. Of colours only the upper 8 bits are known, and the lower ones taken as ones.
     """
 
     format: str
     height: int
     width: int
+    orientation: int | None = field(default=None, compare=False)
+    largest: int | None = field(default=None, compare=False)
 
 
 def check_image(data: bytes, limits: ImageLimits | None = None) -> ImageFacts:
@@ -192,12 +288,19 @@ def check_image(data: bytes, limits: ImageLimits | None = None) -> ImageFacts:
     Raises:
         ImageError: as `decode_image`.
     """
-    image = _open(data, limits or ImageLimits())
-    file_format = _format(image)
-    image = _load(image)
-    if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK", "1"):
-        _to_rgb(image)  # modes whose pixels decide
-    return ImageFacts(file_format, image.height, image.width)
+    file = _open(data, limits or ImageLimits())
+    image, orientation = _load(file.image)
+    if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK", "1") or file.stated_bits is not None:
+        _to_rgb(image, file)  # modes whose pixels decide
+    return ImageFacts(file.format, image.height, image.width, orientation, _largest(image, file))
+
+
+def _largest(image: Image.Image, file: _File) -> int | None:
+    if file.stated_bits is not None or file.sample_bits != 16:
+        return None
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
 
 
 @dataclass(frozen=True)
@@ -207,53 +310,225 @@ class DecodedImage:
     Attributes:
         pixels: H×W×3 uint8 RGB, upright.
         format: one of `FORMATS`.
+        orientation, largest: as `ImageFacts` has them.
     """
 
     pixels: np.ndarray
     format: str
+    orientation: int | None = None
+    largest: int | None = None
+
+    @property
+    def facts(self) -> ImageFacts:
+        """What `check_image` says of the file."""
+        height, width = self.pixels.shape[:2]
+        return ImageFacts(self.format, height, width, self.orientation, self.largest)
 
 
 def decode_image(data: bytes, limits: ImageLimits | None = None) -> DecodedImage:
     """Decode PNG, JPEG, BMP, TIFF or WebP of any colour mode to upright 8-bit RGB.
 
     Grey is repeated, palettes are resolved, alpha is dropped, CMYK converted, the EXIF orientation applied; of
-    several frames the first is taken. 16-bit grey is scaled to 8 bits and rounded; of 16-bit colours Pillow keeps
-    the high byte.
+    several frames the first is taken. 16-bit grey is scaled to 8 bits and rounded; where the file states that its
+    samples use fewer bits (sBIT of PNG, SMaxSampleValue or BitsPerSample of TIFF), these are what is scaled. Of 16-bit
+    colours Pillow keeps the high byte.
 
     Raises:
         ImageError: status "corrupt" (unreadable, truncated, empty), "too_large" (over `limits`, told from the
             header) or "unsupported" (pixels without an agreed range).
     """
-    image = _open(data, limits or ImageLimits())
-    file_format = _format(image)
-    return DecodedImage(np.asarray(_to_rgb(_load(image))), file_format)
+    file = _open(data, limits or ImageLimits())
+    image, orientation = _load(file.image)
+    return DecodedImage(np.asarray(_to_rgb(image, file)), file.format, orientation, _largest(image, file))
 
 
-def decode_mask(data: bytes, threshold: int = 0, limits: ImageLimits | None = None) -> np.ndarray:
-    """Decode a mask file to H×W uint8 of 0 and 255.
+def check_bits(bits: int | None) -> None:
+    """Raise OptionError unless bits is None or 9…16."""
+    if bits is not None and not 9 <= bits <= 16:
+        raise OptionError(f"bits={bits} must lie in 9…16, the bits that samples stored in 16 bits make use of")
+
+
+def spread_bits(data: bytes, bits: int, limits: ImageLimits | None = None) -> bytes:
+    """Scale an image whose 16-bit samples use only the lower `bits` up to all 16, as an upright PNG; an image of 8 bits
+    a sample is returned untouched.
+
+    Raises:
+        ImageError: as `decode_image`; "unsupported" also for values of more bits, and for 16-bit colours.
+    """
+    file = _open(data, limits or ImageLimits())
+    if file.sample_bits <= 8:
+        return data
+    image, _ = _load(file.image)
+    if not image.mode.startswith("I"):
+        raise ImageError(
+            "unsupported",
+            "colours of 16 bits, of which only the upper 8 can be read, so bits has no effect; convert the file to 8 "
+            "bits a colour",
+        )
+    values, white = _samples(image), (1 << bits) - 1
+    if values.max() > white:
+        raise ImageError("unsupported", f"it holds values up to {values.max()}, more than bits={bits} can; raise bits")
+    return encode_png(((2 * 65535 * values + white) // (2 * white)).astype(np.uint16))
+
+
+MASK_WHITE = 250
+"""A grey mask that reaches this value of 255 is black and white, whatever lies between."""
+
+LOSSY_CLASSES = 32
+"""In a mask of a lossy format smaller values are class numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedMask:
+    """A mask and how its file was read.
+
+    Attributes:
+        pixels: H×W uint8 of 0 and 255, upright as the file's own EXIF orientation says.
+        halved: whether values were shades, and only those of more than half of white are anomalous.
+        orientation: of EXIF, 1…8; None if the file has none.
+    """
+
+    pixels: np.ndarray
+    halved: bool
+    orientation: int | None
+
+
+def decode_mask(data: bytes, threshold: int | None = None, limits: ImageLimits | None = None) -> np.ndarray:
+    """Decode a mask file to H×W uint8 of 0 and 255; see `read_mask`."""
+    return read_mask(data, threshold, limits=limits).pixels
+
+
+def read_mask(
+    data: bytes, threshold: int | None = None, invert: bool = False, limits: ImageLimits | None = None
+) -> DecodedMask:
+    """Decode a mask file.
 
     Args:
-        data: encoded image. Of a colour mask any channel counts, alpha does not; a palette of greys stands for its
-            shades, one of colours for class numbers.
-        threshold: values above this are anomalous. 0 suits 0/255 masks and masks of small class numbers alike.
+        data: encoded image. Of a colour the brightest channel counts; what is wholly transparent is background, what
+            is partly transparent lies on black. A palette of greys stands for its shades; of one of colours, the
+            entries' numbers are class numbers where entry 0 is black or transparent, or no entry that is used, else its
+            colours count.
+        threshold: values above this are anomalous. None takes what the file shows to be right: 0 for class numbers and
+            for black and white; half of white for shades, which are what a lossy format such as JPEG makes of black
+            and white, and anti-aliased edges. Class numbers lie in areas and shades do not.
+        invert: black is anomalous and white is not.
+        limits: what the file may cost.
 
     Raises:
         ImageError: as `decode_image`.
     """
-    image = _load(_open(data, limits or ImageLimits()))
-    if image.mode.startswith("I") or (image.mode == "P" and not _has_grey_palette(image)):
-        values = np.asarray(image)  # indices into colours, and values of more than 8 bits, are class numbers
-    elif image.mode in ("1", "L"):
-        values = np.asarray(image.convert("L") if image.mode == "1" else image)
-    else:
-        values = np.asarray(_to_rgb(image)).max(axis=2)
-    return np.where(values > threshold, np.uint8(255), np.uint8(0))
+    file = _open(data, limits or ImageLimits())
+    image, orientation = _load(file.image)
+    values, colours, opaque = _mask_values(image, file)
+    halved = False
+    if threshold is None:
+        white = 65535 if values.dtype.itemsize > 1 else 255
+        largest = int(colours.max())
+        if file.lossy and largest >= LOSSY_CLASSES:
+            values, threshold = colours, largest // 2
+            halved = True
+        elif (
+            not file.lossy and largest >= MASK_WHITE * white // 255 and _are_shades(colours, MASK_WHITE * white // 255)
+        ):
+            values, threshold = colours, white // 2
+            halved = True
+        else:
+            threshold = 0
+    marked = values > threshold
+    if invert:
+        marked = ~marked if opaque is None else ~marked & opaque
+    return DecodedMask(np.where(marked, np.uint8(255), np.uint8(0)), halved, orientation)
+
+
+def _mask_values(image: Image.Image, file: _File) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Values H×W that a threshold is held against, brightness H×W (of all but palettes the same), and which pixels are
+    not wholly transparent, None for all."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)  # values of more than 8 bits
+        hidden = image.info.get("transparency")
+        if isinstance(hidden, int):
+            opaque = values != hidden
+            values = np.where(opaque, values, 0)
+            return values, values, opaque
+        return values, values, None
+    if image.mode == "F":
+        _to_rgb(image, file)
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        values = np.asarray(image.convert("L"))
+        return values, values, None
+    if image.mode in ("P", "PA", "1", "L", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        layers = np.asarray(image.convert("RGBA"))
+        alpha = layers[..., 3].astype(np.uint16)
+        # rounded up, so that only what cannot be seen at all becomes black
+        colours = ((layers[..., :3].max(axis=2) * alpha + 254) // 255).astype(np.uint8)
+        opaque = alpha > 0
+        if image.mode == "P" and not _has_grey_palette(image) and not _has_other_ground(image, layers):
+            numbers = np.where(opaque, np.asarray(image), np.uint8(0))
+            return numbers, colours, opaque
+        return colours, colours, opaque
+    colours = np.asarray(_to_rgb(image, file)).max(axis=2)
+    return colours, colours, None
 
 
 def _has_grey_palette(image: Image.Image) -> bool:
     """Whether this is a grey image saved with a palette; the order of its entries then means nothing."""
     colours = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
     return bool((colours == colours[:, :1]).all())
+
+
+def _has_other_ground(image: Image.Image, layers: np.ndarray) -> bool:
+    """Whether the background of a mask in colours, black or transparent, has another number than 0, as editors order
+    palettes."""
+    entries = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
+    first_is_ground = len(entries) > 0 and (not entries[0].any() or _is_transparent(image, 0))
+    ground_is_used = bool((~layers[..., :3].any(axis=2) | (layers[..., 3] == 0)).any())
+    return ground_is_used and not first_is_ground
+
+
+def _is_transparent(image: Image.Image, entry: int) -> bool:
+    hidden = image.info.get("transparency")
+    return (
+        hidden == entry if isinstance(hidden, int) else isinstance(hidden, bytes) and hidden[entry : entry + 1] == b"\0"
+    )
+
+
+def _are_shades(values: np.ndarray, white: int) -> bool:
+    """Whether values between 0 and white are shades and no class numbers.
+
+    They are if most of their pixels lie between a darker and a brighter neighbour, as at anti-aliased edges; or if few
+    of them lie in areas of one value, and there are several up to three quarters of white or one that is nearly white,
+    as JPEG leaves them around edges and a later file without loss keeps them.
+    """
+    between = (values > 0) & (values < white)
+    count = np.count_nonzero(between)
+    if not count:
+        return False
+    darkest, brightest = scipy.ndimage.minimum_filter(values, 3), scipy.ndimage.maximum_filter(values, 3)
+    if 2 * np.count_nonzero(between & (darkest < values) & (values < brightest)) > count:
+        return True
+    found = np.unique(values[(values > 0) & (values < values.max())])
+    several = len(found) >= 4 and found[-1] > 3 * (white // 4)
+    flat = np.count_nonzero(between & (darkest == brightest))
+    return bool((several or found[-1] >= white) and 2 * flat < count)
+
+
+def covers_nearly_all(mask: np.ndarray) -> bool:
+    """Whether an H×W mask marks so much that background and defect look exchanged: nine tenths of the image, or more
+    than half of it and nine tenths of its border."""
+    marked = mask > 0
+    share = marked.mean()
+    border = np.concatenate([marked[0], marked[-1], marked[:, 0], marked[:, -1]])
+    return bool(share >= 0.9 or (share > 0.5 and border.mean() >= 0.9))
+
+
+def turn_upright(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and flip an H×W mask as an EXIF orientation of 1…8 says of its image."""
+    transpose = Image.Transpose
+    how = {
+        **{2: transpose.FLIP_LEFT_RIGHT, 3: transpose.ROTATE_180, 4: transpose.FLIP_TOP_BOTTOM},
+        **{5: transpose.TRANSPOSE, 6: transpose.ROTATE_270, 7: transpose.TRANSVERSE, 8: transpose.ROTATE_90},
+    }.get(orientation)
+    return mask if how is None else np.asarray(Image.fromarray(mask).transpose(how))
 
 
 @dataclass(frozen=True)
@@ -310,7 +585,7 @@ def _before(length: int, side: int) -> int:
 
 def _fundus_window(pixels: np.ndarray, crop: Crop) -> CropWindow:
     bright = pixels.sum(axis=2, dtype=np.uint16) > crop.threshold
-    regions, count = scipy.ndimage.label(bright, np.ones((3, 3)))  # pixels that touch at a corner are connected
+    regions, count = scipy.ndimage.label(bright, _TOUCHING)
     if not count:
         raise ImageError(
             "unsupported",
@@ -332,15 +607,16 @@ def _extent(counts: np.ndarray) -> tuple[float, int]:
 
 def crop_image(pixels: np.ndarray, window: CropWindow) -> np.ndarray:
     """The window of an H×W×3 image; where its size changes, bilinear and antialiased."""
-    return _crop(pixels, window, Image.Resampling.BILINEAR)
+    cut = Image.fromarray(_cut_window(pixels, window))
+    return np.asarray(cut.resize((window.side, window.side), Image.Resampling.BILINEAR))
 
 
 def crop_mask(mask: np.ndarray, window: CropWindow) -> np.ndarray:
-    """The window of an H×W mask, where `crop_image` has that of its image; nearest neighbour."""
-    return _crop(mask, window, Image.Resampling.NEAREST)
+    """The window of an H×W mask, where `crop_image` has that of its image; resized as by `reduce_mask`."""
+    return reduce_mask(_cut_window(mask, window), window.side, window.side)
 
 
-def _crop(pixels: np.ndarray, window: CropWindow, resampling: Image.Resampling) -> np.ndarray:
+def _cut_window(pixels: np.ndarray, window: CropWindow) -> np.ndarray:
     height, width = pixels.shape[:2]
     cut = np.zeros((window.length, window.length, *pixels.shape[2:]), np.uint8)
     top, bottom = max(window.top, 0), min(window.top + window.length, height)
@@ -348,7 +624,7 @@ def _crop(pixels: np.ndarray, window: CropWindow, resampling: Image.Resampling) 
     cut[top - window.top : bottom - window.top, left - window.left : right - window.left] = pixels[
         top:bottom, left:right
     ]
-    return np.asarray(Image.fromarray(cut).resize((window.side, window.side), resampling))
+    return cut
 
 
 def reduce_image(data: bytes, short_side: int, limits: ImageLimits | None = None) -> bytes:
@@ -372,8 +648,42 @@ def reduce_image(data: bytes, short_side: int, limits: ImageLimits | None = None
 
 
 def reduce_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize an H×W mask to its reduced image's size, nearest neighbour."""
-    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    """Resize an H×W mask of 0 and 255: nearest neighbour, but a thin defect keeps every cell that one of its pixels
+    lies in.
+
+    A defect is a connected region of the mask, pixels that touch at a corner included. It is thin if nearest neighbour
+    leaves nothing of it, or less than half of its cells and these in pieces or without its ends.
+    """
+    reduced = _nearest(mask, height, width).copy()
+    if mask.shape[0] <= height and mask.shape[1] <= width:
+        return reduced  # every pixel has a cell
+    regions, count = scipy.ndimage.label(mask, _TOUCHING)
+    cells = _nearest(regions.astype(np.int32), height, width)
+    kept = scipy.ndimage.find_objects(cells, count)
+    for number, place in enumerate(scipy.ndimage.find_objects(regions), 1):
+        rows, columns = np.nonzero(regions[place] == number)
+        # the cell of a pixel is the one its middle lies in
+        rows = (2 * (rows + place[0].start) + 1) * height // (2 * mask.shape[0])
+        columns = (2 * (columns + place[1].start) + 1) * width // (2 * mask.shape[1])
+        touched = np.unique(rows * width + columns)
+        if kept[number - 1] is None or _has_lost_parts(cells[kept[number - 1]] == number, rows, columns, len(touched)):
+            reduced.flat[touched] = 255
+    return reduced
+
+
+def _has_lost_parts(kept: np.ndarray, rows: np.ndarray, columns: np.ndarray, touched: int) -> bool:
+    """Whether the cells kept of a defect are few, and in pieces or more than a cell short at an end."""
+    if touched <= 2 * np.count_nonzero(kept):
+        return False
+    shorter = max(np.ptp(rows) + 1 - kept.shape[0], np.ptp(columns) + 1 - kept.shape[1])
+    return bool(shorter > 2 or scipy.ndimage.label(kept, _TOUCHING)[1] > 1)
+
+
+_TOUCHING = np.ones((3, 3))  # pixels that touch at a corner are connected
+
+
+def _nearest(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -391,16 +701,40 @@ def _scaled_size(width: int, height: int, policy: InputPolicy) -> tuple[int, int
     return max(policy.size, policy.size * width // height), policy.size
 
 
-def _cut_and_pad(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
-    if policy.resize == "short_side" and policy.crop is not None:
-        top = round((pixels.shape[0] - policy.crop) / 2)
-        left = round((pixels.shape[1] - policy.crop) / 2)
-        pixels = pixels[top : top + policy.crop, left : left + policy.crop]
-    if policy.pad is not None:
-        before = (policy.pad - pixels.shape[0]) // 2
-        after = policy.pad - pixels.shape[0] - before
-        pixels = np.pad(pixels, [(before, after)] * 2 + [(0, 0)] * (pixels.ndim - 2))
-    return pixels
+LONGEST_SCALED = 64
+"""An image that is to be enlarged and is more than so many times as long as wide is not scaled as a whole: the part
+beyond the crop would cost gigabytes."""
+
+
+def _scale_and_cut(image: Image.Image, policy: InputPolicy, resampling: Image.Resampling) -> np.ndarray:
+    """Scale an image or mask, of any mode, and cut the crop."""
+    width, height = _scaled_size(image.width, image.height, policy)
+    if max(width, height) <= LONGEST_SCALED * min(width, height) or min(width, height) <= min(image.size):
+        if (width, height) != image.size:
+            image = image.resize((width, height), resampling)
+        return _cut(np.asarray(image), policy)
+    assert policy.crop is not None  # a stretched image is no longer than wide
+    top, left = round((height - policy.crop) / 2), round((width - policy.crop) / 2)
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + policy.crop) * across, (top + policy.crop) * down)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+    return np.asarray(image.resize((policy.crop, policy.crop), resampling, box))
+
+
+def _cut(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
+    if policy.resize != "short_side" or policy.crop is None:
+        return pixels
+    top = round((pixels.shape[0] - policy.crop) / 2)
+    left = round((pixels.shape[1] - policy.crop) / 2)
+    return pixels[top : top + policy.crop, left : left + policy.crop]
+
+
+def _pad(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
+    if policy.pad is None:
+        return pixels
+    before = (policy.pad - pixels.shape[0]) // 2
+    after = policy.pad - pixels.shape[0] - before
+    return np.pad(pixels, [(before, after)] * 2 + [(0, 0)] * (pixels.ndim - 2))
 
 
 def prepare_image(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
@@ -414,10 +748,10 @@ def prepare_image(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
         S×S×3 uint8 with S = `policy.side`.
     """
     height, width = pixels.shape[:2]
-    size = _scaled_size(width, height, policy)
-    if size != (width, height):
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, _INTERPOLATION[policy.interpolation]))
-    return np.ascontiguousarray(_cut_and_pad(pixels, policy))
+    if _scaled_size(width, height, policy) == (width, height):
+        return np.ascontiguousarray(_pad(_cut(pixels, policy), policy))
+    scaled = _scale_and_cut(Image.fromarray(pixels), policy, _INTERPOLATION[policy.interpolation])
+    return np.ascontiguousarray(_pad(scaled, policy))
 
 
 def decode_prepared(data: bytes, policy: InputPolicy, limits: ImageLimits | None = None) -> np.ndarray:
@@ -426,13 +760,11 @@ def decode_prepared(data: bytes, policy: InputPolicy, limits: ImageLimits | None
     Raises:
         ImageError: as `decode_image`.
     """
-    image = _load(_open(data, limits or ImageLimits()))
+    file = _open(data, limits or ImageLimits())
+    image, _ = _load(file.image)
     if image.mode != "L":
-        image = _to_rgb(image)
-    size = _scaled_size(image.width, image.height, policy)
-    if size != image.size:
-        image = image.resize(size, _INTERPOLATION[policy.interpolation])
-    pixels = _cut_and_pad(np.asarray(image), policy)
+        image = _to_rgb(image, file)
+    pixels = _pad(_scale_and_cut(image, policy, _INTERPOLATION[policy.interpolation]), policy)
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels)
 
 
@@ -446,11 +778,13 @@ def prepare_mask(mask: np.ndarray, policy: InputPolicy) -> np.ndarray:
     Returns:
         S×S bool.
     """
-    size = _scaled_size(mask.shape[1], mask.shape[0], policy)
-    nearest = policy.mask_resize == "nearest"
+    width, height = _scaled_size(mask.shape[1], mask.shape[0], policy)
+    if policy.mask_resize == "nearest" and (width < mask.shape[1] or height < mask.shape[0]):
+        return _pad(_cut(reduce_mask(mask, height, width), policy), policy) > 0
+    nearest = policy.mask_resize in ("nearest", "nearest_only")
     resampling = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    values = _cut_and_pad(np.asarray(Image.fromarray(mask).resize(size, resampling)), policy)
-    above = {"nearest": 0, "bilinear_any": 0, "bilinear_half": 127, "bilinear_full": 254}[policy.mask_resize]
+    values = _pad(_scale_and_cut(Image.fromarray(mask), policy, resampling), policy)
+    above = {"bilinear_half": 127, "bilinear_full": 254}.get(policy.mask_resize, 0)
     return values > above
 
 

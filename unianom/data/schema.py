@@ -123,10 +123,11 @@ class SampleRef:
         defect: defect type ("good" for normal samples), None unknown.
         uri: path or URI of the image file.
         mask_uri: path or URI of the mask file; None where there is none (a normal sample's mask is all zero).
-        mask_threshold: mask values above this are anomalous (0 unless the data set's masks are anti-aliased).
+        mask_threshold: mask values above this are anomalous; None takes what each mask shows to be right.
         size: bytes of the image file where the listing told, else None.
         data: the encoded image itself where images do not lie in files of their own (CIFAR's binary form).
         crop: what to store of the image and its mask; None stores the image untouched.
+        more_masks: further mask files; the sample's mask is the union of all.
     """
 
     sample_id: str
@@ -137,13 +138,15 @@ class SampleRef:
     defect: str | None
     uri: str
     mask_uri: str | None = None
-    mask_threshold: int = 0
+    mask_threshold: int | None = None
     size: int | None = None
     data: bytes | None = None
     crop: Crop | None = None
+    more_masks: tuple[str, ...] = ()
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SampleRef:
         """The sample that `dataclasses.asdict` made plain."""
         crop = values.get("crop")
-        return cls(**{**values, "crop": None if crop is None else Crop(**crop)})
+        more = tuple(values.get("more_masks", ()))
+        return cls(**{**values, "crop": None if crop is None else Crop(**crop), "more_masks": more})

@@ -27,7 +27,7 @@ from unianom.data.layouts import (
     vad,
     visa,
 )
-from unianom.data.layouts.base import Layout, LayoutOptions, Source, make_options, nearest
+from unianom.data.layouts.base import Layout, LayoutOptions, LeftOut, Source, make_options, nearest
 from unianom.data.layouts.class_lists import IMAGENET_30, SPECIES_60, SPECIES_60_SPLITS
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError, OptionError
@@ -39,6 +39,7 @@ __all__ = [
     "SPECIES_60_SPLITS",
     "Layout",
     "LayoutOptions",
+    "LeftOut",
     "Source",
     "iter_samples",
     "make_options",
@@ -75,7 +76,10 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def iter_samples(
-    layout: str, source: str | os.PathLike[str], options: LayoutOptions | None = None
+    layout: str,
+    source: str | os.PathLike[str],
+    options: LayoutOptions | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[SampleRef]:
     """Samples of a source, lazily and always in the same order.
 
@@ -83,6 +87,7 @@ def iter_samples(
         layout: name in `LAYOUTS`.
         source: root folder as local path or URI; for `merged` the YAML file.
         options: an instance of the layout's options class; None takes the defaults.
+        left_out: is told, while iterating, what lies in the places of images and is not taken.
 
     Raises:
         OptionError: no such layout, or options of another one. Also while iterating: an option that does not fit what
@@ -96,7 +101,7 @@ def iter_samples(
     options = chosen.options() if options is None else options
     if type(options) is not chosen.options:
         raise OptionError(f"layout {layout} takes {chosen.options.__name__}, not {type(options).__name__}")
-    return _never_empty(chosen, Source.open(source, options.dataset), options)
+    return _never_empty(chosen, Source.open(source, options.dataset, left_out), options)
 
 
 def _never_empty(layout: Layout, source: Source, options: LayoutOptions) -> Iterator[SampleRef]:

@@ -8,8 +8,9 @@ import io
 import os
 import posixpath
 import types
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fsspec
@@ -17,12 +18,57 @@ from fsspec.implementations.local import LocalFileSystem
 
 from unianom.data.schema import Crop, SampleRef
 from unianom.errors import DataError, OptionError
-from unianom.files import resolve
+from unianom.files import composed_otherwise, is_chained, resolve
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".webp"),
+)
 """Endings of an image's name, in any case."""
 
-_LITTER = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+_LITTER = frozenset(
+    {
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+        *("$recycle.bin", "recycler", "system volume information", "lost+found", "found.000"),
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@sharebin", "@tmp"),
+        *("network trash folder", "temporary items", "thevolumesettingsfolder", "__pycache__"),
+    }
+)
+"""What systems and network drives lay beside people's files, such as thumbnails and waste bins; in small letters."""
+
+
+@dataclass
+class LeftOut:
+    """What a listing saw in the places of images and did not take.
+
+    Attributes:
+        files: by the path or URI of their folder, how many of each ending, in small letters, and one of them.
+        folders: path or URI of each folder that no image is taken from, and how many images lie in and below it.
+        links: those to a folder that the link itself lies in, which are not followed.
+    """
+
+    files: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    folders: dict[str, int] = field(default_factory=dict)
+    links: set[str] = field(default_factory=set)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and examples as a manifest holds them: files by ending, folders with an image, links; what there is
+        none of has no key."""
+        endings: dict[str, dict[str, Any]] = {}
+        for folder in sorted(self.files):
+            for ending, (count, example) in self.files[folder].items():
+                found = endings.setdefault(ending, {"count": 0, "example": example})
+                found["count"] += count
+        folders = {folder: images for folder, images in sorted(self.folders.items()) if images}
+        summary: dict[str, Any] = {}
+        if endings:
+            summary["files"] = dict(sorted(endings.items()))
+        if folders:
+            images = sum(folders.values())
+            summary["folders"] = {"count": len(folders), "images": images, "examples": list(folders)[:10]}
+        if self.links:
+            summary["links"] = {"count": len(self.links), "examples": sorted(self.links)[:10]}
+        return summary
 
 
 @dataclass(frozen=True)
@@ -82,9 +128,14 @@ class Entry:
         return posixpath.splitext(self.name)[0]
 
     @property
+    def ending(self) -> str:
+        """Last ending of the name in small letters, with its dot; "" if it has none."""
+        return posixpath.splitext(self.name)[1].lower()
+
+    @property
     def is_image(self) -> bool:
         """Whether the name ends like an image's. A folder may: it is listed as a sample, for ingest to reject."""
-        return posixpath.splitext(self.name)[1].lower() in IMAGE_SUFFIXES
+        return self.ending in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -95,28 +146,30 @@ class Source:
         fs: file system.
         root: path of the root on it.
         dataset: data set name that sample_ids begin with.
+        left_out: what was seen and not taken, so far.
     """
 
     fs: fsspec.AbstractFileSystem
     root: str
     dataset: str
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
 
     @classmethod
-    def open(cls, uri: str | os.PathLike[str], dataset: str = "") -> Source:
+    def open(cls, uri: str | os.PathLike[str], dataset: str = "", left_out: LeftOut | None = None) -> Source:
         """The source at a local path or URI; `dataset` is the root's name if empty.
 
         Raises:
             DataError: unknown URI scheme, or a chained URI ("zip://…::file.zip").
         """
         text = os.fspath(uri)
-        if "::" in text:
+        if is_chained(text):
             raise DataError(
                 f"cannot list {text}: chained URIs are not supported; unpack the archive and name its folder"
             )
         fs, path = resolve(text)
         fs.invalidate_cache()
         root = posixpath.normpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
-        return cls(fs, root, dataset or posixpath.basename(root) or "data")
+        return cls(fs, root, dataset or posixpath.basename(root) or "data", left_out or LeftOut())
 
     def at(self, folder: str) -> Source:
         """A folder below the root as the root; ".." is the folder above."""
@@ -153,11 +206,12 @@ class Source:
         split: str,
         label: int | None,
         defect: str | None,
-        mask: str | None = None,
-        mask_threshold: int = 0,
+        mask: str | Sequence[str] | None = None,
+        mask_threshold: int | None = None,
         crop: Crop | None = None,
     ) -> SampleRef:
-        """The sample of a listed image; `mask` is the path of its mask, if it has one."""
+        """The sample of a listed image; `mask` is the path of its mask, if it has one, or of several to be united."""
+        masks = [mask] if isinstance(mask, str) else list(mask or ())
         return SampleRef(
             sample_id=self.sample_id(image.path),
             dataset=self.dataset,
@@ -166,10 +220,11 @@ class Source:
             label=label,
             defect=defect,
             uri=self.uri(image.path),
-            mask_uri=None if mask is None else self.uri(mask),
+            mask_uri=self.uri(masks[0]) if masks else None,
             mask_threshold=mask_threshold,
             size=image.size,
             crop=crop,
+            more_masks=tuple(self.uri(path) for path in masks[1:]),
         )
 
     def entries(self, folder: str = "") -> list[Entry]:
@@ -191,14 +246,24 @@ class Source:
                 raise DataError(f"{self.uri(folder)} is a file; a folder is expected")
             path = info["name"].rstrip("/")
             name = posixpath.basename(path)
-            if path == inside or name.startswith(".") or name in _LITTER:
+            if path == inside or name.startswith(".") or name.lower() in _LITTER:
                 continue  # object stores list a folder's own placeholder in it
             if not name.isascii():
                 _check_name(name, self.uri(folder))
             is_folder = info["type"] == "directory" or (info.get("islink", False) and self.fs.isdir(path))
+            if is_folder and info.get("islink", False) and self._leads_back(folder, path):
+                self.left_out.links.add(self.uri(posixpath.join(folder, name)))
+                continue
             size = None if is_folder else info.get("size")
             entries.append(Entry(posixpath.join(folder, name), size, is_folder))
         return sorted(entries, key=lambda entry: entry.path)
+
+    def _leads_back(self, folder: str, link: str) -> bool:
+        """Whether a link in `folder` leads to a folder that it lies in, by whatever links one came there."""
+        target = os.path.realpath(link)
+        parts = folder.split("/") if folder else []
+        places = [os.path.realpath(self._inside("/".join(parts[:depth]))) for depth in range(len(parts) + 1)]
+        return any(os.path.commonpath([place, target]) == target for place in places)
 
     def folders(self, folder: str = "") -> list[str]:
         """Sorted names of the folders in `folder`, without those named like images."""
@@ -224,23 +289,52 @@ class Source:
             raise DataError(f"no file {self.uri(path)}; check the path of the source") from error
 
     def images(self, folder: str) -> list[Entry]:
-        """Images directly in `folder`, sorted.
+        """Images directly in `folder`, sorted; what else lies there is left out.
 
         Raises:
             DataError: there are none.
         """
-        images = [entry for entry in self.entries(folder) if entry.is_image]
+        entries = self.entries(folder)
+        images = [entry for entry in entries if entry.is_image]
+        self.leave_out(folder, [entry for entry in entries if not entry.is_image])
         if not images:
             raise DataError(f"no images in {self.uri(folder)}; found: {self.found(folder)}")
         return images
 
     def walk(self, folder: str = "") -> Iterator[Entry]:
-        """All images in and below `folder`, lazily, each folder sorted."""
-        for entry in self.entries(folder):
+        """All images in and below `folder`, lazily, each folder sorted; other files are left out."""
+        entries = self.entries(folder)
+        self.leave_out(folder, [entry for entry in entries if not (entry.is_image or entry.is_folder)])
+        for entry in entries:
             if entry.is_image:
                 yield entry
             elif entry.is_folder:
                 yield from self.walk(entry.path)
+
+    def leave_out(self, folder: str, entries: Iterable[Entry]) -> None:
+        """Record that some entries of a folder are not taken, so that a summary can say so."""
+        endings: dict[str, tuple[int, str]] = {}
+        for entry in entries:
+            where = self.uri(entry.path)
+            if not entry.is_folder:
+                count, example = endings.get(entry.ending, (0, where))
+                endings[entry.ending] = (count + 1, example)
+            elif where not in self.left_out.folders:
+                self.left_out.folders[where] = self._count_images(entry.path)
+        if endings:
+            self.left_out.files[self.uri(folder)] = endings
+
+    def _count_images(self, folder: str) -> int:
+        entries = self.entries(folder)
+        below = (self._count_images(entry.path) for entry in entries if entry.is_folder and not entry.is_image)
+        return sum(entry.is_image for entry in entries) + sum(below)
+
+    def spelt(self, path: str) -> str:
+        """A path as the file system spells it, where its accents are composed otherwise; else the path itself."""
+        found = None if path.isascii() else composed_otherwise(self.uri(path))
+        if found is None or self.has_folder(path):
+            return path
+        return posixpath.relpath(found, self.uri())
 
     def images_below(self, folder: str) -> Iterator[Entry]:
         """As `walk`.
@@ -316,23 +410,31 @@ def check_train_fraction(value: float) -> None:
         raise OptionError(f"train_fraction={value} must be above 0 and at most 1")
 
 
-def check_mask_threshold(value: int) -> None:
-    """Raise OptionError unless 0 <= value < 255."""
-    if not 0 <= value < 255:
+def check_mask_threshold(value: int | None) -> None:
+    """Raise OptionError unless value is None or 0 <= value < 255."""
+    if value is not None and not 0 <= value < 255:
         raise OptionError(f"mask_threshold={value} must lie in 0…254, since mask values above it are anomalous")
 
 
+def same_name(text: str) -> str:
+    """A name to find masks by: with accents composed in one way, as macOS and others compose them in two."""
+    return unicodedata.normalize("NFC", text)
+
+
 def masks_by_stem(source: Source, folder: str) -> dict[str, str]:
-    """Mask paths of a folder by the stem of the image they belong to ("000_mask.png" and "000.png" → "000").
+    """Mask paths of a folder by the stem of the image they belong to ("000_mask.png" and "000.png" → "000"), as
+    `same_name` has it.
 
     Raises:
         DataError: two masks belong to one stem.
     """
     masks: dict[str, str] = {}
-    for entry in source.entries(folder):
+    entries = source.entries(folder)
+    source.leave_out(folder, [entry for entry in entries if not (entry.is_image or entry.is_folder)])
+    for entry in entries:
         if not entry.is_image:
             continue
-        stem = entry.stem.removesuffix("_mask")
+        stem = same_name(entry.stem.removesuffix("_mask"))
         if stem in masks:
             raise DataError(f"two masks for '{stem}' in {source.uri(folder)}: {masks[stem]} and {entry.path}")
         masks[stem] = entry.path
@@ -345,12 +447,13 @@ def mask_of(source: Source, image: Entry, masks: Mapping[str, str], folder: str)
     Raises:
         DataError: there is none.
     """
-    if image.stem not in masks:
+    stem = same_name(image.stem)
+    if stem not in masks:
         raise DataError(
             f"no mask of {source.uri(image.path)} in {source.uri(folder)}, which should be named {image.stem} or "
             f"{image.stem}_mask; found: {source.found(folder)}"
         )
-    return masks[image.stem]
+    return masks[stem]
 
 
 def read_table(source: Source, path: str, columns: Sequence[str], key: str) -> list[tuple[str, dict[str, str]]]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, check_mask_threshold, check_train_fraction
+from unianom.data.layouts.base import (
+    Entry,
+    LayoutOptions,
+    Source,
+    check_mask_threshold,
+    check_train_fraction,
+    same_name,
+)
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, OptionError
@@ -24,8 +31,9 @@ class FolderOptions(LayoutOptions):
         abnormal: names of the folders of defective images, which become the defect types.
         masks: folder of mask files, relative to the root.
         mask_prefix: what a mask's name has before the stem of its image.
-        mask_suffix: what a mask's name has after the stem of its image, e.g. "_mask".
-        mask_threshold: mask values above this are anomalous.
+        mask_suffix: what a mask's name has after the stem of its image, e.g. "_mask". Instead of the stem it may hold
+            the image's whole name ("a.jpg.png" of "a.jpg"), which tells two images of one stem apart.
+        mask_threshold: mask values above this are anomalous; null takes what each mask shows to be right.
         abnormal_train: what becomes of defective images in train: "keep" them there, for supervised training, or
             move them to "test".
         train_fraction: without train and test folders, the share of normal images to train on; the others and all
@@ -41,7 +49,7 @@ class FolderOptions(LayoutOptions):
     masks: str = ""
     mask_prefix: str = ""
     mask_suffix: str = ""
-    mask_threshold: int = 0
+    mask_threshold: int | None = None
     abnormal_train: Literal["keep", "test"] = "keep"
     train_fraction: float = 0.8
     seed: int = 0
@@ -73,9 +81,16 @@ def samples(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
             f"name the folder of normal images in {source.uri()} with normal and those of defects with abnormal, or "
             f"take every image with unlabelled=true; found: {source.found()}"
         )
+    options = replace(
+        options,
+        normal=source.spelt(options.normal),
+        abnormal=tuple(source.spelt(name) for name in options.abnormal),
+        masks=source.spelt(options.masks),
+    )
     levels = [name for name in SPLITS if source.has_folder(name)]
     groups = _level_groups(source, options, levels) if levels else _root_groups(source, options)
     masks = _pair_masks(source, options, [group.folder for group in groups if group.defect])
+    _leave_out(source, options, levels)
     category = options.category or source.dataset
     for group in groups:
         for image in source.images_below(group.folder):
@@ -87,7 +102,7 @@ def samples(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
                 label=ANOMALOUS if group.defect else NORMAL,
                 defect=group.defect or "good",
                 mask=mask,
-                mask_threshold=options.mask_threshold if mask else 0,
+                mask_threshold=options.mask_threshold if mask else None,
             )
 
 
@@ -129,6 +144,17 @@ def _root_groups(source: Source, options: FolderOptions) -> list[_Group]:
     return groups
 
 
+def _leave_out(source: Source, options: FolderOptions, levels: list[str]) -> None:
+    """Record the images and folders that no option names."""
+    named = {name.partition("/")[0] for name in (options.normal, *options.abnormal)}
+    masks = posixpath.normpath(options.masks) if options.masks else ""
+    for place in levels or [""]:
+        for entry in source.entries(place):
+            holds_masks = masks == entry.path or masks.startswith(f"{entry.path}/")
+            if entry.is_image or (entry.is_folder and entry.name not in named and not holds_masks):
+                source.leave_out(place, [entry])
+
+
 def _unlabelled(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
     for image in source.walk():
         top, below, _ = image.path.partition("/")
@@ -159,7 +185,7 @@ def _pair_masks(source: Source, options: FolderOptions, folders: list[str]) -> d
     owner: dict[str, str] = {}
     for image, places in images:
         at_place = [masks[key] for key in places if key in masks]
-        candidates = at_place[:1] or strays.get(image.stem, [])
+        candidates = at_place[:1] or strays.get(same_name(image.name), []) or strays.get(same_name(image.stem), [])
         if len(candidates) > 1:
             raise DataError(
                 f"{source.uri(image.path)} has more than one mask: {', '.join(sorted(candidates))}; keep one"
@@ -167,8 +193,7 @@ def _pair_masks(source: Source, options: FolderOptions, folders: list[str]) -> d
         for mask in candidates:
             if mask in owner:
                 raise DataError(
-                    f"mask {source.uri(mask)} fits both {owner[mask]} and {image.path}; lay the masks out in "
-                    f"the same folders as the images"
+                    f"mask {source.uri(mask)} fits both {owner[mask]} and {image.path}; {_way_out(owner[mask], image)}"
                 )
             owner[mask] = image.path
             paired[image.path] = mask
@@ -180,14 +205,22 @@ def _pair_masks(source: Source, options: FolderOptions, folders: list[str]) -> d
     return paired
 
 
+def _way_out(one: str, other: Entry) -> str:
+    """What tells the masks of two images of one stem apart."""
+    if posixpath.dirname(one) != posixpath.dirname(other.path):
+        return "lay the masks out in the same folders as the images"
+    names = f"{posixpath.basename(one)}.png and {other.name}.png"
+    return f"name each mask by the whole name of its image, {names}, or remove one of the images"
+
+
 def _masks_by_place(source: Source, options: FolderOptions) -> dict[tuple[str, str], str]:
     """Paths of the masks by their folder below the mask folder and the stem of their image."""
     masks: dict[tuple[str, str], str] = {}
     for entry in source.images_below(options.masks):
         if not (entry.stem.startswith(options.mask_prefix) and entry.stem.endswith(options.mask_suffix)):
             continue
-        stem = entry.stem.removeprefix(options.mask_prefix).removesuffix(options.mask_suffix)
-        key = (posixpath.dirname(posixpath.relpath(entry.path, options.masks)), stem)
+        stem = same_name(entry.stem.removeprefix(options.mask_prefix).removesuffix(options.mask_suffix))
+        key = (same_name(posixpath.dirname(posixpath.relpath(entry.path, options.masks))), stem)
         if key in masks:
             raise DataError(f"two masks for '{stem}' in {source.uri(options.masks)}: {masks[key]} and {entry.path}")
         masks[key] = entry.path
@@ -200,8 +233,9 @@ def _masks_by_place(source: Source, options: FolderOptions) -> dict[tuple[str, s
 
 
 def _places(folder: str, image: Entry) -> list[tuple[str, str]]:
-    """Where the mask of an image may lie below the mask folder: from the most to the least specific."""
+    """Where the mask of an image may lie below the mask folder, and its name: from the most to the least specific."""
     directory = posixpath.dirname(image.path)
     level, _, rest = directory.partition("/")
     places = [directory, rest if level in SPLITS else directory, posixpath.relpath(directory, folder)]
-    return [("" if place == "." else place, image.stem) for place in dict.fromkeys(places)]
+    unique = ["" if place == "." else same_name(place) for place in dict.fromkeys(places)]
+    return [(place, same_name(name)) for name in (image.name, image.stem) for place in unique]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, check_train_fraction
+from unianom.data.layouts.base import Entry, LayoutOptions, Source, check_train_fraction, same_name
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError
@@ -71,17 +71,17 @@ def samples(source: Source, options: KolektorOptions) -> Iterator[SampleRef]:
 def _surfaces(source: Source, item: str) -> list[tuple[Entry, Entry]]:
     """Image and mask of each surface of one commutator."""
     images = source.images(item)
-    masks = {entry.stem.removesuffix("_label"): entry for entry in images if entry.stem.endswith("_label")}
+    masks = {same_name(entry.stem.removesuffix("_label")): entry for entry in images if entry.stem.endswith("_label")}
     surfaces = [entry for entry in images if not entry.stem.endswith("_label")]
     for image in surfaces:
-        if image.stem not in masks:
+        if same_name(image.stem) not in masks:
             raise DataError(
                 f"no mask {image.stem}_label beside {source.uri(image.path)}, so its label is unknown; "
                 f"expected {EXPECTED}"
             )
     if not surfaces:
         raise DataError(f"only masks and no images in {source.uri(item)}; expected {EXPECTED}")
-    return [(image, masks[image.stem]) for image in surfaces]
+    return [(image, masks[same_name(image.stem)]) for image in surfaces]
 
 
 def _is_cracked(source: Source, mask: Entry) -> bool:

@@ -38,7 +38,7 @@ def samples(source: Source, options: MergedOptions) -> Iterator[SampleRef]:
     parts = _read_parts(source, LAYOUTS)
     named_by: dict[str, int] = {}
     for number, part in enumerate(parts, 1):
-        for sample in iter_samples(part.layout, part.source, part.options):
+        for sample in iter_samples(part.layout, part.source, part.options, source.left_out):
             if named_by.setdefault(sample.dataset, number) != number:
                 raise DataError(
                     f"sources {named_by[sample.dataset]} and {number} of {source.uri()} are both data set "

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source, check_mask_threshold, check_train_fraction
+from unianom.data.layouts.base import LayoutOptions, Source, check_mask_threshold, check_train_fraction, same_name
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError
@@ -58,9 +57,7 @@ def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
                 split = "test" if image.path in test else "train"
                 yield source.sample(image, category="magnetic_tile", split=split, label=NORMAL, defect="good")
             continue
-        masks = {
-            posixpath.splitext(entry.path)[0]: entry.path for entry in entries if entry.name.lower().endswith(".png")
-        }
+        masks = {same_name(entry.stem): entry.path for entry in entries if entry.name.lower().endswith(".png")}
         for image in images:
             yield source.sample(
                 image,
@@ -68,6 +65,6 @@ def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
                 split="test",
                 label=ANOMALOUS,
                 defect=name.lower(),
-                mask=masks.get(posixpath.splitext(image.path)[0]),
+                mask=masks.get(same_name(image.stem)),
                 mask_threshold=options.mask_threshold,
             )

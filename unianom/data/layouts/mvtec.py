@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, masks_by_stem
+from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, masks_by_stem, same_name
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
 
@@ -14,6 +14,10 @@ EXPECTED = (
     "the mvtec layout: <category>/train/good, <category>/test/{good,<defect>}, <category>/ground_truth/<defect>, "
     "or merged: train/<category>_good, test/<category>_<defect>, ground_truth/<category>_<defect>"
 )
+
+
+VALIDATION = ("validation", "val")
+"""Names of a folder of further normal images beside train and test."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,11 @@ def find_categories(source: Source, normal: str, expected: str) -> tuple[Source,
 
 
 def category_samples(source: Source, category: str, normal: str, expected: str) -> Iterator[SampleRef]:
-    """One category: train/<normal>, test/<normal>, test/<defect> and ground_truth/<defect>, masks paired by stem.
+    """One category: train/<normal>, test/<normal>, test/<defect> and ground_truth/<defect>, masks paired by stem, and
+    as in MVTec LOCO AD validation/<normal>, the split "val".
 
-    A defective image without a mask file gets none; masks of which none fits by name are an error.
+    A defective image without a mask file gets none; masks of which none fits by name are an error. A folder of the
+    image's stem in place of a mask file holds several, which are united (MVTec LOCO AD).
     """
     train = source.require(category, f"train/{normal}", expected)
     test = source.require(category, "test", expected)
@@ -67,6 +73,18 @@ def category_samples(source: Source, category: str, normal: str, expected: str) 
             f"know; read it with the folder layout or remove it"
         )
     yield from folder_samples(source, train, category, "train", None)
+    validation = next((name for name in VALIDATION if source.has_folder(f"{category}/{name}/{normal}")), None)
+    if validation is not None:
+        yield from folder_samples(source, f"{category}/{validation}/{normal}", category, "val", None)
+    for place, known in {
+        category: ("train", "test", "ground_truth", validation),
+        f"{category}/train": (normal,),
+        **({} if validation is None else {f"{category}/{validation}": (normal,)}),
+    }.items():
+        source.leave_out(
+            place, [e for e in source.entries(place) if e.is_image or (e.is_folder and e.name not in known)]
+        )
+    source.leave_out(test, [entry for entry in source.entries(test) if entry.is_image])
     defects = source.folders(test)
     if not defects:
         raise DataError(f"no test images under {source.uri(test)}; found: {source.found(test)}; expected {expected}")
@@ -89,15 +107,31 @@ def folder_samples(
     masks = _masks(source, images, mask_folder)
     for image in images:
         yield source.sample(
-            image, category=category, split=split, label=ANOMALOUS, defect=defect, mask=masks.get(image.stem)
+            image,
+            category=category,
+            split=split,
+            label=ANOMALOUS,
+            defect=defect,
+            mask=masks.get(same_name(image.name)) or masks.get(same_name(image.stem)),
         )
 
 
-def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, str]:
-    masks = masks_by_stem(source, folder) if source.has_folder(folder) else {}
-    if masks and not any(image.stem in masks for image in images):
+def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, list[str]]:
+    """Paths of the masks of each stem or whole name of an image."""
+    if not source.has_folder(folder):
+        return {}
+    masks = {stem: [path] for stem, path in masks_by_stem(source, folder).items()}
+    names = {same_name(name) for image in images for name in (image.stem, image.name)}
+    for entry in source.entries(folder):
+        if entry.is_folder and not entry.is_image:
+            name = same_name(entry.name)
+            if name not in names or name in masks:
+                source.leave_out(folder, [entry])
+            else:
+                masks[name] = [mask.path for mask in source.images(entry.path)]
+    if masks and names.isdisjoint(masks):
         raise DataError(
-            f"no mask in {source.uri(folder)} fits an image by name: '{next(iter(masks.values()))}' against "
+            f"no mask in {source.uri(folder)} fits an image by name: '{next(iter(masks.values()))[0]}' against "
             f"'{images[0].path}'; masks are named <stem>.png or <stem>_mask.png"
         )
     return masks

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, mask_of, masks_by_stem
+from unianom.data.layouts.base import Entry, LayoutOptions, Source, mask_of, masks_by_stem, same_name
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.files import read_bytes
@@ -109,7 +109,8 @@ def _all_masks(source: Source, clips: list[str]) -> dict[str, str]:
     for clip in clips:
         if source.has_folder(clip + MASKS):
             by_stem = masks_by_stem(source, clip + MASKS)
-            masks |= {image.path: by_stem[image.stem] for image in _frames(source, clip) if image.stem in by_stem}
+            stems = {image.path: same_name(image.stem) for image in _frames(source, clip)}
+            masks |= {path: by_stem[stem] for path, stem in stems.items() if stem in by_stem}
     return masks
 
 
