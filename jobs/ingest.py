@@ -106,7 +106,7 @@ def doubts(manifest: dict[str, Any]) -> list[str]:
     if "folders" in left_out:
         found = left_out["folders"]
         lines.append(
-            f"left out: {found['images']} images in {found['count']} folders that the layout has no use for, "
+            f"left out: at least {found['images']} images in {found['count']} folders that the layout has no use for, "
             f"e.g. {found['examples'][0]}"
         )
     if "links" in left_out:

@@ -27,6 +27,7 @@ from unianom.data.layouts import (
     make_options,
 )
 from unianom.data.layouts.aptos import AptosOptions
+from unianom.data.layouts.base import MOST_LISTED
 from unianom.data.layouts.btad import BtadOptions
 from unianom.data.layouts.cifar import CifarOptions
 from unianom.data.layouts.class_folders import ClassOptions
@@ -1658,3 +1659,11 @@ def test_a_root_whose_name_has_two_colons(tmp_path):
     draw(tmp_path / "cam::1", "good/12::30.png", "bad/a::b.png")
     _, paths = left_out("folder", tmp_path / "cam::1", FOLDERS)
     assert paths == ["good/12::30.png", "bad/a::b.png"]
+
+
+def test_what_is_left_out_is_counted_in_few_listings(tmp_path):
+    draw(tmp_path, "good/0.png", "bad/1.png", *(f"archive/{number:03d}/0.png" for number in range(60)))
+    archive = tmp_path / "archive"
+    (archive / "999").mkdir(mode=0o000)
+    summary, _ = left_out("folder", tmp_path, FOLDERS)
+    assert summary["folders"] == {"count": 1, "images": MOST_LISTED - 1, "examples": [str(archive)]}

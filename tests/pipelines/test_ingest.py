@@ -1126,7 +1126,7 @@ def test_the_summary_says_what_was_left_out_and_what_looks_wrong(corpus, tmp_pat
         "1 masks do not have the size of their image and were left out, e.g. mvtec/nut/test/dent/001.png",
         "1 files ending in .gif, e.g.",
         "1 files without an ending, e.g.",
-        "1 images in 1 folders that the layout has no use for, e.g.",
+        "at least 1 images in 1 folders that the layout has no use for, e.g.",
         "1 links to a folder that they lie in, e.g.",
         "1 images have 16 bits a sample but no value above 1,023, e.g. mvtec/bolt/train/good/deep.png",
         "--bits 10",

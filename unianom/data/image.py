@@ -153,12 +153,15 @@ def _open(data: bytes, limits: ImageLimits) -> _File:
     # Pillow gives a JPEG with further pictures behind the first, as cameras write, another name
     file_format = "JPEG" if image.format == "MPO" else str(image.format)
     sample_bits, stated_bits = 8, None
-    if file_format == "PNG":
-        sample_bits, stated_bits = data[24], _significant_bits(data)
-    elif file_format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        sample_bits = max(tags.get(_BITS_PER_SAMPLE, (8,)))
-        stated_bits = _bits_of_maximum(tags.get(_LARGEST_SAMPLE)) or sample_bits
+    try:
+        if file_format == "PNG":
+            sample_bits, stated_bits = data[24], _significant_bits(data)
+        elif file_format == "TIFF":
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            sample_bits = max(tags.get(_BITS_PER_SAMPLE, (8,)))
+            stated_bits = _bits_of_maximum(tags.get(_LARGEST_SAMPLE)) or sample_bits
+    except Exception as error:  # as above: tags of any type
+        raise ImageError("corrupt", f"unreadable image header: {error}") from error
     if sample_bits <= 8 or (stated_bits is not None and stated_bits >= 16):
         stated_bits = None
     return _File(image, file_format, _is_lossy(image, data), sample_bits, stated_bits)

@@ -37,13 +37,18 @@ _LITTER = frozenset(
 """What systems and network drives lay beside people's files, such as thumbnails and waste bins; in small letters."""
 
 
+MOST_LISTED = 20
+"""Folders that are listed to count the images in one that is left out; beside a data set may lie a whole archive."""
+
+
 @dataclass
 class LeftOut:
     """What a listing saw in the places of images and did not take.
 
     Attributes:
         files: by the path or URI of their folder, how many of each ending, in small letters, and one of them.
-        folders: path or URI of each folder that no image is taken from, and how many images lie in and below it.
+        folders: path or URI of each folder that no image is taken from, and how many images lie in and below it, as far
+            as `MOST_LISTED` listings tell.
         links: those to a folder that the link itself lies in, which are not followed.
     """
 
@@ -325,9 +330,17 @@ class Source:
             self.left_out.files[self.uri(folder)] = endings
 
     def _count_images(self, folder: str) -> int:
-        entries = self.entries(folder)
-        below = (self._count_images(entry.path) for entry in entries if entry.is_folder and not entry.is_image)
-        return sum(entry.is_image for entry in entries) + sum(below)
+        count, pending = 0, [folder]
+        for _ in range(MOST_LISTED):
+            if not pending:
+                break
+            try:
+                entries = self.entries(pending.pop(0))
+            except DataError:  # what is not taken need not be readable
+                continue
+            count += sum(entry.is_image for entry in entries)
+            pending += [entry.path for entry in entries if entry.is_folder and not entry.is_image]
+        return count
 
     def spelt(self, path: str) -> str:
         """A path as the file system spells it, where its accents are composed otherwise; else the path itself."""
