@@ -38,7 +38,7 @@ from pipelines.batches import (
     TrainingImages,
     TrainingSet,
 )
-from pipelines.commandline import console, print_table
+from pipelines.commandline import AS_WRITTEN, console, print_table
 from pipelines.features import MASKS, PIXELS, Arrays, PartPreparer, array_name, learnable
 from pipelines.ingest import PartIngester, plan_parts
 from pipelines.models import ModelShelf, load_model
@@ -69,6 +69,7 @@ from unianom.methods.trained import TrainedMethod
 from unianom.metrics import BinnedPixelAccumulator, PixelAccumulator
 from unianom.model import Model
 from unianom.serialise import to_plain
+from unianom.written import plain_options
 
 OURS = "unianom"
 """Name of the side that is this project's."""
@@ -480,7 +481,7 @@ class IngestBenchmark:
     layout: str
     source: str
     output: str
-    layout_options: dict[str, Any] = field(default_factory=dict)
+    layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
     workers: int | None = None
     rounds: int = 5
 
@@ -488,6 +489,7 @@ class IngestBenchmark:
         _check_positive(self, "rounds", "workers")
         if self.layout not in LAYOUTS:
             raise OptionError(f"no layout '{self.layout}'; known: {', '.join(LAYOUTS)}")
+        object.__setattr__(self, "layout_options", plain_options(self.layout_options, LAYOUTS[self.layout].options))
         if not files.is_local(self.source):
             raise OptionError(f"source={self.source}: Pillow opens files of this machine only; give a local folder")
 

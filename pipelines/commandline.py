@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
-import json
 import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-import jsonargparse
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unianom import files
 from unianom.errors import OptionError, UnianomError
+from unianom.serialise import to_plain
+from unianom.written import Argument, dump_yaml, natural, read_yaml, typed
 
 DONE, FAILED, WRONG_OPTIONS = 0, 1, 2
 
@@ -59,12 +61,30 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
 def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     """Build the options dataclass from command-line arguments and `--config` YAML files.
 
+    Every value is read once, for the type of its option: where that is text, what was typed is the text. (jsonargparse
+    reads values as YAML before it knows their type, and those inside a dict twice, so a name such as 007 is lost; it
+    writes the help.)
+
     Raises:
         OptionError: unknown, missing or refused options; names the nearest known one.
     """
     arguments = list(arguments)
     if isinstance(options, dict):
         options, arguments = _choose(options, arguments)
+    given = _Given(options)
+    given.read(arguments)
+    if given.asks == "help":
+        _help_parser(options).print_help()
+        sys.exit(DONE)
+    if given.asks == "print_config":
+        print(dump_yaml(given.printed(), default_flow_style=False), end="")
+        sys.exit(DONE)
+    return given.instance()
+
+
+def _help_parser(options: type) -> Any:
+    import jsonargparse  # takes a while, and nothing else needs it
+
     parser = jsonargparse.ArgumentParser(
         prog=sys.argv[0],
         description=_summary(options),
@@ -75,19 +95,221 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     parser.add_argument("--config", action="config", help="YAML file of these options; later arguments override it")
     parser.add_class_arguments(options, as_group=False)
     parser.set_defaults(_left_open(options))
+    return parser
+
+
+AS_WRITTEN = {"as_written": True}
+"""Metadata of a field whose class takes the values inside as they are written: only it knows their types."""
+
+
+class _Given:
+    """The options of a dataclass as they are given, one after the other; later ones override.
+
+    Args:
+        options: the dataclass.
+
+    Attributes:
+        values: what holds now, nested as the groups are; required options are absent until given.
+        asks: "help" or "print_config" where that is wanted instead, else "".
+    """
+
+    def __init__(self, options: type) -> None:
+        self._options = options
+        self._fields = dict(_fields(options))
+        parts = (name.split(".") for name in self._fields)
+        self._groups = {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}
+        self.values: dict[str, Any] = _defaults(options)
+        for name, default in _left_open(options).items():
+            self._put(name, default)
+        self.asks = ""
+
+    def read(self, arguments: Sequence[str]) -> None:
+        """Take arguments of a command line."""
+        unknown: list[str] = []
+        arguments = list(arguments)
+        while arguments:
+            argument = arguments.pop(0)
+            name, equals, text = argument.partition("=")
+            name = self._known(name[2:]) if name.startswith("--") else ""
+            if argument in ("-h", "--help"):
+                self.asks = "help"
+                return
+            if name == "print_config":
+                self.asks = name
+                continue
+            if not name:
+                unknown.append("--" + argument[2:].replace("-", "_") if argument.startswith("--") else argument)
+                continue
+            if not equals:
+                if arguments and not arguments[0].startswith("--"):
+                    text = arguments.pop(0)
+                elif name in self._fields and self._fields[name][0] in (bool, bool | None):
+                    text = "true"
+                else:
+                    raise OptionError(f"--{name}: expected a value")
+            if name == "config":
+                self._read_file(text)
+            elif name in self._groups:
+                self._take(_mapping(text, f"--{name}"), name + ".")
+            else:
+                self._set(name, Argument(text))
+        if unknown:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            first = next((name for name in unknown if name.startswith("--")), "--")[2:].partition("=")[0]
+            near = _nearest(first, [*self._fields, "config", "print_config"]) if first else None
+            raise OptionError(message + (f"; did you mean --{near}?" if near else ""))
+
+    def _known(self, name: str) -> str:
+        """The option that an argument names, with dashes as underscores; the key of a dict stays as it is, unless it
+        is an option's name itself."""
+        plain = name.replace("-", "_")
+        if plain in self._fields or plain in self._groups or plain in ("config", "print_config"):
+            return plain
+        option = self._dict_of(plain)
+        if not option:
+            return ""
+        key = name[len(option) + 1 :]
+        return (
+            f"{option}.{key.replace('-', '_') if typing.get_args(self._fields[option][0])[1] in (Any, float) else key}"
+        )
+
+    def _dict_of(self, name: str) -> str:
+        """The option that holds a dict with the rest of the name as a key, or nothing."""
+        for option, (hint, _) in self._fields.items():
+            if name.startswith(option + ".") and name != option + "." and typing.get_origin(hint) is dict:
+                return option
+        return ""
+
+    def _read_file(self, uri: str) -> None:
+        try:
+            text = files.read_bytes(uri).decode()
+        except (OSError, UnicodeDecodeError, UnianomError) as error:
+            raise OptionError(f"--config: cannot read {uri}: {' '.join(str(error).split())}") from error
+        self._take(_mapping(text, f"--config {uri}"), "")
+
+    def _take(self, values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if name in self._groups:
+                if not isinstance(value, dict):
+                    inside = [option for option in self._fields if option.startswith(name + ".")]
+                    names = dict.fromkeys(option[len(name) + 1 :].partition(".")[0] for option in inside)
+                    raise OptionError(f"--{name}: expected options ({', '.join(names)}), got {natural(value)!r}")
+                self._take(value, name + ".")
+            elif name in self._fields or self._dict_of(name):
+                self._set(name, value)
+            else:
+                near = _nearest(name, list(self._fields))
+                raise OptionError(f"there is no option '{name}'" + (f"; did you mean --{near}?" if near else ""))
+
+    def _set(self, name: str, value: Any) -> None:
+        option = name if name in self._fields else self._dict_of(name)
+        hint, metadata = self._fields[option]
+        if option != name:
+            key, hint = name[len(option) + 1 :], typing.get_args(hint)[1]
+        try:
+            value = typed(value, hint, quoted_numbers=True)
+        except OptionError as error:
+            raise OptionError(f"--{name}: {error}") from error
+        if not metadata.get("as_written"):
+            value = natural(value)
+        if option != name:
+            value = {**(self._get(option) or {}), key: value}
+        self._put(option, value)
+
+    def _get(self, name: str) -> Any:
+        inside: Any = self.values
+        for part in name.split("."):
+            inside = inside.get(part)
+        return inside
+
+    def _put(self, name: str, value: Any) -> None:
+        *groups, last = name.split(".")
+        inside = self.values
+        for group in groups:
+            inside = inside[group]
+        inside[last] = value
+
+    def instance(self) -> Any:
+        """Build the dataclass, whose own checks run.
+
+        Raises:
+            OptionError: a required option is missing, or a value is refused.
+        """
+        return _instance(self._options, self.values)
+
+    def printed(self) -> dict[str, Any]:
+        """Plain data that `--config` takes; null for required options that are not given."""
+        plain = {field.name: None for field in dataclasses.fields(self._options)} | to_plain(self.values)
+        if all(value is not None for name, value in plain.items() if name not in self.values):
+            made = to_plain(self.instance())
+            own = (name for name, (_, metadata) in self._fields.items() if metadata.get("as_written"))
+            plain |= {name: made[name] for name in own if name in made}
+        return plain
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    """Options by name from YAML."""
     try:
-        config = parser.parse_args(_normalise(parser, arguments))
-        _check_groups(config, parser.get_defaults())
-        return _instance(parser, config, options)
-    except jsonargparse.ArgumentError as error:
-        raise OptionError(_explain(str(error), parser)) from error
+        values = read_yaml(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise OptionError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        found = f"'{' '.join(text.split())[:60]}'" if text.strip() else "nothing"
+        raise OptionError(f"{where}: expected YAML of the form 'option: value', got {found}")
+    return values
+
+
+def _fields(options: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
+    """Options by dotted name, with their type and what their field says of them."""
+    hints = typing.get_type_hints(options)
+    for option in dataclasses.fields(options):
+        name = f"{prefix}{option.name}"
+        if dataclasses.is_dataclass(hints[option.name]):
+            yield from _fields(hints[option.name], name + ".")
+        else:
+            yield name, (hints[option.name], option.metadata)
+
+
+def _defaults(options: type) -> dict[str, Any]:
+    """Defaults of a dataclass; groups are dicts. Required options are left out."""
+    values: dict[str, Any] = {}
+    for option in dataclasses.fields(options):
+        if option.default_factory is not dataclasses.MISSING:
+            values[option.name] = _as_dict(option.default_factory())
+        elif option.default is not dataclasses.MISSING:
+            values[option.name] = _as_dict(option.default)
+    return values
+
+
+def _as_dict(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {option.name: _as_dict(getattr(value, option.name)) for option in dataclasses.fields(value)}
+    return value
+
+
+def _instance(options: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(options)
+    for option in dataclasses.fields(options):
+        if option.name not in values and option.default is option.default_factory is dataclasses.MISSING:
+            raise OptionError(f"the option --{option.name} is required")
+    return options(**{name: _built(value, hints[name]) for name, value in values.items()})
+
+
+def _built(value: Any, hint: Any) -> Any:
+    """A value with dicts made dataclasses where these are wanted, alone or in a tuple."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _instance(hint, value)  # type: ignore[arg-type]
+    if isinstance(value, tuple) and typing.get_args(hint):
+        return tuple(_built(inner, typing.get_args(hint)[0]) for inner in value)
+    return value
 
 
 def _left_open(options: type) -> dict[str, None]:
     """Options of groups that are null unless given, by dotted name.
 
-    The parser takes the defaults of a group from an instance of it, in which its preset has filled them in already; so
-    another preset would fill in nothing.
+    The defaults of a group are those of an instance of it, in which its preset has filled them in already; so another
+    preset would fill in nothing.
     """
     hints = typing.get_type_hints(options)
     return {
@@ -105,22 +327,6 @@ def documented_arguments(*classes: type) -> str:
     return "\n".join(re.sub(r"(?m)^    ", "", text) for text in texts)
 
 
-def _check_groups(config: jsonargparse.Namespace, defaults: jsonargparse.Namespace, prefix: str = "") -> None:
-    """Refuse a plain value where options of their own belong, which the parser lets pass."""
-    for key, default in vars(defaults).items():
-        if isinstance(default, jsonargparse.Namespace):
-            value = getattr(config, key)
-            if not isinstance(value, jsonargparse.Namespace):
-                raise OptionError(f"--{prefix}{key}: expected options ({', '.join(vars(default))}), got {value!r}")
-            _check_groups(value, default, f"{prefix}{key}.")
-
-
-def _instance(parser: jsonargparse.ArgumentParser, config: Any, options: type) -> Any:
-    values = dict(parser.instantiate(config))
-    values.pop("config", None)
-    return options(**values)
-
-
 def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[str]]:
     names = ", ".join(sorted(choices))
     if arguments and arguments[0] in ("-h", "--help"):
@@ -136,67 +342,8 @@ def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[
     return choices[arguments[0]], arguments[1:]
 
 
-def _normalise(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> list[str]:
-    """Dashes in names to underscores; a plain `a,b` where a list is wanted to `[a,b]`; a switch alone to true."""
-    lists = {
-        option: item
-        for action in parser._actions
-        for option in action.option_strings
-        if (item := _item_type(getattr(action, "_typehint", None))) is not None
-    }
-    switches = {
-        option
-        for action in parser._actions
-        for option in action.option_strings
-        if getattr(action, "_typehint", None) is bool
-    }
-    result: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            if result and result[-1] in switches:
-                result.append("true")
-            name, equals, value = argument.partition("=")
-            name = "--" + name[2:].replace("-", "_")
-            result.append(name + equals + (_bracketed(value, lists[name]) if equals and name in lists else value))
-        elif result and result[-1] in lists:
-            result.append(_bracketed(argument, lists[result[-1]]))
-        else:
-            result.append(argument)
-    return [*result, "true"] if result and result[-1] in switches else result
-
-
-def _item_type(hint: Any) -> Any:
-    """Type of the items of a tuple or list, optional or not; None for any other type."""
-    for kind in (hint, *typing.get_args(hint)):
-        if typing.get_origin(kind) in (tuple, list):
-            return typing.get_args(kind)[0]
-    return None
-
-
-def _bracketed(value: str, item: Any) -> str:
-    if value.startswith("[") or value in ("", "null"):
-        return value or "[]"
-    # quoted, since YAML takes the category 01 for a number
-    return json.dumps(value.split(",")) if item is str else f"[{value}]"
-
-
-def _explain(message: str, parser: jsonargparse.ArgumentParser) -> str:
-    """The parser's message on one line in plain words, with the nearest known option where one is unknown."""
-    message = re.sub(r"\s*\n\s*", " ", message.strip())
-    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("a typing.Literal", "one of ")
-    message = re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
-    unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.\-]+)", message)
-    if unknown:
-        prefix = re.search(r"^Group '([\w.]+)'", message)
-        near = _nearest(f"{prefix[1]}.{unknown[1]}" if prefix else unknown[1], parser)
-        if near:
-            message += f"; did you mean --{near}?"
-    return message
-
-
-def _nearest(unknown: str, parser: jsonargparse.ArgumentParser) -> str | None:
+def _nearest(unknown: str, names: Sequence[str]) -> str | None:
     """The known option that resembles an unknown one in its last part, in the same group if there is one."""
-    names = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
     group = unknown.rpartition(".")[0]
     for known in ([name for name in names if name.rpartition(".")[0] == group], names):
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pipelines import storage
+from pipelines.commandline import AS_WRITTEN
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_units
 from unianom import __version__, files
 from unianom.data.image import (
@@ -49,6 +50,7 @@ from unianom.data.shards import PartWriter, ShardSet, write_rejected
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.serialise import to_plain
+from unianom.written import plain_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,7 +100,7 @@ class IngestOptions:
     layout: str
     source: str
     output: str
-    layout_options: dict[str, Any] = field(default_factory=dict)
+    layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
     contaminate: float = 0.0
     contaminate_seed: int = 0
     mask_threshold: int | None = None
@@ -114,6 +116,9 @@ class IngestOptions:
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     def __post_init__(self) -> None:
+        if self.layout in LAYOUTS:
+            given = plain_options(self.layout_options, LAYOUTS[self.layout].options)
+            object.__setattr__(self, "layout_options", given)
         if self.part_bytes < 1 or self.min_parts < 1:
             raise OptionError("part_bytes and min_parts must be positive")
         if not 0 <= self.max_reject_fraction <= 1:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipelines import storage
+from pipelines.commandline import AS_WRITTEN
 from pipelines.ingest import map_ahead
 from pipelines.models import load_model, write_index
 from pipelines.runtime import Progress, RuntimeOptions, run_units
@@ -26,6 +27,7 @@ from unianom.methods import Method
 from unianom.model import Model
 from unianom.serialise import from_plain, merged, to_plain
 from unianom.thresholds import Threshold, fit_threshold, normals_needed, smallest_supported_rate
+from unianom.written import plain_options
 
 WORK = "_work"
 """Folder below the model folder where unfinished work lies."""
@@ -84,7 +86,7 @@ class FitOptions:
     output: str
     categories: tuple[str, ...] = ()
     per_category: bool = False
-    category_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    category_options: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=AS_WRITTEN)
     few_shot: int | None = None
     seed: int = 0
     batch_size: int = 8
@@ -94,6 +96,10 @@ class FitOptions:
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     def __post_init__(self) -> None:
+        method = getattr(self, "method", None)  # of the classes made for each method
+        if method is not None:
+            own = {name: plain_options(values, type(method)) for name, values in self.category_options.items()}
+            object.__setattr__(self, "category_options", own)
         if self.batch_size < 1 or (self.few_shot is not None and self.few_shot < 1):
             raise OptionError("batch_size and few_shot must be positive")
 

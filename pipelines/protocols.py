@@ -238,7 +238,8 @@ class SemanticOptions(EmbeddingOptions):
             the odd ones; "cifar100_superclasses" joins the 100 fine classes to 20; "species60_splits" are the five
             published choices of 30 classes.
         normal_classes: choices of one's own in place of `tasks`: a name and its classes, by name or by index in
-            alphabetical order, such as {pets: [cat, dog], first: [0, 1, 2]}.
+            alphabetical order, such as {pets: [cat, dog], first: [0, 1, 2]}; a number that is the name of a class
+            means that class.
     """
 
     tasks: Literal["one_vs_rest", "cifar10_splits", "cifar100_superclasses", "species60_splits"] = "one_vs_rest"
@@ -297,10 +298,10 @@ def _require_classes(classes: Sequence[str], expected: Sequence[str], tasks: str
 
 
 def _class_named(member: int | str, classes: Sequence[str], task: str) -> str:
+    if str(member) in classes:  # a class may be named by a number
+        return str(member)
     if isinstance(member, int) and 0 <= member < len(classes):
         return classes[member]
-    if member in classes:
-        return str(member)
     raise OptionError(f"normal_classes.{task}: there is no class {member!r}; classes are {', '.join(classes)}")
 
 

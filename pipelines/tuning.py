@@ -25,7 +25,7 @@ from ray.tune.search import SearchAlgorithm, Searcher
 from pipelines import storage
 from pipelines.cada_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
 from pipelines.calibration import CalibrateOptions, Kept
-from pipelines.commandline import documented_arguments
+from pipelines.commandline import AS_WRITTEN, documented_arguments
 from pipelines.encodings import encode_once
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, inputs_of, weights_digest
@@ -71,6 +71,7 @@ from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.trained import BatchNeeds
 from unianom.serialise import to_plain
 from unianom.thresholds import smallest_supported_rate
+from unianom.written import plain_options
 
 NOT_IN_PLANS = ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every", "tracking", "folder")
 """Options of fitting that say where, how fast and how safely, not what."""
@@ -131,7 +132,7 @@ class SearchOptions:
         resume: refuse where the output holds no campaign yet. An interrupted campaign continues anyway.
     """
 
-    space: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
     search: Literal["random", "grid", "tpe", "pbt"] = "random"
     trials: int | None = None
     settings: int = 1000
@@ -150,6 +151,8 @@ class SearchOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if hasattr(self, "method") or hasattr(self, "calibration"):  # the classes made for each method
+            object.__setattr__(self, "space", plain_options(self.space, type(searched(self))))
         check_objective(self.objective)
         for name in ("trials", "settings", "concurrency"):
             value = getattr(self, name)

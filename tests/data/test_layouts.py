@@ -30,7 +30,7 @@ from unianom.data.layouts.aptos import AptosOptions
 from unianom.data.layouts.base import MOST_LISTED
 from unianom.data.layouts.btad import BtadOptions
 from unianom.data.layouts.cifar import CifarOptions
-from unianom.data.layouts.class_folders import ClassOptions
+from unianom.data.layouts.class_folders import ClassOptions, choose_task
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100
 from unianom.data.layouts.folder import FolderOptions
 from unianom.data.layouts.kolektor import KolektorOptions
@@ -1355,7 +1355,7 @@ def test_merged(tmp_path):
         ("- {layout: mvtek, source: x}", OptionError, "no layout 'mvtek' to merge (did you mean 'mvtec'?)"),
         ("- {layout: merged, source: x}", OptionError, "no layout 'merged' to merge"),
         ("- {layout: mvtec, source: x, option: {}}", OptionError, "unknown key 'option' (did you mean 'options'?)"),
-        ("- {layout: mvtec, source: 3}", OptionError, "source cannot be 3"),
+        ("- {layout: mvtec, source: [3]}", OptionError, "source cannot be [3]"),
         (
             "- {layout: mvtec, source: x, options: {category: [a]}}",
             OptionError,
@@ -1399,6 +1399,12 @@ def test_registry():
         iter_samples("visa", ".", MvtecOptions())
     with pytest.raises(DataError, match="no file system for 'nosuch://'"):
         iter_samples("visa", "nosuch://bucket")
+
+
+def test_a_number_that_names_a_class_is_its_name():
+    classes = ["1", "2", "3"]
+    for given, normal in ([(1,), {"1"}], [("1", 2), {"1", "2"}], [(0,), {"1"}]):
+        assert choose_task(classes, ClassOptions(normal_classes=given), "x").normal == normal
 
 
 def test_options_from_plain_values():

@@ -7,11 +7,15 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from pipelines.benchmark import IngestBenchmark
 from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, parse, print_table, run
 from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions
 from pipelines.normals import own_config
+from pipelines.protocols import SemanticOptions, protocol_options
+from pipelines.tuning import tune_options
 from unianom import files
+from unianom.data.layouts import LAYOUTS, make_options
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import METHODS
 from unianom.serialise import to_plain
@@ -203,6 +207,74 @@ def test_options_of_ingest():
     assert options.layout_options == {"categories": ["01", "02"]}
 
 
+NAMES = ["0", "007", "1e3", "0x10", "2020-01-01", "NO", "on", "null", "~", "true"]
+FOLDERS = ["--layout", "folder", "--source", "s", "--output", "o"]
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_looks_like_a_number_is_the_name(name, quote, config):
+    """However it is given: alone, in a list, in a dict or in a file, in quotes or not."""
+    text = f"{quote}{name}{quote}"
+    expected = {"normal": name, "abnormal": ["bad", name]}
+    for given in (
+        ["--layout_options.normal", text, "--layout_options.abnormal", f"[bad, {text}]"],
+        [f"--layout-options.normal={text}", f"--layout_options.abnormal=bad,{text}"],
+        ["--layout_options", f"{{normal: {text}, abnormal: [bad, {text}]}}"],
+        f"layout_options:\n  normal: {text}\n  abnormal:\n  - bad\n  - {text}\n",
+        f"layout_options: {{normal: {text}}}\nlayout_options.abnormal: [bad, {text}]",
+    ):
+        given = config(given) if isinstance(given, str) else given
+        assert parse(IngestOptions, [*FOLDERS, *given]).layout_options == expected
+        if "--config" not in given:
+            assert parse(IngestBenchmark, [*FOLDERS[:4], "--output=b", *given]).layout_options == expected
+    assert parse(Options, [SOURCE, "--categories", f"{text},b"]).categories == (name, "b")
+    assert parse(Options, config(f"source_uri: {text}\ncategories: [{text}]")) == Options(name, (name,))
+
+
+def test_layout_options_that_are_no_text_keep_their_types():
+    given = [
+        "--layout_options.normal",
+        "[a]",
+        "--layout_options.mask_threshold=010",
+        "--layout_options.unlabelled",
+        "no",
+    ]
+    options = parse(IngestOptions, [*FOLDERS, *given, "--layout_options.train_fraction", "1"]).layout_options
+    assert options == {"normal": "[a]", "mask_threshold": 10, "unlabelled": False, "train_fraction": 1}
+    assert [type(value) for value in options.values()] == [str, int, bool, int]
+    with pytest.raises(OptionError, match="option seed of layout folder cannot be 'x'; it takes a whole number"):
+        make_options(LAYOUTS["folder"], parse(IngestOptions, [*FOLDERS, "--layout_options.seed=x"]).layout_options)
+
+
+def test_printed_layout_options_are_a_config_file(config, capsys):
+    given = [*FOLDERS, "--layout_options.normal", "007", "--layout_options.abnormal", "1e3,no"]
+    assert exit_of(print, [*given, "--print_config"], IngestOptions) == DONE
+    assert parse(IngestOptions, config(capsys.readouterr().out)) == parse(IngestOptions, given)
+
+
+def test_dicts_are_taken_from_the_command_line():
+    options = protocol_options(SemanticOptions)
+    given = ["uniformaly", "--shards", "S", "--output", "D"]
+    for text in ("{pets: [cat, dog], 1: [0, '1', 007]}", '{"pets": ["cat", "dog"], "1": [0, "1", "007"]}'):
+        found = parse(options, [*given, "--normal_classes", text]).normal_classes
+        assert found == {"pets": ["cat", "dog"], "1": [0, "1", "007"]}
+    one = [*given, "--normal_classes.my-pets", "[cat, dog]", "--normal_classes.no=on,off"]
+    assert parse(options, one).normal_classes == {"my-pets": ["cat", "dog"], "no": ["on", "off"]}
+    assert "--normal_classes: " in refused(*given, "--normal_classes", "cat", options=options)
+    campaign = ["uniformaly", "--shards", "S", "--output", "D", "--objective", "{image_auroc: 2}"]
+    assert parse(tune_options(), campaign).objective == {"image_auroc": 2.0}
+
+
+def test_options_of_one_category_and_spaces_keep_text(config):
+    text = "category_options: {007: {mask: off, temperature: 1, backbone: {weights: 1e3}}}"
+    given = ["uniformaly", "--shards", "S", "--output", "D"]
+    options = parse(METHOD_OPTIONS, [*given, *config(text)])
+    assert options.category_options == {"007": {"mask": "off", "temperature": 1, "backbone": {"weights": "1e3"}}}
+    space = parse(tune_options(), [*given, "--space", "{mask: [off, soft], temperature: {low: 1e-2, high: 1}}"]).space
+    assert space == {"mask": ["off", "soft"], "temperature": {"low": 0.01, "high": 1}}
+
+
 # ---- wrong options ------------------------------------------------------------------------------------------------
 
 
@@ -250,12 +322,12 @@ def test_an_unknown_key_of_a_file_names_the_nearest(config, text, near):
     ("arguments", "words"),
     [
         ([], ["required", "source_uri"]),
-        ([SOURCE, "--share", "much"], ["--share", "float", "much"]),
+        ([SOURCE, "--share", "much"], ["--share", "a number", "much"]),
         ([SOURCE, "--share", "2"], ["share=2.0 must be at most 1"]),
         ([SOURCE, "--inner.max_pixels", "0"], ["max_pixels must be positive"]),
         ([SOURCE, "--inner.kind", "fat"], ["--inner.kind", "flat", "ivf", "fat"]),
         ([SOURCE, "--inner.mean", "1,2"], ["--inner.mean", "3 elements"]),
-        ([SOURCE, "--labels", "a"], ["--labels", "int", "a"]),
+        ([SOURCE, "--labels", "a"], ["--labels", "a whole number", "a"]),
         ([SOURCE, "more"], ["more"]),
         (["--config", "absent.yaml"], ["--config", "absent.yaml"]),
     ],
@@ -272,8 +344,11 @@ def test_refused_values_name_the_option(arguments, words):
         ("a: b: c", ["mapping values are not allowed"]),
         ("- a", ["- a"]),
         ("", ["config"]),
-        ("source_uri: x\nshare: much", ["--share", "float"]),
-        ("source_uri: x\ncategories: [01]", ["--categories", "str"]),
+        ("source_uri: x\nshare: much", ["--share", "a number"]),
+        ("source_uri: x\ncategories: 01", ["--categories", "a list of text", "1"]),
+        ("source_uri: x\ncategories: [[a]]", ["--categories", "text", "['a']"]),
+        ("source_uri:", ["--source_uri", "text", "None"]),
+        ("source_uri: !!python/name:os.system x", ["--config", "not YAML", "python/name"]),
         ("source_uri: x\ninner: 3", ["--inner", "max_pixels", "3"]),
         ("source_uri: x\ninner: null", ["--inner", "max_pixels", "None"]),
         ("source_uri: x\nshare: 7", ["share=7"]),

@@ -7,11 +7,10 @@ import difflib
 import io
 import os
 import posixpath
-import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -19,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from unianom.data.schema import Crop, SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.files import composed_otherwise, is_chained, resolve
+from unianom.written import natural, typed, words
 
 IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo"),
@@ -503,7 +503,7 @@ def read_table(source: Source, path: str, columns: Sequence[str], key: str) -> l
 
 
 def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
-    """Options of a layout from plain values, as a YAML file holds them.
+    """Options of a layout from plain values, as a YAML file holds them or `unianom.written.read_yaml` gives them.
 
     Raises:
         OptionError: an unknown key, or a value of the wrong type.
@@ -516,33 +516,10 @@ def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
             raise OptionError(
                 f"layout {layout.name} has no option '{key}'{nearest(str(key), known)}; its options: {listed(known)}"
             )
-        if not _fits(value, hints[key]):
+        try:
+            arguments[key] = typed(value, hints[key])
+        except OptionError as error:
             raise OptionError(
-                f"option {key} of layout {layout.name} cannot be {value!r}; it takes {_words(hints[key])}"
-            )
-        arguments[key] = tuple(value) if isinstance(value, list) else value
+                f"option {key} of layout {layout.name} cannot be {natural(value)!r}; it takes {words(hints[key])}"
+            ) from error
     return layout.options(**arguments)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint
-
-
-def _words(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_words, get_args(hint)))
-    if origin is tuple:
-        return f"a list of {_words(get_args(hint)[0])}"
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}[hint]

@@ -24,8 +24,9 @@ class ClassOptions(LayoutOptions):
 
     Args:
         dataset: name of the data set and of its one category; empty takes the root's name.
-        normal_classes: the normal classes, by name or by index in alphabetical order; for Species-60 also split_A …
-            split_E, the published sets of 30. The training split then holds these classes only, the test split all.
+        normal_classes: the normal classes, by name or by index in alphabetical order (a number that is the name of a
+            class means that class); for Species-60 also split_A … split_E, the published sets of 30. The training
+            split then holds these classes only, the test split all.
         all_classes: keep every class of both splits without labels, for a later job to choose.
     """
 
@@ -77,14 +78,14 @@ def choose_task(classes: Sequence[str], options: ClassOptions, where: str) -> Ta
     wanted = options.normal_classes
     normal: set[str] = set()
     for name in (wanted,) if isinstance(wanted, str) else wanted:
-        if isinstance(name, int):
+        if str(name) in classes:  # a class may be named by a number
+            normal.add(str(name))
+        elif isinstance(name, int):
             if not 0 <= name < len(classes):
                 raise OptionError(
                     f"normal_classes: no class number {name} in {where}, which has 0 … {len(classes) - 1}"
                 )
             normal.add(classes[name])
-        elif name in classes:
-            normal.add(name)
         elif name in SPECIES_60_SPLITS:
             if tuple(classes) != SPECIES_60:
                 raise OptionError(

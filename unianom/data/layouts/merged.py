@@ -11,6 +11,7 @@ import yaml
 from unianom.data.layouts.base import Layout, LayoutOptions, Source, make_options, nearest
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError, OptionError
+from unianom.written import natural, read_yaml
 
 EXPECTED = "a list of {layout: …, source: …} with, where wanted, options, dataset and category_prefix"
 _KEYS = ("layout", "source", "options", "dataset", "category_prefix")
@@ -64,7 +65,7 @@ def _read_parts(source: Source, layouts: Mapping[str, Layout]) -> list[_Part]:
     """The items of the YAML file, all checked before the first is listed."""
     where = source.uri()
     try:
-        items = yaml.safe_load(source.read())
+        items = read_yaml(source.read())
     except yaml.YAMLError as error:
         raise DataError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(items, list) or not items:
@@ -78,8 +79,9 @@ def _part(source: Source, item: Any, where: str, layouts: Mapping[str, Layout]) 
     for key, value in item.items():
         if key not in _KEYS:
             raise OptionError(f"{where}: unknown key '{key}'{nearest(str(key), _KEYS)}; known: {', '.join(_KEYS)}")
-        if not isinstance(value, dict if key == "options" else str):
-            raise OptionError(f"{where}: {key} cannot be {value!r}")
+        if not value or not isinstance(value, dict if key == "options" else str):
+            raise OptionError(f"{where}: {key} cannot be {natural(value)!r}")
+    item = {key: value if key == "options" else str(value) for key, value in item.items()}
     values = dict(item.get("options", {}))
     if "dataset" in item:
         if "dataset" in values:
