@@ -14,7 +14,7 @@ def main(options: object) -> None:
     result = tune(options)
     for name, content in result.contents.items():
         if len(result.contents) > 1:
-            console.print(f"[bold]{name}[/bold]")
+            console.print(name, style="bold")
         print_campaign(content)
     if result.diagnosis is not None:
         print_diagnosis(result.diagnosis)

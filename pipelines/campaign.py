@@ -935,11 +935,11 @@ def print_campaign(content: Mapping[str, Any]) -> None:
     if gain:
         print_table("gain of a setting for each category", GAIN_COLUMNS, gain, footer=1)
     for sentence in _left_undone(content):
-        console.print(f"note: {sentence}", markup=False)
+        console.print(f"note: {sentence}")
     for error in content["errors"][:_TOP]:
-        console.print(f"  {error['trial']}: {error['error']}", markup=False)
+        console.print(f"  {error['trial']}: {error['error']}")
     if len(content["errors"]) > _TOP:
-        console.print(f"  and {len(content['errors']) - _TOP} more", markup=False)
+        console.print(f"  and {len(content['errors']) - _TOP} more")
 
 
 def _setting_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

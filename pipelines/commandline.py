@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from unianom import files
@@ -24,7 +23,10 @@ from unianom.written import Argument, dump_yaml, natural, read_yaml, typed
 
 DONE, FAILED, WRONG_OPTIONS = 0, 1, 2
 
-console = Console(highlight=False, soft_wrap=True)
+_AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+"""What is printed is data, in which [a] is no markup and :a: no picture."""
+
+console = Console(soft_wrap=True, **_AS_IT_IS)
 """Where jobs print results."""
 
 
@@ -396,7 +398,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for number, row in enumerate(rows):
-        # cells are data, in which square brackets are no markup
-        table.add_row(*map(escape, row), style="bold" if number >= len(rows) - footer else None)
-    wide = Console(highlight=False, width=max(console.width, 160)) if not console.is_terminal else console
+        table.add_row(*row, style="bold" if number >= len(rows) - footer else None)
+    wide = Console(width=max(console.width, 160), **_AS_IT_IS) if not console.is_terminal else console
     wide.print(table)

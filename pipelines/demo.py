@@ -110,4 +110,6 @@ def _train_options(options: DemoOptions, paths: dict[str, str]) -> Any:
 
 
 def _say(title: str, command: str | None) -> None:
-    console.print(f"\n[bold]{title}[/bold]" + (f"\n  python jobs/{command}" if command else ""))
+    console.print(f"\n{title}", style="bold")
+    if command:
+        console.print(f"  python jobs/{command}")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipelines.benchmark import IngestBenchmark
-from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, parse, print_table, run
+from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, console, parse, print_table, run
 from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions
 from pipelines.normals import own_config
@@ -529,3 +529,12 @@ def test_a_switch_may_stand_alone() -> None:
     assert parse(train_options(), [*name, "--overwrite", "--seed", "3"]).overwrite
     assert parse(train_options(), [*name, "--per-category"]).per_category
     assert not parse(train_options(), [*name, "--overwrite", "false"]).overwrite
+
+
+def test_what_is_printed_is_data(capsys):
+    """Brackets are no markup and colons no pictures: in lines, and in every part of a table."""
+    name = "run [a]/[/b] [red]x :smile: [link=y]"
+    console.print(f"shard set written: {name}")
+    assert capsys.readouterr().out == f"shard set written: {name}\n"
+    print_table(name, [name, f"2 {name}"], [[name, name], [name, "98.0"]], footer=1)
+    assert capsys.readouterr().out.count(name) == 6
