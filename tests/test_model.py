@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import timm
@@ -422,7 +423,15 @@ def test_images_that_cannot_be_used_are_named(model, tmp_path):
         (np.zeros((8, 8, 3), np.float32), r"uint8, got \(8, 8, 3\) float32"),
         (np.zeros((8, 8, 4), np.uint8), r"got \(8, 8, 4\)"),
         (np.zeros((2, 8, 8, 3), np.uint8), r"got \(2, 8, 8, 3\)"),
-        (torch.zeros(3, 8, 8), "not Tensor"),
+        (pictures(1)[0][500:400], r"images\[0\]: .*shape \(0, \d+, 3\) has no pixels"),
+        (np.zeros((8, 0), np.uint8), r"shape \(8, 0\) has no pixels"),
+        (np.full((8, 8, 3), np.nan), r"uint8, got \(8, 8, 3\) float64; scale its values"),
+        (np.zeros((8, 8, 2), np.uint8), r"got \(8, 8, 2\) uint8"),
+        (np.zeros(8, np.uint8), r"got \(8,\) uint8"),
+        (torch.zeros(3, 8, 8), r"not Tensor of shape \(3, 8, 8\) and type torch.float32"),
+        ({"image": "a.png"}, r"images\[0\]: an image is a path, .*, not dict"),
+        (Image.new("RGB", (0, 8)), "0 × 8 has no pixels"),
+        ("nosuch://bucket/a.png", "no file system for 'nosuch://'"),
         (None, "not NoneType"),
         (Image.new("I;16", (8, 8)), "mode I;16 would be clipped"),
         (Image.new("F", (8, 8)), "mode F would be clipped"),
@@ -431,6 +440,85 @@ def test_images_that_cannot_be_used_are_named(model, tmp_path):
 def test_what_is_no_image_is_refused(image, fault, model):
     with pytest.raises(OptionError, match=fault):
         model.predict([image])
+
+
+def cut(folder: Path, name: str, form: str = "PNG") -> Path:
+    """A file of which the end is missing."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / name, form)
+    (folder / name).write_bytes((folder / name).read_bytes()[:-4000])
+    return folder / name
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP"])
+def test_pillow_images_that_cannot_be_read_are_named(model, tmp_path, form):
+    """They are opened, but Pillow reads them only now."""
+    file = cut(tmp_path, "cut", form) if form != "JPEG" else tmp_path / "cut"
+    if form == "JPEG":
+        Image.fromarray(pictures(1)[0]).save(file, form)
+        file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ImageError, match=r"images\[1\]: cannot read the Pillow image of .*cut: ") as raised:
+        model.predict([pictures(1)[0], Image.open(file)])
+    assert raised.value.status == "corrupt"
+    with pytest.raises(ImageError, match=rf"images\[0\]: {file}: cannot decode"):
+        model.predict([file])
+
+
+def test_closed_and_large_pillow_images_are_named(model, tmp_path):
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    with pytest.raises(ImageError, match=r"images\[0\]: cannot read the Pillow image"):
+        model.predict([closed])
+    with pytest.raises(ImageError, match=r"images\[0\]: .*the limit is 100") as raised:
+        model.predict([Image.open(tmp_path / "a.png")], limits=ImageLimits(max_pixels=100))
+    assert raised.value.status == "too_large"
+
+
+@pytest.mark.parametrize("name", ["a.png/b.png", "", "x" * 300, "a\0b.png"])
+def test_paths_that_lead_nowhere_are_missing(model, tmp_path, name):
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"images\[0\]: ") as raised:
+        model.predict([f"{tmp_path}/{name}"])
+    assert raised.value.status == "missing"
+    assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "fault"),
+    [
+        (None, "got NoneType; make a list of it"),
+        ({"a": "a.png"}, "got dict; make a list"),
+        ({"a.png"}, "got set; make a list"),
+        ((name for name in ("a.png",)), "got generator; make a list"),
+        (7, "got int; make a list"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"ndarray of shape \(2, 8, 8, 3\) and type uint8; .*give a batch as a list"),
+        (torch.zeros(2, 3, 8, 8), r"Tensor of shape \(2, 3, 8, 8\) and type torch.float32"),
+    ],
+)
+def test_what_is_no_list_is_refused(images, fault, model):
+    with pytest.raises(OptionError, match=fault):
+        model.predict(images)
+
+
+def test_other_lists_are_taken(model):
+    one, two = pictures(2)
+    expected = model.predict([one, two])
+    column = pd.Series([one, two], index=[7, 9])
+    assert same(model.predict((one, two)), expected)
+    assert same(model.predict(column), expected)
+    assert same(model.predict([one[:, ::-1][:, ::-1], two]), expected)
+
+
+@pytest.mark.parametrize("categories", ["ab", None.__class__, 3])
+def test_categories_that_are_no_list_are_refused(model, categories):
+    with pytest.raises(OptionError, match="give a list with one name for each image"):
+        model.predict(pictures(2), categories=categories)
+
+
+@pytest.mark.parametrize("size", [2.5, "8", None])
+def test_a_batch_size_that_is_no_whole_number_is_refused(model, size):
+    with pytest.raises(OptionError, match="must be a whole number"):
+        model.predict(pictures(1), batch_size=size)
 
 
 def test_a_wrong_batch_size_is_refused(model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from unianom import files
 from unianom.backbones import state_faults
 from unianom.calibration import Calibration, CalibrationConfig, Calibrator
 from unianom.data.image import ImageLimits, check_bits, decode_image, normalise, prepare_image, spread_bits
-from unianom.errors import ImageError, ModelError, OptionError
+from unianom.errors import DataError, ImageError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
 from unianom.methods.layers.folding import fold_batch_norm
@@ -96,7 +96,7 @@ class Model:
         """Score images given as paths, URIs, encoded bytes, H×W×3 or H×W uint8 arrays, or Pillow images.
 
         Args:
-            images: a list of them.
+            images: a list of them; of none the result is none.
             batch_size: images in one forward pass.
             limits: what an image may cost.
             categories: of the images; only a calibrator or a decision rule that goes by category needs them.
@@ -104,16 +104,19 @@ class Model:
 
         Raises:
             ImageError: an image is missing or cannot be read; names it by its place in the list.
-            OptionError: an array is not uint8 of such a shape, or `images` is not a list.
+            OptionError: an array is empty or not uint8 of such a shape, something is no image at all (named by its
+                place in the list), or `images` or `categories` is not a list.
             DataError: categories are needed and not given, or unknown to the calibrator.
         """
-        if isinstance(images, str | bytes | bytearray | os.PathLike | np.ndarray | Image.Image):
-            raise OptionError("predict takes a list of images; put a single image into a list")
+        images = _as_list(images)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise OptionError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         check_bits(bits)
-        if batch_size < 1:
-            raise OptionError(f"batch_size={batch_size} must be at least 1")
-        if categories is not None and len(categories) != len(images):
-            raise OptionError(f"{len(categories)} categories for {len(images)} images; give one for each")
+        if categories is not None:
+            if isinstance(categories, str) or not hasattr(categories, "__len__"):
+                raise OptionError(f"categories is {_kind(categories)}; give a list with one name for each image")
+            if len(categories) != len(images):
+                raise OptionError(f"{len(categories)} categories for {len(images)} images; give one for each")
         results: list[ImageResult] = []
         for batch in self._prepared(images, batch_size, limits or ImageLimits(), bits):
             tensor = normalise(batch, self.method.input).to(self.method.device)
@@ -170,6 +173,8 @@ class Model:
                 return prepare_image(to_pixels(images[number], limits, bits), self.method.input)
             except ImageError as error:
                 raise ImageError(error.status, f"images[{number}]: {error}") from error
+            except OptionError as error:
+                raise OptionError(f"images[{number}]: {error}") from error
 
         def prepare_batch(start: int) -> list[np.ndarray]:
             return [prepare(number) for number in range(start, min(start + batch_size, len(images)))]
@@ -251,36 +256,108 @@ class Model:
         files.write_json(path, {**description, "calibrator": content})
 
 
+def _as_list(images: Any) -> Sequence[AnyImage]:
+    """The list of images that `Model.predict` was given.
+
+    Raises:
+        OptionError: it is a single image, or nothing with a place for every image.
+    """
+    if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image):
+        raise OptionError("predict takes a list of images; put a single image into a list")
+    if isinstance(images, np.ndarray | torch.Tensor):
+        raise OptionError(
+            f"predict takes a list of images, got {_kind(images)}; put a single image into a list, and give a batch as "
+            f"a list of H×W×3 uint8 arrays"
+        )
+    if isinstance(images, Sequence):
+        return images
+    if isinstance(images, Mapping) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise OptionError(f"predict takes a list of images, got {_kind(images)}; make a list of it")
+    return list(images)  # such as a column of a data frame, whose own numbers need not count from 0
+
+
+def _kind(value: Any) -> str:
+    """What something is that was given in place of something else."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
+    return f"'{value}'" if isinstance(value, str) else type(value).__name__
+
+
 def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> np.ndarray:
     """Any form of image that `Model.predict` takes, as H×W×3 uint8; `bits` as there.
 
     Raises:
-        ImageError: the file is missing, or as `decode_image`.
-        OptionError: an array is not uint8 of such a shape, or a Pillow image has more than 8 bits.
+        ImageError: the file is missing or may not be read, or as `decode_image`; also of a Pillow image that is opened
+            but not read yet.
+        OptionError: an array is empty or not uint8 of such a shape, a Pillow image has no pixels or more than 8 bits,
+            or it is no image at all.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return _decoded(bytes(image), limits, bits)
     if isinstance(image, Image.Image):
-        if image.mode.startswith(("I", "F")):
-            raise OptionError(f"a Pillow image of mode {image.mode} would be clipped to 8 bits; give its file or bytes")
-        # a palette's transparency needs RGBA in between; alpha is dropped either way, as from a file
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
+        return _pillow_pixels(image, limits)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-            raise OptionError(f"an image array must be H×W or H×W×3 uint8, got {image.shape} {image.dtype}")
+            cure = "" if image.dtype == np.uint8 else "; scale its values to 0…255 and give image.astype(numpy.uint8)"
+            raise OptionError(f"an image array must be H×W or H×W×3 uint8, got {image.shape} {image.dtype}{cure}")
+        if not image.size:
+            raise OptionError(f"an image array of shape {image.shape} has no pixels; check how it was cut out")
         return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
     if not isinstance(image, str | os.PathLike):
-        raise OptionError(f"an image is a path, URI, bytes, array or Pillow image, not {type(image).__name__}")
+        raise OptionError(f"an image is a path, URI, bytes, H×W×3 uint8 array or Pillow image, not {_kind(image)}")
     try:
-        content = files.read_bytes(image)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ImageError("missing", f"there is no file {os.fspath(image)}") from error
-    return _decoded(content, limits, bits)
+        return _decoded(_read_file(image), limits, bits)
+    except ImageError as error:
+        known = os.fspath(image) in str(error)
+        raise error if known else ImageError(error.status, f"{os.fspath(image)}: {error}") from error
 
 
 def _decoded(content: bytes, limits: ImageLimits, bits: int | None) -> np.ndarray:
     return decode_image(content if bits is None else spread_bits(content, bits, limits), limits).pixels
+
+
+def _pillow_pixels(image: Image.Image, limits: ImageLimits) -> np.ndarray:
+    """A Pillow image as H×W×3 uint8; one that was opened only is read here."""
+    if image.mode.startswith(("I", "F")):
+        raise OptionError(f"a Pillow image of mode {image.mode} would be clipped to 8 bits; give its file or bytes")
+    width, height = image.size
+    if not width * height:
+        raise OptionError(f"a Pillow image of {width} × {height} has no pixels; check how it was cut out")
+    if width * height > limits.max_pixels:
+        raise ImageError("too_large", f"{width} x {height} = {width * height} pixels; the limit is {limits.max_pixels}")
+    try:
+        image.load()
+        # a palette's transparency needs RGBA in between; alpha is dropped either way, as from a file
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
+    except Exception as error:  # a decoder raises whatever its parser stumbled over, a closed file something else
+        name = getattr(image, "filename", "")
+        what = f"the Pillow image of {os.fspath(name)}" if name else "the Pillow image"
+        raise ImageError(
+            "corrupt", f"cannot read {what}: {error}; give a whole image whose file is still open"
+        ) from error
+
+
+def _read_file(uri: str | os.PathLike[str]) -> bytes:
+    """Content of an image file.
+
+    Raises:
+        ImageError: there is no such file, it is a folder, or it may not be read.
+        OptionError: no file system is known for the URI.
+    """
+    name = os.fspath(uri)
+    try:
+        return files.read_bytes(uri)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError("missing", f"there is no file {name}") from error
+    except IsADirectoryError as error:
+        raise ImageError("missing", f"there is no file {name}, which is a folder; name the images in it") from error
+    except PermissionError as error:
+        raise ImageError("missing", f"no permission to read {name}") from error
+    except DataError as error:
+        raise OptionError(str(error)) from error
+    except (OSError, ValueError) as error:  # such as a name too long, or with a zero byte
+        raise ImageError("missing", f"cannot read {name!r}: {error}") from error
 
 
 def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
