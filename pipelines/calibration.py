@@ -27,7 +27,7 @@ from pipelines.locks import exclusive
 from pipelines.models import ModelShelf, load_model, write_index
 from pipelines.normals import NormalReader, held_out_normals, some
 from pipelines.runtime import Progress, RuntimeOptions, connect, run_unfinished, set_threads
-from pipelines.tracking import TrackingOptions, track
+from pipelines.tracking import TrackingOptions, scope, track
 from unianom import __version__, files
 from unianom.calibration import CalibrationConfig, Calibrator, HeadTrainer, MapStatistics
 from unianom.data.image import ImageLimits
@@ -131,7 +131,7 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
         results = []
         for kept, own in tasks:
             result = _calibrate_planned(kept, own, options)
-            prefix = f"{result.categories[0]}/" if shelf.by_category else ""
+            prefix = f"{scope(result.categories[0])}/" if shelf.by_category else ""
             run.metrics({prefix + name: value for name, value in result.metrics.items()})
             results.append(result)
         if anew:

@@ -30,9 +30,9 @@ from pipelines.commandline import console, print_table
 from pipelines.contact import font, sheet_png
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import NormalReader
-from pipelines.report import SCALE_MAPS, STORED, as_seen, percent, read_samples, scope_key
+from pipelines.report import SCALE_MAPS, STORED, as_seen, percent, read_samples
 from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
-from pipelines.tracking import TrackingOptions, track
+from pipelines.tracking import TrackingOptions, scope, track
 from unianom import __version__, files, visual
 from unianom.data.image import ImageLimits, InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -186,7 +186,7 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
             _write(options, output, shards, shelf, models, folder, selection)
         content = files.read_json(files.join(output, "clustering.json"))
         for row in content["categories"]:
-            run.metrics({f"{scope_key(row['category'])}/{key}": value for key, value in row.items() if key in SHOWN})
+            run.metrics({f"{scope(row['category'])}/{key}": value for key, value in row.items() if key in SHOWN})
         run.metrics({f"mean/{key}": value for key, value in content["mean"].items()})
         run.artifacts({"categories.csv": files.read_bytes(files.join(output, "categories.csv"))})
         run.json("clustering.json", content)

@@ -28,7 +28,7 @@ from pipelines.normals import held_out_normals, some
 from pipelines.report import SCALE_MAPS, UNDEFINED, percent
 from pipelines.runtime import Progress, RuntimeOptions, run_unfinished
 from pipelines.scoring import IDENTITY
-from pipelines.tracking import TrackingOptions, track
+from pipelines.tracking import TrackingOptions, scope, track
 from unianom import __version__, files
 from unianom.data.schema import ANOMALOUS, NORMAL, SCORE_SCHEMA
 from unianom.data.shards import PartSet, PartWriter, ScoreSet, Selection, ShardSet
@@ -199,7 +199,7 @@ def decide(options: DecideOptions) -> DecideResult:
             _finish(records, scores, shards, unseen, rule, output, digest, options)
         summary = files.read_json(files.join(output, "summary.json"))
         for row in summary["categories"]:
-            run.metrics({f"{row['category']}/{key}": row[key] for key in RATES})
+            run.metrics({f"{scope(row['category'])}/{key}": row[key] for key in RATES})
         names = [name for name in files.list_names(output) if name in KEPT or re.fullmatch(r"queue_\w+\.png", name)]
         run.artifacts({name: files.read_bytes(files.join(output, name)) for name in names})
     written = [target.store(rule) for target in targets if not target.has(rule)]

@@ -16,6 +16,7 @@ from pipelines.normals import ThresholdOptions
 from pipelines.report import ReportOptions, write_report
 from pipelines.runtime import RuntimeOptions
 from pipelines.scoring import ScoreOptions, score
+from pipelines.tracking import sqlite_uri
 from unianom.backbones import BackboneConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
@@ -89,7 +90,7 @@ def _run(options: DemoOptions, root: Path, paths: dict[str, str], report: str) -
             "works, not how good the method is. With weights of your own: jobs/demo.py --weights FILE"
         )
     console.print(f"\nreport:  {report}")
-    console.print(f"MLflow:  mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'}")
+    console.print(f"MLflow:  mlflow ui --backend-store-uri {sqlite_uri(root / 'mlflow.db')}")
     console.print(f"model:   unianom.load('{paths['model']}'), registered as models:/{REGISTERED}@candidate")
 
 

@@ -24,7 +24,7 @@ from pipelines.commandline import console, print_table
 from pipelines.pixels import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
 from pipelines.report import aupro_names, figures, headline_rows, largest_error, percent, scope_key
 from pipelines.runtime import RuntimeOptions
-from pipelines.tracking import TrackingOptions, track
+from pipelines.tracking import TrackingOptions, scope, track
 from unianom import __version__, files
 from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -152,8 +152,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
                 continue
             metrics = found["metrics"]
             for row in metrics["categories"]:
-                scope = f"{prefix}{scope_key(row['category'])}"
-                run.metrics({f"{scope}/{k}": v for k, v in row.items() if k not in ("dataset", "category")})
+                own_prefix = f"{prefix}{scope(row['category'])}"
+                run.metrics({f"{own_prefix}/{k}": v for k, v in row.items() if k not in ("dataset", "category")})
             run.metrics({f"{prefix}mean/{key}": value for key, value in metrics["mean"].items()})
             run.metrics({f"{prefix}{UNION}/{key}": value for key, value in metrics["union"].items()})
         run.artifacts({"categories.csv": files.read_bytes(files.join(output, "categories.csv"))})

@@ -10,7 +10,7 @@ from pipelines.banks import fit_planned_banks, plan_banks
 from pipelines.calibration import CalibrateOptions, calibrate_model
 from pipelines.commandline import documented_arguments
 from pipelines.normals import FitOptions, FitResult, open_models
-from pipelines.tracking import Run, TrackingOptions, track
+from pipelines.tracking import Run, TrackingOptions, scope, track
 from pipelines.training import TrainingOptions, plan_trainings, train_planned
 from unianom import files
 from unianom.calibration import CalibrationConfig
@@ -53,6 +53,9 @@ def _check(options: Any) -> None:
     super(type(options), options).__post_init__()
     if options.register_as is not None and not options.tracking.enabled:
         raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
+    name = options.register_as
+    if name is not None and (set("/:") & set(name) or not name.strip(". ")):
+        raise OptionError(f"register_as={name}: MLflow takes no '/' or ':' in a model's name, and more than dots")
 
 
 def train(options: Any) -> list[FitResult]:
@@ -98,13 +101,13 @@ def _calibrate(results: list[FitResult], options: Any) -> None:
 
 
 def _record(run: Run, result: FitResult, options: Any, single: bool) -> None:
-    prefix = "" if single else f"{result.categories[0]}/"
+    prefix = "" if single else f"{scope(result.categories[0])}/"
     values = dict(result.metrics)
     if result.threshold is not None:
         values["threshold"] = result.threshold.value
     run.metrics({prefix + key: value for key, value in values.items()})
     run.artifact_bytes(f"{prefix}model.json", files.read_bytes(files.join(result.folder, "model.json")))
     if options.register_as is not None:
-        name = options.register_as if single else f"{options.register_as}-{result.categories[0]}"
+        name = options.register_as if single else f"{options.register_as}-{files.safe_name(result.categories[0])}"
         version = run.register_model(result.folder, name)
         print(f"registered in MLflow: {name} version {version}, alias candidate")

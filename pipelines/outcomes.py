@@ -21,7 +21,7 @@ from pipelines.diagnosis import diagnose
 from pipelines.proxy import ProxySet
 from pipelines.readings import gain_interval
 from pipelines.spaces import key_of
-from pipelines.tracking import Run
+from pipelines.tracking import Run, scope
 from pipelines.trials import BEST, DONE, GIVEN, LATENCY, MAPS, MEMORY, SCORES, SETTINGS, Campaign
 from unianom import __version__, files, visual
 from unianom.data.schema import NORMAL
@@ -98,7 +98,7 @@ def write_results(options: Any, output: str, ran: Mapping[str, Ran], run: Run) -
         settings[name] = read_settings(one)
         contents[name] = _content(one, settings[name], options)
         _write_campaign(one, contents[name], settings[name], options)
-        prefix = f"{name}/" if per_category(options) else ""
+        prefix = f"{scope(name)}/" if per_category(options) else ""
         _record(run, one.campaign.folder, contents[name], prefix)
     recipe = files.join(output, RECIPE)
     if per_category(options):

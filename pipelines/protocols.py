@@ -28,9 +28,9 @@ from pipelines.embeddings import EmbeddingOptions, EmbeddingReader, EmbeddingSet
 from pipelines.evaluation import plain
 from pipelines.models import load_model
 from pipelines.normals import inputs_of, weights_digest
-from pipelines.report import percent, scope_key
+from pipelines.report import percent
 from pipelines.runtime import Progress, run_unfinished
-from pipelines.tracking import track
+from pipelines.tracking import scope, track
 from unianom import __version__, files, visual
 from unianom.data.image import decode_mask, prepare_mask
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100, SPECIES_60, SPECIES_60_SPLITS
@@ -332,7 +332,7 @@ def semantic(options: Any) -> ProtocolResult:
             records = _run_banks(TaskScorer, options, shards, sides, output, digest, units, "semantic tasks")
             _write_semantic(output, options, shards, tasks, records)
         content = files.read_json(files.join(output, "semantic.json"))
-        run.metrics({f"{scope_key(row['task'])}/image_auroc": row["image_auroc"] for row in content["tasks"]})
+        run.metrics({f"{scope(row['task'])}/image_auroc": row["image_auroc"] for row in content["tasks"]})
         run.metrics({f"mean/{key}": value for key, value in content["mean"].items()})
         run.artifacts({"tasks.csv": files.read_bytes(files.join(output, "tasks.csv"))})
         run.json("semantic.json", content)
@@ -533,7 +533,7 @@ def low_shot(options: Any) -> ProtocolResult:
             _write_low_shot(output, options, shards, records, skipped)
         content = files.read_json(files.join(output, "low_shot.json"))
         for row in content["summary"]:
-            values = {f"{row['category']}/{key}": row[key]["mean"] for key in LOW_SHOT_METRICS if key in row}
+            values = {f"{scope(row['category'])}/{key}": row[key]["mean"] for key in LOW_SHOT_METRICS if key in row}
             run.metrics(values, step=row["shots"])
         names = ("draws.csv", "summary.csv")
         run.artifacts({name: files.read_bytes(files.join(output, name)) for name in names})

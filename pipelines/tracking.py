@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
+from urllib.parse import quote
 
 import unianom
 from unianom import files
@@ -174,7 +175,7 @@ class MlflowRun(Run):
     def artifacts(self, contents: Mapping[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in contents.items():
-                path = Path(folder, name)
+                path = Path(folder, _legal_path(name))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             with self._explained("store artifacts"):
@@ -213,7 +214,8 @@ class MlflowRun(Run):
         from mlflow.exceptions import MlflowException
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-        found = self._client.search_model_versions(f"name = '{name}' and tags.`unianom.digest` = '{digest}'")
+        named = name.replace("'", "''")
+        found = self._client.search_model_versions(f"name = '{named}' and tags.`unianom.digest` = '{digest}'")
         if found:
             number = str(found[0].version)
         else:
@@ -399,14 +401,39 @@ def _default_uri(default_folder: str | None, output: str) -> str | None:
         return None
     path = Path(files.full_uri(default_folder)) if default_folder else Path(output).parent
     path.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path / 'mlflow.db'}"
+    return sqlite_uri(path / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """MLflow's URI of an SQLite file.
+
+    Raises:
+        TrackingError: its name cannot be written as a URI.
+    """
+    plain = f"sqlite:///{path}"
+    if not set("?%#") & set(plain):
+        return plain
+    from sqlalchemy import make_url
+
+    # Escaped whole, separators too: MLflow makes the folders that it reads in a URI without unescaping them. How much
+    # is unescaped differs by version of SQLAlchemy, so it is asked.
+    for uri in (plain, f"sqlite:///{quote(str(path), safe='')}"):
+        url = make_url(uri)
+        if url.database == str(path) and not url.query:
+            return uri
+    raise TrackingError(
+        f"MLflow cannot keep an SQLite file at {path}, because of its '?' or '%'; rename the folder, or give a server "
+        f"with --tracking.mlflow_uri"
+    )
 
 
 def _artifact_folder(uri: str) -> str | None:
     """Where the artifacts of an SQLite store lie: MLflow would put them into the working directory."""
     if not uri.startswith("sqlite:///"):
         return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+    from sqlalchemy import make_url
+
+    return (Path(make_url(uri).database or "").absolute().parent / "mlartifacts").as_uri()
 
 
 def pinned_requirements() -> list[str]:
@@ -459,9 +486,42 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 20]}… ({len(text)} long)"
 
 
+def scope(category: str) -> str:
+    """Return what the metrics of one category are grouped by: its name, told apart from what is measured over all."""
+    if category.split("/")[0] not in _OVER_ALL:
+        return category
+    return f"{category}-{files.sha256_of(category.encode())[:8]}"
+
+
+_OVER_ALL = ("mean", "union", "calibrated", "best", "figures")
+
+
 def _legal_name(name: str) -> str:
-    """A name of a metric, parameter or tag, with what MLflow does not allow in it replaced by "_"."""
-    return re.sub(r"[^/\w.\- ]", "_", name)
+    """Return the name of a metric, parameter or tag as MLflow allows it, of one length at most.
+
+    Parts between "/" that are harmless stay; others are cleaned and told apart by a digest, so no two names become one.
+    """
+    parts = [
+        part if _HARMLESS.fullmatch(part) and part.strip(".") else files.safe_name(part) for part in name.split("/")
+    ]
+    legal = "/".join(parts)
+    if len(legal) > _MAX_NAME:
+        return f"{legal[: _MAX_NAME - 9]}-{files.sha256_of(name.encode())[:8]}"
+    return legal
+
+
+_HARMLESS = re.compile(r"[\w.\- ]+")
+_MAX_NAME = 250
+
+
+def _legal_path(name: str) -> str:
+    """Return the path of an artifact inside its run; parts that would lead elsewhere or that no disk takes are
+    cleaned."""
+    parts = name.split("/")
+    return "/".join(
+        part if part.strip(".") and len(part.encode()) <= 250 and not set(part) & set("\\\0") else files.safe_name(part)
+        for part in parts
+    )
 
 
 @contextmanager

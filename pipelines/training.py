@@ -64,7 +64,7 @@ from pipelines.normals import (
 from pipelines.readings import PROGRESS, WORKERS, Comparer, Comparison
 from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
 from pipelines.spaces import with_values
-from pipelines.tracking import Run
+from pipelines.tracking import Run, scope
 from pipelines.validation import Validation
 from unianom import files
 from unianom.data.schema import ANOMALOUS
@@ -783,7 +783,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
     if is_model(output):
         return _result(load_model(output, "cpu"), output, fresh=False)
     needs = make_method(name, config).needs
-    prefix = f"{categories[0]}/" if options.per_category else ""
+    prefix = f"{scope(categories[0])}/" if options.per_category else ""
     connect(options.runtime)
     work = files.join(output, WORK)
     trained = files.join(work, "trained")

@@ -9,7 +9,8 @@ import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlparse, urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 from mlflow import MlflowClient
 
 import unianom
+from pipelines import tracking
+from pipelines.fitting import train_options
 from pipelines.tracking import (
     CANDIDATE,
     MlflowRun,
@@ -161,7 +164,7 @@ def test_many_and_long_values(folder, client):
     assert json.loads(artifact(client, run, "config.json").read_bytes())["long"] == "x" * 7000
     assert len(data.metrics) == 1501
     assert data.metrics["m1234"] == 1234
-    assert data.metrics["tile _new_/AUROC"] == 1
+    assert data.metrics["tile _new_-382cbf84/AUROC"] == 1
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("no good"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
@@ -496,3 +499,94 @@ def test_the_pinned_packages_cover_what_the_logged_code_imports(fresh):
     pinned = {pin.split("==")[0].replace("faiss-gpu", "faiss-cpu") for pin in pinned_requirements()}
     assert needed <= pinned
     assert all("+" not in pin for pin in pinned_requirements())
+
+
+# ---- names that come from data --------------------------------------------------------------------------------------
+
+
+NAMES = [
+    "a b",
+    "a_b",
+    "a:b",
+    "a?b",
+    "..",
+    "a/../b",
+    "/a",
+    "a//b",
+    "a/",
+    "",
+    ".",
+    "a/./b",
+    "x" * 400,
+    "x" * 401,
+    "a%b",
+    "a\nb",
+]
+
+
+def test_every_name_is_legal_and_no_two_become_one():
+    from mlflow.utils.validation import _validate_metric_name, _validate_param_name, _validate_tag_name
+
+    legal = [tracking._legal_name(name) for name in NAMES]
+    assert len(set(legal)) == len(NAMES)
+    for name in legal:
+        for validate in (_validate_metric_name, _validate_param_name, _validate_tag_name):
+            validate(name)
+    for name in ("mean/image_auroc", "calibrated/metal nut/pixel_ap", "_x", "method.input.size", "螺丝/x", "a-b.c"):
+        assert tracking._legal_name(name) == name
+
+
+def test_a_category_is_not_taken_for_what_is_measured_over_all():
+    names = ["mean", "union", "calibrated", "mean/x", "screw", "mvtec/screw"]
+    scopes = [tracking.scope(name) for name in names]
+    assert scopes[4:] == names[4:]
+    assert not set(scopes[:4]) & set(names)
+    assert len(set(scopes)) == len(names)
+
+
+def test_artifacts_stay_inside_their_run(tmp_path):
+    seen = {}
+
+    class Client:
+        def log_artifacts(self, _, folder):
+            seen.update({str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file()})
+
+    run = tracking.MlflowRun(Client(), "sqlite:///x", "1", "2")
+    run.artifacts({"../up.txt": b"1", f"{tmp_path}/away.txt": b"2", "a/_b [c].txt": b"3", "y" * 300: b"4"})
+    assert sorted(seen.values()) == ["1", "2", "3", "4"]
+    assert seen["a/_b [c].txt"] == "3"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["My%20Data", "what ?x", "a#b&c=d;e", "100%", "%2e%2e", "ü [a]"])
+def test_the_uri_of_a_store_leads_to_its_file(name):
+    """As SQLAlchemy reads it; and MLflow, which makes the folder it sees in the URI, makes none that is not there."""
+    from sqlalchemy import make_url
+
+    uri = tracking.sqlite_uri(Path("/data", name, "mlflow.db"))
+    assert (make_url(uri).database, dict(make_url(uri).query)) == (f"/data/{name}/mlflow.db", {})
+    assert str(Path(uri.removeprefix("sqlite:///")).parent) in (".", f"/data/{name}")
+    artifacts = tracking._artifact_folder(uri)
+    assert url2pathname(urlparse(artifacts).path) == f"/data/{name}/mlartifacts"
+
+
+def test_ordinary_stores_keep_their_uri():
+    assert tracking.sqlite_uri(Path("/data/a b/mlflow.db")) == "sqlite:////data/a b/mlflow.db"
+
+
+def test_a_store_lies_beside_the_output_whatever_its_name(tmp_path):
+    folder = tmp_path / "My%20Data, what ?x #1"
+    with track(TrackingOptions(), "evaluate", str(folder / "eval"), {}) as run:
+        run.metrics({"a:b/../x": 1.0})
+        run.artifacts({"a.txt": b"kept"})
+        client = MlflowClient(tracking.sqlite_uri(folder / "mlflow.db"))
+        assert [*client.get_run(run.id).data.metrics.values()] == [1.0]
+        assert Path(client.download_artifacts(run.id, "a.txt")).read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+    assert sorted(p.name for p in folder.iterdir()) == ["mlartifacts", "mlflow.db"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "..", ""])
+def test_a_name_that_no_registry_takes_is_refused_before_any_work(name):
+    with pytest.raises(OptionError, match="register_as="):
+        train_options()["patchcore"](shards="s", output="o", register_as=name)
