@@ -11,10 +11,19 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from unianom.backbones import BackboneConfig, CnnBackbone, VitBackbone, read_state, weight_statistics
+from unianom.backbones import (
+    BackboneConfig,
+    CnnBackbone,
+    VitBackbone,
+    read_state,
+    weight_statistics,
+    with_padding_of_old,
+)
 from unianom.errors import OptionError, WeightsError
+from unianom.methods import METHODS
+from unianom.serialise import from_plain, to_plain
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3}
@@ -404,3 +413,90 @@ def test_real_convolutional_encoders_equal_timm(name, options, whole, real_data)
         else:
             theirs = plain.forward_intermediates(images(96), indices=[1, 2, 3], intermediates_only=True)
         same_taps(encoder(images(96)), theirs)
+
+
+# ---- padding computed for another input -----------------------------------------------------------------------------
+
+B4 = "tf_efficientnet_b4.aa_in1k"
+AT_380 = {
+    "conv_stem": (0, 1),
+    "blocks.1.0.conv_dw": (0, 1),
+    "blocks.2.0.conv_dw": (2, 2),
+    "blocks.3.0.conv_dw": (0, 1),
+    "blocks.5.0.conv_dw": (1, 2),
+}
+"""Zeros before and after, of the layers of stride 2. By hand: sides 380, 190, 95, 48, 24 → 12; kernels 3, 3, 5, 3, 5;
+zeros = (side out - 1) · 2 + kernel - side in, the smaller half first."""
+AT_224 = {**AT_380, "blocks.2.0.conv_dw": (1, 2)}
+"""Sides 224, 112, 56, 28, 14 → 7."""
+
+
+def strided(encoder: CnnBackbone) -> dict[str, nn.Conv2d]:
+    return {
+        name: module
+        for name, module in encoder.encoder.named_modules()
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2)
+    }
+
+
+@pytest.mark.parametrize(("side", "expected"), [(380, AT_380), (224, AT_224)])
+def test_padding_of_every_strided_layer(side, expected):
+    encoder = CnnBackbone(BackboneConfig(B4, "random", padding_side=side), (2, 4, 8, 16))
+    found = {name: layer.fixed for name, layer in strided(encoder).items()}
+    assert found == {name: (*pair, *pair) for name, pair in expected.items()}
+
+
+def test_maps_beyond_stride_4_differ_by_the_padding_alone():
+    """Against timm's own network in which that one layer is replaced by an explicit padding and a plain convolution."""
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    taps = (2, 4, 8, 16)
+    plain = CnnBackbone(BackboneConfig(B4, "random"), taps)
+    fixed = CnnBackbone(BackboneConfig(B4, "random", padding_side=380), taps)
+    own = CnnBackbone(BackboneConfig(B4, "random", padding_side=96), taps)
+    by_hand = CnnBackbone(BackboneConfig(B4, "random"), taps)
+    layer = by_hand.encoder.get_submodule("blocks.2.0.conv_dw")
+    conv = nn.Conv2d(layer.in_channels, layer.out_channels, 5, 2, 0, groups=layer.groups, bias=False)
+    conv.load_state_dict(layer.state_dict())
+    by_hand.encoder.get_submodule("blocks.2.0").conv_dw = nn.Sequential(nn.ZeroPad2d(2), conv)
+    with torch.no_grad():
+        ours, theirs, expected, same = fixed(images), plain(images), by_hand(images), own(images)
+    for number in range(4):
+        assert torch.equal(ours[number], expected[number])
+        assert torch.equal(same[number], theirs[number])
+        assert torch.equal(ours[number], theirs[number]) == (number < 2)
+    assert {key: value.shape for key, value in fixed.state_dict().items()} == {
+        key: value.shape for key, value in plain.state_dict().items()
+    }
+
+
+def test_a_network_without_same_padding_is_refused():
+    for name, kind, place in (("resnet10t", CnnBackbone, ((4, 8),)), (VIT, VitBackbone, (64, (0,)))):
+        with pytest.raises(OptionError, match=f"padding_side=380: {name} has no layers with 'same' padding"):
+            kind(BackboneConfig(name, "random", padding_side=380), *place)
+    with pytest.raises(OptionError, match="padding_side=-1"):
+        BackboneConfig(B4, padding_side=-1)
+
+
+@pytest.mark.parametrize("method", ["uniad", "unias", "onenip"])
+def test_the_released_code_pads_for_380_pixels(method):
+    config = METHODS[method].Config
+    assert config(preset="reference").backbone.padding_side == 380
+    assert config(preset="paper").backbone.padding_side is None
+    off = BackboneConfig(B4, padding_side=0)
+    assert config(preset="reference", backbone=off).backbone.padding_side == 0
+    other = BackboneConfig("wide_resnet50_2.tv_in1k")
+    assert config(preset="reference", backbone=other).backbone == other
+
+
+def test_old_options_are_the_same_plain_data():
+    """Plans and model folders from before there was the option name it nowhere."""
+    assert "padding_side" not in to_plain(BackboneConfig(B4))
+    assert from_plain(BackboneConfig, to_plain(BackboneConfig(B4))) == BackboneConfig(B4)
+    fixed = BackboneConfig(B4, padding_side=380)
+    assert from_plain(BackboneConfig, to_plain(fixed)) == fixed
+    config = METHODS["uniad"].Config
+    old = {**to_plain(config()), "preset": "reference"}
+    assert from_plain(config, old).backbone.padding_side == 380
+    assert from_plain(config, with_padding_of_old(old)).backbone.padding_side == 0
+    for plain in (to_plain(config()), to_plain(config(preset="reference"))):
+        assert with_padding_of_old(plain) == plain

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import timm
 import torch
-from timm.layers import Attention, Format
+from timm.layers import Attention, Conv2dSame, Format, get_same_padding
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from unianom import files
 from unianom.errors import OptionError, WeightsError
+from unianom.serialise import ADDED_LATER
 
 THREE_WAYS = (
     "weights take 'pretrained' (downloaded by timm), a file or URI (.safetensors, .pth, .pt), "
@@ -46,6 +49,9 @@ class BackboneConfig:
         precision: "fp32", or autocast to "bf16" or "fp16" in the forward pass.
         channels_last: memory format of images and convolutions; faster for convolutions on GPUs.
         compile: run the encoder through torch.compile.
+        padding_side: side in pixels of the input for which "same" padding (timm's tf_ models) is computed once, layer
+            by layer, and kept for any other input, as PyTorch ports of EfficientNet do; 0 computes it for the input at
+            hand, as TensorFlow does; null is 0, unless the method's preset says otherwise.
     """
 
     name: str
@@ -55,8 +61,11 @@ class BackboneConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
+    padding_side: int | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
+        if self.padding_side is not None and self.padding_side < 0:
+            raise OptionError(f"backbone.padding_side={self.padding_side} must be a side in pixels, 0 or null")
         if not timm.is_model(self.name):
             near = timm.list_models(f"*{self.name.split('.')[0][:6]}*")[:5]
             raise OptionError(f"backbone.name={self.name}: timm has no such model; near: {', '.join(near) or 'none'}")
@@ -65,6 +74,94 @@ class BackboneConfig:
         except RuntimeError as error:
             known = timm.list_models(f"{self.name.split('.')[0]}.*", pretrained=True)
             raise OptionError(f"backbone.name={self.name}: {error} Known: {', '.join(known) or 'none'}") from error
+
+
+RELEASED_PADDING_SIDE = 380
+"""Side of the input that EfficientNet-B4 was published for. The released code of UniAD, UniAS and OneNIP computes
+"same" padding for it, whatever the input."""
+
+
+def with_preset_padding(config: BackboneConfig, preset: str) -> BackboneConfig:
+    """The backbone with the padding of the released code, where a method's preset is "reference", the backbone the
+    EfficientNet-B4 of that code, and nothing else is said."""
+    if preset != "reference" or config.padding_side is not None or not _is_released(config.name):
+        return config
+    return replace(config, padding_side=RELEASED_PADDING_SIDE)
+
+
+def with_padding_of_old(config: dict[str, Any]) -> dict[str, Any]:
+    """A method's plain config as it was meant before there was `padding_side`, for models that were saved then."""
+    backbone = config.get("backbone")
+    if (
+        config.get("preset") == "reference"
+        and isinstance(backbone, dict)
+        and "padding_side" not in backbone
+        and _is_released(str(backbone.get("name")))
+    ):
+        return {**config, "backbone": {**backbone, "padding_side": 0}}
+    return config
+
+
+def _is_released(name: str) -> bool:
+    return name.split(".")[0] == "tf_efficientnet_b4"
+
+
+class FixedSameConv2d(nn.Conv2d):
+    """A convolution of "same" padding that was computed for another input, with the weights of a given one.
+
+    Args:
+        conv: the convolution.
+        padding: zeros left, right, above and below.
+    """
+
+    def __init__(self, conv: nn.Conv2d, padding: tuple[int, int, int, int]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(conv.__dict__)
+        self.fixed = padding
+
+    def forward(self, input: Tensor) -> Tensor:
+        padded = nn.functional.pad(input, self.fixed)
+        return nn.functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def fix_padding(network: nn.Module, side: int, name: str) -> None:
+    """Keep, in place, the "same" padding that each convolution of a network has for an input of `side` × `side`.
+
+    Args:
+        network: takes B×3×H×W images.
+        side: in pixels.
+        name: of the network, for messages.
+
+    Raises:
+        OptionError: it has no convolution of "same" padding, or other layers of it.
+    """
+    others = {type(module).__name__ for module in network.modules() if type(module).__name__.endswith("Same")}
+    if unknown := sorted(others - {"Conv2dSame"}):
+        raise OptionError(
+            f"backbone.padding_side is for convolutions; {name} has layers of {unknown[0]}; leave it null"
+        )
+    paddings: dict[str, tuple[int, int, int, int]] = {}
+    probe = copy.deepcopy(network).to("meta").eval()  # shapes only, so nothing is computed
+
+    def record(module: str, conv: Any, inputs: tuple[Tensor, ...]) -> None:
+        sizes = zip(inputs[0].shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        total = [get_same_padding(*size) for size in sizes]
+        (top, bottom), (left, right) = [(pad // 2, pad - pad // 2) for pad in total]
+        paddings[module] = (left, right, top, bottom)
+
+    for module, conv in probe.named_modules():
+        if isinstance(conv, Conv2dSame):
+            conv.register_forward_pre_hook(partial(record, module))
+    probe(torch.empty(1, 3, side, side, device="meta"))
+    if not paddings:
+        raise OptionError(
+            f"backbone.padding_side={side}: {name} has no layers with 'same' padding; leave it null, or take one of "
+            f"timm's tf_ models"
+        )
+    for module, padding in paddings.items():
+        parent, _, last = module.rpartition(".")
+        holder = network.get_submodule(parent)
+        setattr(holder, last, FixedSameConv2d(getattr(holder, last), padding))
 
 
 def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -245,6 +342,11 @@ class VitBackbone(_Backbone):
             raise OptionError(
                 f"backbone.name={config.name}: this method needs a plain vision transformer (vit_…, deit_…)"
             )
+        if config.padding_side:
+            raise OptionError(
+                f"backbone.padding_side={config.padding_side}: {config.name} has no layers with 'same' padding; leave "
+                f"it null"
+            )
         model = _create(config, num_classes=0, img_size=image_size)
         patch = model.patch_embed.patch_size
         if image_size % patch[0] or image_size % patch[1]:
@@ -391,6 +493,8 @@ class CnnBackbone(_Backbone):
         super().__init__(config, trainable)
         check_taps(taps)
         self.encoder: Any = _create(config, features_only=True, out_indices=_feature_indices(config, taps))
+        if config.padding_side:
+            fix_padding(self.encoder, config.padding_side, config.name)
         # timm's feature lists keep the layout their network works in; Swin's, for one, has channels last
         self._last = getattr(self.encoder, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels: list[int] = self.encoder.feature_info.channels()

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 from unianom import files
-from unianom.backbones import state_faults
+from unianom.backbones import state_faults, with_padding_of_old
 from unianom.calibration import Calibration, CalibrationConfig, Calibrator
 from unianom.data.image import ImageLimits, check_bits, decode_image, normalise, prepare_image, spread_bits
 from unianom.errors import DataError, ImageError, ModelError, OptionError
@@ -399,7 +399,7 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         raise ModelError(f"{path} names method '{description['method']}'; known: {', '.join(sorted(METHODS))}")
     cls = METHODS[description["method"]]
     try:
-        config: Any = from_plain(cls.Config, description["config"])
+        config: Any = from_plain(cls.Config, with_padding_of_old(description["config"]))
         # built with random weights, which the folder's own replace at once: nothing is downloaded
         blank = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="random"))
         method = cls(blank)

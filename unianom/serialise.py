@@ -12,11 +12,19 @@ from unianom.errors import OptionError
 
 T = TypeVar("T")
 
+ADDED_LATER = {"added_later": True}
+"""Metadata of a field that older outputs do not have."""
+
 
 def to_plain(options: Any) -> Any:
-    """Dataclasses to dicts, tuples to lists, recursively."""
+    """Dataclasses to dicts, tuples to lists, recursively. A field of metadata `ADDED_LATER` is left out at its default,
+    so that options from before there was it are the same plain data still."""
     if dataclasses.is_dataclass(options) and not isinstance(options, type):
-        return {field.name: to_plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
+        return {
+            field.name: to_plain(getattr(options, field.name))
+            for field in dataclasses.fields(options)
+            if not (field.metadata.get("added_later") and getattr(options, field.name) == field.default)
+        }
     if isinstance(options, dict):
         return {key: to_plain(value) for key, value in options.items()}
     if isinstance(options, list | tuple):

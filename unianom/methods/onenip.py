@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from unianom.backbones import BackboneConfig
+from unianom.backbones import BackboneConfig, with_preset_padding
 from unianom.data.image import InputPolicy
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, ModelError, OptionError
@@ -112,6 +112,7 @@ class OneNIPConfig:
 
     def __post_init__(self) -> None:
         resolve_preset(self, PRESETS)
+        object.__setattr__(self, "backbone", with_preset_padding(self.backbone, self.preset))
         assert self.dice_factor is not None
         assert self.dice_smoothing is not None
         assert self.score_pool is not None

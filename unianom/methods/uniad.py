@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from unianom.backbones import BackboneConfig
+from unianom.backbones import BackboneConfig, with_preset_padding
 from unianom.data.image import InputPolicy
 from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.maps import upsampled_grid
@@ -36,7 +36,7 @@ from unianom.methods.trained import (
 )
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "reference": {}}
-"""Text and released code agree."""
+"""Text and released code agree but for the padding in EfficientNet-B4, see `unianom.backbones.with_preset_padding`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class UniADConfig:
     """UniAD's options; the defaults are the published ones.
 
     Args:
-        preset: "paper" or "reference" (the released code); the two do not differ.
+        preset: "paper" or "reference" (the released code), which differ in `backbone.padding_side`.
         backbone: any timm pyramid of feature maps that has the taps; published: EfficientNet-B4.
         input: published: stretched to 224×224.
         training: length, batches, optimiser. The released code reaches more on one GPU with batches of 8.
@@ -76,6 +76,7 @@ class UniADConfig:
 
     def __post_init__(self) -> None:
         resolve_preset(self, PRESETS)
+        object.__setattr__(self, "backbone", with_preset_padding(self.backbone, self.preset))
         check_reconstruction_options(self.taps, self.grid_reduction, self.neighbours, self.score_pool, self.input.side)
 
 

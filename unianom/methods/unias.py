@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 
-from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
+from unianom.backbones import BackboneConfig, CnnBackbone, check_taps, with_preset_padding
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
@@ -135,6 +135,7 @@ class UniASConfig:
 
     def __post_init__(self) -> None:
         resolve_preset(self, PRESETS)
+        object.__setattr__(self, "backbone", with_preset_padding(self.backbone, self.preset))
         check_taps(self.taps)
         if min(self.dim, self.heads) < 1 or self.dim % NORM_GROUPS or self.dim % self.heads:
             raise OptionError(f"dim={self.dim} must be a multiple of {NORM_GROUPS} and of heads={self.heads}")
