@@ -347,7 +347,9 @@ def _notes(
     left_out: Sequence[str],
 ) -> list[str]:
     """What a reader must know of how the figures came about."""
-    notes = []
+    notes = _one_sided(images)
+    if scores.manifest["maps"] and not with_maps and (images.labels == ANOMALOUS).any():
+        notes.append("no anomalous image has a mask that shows a defect, so there are no pixel metrics")
     if any(model.get("decision_rule") is not None for model in scores.manifest["models"]):
         notes.append(
             "the model decides by a rule of jobs/decide.py, which tells what that rule does; the rates here are those "
@@ -368,6 +370,31 @@ def _notes(
         )
     if with_maps and options.bootstrap.resamples and not plan.resampled:
         notes.append(f"more than {RESAMPLED_MAPS:,} maps: intervals are given for image-level metrics only")
+    return notes
+
+
+def _one_sided(images: Images) -> list[str]:
+    """Why metrics are missing that need normal and anomalous images."""
+    kinds = np.unique(images.labels)
+    if len(kinds) == 1:
+        have, lack = ("normal", "anomalous") if kinds[0] == NORMAL else ("anomalous", "normal")
+        return [
+            f"all {len(images.labels)} images that are labelled and scored are {have}: AUROC, AP, F1 and other metrics "
+            f"need {lack} ones, too, so there are none; ingest and score a test split that holds both"
+        ]
+    notes = []
+    for label, word in ((NORMAL, "normal"), (ANOMALOUS, "anomalous")):
+        names = [
+            category
+            for category, groups in images.categories.items()
+            if (images.labels[np.isin(images.group, groups)] == label).all()
+        ]
+        if names:
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            notes.append(
+                f"{listed}: all images of {'this category' if len(names) == 1 else 'these categories'} are {word}, so "
+                f"metrics that need both kinds are empty there and the mean is over the others"
+            )
     return notes
 
 

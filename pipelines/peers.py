@@ -36,10 +36,10 @@ def bare_network(model: Model) -> torch.nn.Module:
     """
     method: Any = model.method
     config: BackboneConfig = method.config.backbone
-    arguments = dict(config.options)
+    arguments = {**config.options, "num_classes": 0}  # also where the options name a number of classes
     if is_model_in_modules(config.name, VIT_MODULES):
         arguments["img_size"] = method.input.side
-    network = timm.create_model(config.name, pretrained=False, num_classes=0, **arguments)
+    network = timm.create_model(config.name, pretrained=False, **arguments)
     # names in the encoder have its own prefix, and timm's feature lists join the names of stages by "_"
     names = {key.replace(".", "_"): key for key in network.state_dict()}
     state = {key.split(".", 1)[1].replace(".", "_"): value for key, value in method.encoder.state_dict().items()}

@@ -38,6 +38,7 @@ from tests.methods.conftest import TINY
 from tests.pipelines.conftest import tiny_method
 from tests.pipelines.evaluated import Scored
 from tests.pipelines.evaluated import _write_shards as write_shards
+from unianom.backbones import BackboneConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
 from unianom.memory.coreset import farthest_points
@@ -162,6 +163,13 @@ def model_and_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sha
     method.bank = MemoryBank.build(generator.normal(size=(50, method.encoder.dimension)).astype(np.float32))
     Model(method, ["disc"]).save(folder / "model")
     return str(folder / "model"), write_shards(folder / "shards", samples, 2)
+
+
+def test_the_bare_network_of_a_model_whose_options_name_classes() -> None:
+    """Its head is left out, whatever the options of the backbone say."""
+    backbone = BackboneConfig("vit_tiny_patch16_224", "random", {"num_classes": 10})
+    network: Any = bare_network(Model(UniFormaly(tiny_method(backbone=backbone))))
+    assert network.num_classes == 0
 
 
 def test_the_bare_network_is_whole_and_has_the_weights_of_the_model(model_and_shards: tuple[str, ShardSet]) -> None:

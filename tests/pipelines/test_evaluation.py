@@ -232,6 +232,36 @@ def test_rates_are_those_of_the_threshold_where_a_rule_decided(tmp_path: Path):
     assert any("decides by a rule of jobs/decide.py" in note for note in found["notes"])
 
 
+def _notes_of(folder: Path, samples: list[Scored], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    uri = write_evaluation(folder, samples, [model_entry(POLICY, 1.0)], parts=3)
+    content = files.read_json(f"{uri}/evaluation.json")
+    print_evaluation(content)
+    told = capsys.readouterr().out
+    assert all(f"note: {note}" in told for note in content["notes"])
+    return content["notes"]
+
+
+@pytest.mark.parametrize(("label", "have", "lack"), [(0, "normal", "anomalous"), (1, "anomalous", "normal")])
+def test_images_of_one_kind_are_told(tmp_path: Path, label: int, have: str, lack: str, capsys: Any):
+    samples = [s for s in _samples(False) if s.label == label]
+    (note,) = _notes_of(tmp_path, samples, capsys)
+    assert note.startswith(f"all {len(samples)} images that are labelled and scored are {have}: AUROC")
+    assert f"need {lack} ones, too" in note
+
+
+def test_categories_of_one_kind_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one, other, *_ = sorted({s.category for s in _samples()})
+    samples = [s for s in _samples(False) if s.category not in (one, other) or s.label == (s.category == other)]
+    normal, anomalous = _notes_of(tmp_path, samples, capsys)
+    assert normal.startswith(f"{one}: all images of this category are normal, so metrics that need both")
+    assert anomalous.startswith(f"{other}: all images of this category are anomalous, so")
+
+
+def test_maps_without_a_mask_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (note,) = _notes_of(tmp_path, [replace(s, mask=None) for s in _samples(False)], capsys)
+    assert note == "no anomalous image has a mask that shows a defect, so there are no pixel metrics"
+
+
 def test_what_is_printed(content: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     print_evaluation(content)
     told = capsys.readouterr().out
