@@ -678,14 +678,14 @@ def contact_sheet(shards: ShardSet, described: Described, rows: Sequence[Mapping
     draw = ImageDraw.Draw(sheet)
     for number, (entry, group) in enumerate(zip(summaries, nearest, strict=True)):
         y = number * block
-        draw.text((GAP, y + 5), _sheet_title(entry), fill="#3a4150", font=font(12))
+        draw.text((GAP, y + 5), visual.drawable(_sheet_title(entry)), fill="#3a4150", font=font(12))
         for column, n in enumerate(group):
             x = GAP + column * (CELL + GAP)
             image, over = _pictures(stored[rows[n]["sample_id"]], maps[n], scale, policy)
             sheet.paste(image, (x, y + TITLE))
             sheet.paste(over, (x, y + TITLE + CELL + GAP))
             caption = rows[n]["type"] or "unknown"
-            draw.text((x, y + TITLE + 2 * CELL + GAP + 1), caption, fill="#6b7280", font=font(9))
+            draw.text((x, y + TITLE + 2 * CELL + GAP + 1), visual.drawable(caption), fill="#6b7280", font=font(9))
     return sheet_png(sheet)
 
 

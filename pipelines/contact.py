@@ -119,7 +119,7 @@ def _sheet(queue: Sequence[Mapping[str, Any]], pictures: Mapping[str, list[Image
         head = f"{number + 1}  {row['decision']}  {row['score']:.4g}  ({row['margin']:+.2f} σ)"
         pen.text((left, top + SIDE + 1), head, fill=ink, font=font(TEXT, bold=True))
         name = row["sample_id"].split("/", 1)[-1]
-        pen.text((left, top + SIDE + LINE), _fitting(name, 2 * SIDE), fill="#3a4150", font=font(TEXT))
+        pen.text((left, top + SIDE + LINE), _fitting(visual.drawable(name), 2 * SIDE), fill="#3a4150", font=font(TEXT))
     return sheet_png(sheet)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from unianom import visual
 from unianom.metrics.curves import Curve
 from unianom.visual import (
     HEAT_COLOURS,
@@ -225,3 +228,58 @@ def test_figures_are_the_same_bytes_every_time():
 
     assert draw() == draw()
     assert Image.open(io.BytesIO(draw()[0])).size == (round(6.2 * 160), round(2.6 * 160))
+
+
+# ---- letters that the font lacks -------------------------------------------------------------------------------------
+
+STIX = visual.FONT.replace("DejaVuSans", "STIXGeneral")
+FOREIGN = "螺丝 ضوء 🦊"
+
+
+@pytest.fixture
+def only_own_font(monkeypatch):
+    """As on a machine without other fonts."""
+    monkeypatch.setattr(visual, "_other_fonts", lambda missing: ((), frozenset()))
+
+
+def test_letters_that_cannot_be_drawn_are_written_as_their_code():
+    assert visual.drawable("Schraube é ✓ [a]\n") == "Schraube é ✓ [a]\n"
+    assert visual.drawable("螺丝 1🦊") == "\\u87ba\\u4e1d 1\\U0001f98a"
+    assert visual.drawable("螺丝", {ord("螺")}) == "螺\\u4e1d"
+
+
+def named(words: str) -> Figure:
+    figure = Figure(figsize=(3, 2))
+    axes = figure.subplots()
+    axes.set_title(words, parse_math=False)
+    axes.plot([0, 1], label=words)
+    axes.legend()
+    return figure
+
+
+def test_a_picture_has_no_boxes_and_draws_without_a_warning(only_own_font):
+    figure = named(FOREIGN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        content = visual.png(figure)
+    assert content == visual.png(named(visual.drawable(FOREIGN)))
+    assert figure.axes[0].get_title() == FOREIGN
+
+
+def test_a_page_keeps_the_letters_and_nothing_warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = visual.svg(named(FOREIGN))
+    assert page.count(FOREIGN) == 2
+
+
+def test_other_fonts_of_the_machine_are_taken(monkeypatch):
+    """The letter is one that DejaVu Sans lacks and a mathematical font has."""
+    letter = next(iter(sorted(visual._letters(STIX) - visual._letters(visual.FONT) - set(range(0xE000, 0xF900)))))
+    families, found = visual._other_fonts(frozenset({letter, 0x87BA}))
+    assert letter in found
+    assert families
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        content = visual.png(named(chr(letter)))
+    assert content != visual.png(named(visual.drawable(chr(letter))))

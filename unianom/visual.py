@@ -9,15 +9,21 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Ellipse
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
@@ -350,20 +356,89 @@ def _write_undefined(axes: Axes) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG on white, 160 dots an inch; equal figures give equal bytes."""
+    """A figure as PNG on white, 160 dots an inch; equal figures give equal bytes.
+
+    Letters that the font lacks are taken from other fonts of this machine, and written as `drawable` does where it has
+    none.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    with _drawable_texts(figure):
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def drawable(text: str, letters: Collection[int] | None = None) -> str:
+    """Return a text with letters that cannot be drawn written as their code, such as \\u87ba.
+
+    Args:
+        text: such as the name of a category.
+        letters: code points that can be drawn; by default those of the font that Matplotlib brings along.
+    """
+    known = _letters(FONT) if letters is None else letters
+    return "".join(
+        letter if ord(letter) in known or letter in "\n\t" else letter.encode("ascii", "backslashreplace").decode()
+        for letter in text
+    )
+
+
+FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+"""File of the font of all figures."""
+
+
+@cache
+def _letters(file: str) -> frozenset[int]:
+    """Code points that a font file can draw; none for one that cannot be read."""
+    try:
+        return frozenset(get_font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@cache
+def _other_fonts(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Families of this machine that have some of the missing letters, as few as there must be, and these letters."""
+    families: list[str] = []
+    found: frozenset[int] = frozenset()
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
+        # the last resort has a box for every letter
+        if missing <= found or "Last Resort" in entry.name or entry.style != "normal" or entry.name in families:
+            continue
+        if new := (_letters(entry.fname) & missing) - found:
+            families.append(entry.name)
+            found |= new
+    return tuple(families), found
+
+
+@contextmanager
+def _drawable_texts(figure: Figure) -> Iterator[None]:
+    """For the length of the block, a figure whose texts can be drawn without boxes."""
+    before: list[tuple[Text, str, list[str]]] = []
+    for text in figure.findobj(Text):
+        words = text.get_text()
+        missing = frozenset(map(ord, words)) - _letters(FONT) - {10}
+        if missing:
+            before.append((text, words, text.get_fontfamily()))
+            families, found = _other_fonts(missing)
+            text.set_fontfamily([*text.get_fontfamily(), *families])
+            text.set_text(drawable(words, _letters(FONT) | found))
+    try:
+        yield
+    finally:
+        for text, words, family in before:
+            text.set_text(words)
+            text.set_fontfamily(family)
 
 
 def svg(figure: Figure) -> str:
     """A figure as an <svg> element for an HTML page.
 
-    Text stays text in the page's font. What is neither blue nor orange takes the page's CSS variables --ink, --faint
-    and --grid, so that it shows on light and dark grounds. It holds no ids, so that many fit on a page.
+    Text stays text in the page's font, so that letters which the fonts here lack show all the same. What is neither
+    blue nor orange takes the page's CSS variables --ink, --faint and --grid, so that it shows on light and dark
+    grounds. It holds no ids, so that many fit on a page.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")  # only measured here; the page draws it
         figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
