@@ -23,6 +23,7 @@ from pipelines.tracking import TrackingOptions, track
 from unianom import __version__, files
 from unianom.errors import DataError, OptionError
 from unianom.serialise import flatten, to_plain
+from unianom.written import natural, read_yaml, typed
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
@@ -196,7 +197,7 @@ def read_published(uri: str) -> list[dict[str, Any]]:
         "train_images": None,
     }
     try:
-        entries = yaml.safe_load(files.read_bytes(uri))
+        entries = read_yaml(files.read_bytes(uri))
     except FileNotFoundError as error:
         raise DataError(f"no {uri}; give a YAML file of published results") from error
     except yaml.YAMLError as error:
@@ -207,7 +208,16 @@ def read_published(uri: str) -> list[dict[str, Any]]:
         wrong = sorted((needed - set(entry)) | (set(entry) - needed - set(optional)))
         if wrong:
             raise DataError(f"{uri}: entry {number} lacks or does not know {', '.join(wrong)}; mend it")
+        for key in _TEXTS.keys() & set(entry):  # a data set may be named 007
+            try:
+                entry[key] = typed(entry[key], _TEXTS[key])
+            except OptionError as error:
+                raise DataError(f"{uri}: {key} of entry {number}: {error}; mend it") from error
+    entries = natural(entries)
     return [{**optional, **entry, "trained_on": entry.get("trained_on") or [entry["dataset"]]} for entry in entries]
+
+
+_TEXTS: dict[str, Any] = {"method": str, "dataset": str, "protocol": str, "trained_on": list[str] | None}
 
 
 # -- results of one evaluation -----------------------------------------------------------------------------------------

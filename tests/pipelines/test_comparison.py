@@ -257,3 +257,15 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
     bad.write_text(yaml.safe_dump([{"method": "uniad", "colour": "red"}]))
     with pytest.raises(DataError, match="entry 1 lacks or does not know colour, dataset"):
         read_published(str(bad))
+
+
+def test_published_data_sets_may_be_named_by_numbers(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "- {method: 1e3, dataset: 007, protocol: multi_class, source: x, trained_on: [007, no], values: {image_ap: 1}}"
+    )
+    (entry,) = read_published(str(tmp_path / "own.yaml"))
+    assert (entry["method"], entry["dataset"], entry["trained_on"]) == ("1e3", "007", ["007", "no"])
+    assert entry["values"] == {"image_ap": 1}
+    (tmp_path / "own.yaml").write_text("- {method: [a], dataset: d, protocol: p, source: x, values: {}}")
+    with pytest.raises(DataError, match="method of entry 1: expected text"):
+        read_published(str(tmp_path / "own.yaml"))
