@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import unicodedata
 import uuid
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from unianom import files
-from unianom.errors import DataError
+from unianom.errors import DataError, NotAFileError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -334,3 +335,60 @@ def test_no_two_names_share_a_file():
     names = ["a/b", "a_b", "a b", "a:b", "é", "e\u0301", "..", "../", "_a", "a", "x" * 150, "x" * 151]
     names += [files.safe_name(name) for name in names if files.safe_name(name) != name]
     assert len({files.safe_name(name) for name in names}) == len(names)
+
+
+# ---- what is no file ----------------------------------------------------------------------------------------------
+
+
+def make_special(folder, kind):
+    """Something at `folder`/x that would be waited for, or that is nowhere."""
+    place = folder / "x"
+    if kind == "a named pipe":
+        os.mkfifo(place)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(place))
+    else:
+        place.symlink_to("/dev/zero")
+    return place
+
+
+@pytest.mark.parametrize("read", [files.read_bytes, files.read_json, files.sha256_file, files.read_array])
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch, kind, read):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    place = make_special(Path(), kind)
+    with pytest.raises(NotAFileError, match=f"{kind}, not a file") as raised:
+        read(place)
+    assert raised.value.filename == str(tmp_path / "x")
+
+
+def test_no_file_has_a_name_with_a_null_byte(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file can have this name"):
+        files.read_bytes(f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize("name", ["part-00000.parquet", "a b", "ä", "..a", "model", "-x", "a:b"])
+def test_plain_names(name):
+    assert files.is_plain_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "/a", "a/b", "a/", "a\\b", "s3://a", "a\0", None, 3, ["a"]])
+def test_names_that_lead_elsewhere(name):
+    assert not files.is_plain_name(name)
+
+
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_a_full_disk_is_named_by_the_file_that_found_it_full(tmp_path, store):
+    uri = str(tmp_path / "x") if store == "local" else "memory://full/x"
+    names = []
+
+    def write():
+        with files.open_atomic(uri) as handle:
+            names.append(handle.name)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as raised:
+        write()
+    # of an object store it is this machine's folder of temporary files that is full
+    assert raised.value.filename == (uri if store == "local" else names[0])

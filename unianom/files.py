@@ -7,6 +7,7 @@ stores they are written on this machine's disk and uploaded when they are comple
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import inspect
 import io
@@ -14,6 +15,7 @@ import json
 import os
 import posixpath
 import re
+import stat
 import tempfile
 import unicodedata
 import uuid
@@ -27,7 +29,7 @@ import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from unianom.errors import DataError
+from unianom.errors import DataError, NotAFileError
 
 
 def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -48,6 +50,11 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
         odd = text.startswith(("file:", "local:")) or (text.startswith("~") and os.path.expanduser(text) == text)  # noqa: PTH111
         return fs, fs._strip_protocol(f"./{text}" if odd else text)
     try:
+        if text.startswith(("s3://", "s3a://")) and not is_chained(text):
+            from unianom.s3 import PatientS3
+
+            path = str(PatientS3._strip_protocol(text.replace("::", "\0")))  # as below
+            return PatientS3(), path.replace("\0", "::")
         if "::" in text and not is_chained(text):
             cls = fsspec.get_filesystem_class(scheme[1])
             path = cls._strip_protocol(text.replace("::", "\0"))  # some would leave out what follows two colons
@@ -165,8 +172,10 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
+        NotAFileError: it is a named pipe, a socket or a device.
     """
     fs, path = resolve(uri)
+    check_regular(fs, path)
     return bytes(fs.cat_file(path))
 
 
@@ -191,6 +200,38 @@ def composed_otherwise(uri: str | os.PathLike[str]) -> str | None:
     return reached if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(reached))
 
 
+def check_regular(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Refuse what is on this machine's disk and neither file nor folder, before it is opened.
+
+    Raises:
+        NotAFileError: a named pipe, a socket or a device.
+        FileNotFoundError: nothing is there, or no file can have such a name.
+        OSError: a link that leads back to itself, a name that is too long, …
+    """
+    if not isinstance(fs, LocalFileSystem):
+        return
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except ValueError as error:
+        raise FileNotFoundError(errno.ENOENT, f"no file can have this name ({error})", path) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
+        raise NotAFileError(errno.EINVAL, f"a {kind}, not a file", path)
+
+
+@contextmanager
+def open_for_reading(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file to read pieces of it.
+
+    Raises:
+        FileNotFoundError, NotAFileError: as `read_bytes`.
+    """
+    fs, path = resolve(uri)
+    check_regular(fs, path)
+    with fs.open(path, "rb") as handle:
+        yield handle
+
+
 def read_json(uri: str | os.PathLike[str]) -> Any:
     """The parsed content of a JSON file."""
     return json.loads(read_bytes(uri))
@@ -209,15 +250,26 @@ def open_atomic(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(beside, path)  # noqa: PTH105
-        except BaseException:
+        except BaseException as error:
+            _name_full_disk(error, path)
             if os.path.exists(beside):  # noqa: PTH110
                 os.remove(beside)  # noqa: PTH107
             raise
         return
     with tempfile.NamedTemporaryFile() as held:
-        yield held  # type: ignore[misc]
-        held.flush()
+        try:
+            yield held  # type: ignore[misc]
+            held.flush()
+        except OSError as error:
+            _name_full_disk(error, held.name)
+            raise
         fs.put_file(held.name, path)
+
+
+def _name_full_disk(error: BaseException, path: str) -> None:
+    """Let an error of a full disk, which tells no name when it comes of writing to an open file, say which disk."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+        error.filename = path
 
 
 def write_bytes(uri: str | os.PathLike[str], content: bytes) -> None:
@@ -274,6 +326,11 @@ def remove(uri: str | os.PathLike[str]) -> None:
         fs.rm(path, recursive=True)
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether something read from a JSON file names one file directly inside a folder, and so none elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def safe_name(name: str) -> str:
     """Return a file or folder name for a name that comes from data, such as a category.
 
@@ -322,9 +379,8 @@ def sha256_of(content: bytes) -> str:
 
 def sha256_file(uri: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
-    fs, path = resolve(uri)
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as handle:
+    with open_for_reading(uri) as handle:
         while piece := handle.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -16,8 +16,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from unianom.data.schema import Crop, SampleRef
-from unianom.errors import DataError, OptionError
-from unianom.files import composed_otherwise, is_chained, resolve
+from unianom.errors import DataError, OptionError, storage_error
+from unianom.files import check_regular, composed_otherwise, is_chained, resolve
 from unianom.written import natural, typed, words
 
 IMAGE_SUFFIXES = (
@@ -244,7 +244,7 @@ class Source:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"no folder {self.uri(folder)}; check the path of the source") from error
         except Exception as error:  # a remote file system raises whatever its client library does
-            raise DataError(f"cannot list {self.uri(folder)}: {error}") from error
+            raise storage_error(error) or DataError(f"cannot list {self.uri(folder)}: {error}") from error
         entries = []
         for info in listing:
             if info["name"] == inside and info["type"] == "file":
@@ -289,9 +289,12 @@ class Source:
             DataError: the file is not there.
         """
         try:
+            check_regular(self.fs, self._inside(path))
             return bytes(self.fs.cat_file(self._inside(path)))
         except (FileNotFoundError, IsADirectoryError) as error:
             raise DataError(f"no file {self.uri(path)}; check the path of the source") from error
+        except OSError as error:
+            raise storage_error(error) or DataError(f"cannot read {self.uri(path)}: {error}") from error
 
     def images(self, folder: str) -> list[Entry]:
         """Images directly in `folder`, sorted; what else lies there is left out.
