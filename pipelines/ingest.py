@@ -48,7 +48,7 @@ from unianom.data.layouts.base import check_mask_threshold
 from unianom.data.schema import ANOMALOUS, NORMAL, SAMPLE_SCHEMA, SCHEMA_VERSION, Crop, SampleRef
 from unianom.data.shards import PartWriter, ShardSet, write_rejected
 from unianom.data.splits import hold_out
-from unianom.errors import DataError, ImageError, OptionError
+from unianom.errors import DataError, ImageError, OptionError, image_error, storage_error
 from unianom.serialise import to_plain
 from unianom.written import plain_options
 
@@ -472,25 +472,25 @@ def read_image_file(uri: str, tries: int = 3) -> bytes:
     """The bytes of an image file; what may pass (a lost connection) is tried again.
 
     Raises:
-        ImageError: the file is not there, is a folder, or may not be read.
-        DataError: the store cannot be read.
+        ImageError: the file is not there, is no file but a folder or a named pipe, or may not be read.
+        DataError, MachineError: the store cannot be read.
     """
     for attempt in itertools.count(1):
         try:
             return files.read_bytes(uri)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            otherwise = files.composed_otherwise(uri)  # the name may come from a list made on another system
-            if otherwise is not None and otherwise != uri and attempt < tries:
-                uri = otherwise
-                continue
-            raise ImageError("missing", f"no such file: {uri}") from error
-        except IsADirectoryError as error:
-            raise ImageError("unsupported", f"a folder, not an image file: {uri}") from error
-        except PermissionError as error:
-            if not files.is_local(uri):  # a store answers so when credentials expire, which is no fault of the image
-                raise DataError(f"no permission to read {uri}; renew the credentials and run again") from error
-            raise ImageError("missing", f"no permission to read {uri}") from error
         except OSError as error:
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                otherwise = files.composed_otherwise(uri)  # the name may come from a list made on another system
+                if otherwise is not None and otherwise != uri and attempt < tries:
+                    uri = otherwise
+                    continue
+            if isinstance(error, PermissionError) and not files.is_local(uri):
+                # a store answers so when credentials expire, which is no fault of the image
+                raise storage_error(error) or DataError(
+                    f"no permission to read {uri}; renew the credentials and run again"
+                ) from error
+            if (fault := image_error(uri, error)) is not None:
+                raise fault from error
             if attempt == tries:
                 raise DataError(f"cannot read {uri}: {error}; run the same command again, it continues") from error
             time.sleep(2.0**attempt)

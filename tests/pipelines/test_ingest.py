@@ -65,8 +65,7 @@ def run_part(output, refs, threads=2, number=0, **arguments):
     limits = arguments.pop("limits", ImageLimits())
     ingester = PartIngester(str(output), "plan", limits, arguments.pop("resize", None), threads, **arguments)
     record = ingester.run({"number": number, "refs": [dataclasses.asdict(r) for r in refs]})
-    name = part_name(number)
-    rows = ShardSet(str(output), {"files": [{"name": name}]}, "").table().to_pylist()
+    rows = ShardSet(str(output), {"files": [record]}, "").table().to_pylist()
     return rows, {row["sample_id"]: row for row in record["rejected"]}, record
 
 
@@ -592,6 +591,80 @@ def test_what_will_not_pass_is_not_tried_again(monkeypatch, naps, error, status)
         read_image_file("/a.png")
     assert caught.value.status == status
     assert naps == []
+
+
+def special(folder, kind):
+    """Path of something with an image's name that is no image, and why."""
+    path = folder / f"{kind}.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+        return path, "unsupported", "a named pipe, not a file"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+        return path, "unsupported", "a device, not a file"
+    if kind == "self":
+        path.symlink_to(path.name)
+        return path, "missing", "a link that leads back to itself"
+    if kind == "loop":
+        path.symlink_to("other.png")
+        (folder / "other.png").symlink_to(path.name)
+        return path, "missing", "a link that leads back to itself"
+    if kind == "dangling":
+        path.symlink_to("/nowhere/a.png")
+        return path, "missing", "no such file"
+    if kind == "long":
+        return folder / ("a" * 300 + ".png"), "missing", "no such file, its name is longer than the file system takes"
+    return folder / "a\0.png", "missing", "no such file"
+
+
+KINDS = ["pipe", "device", "self", "loop", "dangling", "long", "null"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_one_rejected_row(tmp_path, naps, kind):
+    path, status, words = special(tmp_path, kind)
+    good = write(tmp_path / "good.png", encoded(picture(1)))
+    rows, rejected, _ = run_part(tmp_path / "out", [ref("bad", uri=str(path)), ref("good", uri=good)])
+    assert [row["sample_id"] for row in rows] == ["set/good"]
+    assert rejected["set/bad"]["status"] == status
+    assert rejected["set/bad"]["error"].startswith(f"{words}: {path}")
+    assert naps == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_is_no_file_is_told_and_its_image_kept(tmp_path, naps, kind):
+    path, status, _ = special(tmp_path, kind)
+    good = write(tmp_path / "good.png", encoded(picture(1)))
+    rows, _, record = run_part(tmp_path / "out", [ref("good", uri=good, label=1, split="test", mask_uri=str(path))])
+    assert [row["mask"] for row in rows] == [None]
+    assert record["masks"]["missing" if status == "missing" else "unreadable"] == ["set/good"]
+
+
+@pytest.mark.parametrize("layout", ["folder", "manifest"])
+def test_a_source_with_pipes_and_loops_is_read_to_its_end(tmp_path, inline, layout):
+    source = tmp_path / "source"
+    for number in range(3):
+        write(source / "good" / f"{number}.png", encoded(picture(number)))
+    paths = [special(source / "good", kind)[0] for kind in KINDS if kind not in ("long", "null")]
+    options = {"normal": "good"}
+    if layout == "manifest":
+        options = {}
+        names = [*(source / "good" / f"{number}.png" for number in range(3)), *paths]
+        rows = [{"filename": f"good/{p.name}", "category": "x", "split": "train", "label": 0} for p in names]
+        (source / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = ingest(
+        IngestOptions(
+            layout,
+            str(source if layout == "folder" else source / "all.jsonl"),
+            str(tmp_path / "out"),
+            layout_options=options,
+            max_reject_fraction=0.9,
+        )
+    )
+    images = {row["uri"].rsplit("/", 1)[1] for row in result.shards.table(columns=["uri"]).to_pylist()}
+    assert images == {"0.png", "1.png", "2.png"}
+    rejected = {row["uri"].rsplit("/", 1)[1] for row in result.shards.rejected().to_pylist()}
+    assert rejected >= {path.name for path in paths}
 
 
 def test_map_ahead_keeps_the_order_and_a_bounded_number_in_hand():
