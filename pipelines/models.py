@@ -40,6 +40,13 @@ class ModelShelf:
                 names: dict[str, str] = files.read_json(index)
             except ValueError as error:
                 raise ModelError(f"{index} is damaged: {error}; copy it again") from error
+            if not isinstance(names, dict) or not names:
+                raise ModelError(f"{index} is damaged: it names no folder for a category; copy it again")
+            if strange := [repr(name) for name in names.values() if not files.is_plain_name(name)]:
+                raise ModelError(
+                    f"{index} names {strange[0]}, which is no folder beside it; a model is read from nowhere else, so "
+                    f"copy the whole folder again"
+                )
             return ModelShelf(folder, {category: files.join(folder, name) for category, name in names.items()})
         found = ", ".join(files.list_names(folder)[:5]) or "nothing"
         raise ModelError(f"no model in {folder} (found: {found}); give a folder that jobs/train.py wrote")

@@ -197,7 +197,7 @@ def read_section(folder: str) -> Section:
 
 
 def _section_picture(folder: str, name: str) -> str:
-    if "/" in name or "\\" in name:
+    if not files.is_plain_name(name):
         raise DataError(f"section {folder} names the picture {name}; pictures must lie beside section.json")
     path = files.join(folder, name)
     try:

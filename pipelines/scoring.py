@@ -324,9 +324,11 @@ def _commit(
     ids = draft.table(columns=["sample_id"])["sample_id"]
     expected = shards.count(selection) + rejected["rows"]
     if len(ids) != expected or len(ids.unique()) != expected:
+        twice = [found["values"] for found in ids.value_counts().to_pylist() if found["counts"] > 1]
         raise DataError(
-            f"{output} holds {len(ids)} rows of {len(ids.unique())} samples, the shards {expected}; "
-            f"were they changed in the meantime? score again with --overwrite true"
+            f"the shards {shards.uri} are damaged: their parts and rejected samples make {len(ids)} scores"
+            f"{f', two of them of {twice[0]}' if twice else ''}, their manifest counts {expected}; copy them again, or "
+            f"run jobs/ingest.py again"
         )
     statuses: Counter[str] = Counter()
     for record in [*done, rejected]:

@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from unianom.data.shards import (
     ShardSet,
     write_rejected,
 )
-from unianom.errors import DataError
+from unianom.errors import DataError, MachineError
 
 SPLITS = ("test", "train", "val")  # in the order that parts hold them
 
@@ -77,6 +78,20 @@ def write_part(folder, name, rows, schema=SAMPLE_SCHEMA, group_bytes=64 << 20):
         writer.close()
 
 
+def entry(folder, name, rows):
+    """What a manifest says of a part."""
+    return {"name": name, "rows": len(rows), "sha256": files.sha256_file(files.join(folder, name))}
+
+
+def with_checksums(shards):
+    """The same set, its manifest telling the checksums of its parts as they are now: damage is left to the pages'."""
+    manifest = {**shards.manifest}
+    manifest["files"] = [
+        {**entry, "sha256": files.sha256_file(files.join(shards.uri, entry["name"]))} for entry in manifest["files"]
+    ]
+    return type(shards)(shards.uri, manifest, shards.digest)
+
+
 def counts(rows):
     keys = ("dataset", "category", "split", "label", "defect")
     groups = {tuple(row[key] for key in keys): 0 for row in rows}
@@ -94,7 +109,8 @@ def write_set(folder, parts, kind="shard set", group_bytes=64 << 20, **changes):
         "kind": kind,
         "schema_version": SCHEMA_VERSION if kind == "shard set" else SCORE_VERSION,
         "counts": counts([row for rows in parts for row in rows]),
-        "files": [{"name": f"part-{number}.parquet"} for number in range(len(parts))],
+        "files": [entry(folder, f"part-{number}.parquet", rows) for number, rows in enumerate(parts)],
+        "rejected": {},
         **changes,
     }
     files.write_json(files.join(folder, MANIFEST), manifest)
@@ -112,7 +128,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("group_bytes", [1, 5000, 64 << 20])
 def test_every_column_of_a_sample_comes_back_nulls_included(tmp_path, group_bytes):
     write_part(tmp_path, "part-0.parquet", ROWS, group_bytes=group_bytes)
-    shards = ShardSet(str(tmp_path), {"files": [{"name": "part-0.parquet"}]}, "")
+    shards = ShardSet(str(tmp_path), {"files": [entry(tmp_path, "part-0.parquet", ROWS)]}, "")
     table = shards.table()
     assert table.schema.equals(SAMPLE_SCHEMA)
     assert table.to_pylist() == ROWS
@@ -214,6 +230,7 @@ def test_readers_skip_row_groups_of_other_splits(shards):
         start = column.data_page_offset
         content[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     path.write_bytes(bytes(content))
+    shards = with_checksums(shards)
     assert shards.table(Selection(("train",))).to_pylist() == ROWS[20:40]
     for split in ("test", "val"):
         with pytest.raises(DataError):
@@ -344,8 +361,11 @@ def test_a_missing_or_damaged_part_is_told_by_its_row_groups_too(grouped):
     column = pq.ParquetFile(path).metadata.row_group(1).column(SAMPLE_SCHEMA.names.index("image"))
     end = column.data_page_offset + column.total_compressed_size
     path.write_bytes(content[: end - 20] + bytes(20) + content[end:])
+    grouped = with_checksums(grouped)
     assert grouped.read_group("part-2.parquet", 0, Selection(), ["image"]).num_rows > 0
-    with pytest.raises(DataError, match=r"cannot read .*part-2.parquet: .*remove .*jobs/ingest.py again"):
+    with pytest.raises(
+        DataError, match=r"cannot read .*part-2.parquet: .*copy it again, or remove .*jobs/ingest.py again"
+    ):
         grouped.read_group("part-2.parquet", 1, Selection(), ["image"])
     path.unlink()
     for look in (
@@ -405,7 +425,9 @@ def test_a_damaged_manifest(tmp_path):
 
 def test_a_missing_part(shards):
     (Path(shards.uri) / "part-0.parquet").unlink()
-    with pytest.raises(DataError, match=r"part-0.parquet is listed in the manifest but missing; remove"):
+    with pytest.raises(
+        DataError, match=r"part-0.parquet is listed in the manifest but missing; copy it again, or remove"
+    ):
         shards.table()
 
 
@@ -414,7 +436,7 @@ def test_a_cut_off_part(shards):
     content = path.read_bytes()
     for length in (0, 3, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"cannot read .*part-0.parquet: .*remove .*jobs/ingest.py again"):
+        with pytest.raises(DataError, match=r"part-0.parquet is damaged or another set's: .*copy it again, or remove"):
             shards.table()
 
 
@@ -440,7 +462,84 @@ def test_a_part_of_other_columns_is_told(shards):
     pq.write_table(
         pa.table({"split": ["train"], "category": ["nut"], "label": [0]}), files.join(shards.uri, "part-0.parquet")
     )
-    with pytest.raises(DataError, match=r"cannot read .*part-0.parquet"):
+    with pytest.raises(DataError, match=r"part-0.parquet holds 1 rows, _manifest.json says 60"):
+        with_checksums(shards).table()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda table: table.drop_columns(["mask"]), "it has no column mask"),
+        (
+            lambda table: table.set_column(4, "label", table["label"].cast(pa.string())),
+            "column label is string, not int8",
+        ),
+    ],
+)
+def test_a_part_of_another_schema_is_told_whatever_is_read_of_it(shards, change, fault):
+    path = Path(shards.uri) / "part-0.parquet"
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+    with pytest.raises(DataError, match=rf"part-0.parquet is no part of a shard set: {fault}; copy it again"):
+        with_checksums(shards).table(columns=["sample_id"])
+
+
+@pytest.mark.parametrize("columns", [["sample_id"], ["image"]])
+def test_a_part_with_rows_removed_or_of_another_set_is_named(tmp_path, columns):
+    """Valid Parquet of the right schema, so that only the manifest knows."""
+    uri = write_set(tmp_path / "set", [ROWS[:20], ROWS[20:40], ROWS[40:]])
+    changed = [sample(number, "train", sample_id=f"other/{number}") for number in range(20)]
+    write_part(tmp_path / "set", "part-1.parquet", changed)
+    found = files.sha256_file(files.join(uri, "part-1.parquet"))[:12]
+    with pytest.raises(DataError, match=rf"set/part-1.parquet is damaged or another set's: its SHA-256 is {found}…"):
+        ShardSet.open(uri).table(columns=columns)
+    write_part(tmp_path / "set", "part-1.parquet", ROWS[20:39])
+    with pytest.raises(DataError, match=r"set/part-1.parquet holds 19 rows, _manifest.json says 20; copy it again"):
+        with_checksums(ShardSet.open(uri)).table(columns=columns)
+
+
+def test_a_large_part_is_checked_where_its_images_are_read(shards, monkeypatch):
+    """Reading the identifiers of a large set does not read all of it; taking its images does."""
+    monkeypatch.setattr("unianom.data.shards.SMALL", 0)
+    rows = [{**ROWS[0], "image": b"exchanged"}, *ROWS[1:]]
+    write_part(shards.uri, "part-0.parquet", rows)
+    assert shards.table(columns=["sample_id"]).num_rows == len(ROWS)
+    with pytest.raises(DataError, match=r"part-0.parquet is damaged or another set's"):
+        next(iter(shards.read("part-0.parquet", columns=["image"])))
+
+
+def test_a_part_is_hashed_once_until_it_changes(shards, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(files, "sha256_file", lambda uri, own=files.sha256_file: hashed.append(uri) or own(uri))
+    for _ in range(3):
+        shards.table(columns=["image"])
+    assert len(hashed) == 1
+    write_part(shards.uri, "part-0.parquet", ROWS[:59])
+    with pytest.raises(DataError, match=r"part-0.parquet is damaged"):
+        shards.table(columns=["image"])
+
+
+@pytest.mark.parametrize(
+    "name", ["../set/part-0.parquet", "/etc/part-0.parquet", "..", "a\\part-0.parquet", "", "sub/x"]
+)
+def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, name):
+    part = {"name": name, "rows": 60, "sha256": ""}
+    uri = write_set(tmp_path / "set", [ROWS], files=[part])
+    with pytest.raises(DataError, match=r"_manifest.json names the part .* which is no file beside it") as raised:
+        ShardSet.open(uri)
+    assert repr(name) in str(raised.value)
+
+
+@pytest.mark.parametrize("entry", [{"name": "part-0.parquet"}, "part-0.parquet", {"name": 3, "rows": 1, "sha256": ""}])
+def test_a_manifest_that_tells_too_little_of_its_parts(tmp_path, entry):
+    with pytest.raises(DataError, match=r"_manifest.json is damaged: a part in it lacks name, rows or sha256"):
+        ShardSet.open(write_set(tmp_path, [ROWS], files=[entry]))
+
+
+def test_a_pipe_in_the_place_of_a_part_is_told(shards):
+    path = Path(shards.uri) / "part-0.parquet"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(MachineError, match=r"part-0.parquet is a named pipe, not a file"):
         shards.table()
 
 
@@ -462,9 +561,13 @@ REJECTED_ROW = {
 def test_rejected_samples_are_sorted_and_kept_in_full(shards):
     rows = [{**REJECTED_ROW, "sample_id": name} for name in ("set/c", "set/a", "set/b")]
     write_rejected(shards.uri, rows)
+    with pytest.raises(DataError, match=r"_rejected.parquet holds 3 rows, _manifest.json says 0; copy it again"):
+        shards.rejected()
+    shards.manifest["rejected"]["corrupt"] = 3
     assert shards.rejected().schema.equals(REJECTED_SCHEMA)
     assert shards.rejected().to_pylist() == [rows[1], rows[2], rows[0]]
     write_rejected(shards.uri, [])
+    shards.manifest["rejected"].clear()
     assert shards.rejected().num_rows == 0
     assert shards.rejected().schema.equals(REJECTED_SCHEMA)
 
@@ -480,12 +583,15 @@ def test_a_missing_or_damaged_list_of_rejected_samples(shards):
 def test_a_set_on_an_object_store():
     folder = "memory://test-shards/set"
     try:
-        shards = ShardSet.open(write_set(folder, [ROWS[:20], ROWS[20:]]))
+        shards = ShardSet.open(write_set(folder, [ROWS[:20], ROWS[20:]], rejected={"corrupt": 1}))
         write_rejected(folder, [REJECTED_ROW])
         assert shards.uri.startswith("memory://")
         assert shards.table().to_pylist() == ROWS
         assert shards.table(Selection(("val",)), ["sample_id"]).num_rows == 20
         assert shards.rejected().to_pylist() == [REJECTED_ROW]
+        write_part(folder, "part-1.parquet", ROWS[20:40])
+        with pytest.raises(DataError, match=r"memory:.*part-1.parquet is damaged or another set's"):
+            shards.table()
         files.remove(files.join(folder, "part-1.parquet"))
         with pytest.raises(DataError, match=r"part-1.parquet is listed in the manifest but missing"):
             shards.table()

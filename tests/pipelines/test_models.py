@@ -54,6 +54,21 @@ def test_one_model_for_each_category(tmp_path, store):
         files.remove("memory://test-shelf")
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/model", "a/b", "..", "", 3, None])
+def test_an_index_names_folders_beside_it_only(tmp_path, name):
+    write_description(tmp_path / "elsewhere")
+    write_index(str(tmp_path / "shelf"), {"nut": name})
+    with pytest.raises(ModelError, match=r"models.json names .*, which is no folder beside it"):
+        ModelShelf.open(str(tmp_path / "shelf"))
+
+
+@pytest.mark.parametrize("content", [[], {}, "nut"])
+def test_an_index_of_another_form_is_damaged(tmp_path, content):
+    files.write_json(tmp_path / INDEX, content)
+    with pytest.raises(ModelError, match=r"models.json is damaged: it names no folder for a category"):
+        ModelShelf.open(str(tmp_path))
+
+
 def test_the_index_does_not_depend_on_the_order_of_fitting(tmp_path):
     write_index(str(tmp_path / "a"), {"nut": "nut", "bolt": "bolt"})
     write_index(str(tmp_path / "b"), {"bolt": "bolt", "nut": "nut"})

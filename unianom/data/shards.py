@@ -7,6 +7,7 @@ of every job.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,22 @@ import pyarrow.parquet as pq
 
 from unianom import files
 from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION, SPLITS
-from unianom.errors import DataError
+from unianom.errors import DataError, storage_error
 
 MANIFEST = "_manifest.json"
 REJECTED = "_rejected.parquet"
+
+
+HEAVY = frozenset(("image", "mask", "anomaly_map"))
+"""Columns that make up nearly all of a part."""
+
+SMALL = 32 << 20
+"""Bytes of a part up to which its checksum is compared whatever is read of it."""
+
+MOST_IN_MEMORY = 512 << 20
+"""Bytes of a part on an object store up to which it is held in memory to compare its checksum."""
+
+_verified_files: set[tuple[Any, ...]] = set()
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,8 @@ class PartSet:
             manifest = files.read_json(path)
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}; {cls._again(folder)}") from error
+        if not isinstance(manifest, dict):
+            raise DataError(f"{path} is damaged: it holds no JSON object; {cls._again(folder)}")
         if manifest.get("kind") != cls.kind:
             raise DataError(f"{folder} is a {manifest.get('kind')}, not a {cls.kind}; make one with {cls.job}")
         if manifest.get("schema_version") != cls.version:
@@ -95,6 +110,10 @@ class PartSet:
                 f"{folder} has schema version {manifest.get('schema_version')}, this unianom reads {cls.version}; "
                 f"{cls._again(folder)}"
             )
+        if not isinstance(manifest.get("counts"), list) or not isinstance(manifest.get("files"), list):
+            raise DataError(f"{path} is damaged: it names no counts or files; {cls._again(folder)}")
+        for entry in manifest["files"]:
+            _check_entry(entry, path)
         return cls(folder, manifest, files.sha256_file(path))
 
     @classmethod
@@ -149,10 +168,10 @@ class PartSet:
         """Rows of one part in their order, at most `rows` in a batch; row groups that cannot match are skipped.
 
         Raises:
-            DataError: the part is missing, damaged or cannot be read.
+            DataError: the part is missing, damaged, not the one in the manifest, or cannot be read.
         """
         wanted = list(columns or self.schema.names)
-        with self._parquet(part) as parquet:
+        with self._parquet(part, wanted) as parquet:
             groups = [g for g in range(parquet.num_row_groups) if self._may_match(parquet, g, selection)]
             needed = list(dict.fromkeys([*wanted, "split", "category", "label"]))
             for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
@@ -199,7 +218,7 @@ class PartSet:
             DataError: as `read`.
         """
         needed = list(dict.fromkeys([*columns, "split", "category", "label"]))
-        with self._parquet(part) as parquet:
+        with self._parquet(part, needed) as parquet:
             table = parquet.read_row_group(group, columns=needed).combine_chunks()
         batches = [batch.filter(selection.mask(batch)) for batch in table.to_batches()]
         kept = pa.Table.from_batches(batches, table.schema).select(list(columns))
@@ -207,20 +226,74 @@ class PartSet:
         return kept.cast(pa.schema(plain))
 
     @contextmanager
-    def _parquet(self, part: str) -> Iterator[pq.ParquetFile]:
-        """An open part; what goes wrong inside becomes a DataError."""
-        fs, path = files.resolve(files.join(self.uri, part))
+    def _parquet(self, part: str, columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+        """An open part that is the one in the manifest; what goes wrong inside becomes a DataError.
+
+        Its rows and its schema are compared always. Its checksum is where `columns` hold images, masks or maps, which
+        are nearly all of it, or where the part is small, once in a process as long as the file stays as it is; the
+        pages that are read have checksums of their own.
+        """
+        place = files.join(self.uri, part)
+        entry = next((entry for entry in self.manifest["files"] if entry["name"] == part), None)
+        if entry is None:
+            raise DataError(f"{self.uri} has no part {part}")
         try:
-            with fs.open(path, "rb") as handle:
-                yield pq.ParquetFile(handle, page_checksum_verification=True)
+            with self._verified(part, entry["sha256"], bool(HEAVY & set(columns))) as handle:
+                parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+                if parquet.metadata.num_rows != entry["rows"]:
+                    raise DataError(
+                        f"{place} holds {parquet.metadata.num_rows} rows, {MANIFEST} says {entry['rows']}; "
+                        f"{self._mend()}"
+                    )
+                if (fault := _schema_fault(parquet.schema_arrow, self.schema)) is not None:
+                    raise DataError(f"{place} is no part of a {self.kind}: {fault}; {self._mend()}")
+                yield parquet
         except FileNotFoundError as error:
-            raise DataError(
-                f"{self.uri}/{part} is listed in the manifest but missing; {self._again(self.uri)}"
-            ) from error
+            raise DataError(f"{place} is listed in the manifest but missing; {self._mend()}") from error
         except (pa.ArrowException, OSError, KeyError) as error:
+            if (known := storage_error(error)) is not None:
+                raise known from error
+            raise DataError(f"cannot read {place}: {error}; if it is damaged, {self._mend()}") from error
+
+    def _mend(self) -> str:
+        return f"copy it again, or {self._again(self.uri)}"
+
+    @contextmanager
+    def _verified(self, part: str, sha256: str, heavy: bool) -> Iterator[Any]:
+        """An open part, after its checksum was compared if it is to be; see `_parquet`.
+
+        One on an object store is fetched whole for that and read from memory, so that nothing is fetched twice.
+
+        Raises:
+            DataError: another checksum than the manifest's.
+        """
+        place = files.join(self.uri, part)
+        fs, path = files.resolve(place)
+        files.check_regular(fs, path)
+        info = fs.info(path)
+        size = int(info["size"])
+        state = (place, sha256, *(info.get(key) for key in ("size", "mtime", "ino", "ETag", "LastModified", "created")))
+        if state in _verified_files or not (heavy or size <= SMALL):
+            with files.open_for_reading(place) as handle:
+                yield handle
+            return
+        content = None
+        if files.is_local(place) or size > MOST_IN_MEMORY:
+            found = files.sha256_file(place)
+        else:
+            content = files.read_bytes(place)
+            found = files.sha256_of(content)
+        if found != sha256:
             raise DataError(
-                f"cannot read {self.uri}/{part}: {error}; if it is damaged, {self._again(self.uri)}"
-            ) from error
+                f"{place} is damaged or another set's: its SHA-256 is {found[:12]}…, {MANIFEST} says {sha256[:12]}…; "
+                f"{self._mend()}"
+            )
+        _verified_files.add(state)
+        if content is not None:
+            yield io.BytesIO(content)
+            return
+        with files.open_for_reading(place) as handle:
+            yield handle
 
     def _may_match(self, parquet: pq.ParquetFile, group: int, selection: Selection | None) -> bool:
         """Whether a row group can hold a selected row, by its statistics of `split`."""
@@ -230,6 +303,28 @@ class PartSet:
         if statistics is None or not statistics.has_min_max:
             return True
         return any(statistics.min <= split <= statistics.max for split in selection.splits)
+
+
+def _check_entry(entry: Any, manifest: str) -> None:
+    """Refuse what a manifest says of a part unless it is a file beside it, with its rows and checksum."""
+    types = {"name": str, "rows": int, "sha256": str}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in types.items()):
+        raise DataError(f"{manifest} is damaged: a part in it lacks name, rows or sha256; copy it again")
+    if not files.is_plain_name(entry["name"]):
+        raise DataError(
+            f"{manifest} names the part {entry['name']!r}, which is no file beside it; nothing is read from elsewhere, "
+            f"so copy the whole folder again"
+        )
+
+
+def _schema_fault(found: pa.Schema, expected: pa.Schema) -> str | None:
+    """Where the schema of a part differs from the one it should have, in words."""
+    for field in expected:
+        if field.name not in found.names:
+            return f"it has no column {field.name}"
+        if found.field(field.name).type != field.type:
+            return f"column {field.name} is {found.field(field.name).type}, not {field.type}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -247,12 +342,18 @@ class ShardSet(PartSet):
         Raises:
             DataError: the file is missing, damaged or cannot be read.
         """
-        fs, path = files.resolve(files.join(self.uri, REJECTED))
+        place = files.join(self.uri, REJECTED)
         try:
-            with fs.open(path, "rb") as handle:
-                return pq.read_table(handle).cast(REJECTED_SCHEMA)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"cannot read {self.uri}/{REJECTED}: {error}; {self._again(self.uri)}") from error
+            with files.open_for_reading(place) as handle:
+                table = pq.read_table(handle).cast(REJECTED_SCHEMA)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if (known := storage_error(error)) is not None:
+                raise known from error
+            raise DataError(f"cannot read {place}: {error}; {self._mend()}") from error
+        expected = sum(self.manifest.get("rejected", {}).values())
+        if len(table) != expected:
+            raise DataError(f"{place} holds {len(table)} rows, {MANIFEST} says {expected}; {self._mend()}")
+        return table
 
 
 @dataclass(frozen=True)

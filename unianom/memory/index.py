@@ -402,7 +402,7 @@ def _is_entry(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), kind) for key, kind in types.items())
-        and not {"/", "\\"} & set(entry["file"])  # never read outside the folder
+        and files.is_plain_name(entry["file"])  # never read outside the folder
     )
 
 
