@@ -43,6 +43,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
 from unianom.memory.coreset import greedy_coreset, random_projection
 from unianom.memory.index import MemoryBank
+from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.layers.bank import BankConfig
 from unianom.model import Model, is_model, versions
@@ -103,7 +104,8 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
     work = files.join(output, WORK)
     encoder = files.join(work, "encoder")
     if not is_model(encoder):
-        Model(METHODS[name](config), categories).save(encoder)
+        with memory_limit(f"--method: {name}"):
+            Model(METHODS[name](config), categories).save(encoder)
     connect(options.runtime)
     rate = _embed(encoder, shards, chosen.learn, categories, work, options)
     method = load_model(encoder, "cpu").method

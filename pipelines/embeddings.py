@@ -28,6 +28,7 @@ from unianom import __version__, files
 from unianom.data.image import ImageLimits
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
+from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import Embedding
 from unianom.model import Model, is_model
@@ -127,7 +128,8 @@ def embed_once(
         if complete:
             return made
         if not is_model(made.encoder):
-            Model(METHODS[name](config), shards.categories).save(made.encoder)
+            with memory_limit(f"--method: {name}"):
+                Model(METHODS[name](config), shards.categories).save(made.encoder)
         arguments = {
             "embedded": made,
             "batch_size": options.batch_size,

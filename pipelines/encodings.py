@@ -27,6 +27,7 @@ from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
+from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import Embedding, Encoded
 from unianom.model import Model, is_model
@@ -105,7 +106,8 @@ def encode_once(
         if complete:
             return made
         if not is_model(made.encoder):
-            Model(METHODS[name](config), categories).save(made.encoder)
+            with memory_limit(f"--method: {name}"):
+                Model(METHODS[name](config), categories).save(made.encoder)
         compared = len(ProxySet(proxy))
         units: dict[str, dict[str, Any]] = {}
         for part in shards.parts:

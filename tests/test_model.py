@@ -245,6 +245,34 @@ def test_an_unknown_method_is_refused(folder):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "words"), [("treshold", r" \(did you mean threshold\?\)"), ("postprocess", "")], ids=str
+)
+def test_an_unknown_key_beside_the_config_is_refused(key, words, folder):
+    edit(folder, **{key: None})
+    with pytest.raises(ModelError, match=rf"model\.json holds the unknown key '{key}'{words}; remove it"):
+        load(folder)
+
+
+def exchange_weights(folder: Path, content: bytes) -> None:
+    """Other bytes, whose checksum the description tells."""
+    (folder / "weights.safetensors").write_bytes(content)
+    edit(folder, weights_sha256=files.sha256_of(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", (1 << 40).to_bytes(8, "little") + b"{}", bytes(200)])
+def test_weights_that_are_none_are_named_though_their_checksum_fits(content, folder):
+    exchange_weights(folder, content)
+    with pytest.raises(ModelError, match=r"weights\.safetensors holds no weights that can be read: .*; fit the model"):
+        load(folder)
+
+
+def test_a_cut_off_file_of_weights_is_named_though_its_checksum_fits(folder):
+    exchange_weights(folder, (folder / "weights.safetensors").read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"weights\.safetensors holds no weights that can be read"):
+        load(folder)
+
+
 def test_damaged_weights_are_named(folder):
     content = bytearray((folder / "weights.safetensors").read_bytes())
     content[-7] ^= 1
@@ -289,6 +317,9 @@ def test_a_missing_or_exchanged_bank_is_named(folder):
         ({"input": None}, "input=None must be InputPolicy"),
         ({"backbone": {"name": "resnet9000"}}, "no such model"),
         ({"backbone": {}}, "name"),
+        ({"input": {"resize": "stretch", "size": 1_000_000}}, "input.size=1000000"),
+        ({"input": {"size": 1_000_000, "crop": 1_000_000}}, "a side has at most 4096 pixels"),
+        ({"input": {"resize": "stretch", "size": 64, "pad": 1_000_000}}, "input.pad=1000000"),
     ],
     ids=str,
 )
@@ -296,6 +327,27 @@ def test_an_edited_config_is_refused(changes, fault, folder):
     edit_config(folder, **changes)
     with pytest.raises(ModelError, match=rf"config in .*model\.json is not valid: .*{re.escape(fault)}"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("uniad", {"dim": 1 << 20, "heads": 1}),
+        ("uniad", {"hidden": 1 << 40}),
+        ("uniad", {"encoder_layers": 1 << 40}),
+        ("unias", {"hidden": 1 << 40}),
+    ],
+    ids=str,
+)
+def test_a_network_beyond_its_weights_is_refused_before_it_is_made(method, changes, tmp_path):
+    """Sizes that pass every other check; what would be made takes terabytes."""
+    Model(tiny_method(method), ["nut"]).save(tmp_path)
+    config = json.loads((tmp_path / "model.json").read_text())["config"]
+    for key, value in changes.items():
+        (config if key in config else config["transformer"])[key] = value
+    edit(tmp_path, config=config)
+    with pytest.raises(ModelError, match=r"config in .*model\.json is not valid: its network would need more than"):
+        load(tmp_path)
 
 
 def test_weights_of_another_network_are_refused(folder):
@@ -406,7 +458,7 @@ def test_a_single_image_is_refused(single, model):
 
 def test_images_that_cannot_be_used_are_named(model, tmp_path):
     good = pictures(1)[0]
-    with pytest.raises(ImageError, match=r"images\[1\]: there is no file .*none\.png") as raised:
+    with pytest.raises(ImageError, match=r"images\[1\]: no such file: .*none\.png") as raised:
         model.predict([good, tmp_path / "none.png"])
     assert raised.value.status == "missing"
     with pytest.raises(ImageError, match=r"images\[2\]: not an image") as raised:

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ from unianom import files
 from unianom.backbones import state_faults, with_padding_of_old
 from unianom.calibration import Calibration, CalibrationConfig, Calibrator
 from unianom.data.image import ImageLimits, check_bits, decode_image, normalise, prepare_image, spread_bits
-from unianom.errors import DataError, ImageError, ModelError, OptionError
+from unianom.errors import DataError, ImageError, ModelError, OptionError, UnianomError, image_error, storage_error
 from unianom.memory.index import MemoryBank
+from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
 from unianom.methods.layers.folding import fold_batch_norm
 from unianom.serialise import from_plain, to_plain
 from unianom.thresholds import DecisionRule, Threshold
 
 FORMAT_VERSION = 1
+
+OPTIONAL_KEYS = ("calibrator", "decision_rule")
 
 KEYS = ("method", "config", "categories", "threshold", "provenance", "weights_sha256", "bank_sha256")
 """What `model.json` holds beside its format version; a calibrated model also has "calibrator", and one that
@@ -348,16 +352,11 @@ def _read_file(uri: str | os.PathLike[str]) -> bytes:
     name = os.fspath(uri)
     try:
         return files.read_bytes(uri)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("missing", f"there is no file {name}") from error
-    except IsADirectoryError as error:
-        raise ImageError("missing", f"there is no file {name}, which is a folder; name the images in it") from error
-    except PermissionError as error:
-        raise ImageError("missing", f"no permission to read {name}") from error
     except DataError as error:
         raise OptionError(str(error)) from error
-    except (OSError, ValueError) as error:  # such as a name too long, or with a zero byte
-        raise ImageError("missing", f"cannot read {name!r}: {error}") from error
+    except OSError as error:
+        known = image_error(uri, error) or storage_error(error)
+        raise known or ImageError("missing", f"cannot read {name!r}: {error}") from error
 
 
 def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
@@ -395,6 +394,12 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         )
     if absent := [key for key in KEYS if key not in description]:
         raise ModelError(f"{path} is damaged: it has no {', '.join(absent)}; copy it again or fit the model again")
+    if unknown := sorted(set(description) - {"format_version", *KEYS, *OPTIONAL_KEYS}):
+        near = get_close_matches(unknown[0], [*KEYS, *OPTIONAL_KEYS], 1)
+        raise ModelError(
+            f"{path} holds the unknown key '{unknown[0]}'{f' (did you mean {near[0]}?)' if near else ''}; remove it, "
+            f"or use the unianom that wrote it"
+        )
     if description["method"] not in METHODS:
         raise ModelError(f"{path} names method '{description['method']}'; known: {', '.join(sorted(METHODS))}")
     cls = METHODS[description["method"]]
@@ -402,11 +407,19 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         config: Any = from_plain(cls.Config, with_padding_of_old(description["config"]))
         # built with random weights, which the folder's own replace at once: nothing is downloaded
         blank = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="random"))
-        method = cls(blank)
-    except (OptionError, TypeError, ValueError, AttributeError) as error:  # the latter for values of a wrong type
+    except _WRONG_VALUES as error:
+        raise ModelError(f"the config in {path} is not valid: {error}; fit the model again") from error
+    weights = files.join(uri, "weights.safetensors")
+    state = _read_state(weights, description["weights_sha256"], "fit the model again")
+    try:
+        with memory_limit("its network", _most_memory(state)):
+            method = cls(blank)
+    except (*_WRONG_VALUES, RuntimeError, MemoryError) as error:
         raise ModelError(f"the config in {path} is not valid: {error}; fit the model again") from error
     method.config = config
-    _fill(method, uri, description["weights_sha256"])
+    method.size_buffers(state)
+    _check_state(weights, method.state_dict(), state, "fit the model again")
+    method.load_state_dict(state)
     if description["bank_sha256"] is not None:
         manifest = files.join(uri, "bank", "manifest.json")
         if not files.exists(manifest) or files.sha256_file(manifest) != description["bank_sha256"]:
@@ -414,16 +427,31 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         assert isinstance(method, MemoryMethod)
         method.bank = MemoryBank.load(files.join(uri, "bank"))
     method.eval().to(device)
-    threshold = description["threshold"]
+    try:
+        threshold = None if description["threshold"] is None else Threshold.from_dict(description["threshold"])
+        rule = description.get("decision_rule")
+        decision_rule = None if rule is None else DecisionRule.from_dict(rule)
+    except (UnianomError, *_WRONG_VALUES) as error:
+        raise ModelError(f"a threshold in {path} is not valid: {error}; fit the model again") from error
     return Model(
         method,
         description["categories"],
-        None if threshold is None else Threshold.from_dict(threshold),
+        threshold,
         description["provenance"],
         files.sha256_file(path),
         None if description.get("calibrator") is None else _load_calibrator(uri, description["calibrator"], device),
-        None if description.get("decision_rule") is None else DecisionRule.from_dict(description["decision_rule"]),
+        decision_rule,
     )
+
+
+_WRONG_VALUES = (OptionError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+"""What options raise for values, and what comes of values of a wrong type."""
+
+
+def _most_memory(state: dict[str, torch.Tensor]) -> int:
+    """Bytes that the network with these weights may take while it is built: beside them, buffers that are not saved,
+    and what initialising them takes."""
+    return 4 * sum(value.nbytes for value in state.values()) + (1 << 30)
 
 
 def store_rule(uri: str | os.PathLike[str], rule: DecisionRule, provenance: dict[str, Any]) -> None:
@@ -463,24 +491,17 @@ def _load_calibrator(
     try:
         config = from_plain(CalibrationConfig, description["config"])
         channels, (height, width) = description["channels"], description["grid"]
-        calibrator = Calibrator(config, description["categories"], channels, (height, width))
         expected = description["sha256"]
-    except (OptionError, TypeError, ValueError, KeyError) as error:
+        state = _read_state(path, expected, "calibrate again")
+        with memory_limit("its head", _most_memory(state)):
+            calibrator = Calibrator(config, description["categories"], channels, (height, width))
+    except (*_WRONG_VALUES, RuntimeError, MemoryError) as error:
         raise ModelError(
             f"the calibrator in model.json of {os.fspath(uri)} is not valid: {error}; calibrate again"
         ) from error
-    state = _read_state(path, expected, "calibrate again")
     _check_state(path, calibrator.state_dict(), state, "calibrate again")
     calibrator.load_state_dict(state)
     return calibrator.eval().to(device)
-
-
-def _fill(method: Method, uri: str | os.PathLike[str], sha256: str) -> None:
-    path = files.join(uri, "weights.safetensors")
-    state = _read_state(path, sha256, "fit the model again")
-    method.size_buffers(state)
-    _check_state(path, method.state_dict(), state, "fit the model again")
-    method.load_state_dict(state)
 
 
 def _read_state(path: str, sha256: str, remedy: str) -> dict[str, torch.Tensor]:
@@ -491,7 +512,10 @@ def _read_state(path: str, sha256: str, remedy: str) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is missing; copy the whole model folder or {remedy}") from error
     if files.sha256_of(content) != sha256:
         raise ModelError(f"{path} is damaged: its checksum differs from model.json; copy it again")
-    return safetensors.torch.load(content)
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:  # a damaged file fails in the parser, each in its own way
+        raise ModelError(f"{path} holds no weights that can be read: {error}; {remedy}") from error
 
 
 def _check_state(path: str, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], remedy: str) -> None:

@@ -58,6 +58,10 @@ class ImageLimits:
             raise ImageError("too_large", f"{size} bytes; the limit is {self.max_bytes} (--limits.max_bytes)")
 
 
+MAX_SIDE = 4096
+"""Pixels of a side of a network's input at most: beyond, one image takes gigabytes in the network."""
+
+
 @dataclass(frozen=True)
 class InputPolicy:
     """How an image becomes the network's input.
@@ -86,6 +90,11 @@ class InputPolicy:
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
+        if max(self.size, self.crop or 0, self.pad or 0) > MAX_SIDE:
+            raise OptionError(
+                f"input.size={self.size}, input.crop={self.crop}, input.pad={self.pad}: a side has at most {MAX_SIDE} "
+                f"pixels"
+            )
         if self.resize == "short_side" and self.crop is None:
             raise OptionError("input.resize=short_side needs input.crop, since images of a batch must be of one size")
         if not 1 <= self._cut <= self.size:
