@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import errno
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
@@ -17,11 +21,22 @@ from rich.console import Console
 from rich.table import Table
 
 from unianom import files
-from unianom.errors import OptionError, UnianomError
+from unianom.errors import OptionError, UnianomError, storage_error
 from unianom.serialise import to_plain
 from unianom.written import Argument, dump_yaml, natural, read_yaml, typed
 
 DONE, FAILED, WRONG_OPTIONS = 0, 1, 2
+
+STOPS = {
+    number: words
+    for name, words in (
+        ("SIGINT", "interrupted"),
+        ("SIGTERM", "terminated"),
+        ("SIGHUP", "hung up (its terminal was closed)"),
+    )
+    if (number := getattr(signal, name, None)) is not None  # Windows has no SIGHUP
+}
+"""Signals that end a job in good order, and what it then says."""
 
 _AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 """What is printed is data, in which [a] is no markup and :a: no picture."""
@@ -41,23 +56,85 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    stops = _Stops()
     try:
         parsed = parse(options, arguments)
         main(parsed)
-    except KeyboardInterrupt:
-        _exit(FAILED, "interrupted; the same command continues")
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or stops.received is not None:
+            stops.leave()
         if isinstance(error, SystemExit):
             raise
         if debug:
             traceback.print_exc()
+            if (worker := worker_error(error)) is not None:
+                print(f"in the worker:\n{worker.trace}", file=sys.stderr, flush=True)
         known = user_error(error)
         if isinstance(known, OptionError):
             _exit(WRONG_OPTIONS, str(known))
         if known is not None:
             _exit(FAILED, str(known))
-        _exit(FAILED, f"{type(error).__name__}: {last_line(error)} (unexpected; --debug shows where)")
+        _exit(FAILED, f"{reason(error)} (unexpected; --debug shows where)")
     sys.exit(DONE)
+
+
+class _Stops:
+    """Makes every signal of `STOPS` end the job as Ctrl-C does: by a KeyboardInterrupt in the main thread.
+
+    One that is ignored from the start, as under nohup, stays so.
+
+    Attributes:
+        received: the first that came; None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._leaving = False
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._leaving:
+            os._exit(FAILED)  # asked twice: what Ray started on this machine ends by itself
+        self.received = self.received or number
+        raise KeyboardInterrupt
+
+    def leave(self) -> NoReturn:
+        """Say so, end what was started, and exit."""
+        self._leaving = True
+        words = STOPS[signal.SIGINT if self.received is None else self.received]
+        print(f"error: {words}; the same command continues", file=sys.stderr, flush=True)
+        if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+            # a thread that asks Ray for something would else start another one
+            os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+            threading.excepthook = lambda _: None
+            ray.shutdown()
+        sys.exit(FAILED)
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Keep this process's handlers of the signals in `STOPS` while a library runs that would put its own in their
+    place: Ray's, as it starts, ends the process by an abort; Ray Train's lets it end as if all were done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = {number: signal.getsignal(number) for number in STOPS}
+    setting = signal.signal
+
+    def set_others(number: int, handler: Any) -> Any:
+        return held[number] if number in held else setting(number, handler)
+
+    signal.signal = set_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = setting
+        for number, handler in held.items():
+            if handler is not None:  # None is a handler that was not set from Python
+                signal.signal(number, handler)  # native code replaces it unseen
 
 
 def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
@@ -359,8 +436,21 @@ def _summary(options: type) -> str:
     return (options.__doc__ or "").split("\n\n")[0]
 
 
-def user_error(error: BaseException) -> UnianomError | None:
-    """The error meant for the user inside what Ray and others wrapped around it."""
+class WorkerError(Exception):
+    """What went wrong in a worker and is not an error for the user, told without what Ray wraps around it.
+
+    Attributes:
+        reason: class and message, as `reason` gives them.
+        trace: the worker's traceback.
+    """
+
+    def __init__(self, reason: str, trace: str = "") -> None:
+        super().__init__(reason, trace)
+        self.reason, self.trace = reason, trace
+
+
+def wrapped(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it wraps, was caused by or came in the handling of, the nearest first."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -372,19 +462,42 @@ def user_error(error: BaseException) -> UnianomError | None:
         if isinstance(cause, BaseException):
             # Ray's wrapper may pretend to be of its cause's class, but its text is a remote traceback
             queue.append(cause)
-        elif isinstance(current, UnianomError):
-            return current
-        elif isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" at {current.filename}" if current.filename else ""
-            return UnianomError(f"the disk is full{where}; free space and run the same command again, it continues")
+        else:
+            yield current
         queue += [current.__cause__, current.__context__]
+
+
+def user_error(error: BaseException) -> UnianomError | None:
+    """The error meant for the user inside what Ray and others wrapped around it."""
+    for current in wrapped(error):
+        if isinstance(current, UnianomError):
+            return current
+        if (known := storage_error(current)) is not None:
+            return known
     return None
 
 
-def last_line(error: BaseException) -> str:
-    """Of a remote traceback, the line that names the error."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
+def worker_error(error: BaseException) -> WorkerError | None:
+    """The error of a worker inside what was wrapped around it."""
+    return next((current for current in wrapped(error) if isinstance(current, WorkerError)), None)
+
+
+def reason(error: BaseException) -> str:
+    """Class and message of an unexpected error, on one line, without what Ray wrapped around it."""
+    if (worker := worker_error(error)) is not None:
+        return worker.reason
+    innermost = error
+    while isinstance(cause := getattr(innermost, "cause", None), BaseException) and cause is not innermost:
+        innermost = cause
+    text = str(innermost)
+    if "Traceback (most recent call last)" in text:  # of a remote traceback, the line that names the error
+        text = [line for line in text.splitlines() if line.strip()][-1]
+    words = " ".join(text.split())
+    return f"{type(innermost).__name__}: {words[:LONGEST_REASON] or 'no message'}"
+
+
+LONGEST_REASON = 500
+"""Characters of a message that is not ours, such as a state dict's list of all its keys."""
 
 
 def _exit(code: int, message: str) -> NoReturn:

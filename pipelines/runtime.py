@@ -6,9 +6,11 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +21,20 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipelines import storage
-from pipelines.commandline import user_error
-from unianom.errors import DataError, ModelError, OptionError, UnianomError, WeightsError
+from pipelines.commandline import WorkerError, own_signals, reason, user_error, wrapped
+from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
 
 STARTED, ENDED = "_started", "_ended"
 """Keys of a unit's result: when its actor began and ended it, in seconds since 1970."""
 
 ERROR = "_error"
-"""Key of the result of a unit that failed for a reason the user can mend: class and message."""
+"""Key of the result of a unit that failed: class and message of an error for the user; of any other `UNEXPECTED`, its
+reason and its traceback."""
+
+UNEXPECTED = "_unexpected"
 
 ERRORS: dict[str, type[UnianomError]] = {
-    error.__name__: error for error in (DataError, ModelError, OptionError, WeightsError)
+    error.__name__: error for error in (DataError, MachineError, ModelError, OptionError, WeightsError)
 }
 
 
@@ -83,33 +88,82 @@ def connect(options: RuntimeOptions, dashboard: bool = False) -> None:
         options: CPUs of one that is started.
         dashboard: whether one that is started answers questions about its state. Ray Train asks whether a run was
             killed, to give back what its workers held; without an answer it holds their CPUs for good.
+
+    Raises:
+        MachineError: the Ray named by RAY_ADDRESS does not answer or refuses the token, or none can be started here.
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     # Ray's C++ part warns on stderr of every pool of restartable actors; what fails reaches Python as an exception
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _stderr_kept_back():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            # a plain init() would join any Ray that happens to run on this machine
-            cpus = options.local_cpus or os.cpu_count()
-            ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    said: list[str] = []
+    try:
+        with own_signals(), _stderr_kept_back(said):
+            if address:
+                _knock(address)
+                ray.init(**quiet)
+            else:
+                # a plain init() would join any Ray that happens to run on this machine
+                cpus = options.local_cpus or os.cpu_count()
+                ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **quiet)
+    except Exception as error:
+        if (known := user_error(error)) is not None:
+            raise known from error
+        raise MachineError(_unconnected(error, address, "".join(said))) from error
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError if nobody listens where an address of the form host:port says, for which Ray waits minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    end = time.monotonic() + KNOCKING
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCKING).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+KNOCKING = 10.0
+"""Seconds that a Ray at RAY_ADDRESS has to begin to listen."""
+
+
+def _unconnected(error: Exception, address: str | None, said: str) -> str:
+    """Why no Ray could be joined or started, and what to do; `said` is what its native code wrote to stderr, the only
+    place that tells of a token that was refused."""
+    refused = "Unauthenticated" in said or "AuthToken" in said
+    if refused or any(isinstance(cause, ray.exceptions.AuthenticationError) for cause in wrapped(error)):
+        return (
+            f"the Ray at {address or 'this machine'} refuses this process's token; give the cluster's own by "
+            f"RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token"
+        )
+    if address:
+        return (
+            f"no Ray can be joined at RAY_ADDRESS={address} ({reason(error)}); check that the cluster runs and is "
+            f"reached from here, or unset RAY_ADDRESS to start one on this machine"
+        )
+    return f"no Ray can be started on this machine ({reason(error)}); free memory, space and processes, and try again"
 
 
 @contextmanager
-def _stderr_kept_back() -> Iterator[None]:
-    """Hold back what native code writes to stderr (Ray announces its own log level there); show it on failure."""
+def _stderr_kept_back(said: list[str]) -> Iterator[None]:
+    """Hold back what native code writes to stderr (Ray announces its own log level there); add it to `said` on
+    failure."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             held.seek(0)
-            os.write(kept, held.read())
+            said.append(held.read().decode(errors="replace"))
             raise
         finally:
             os.dup2(kept, 2)
@@ -144,10 +198,21 @@ class _Actor:
             start = time.time()
             return {**self._worker.run(unit), STARTED: start, ENDED: time.time()}
         except Exception as error:
-            known = user_error(error)
-            if known is None:
-                raise
-            return {ERROR: [type(known).__name__, str(known)]}
+            return {ERROR: told_error(error)}
+
+
+def told_error(error: Exception) -> list[str]:
+    """An error as plain data, which no Ray replaces on its way; see `ERROR`."""
+    known = user_error(error)
+    if known is not None:
+        return [type(known).__name__, str(known)]
+    return [UNEXPECTED, reason(error), "".join(traceback.format_exception(error))]
+
+
+def raised_error(told: Sequence[str]) -> UnianomError | WorkerError:
+    """The error that `told_error` told of, to be raised where the job runs."""
+    name, message, *trace = told
+    return WorkerError(message, *trace) if name == UNEXPECTED else ERRORS.get(name, UnianomError)(message)
 
 
 def set_threads(threads: int) -> None:
@@ -179,6 +244,8 @@ def run_units(
 
     Raises:
         UnianomError: what a worker raised for the user, as it raised it.
+        MachineError: Ray lost what it cannot restore.
+        WorkerError: what a worker raised else.
     """
     if not units:
         return
@@ -195,12 +262,36 @@ def run_units(
         num_cpus=options.cpus_per_worker,
         num_gpus=options.gpus_per_worker or None,
     )
-    for row in dataset.iter_rows():
+    rows = iter(dataset.iter_rows())
+    while True:
+        try:
+            row = next(rows, None)
+        except ray.exceptions.RayError as error:
+            raise lost_error(error) from error
+        if row is None:
+            return
         result = json.loads(row["result"])
         if ERROR in result:
-            name, message = result[ERROR]
-            raise ERRORS.get(name, UnianomError)(message)
+            raise raised_error(result[ERROR])
         yield result
+
+
+def lost_error(error: BaseException) -> Exception:
+    """What to raise for an error of Ray itself: a MachineError if it is about a machine, else the error as it is."""
+    for cause in wrapped(error):
+        if isinstance(cause, ray.exceptions.OutOfDiskError):
+            return MachineError(
+                f"the disk is full where Ray keeps what does not fit in memory ({tempfile.gettempdir()}/ray unless it "
+                f"was started with --temp-dir); free space there and run the same command again, it continues"
+            )
+        if isinstance(cause, ray.exceptions.OutOfMemoryError):
+            return MachineError(
+                "a machine ran out of memory and Ray ended a worker; lower --runtime.workers or the size of batches, "
+                "and run the same command again, it continues"
+            )
+        if isinstance(cause, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+            return MachineError(f"a worker was lost ({reason(cause)}); the same command continues")
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
 
 
 def run_unfinished(

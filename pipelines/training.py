@@ -43,7 +43,7 @@ from pipelines.batches import (
     descriptors,
     to_input,
 )
-from pipelines.commandline import last_line
+from pipelines.commandline import own_signals, reason
 from pipelines.features import MASKS, PIXELS, Arrays, PreparedSet, learnable, prepare
 from pipelines.models import load_model
 from pipelines.normals import (
@@ -62,7 +62,15 @@ from pipelines.normals import (
     weights_digest,
 )
 from pipelines.readings import PROGRESS, WORKERS, Comparer, Comparison
-from pipelines.runtime import ERRORS, Progress, RuntimeOptions, connect, set_threads
+from pipelines.runtime import (
+    UNEXPECTED,
+    Progress,
+    RuntimeOptions,
+    connect,
+    raised_error,
+    set_threads,
+    told_error,
+)
 from pipelines.spaces import with_values
 from pipelines.tracking import Run, scope
 from pipelines.validation import Validation
@@ -70,7 +78,8 @@ from unianom import files
 from unianom.data.schema import ANOMALOUS
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.synthesis import Synthesiser, TextureSource
-from unianom.errors import DataError, OptionError, UnianomError
+from unianom.errors import DataError, OptionError
+from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS
 from unianom.methods.trained import LOSS, BatchNeeds, TrainedMethod, TrainingBatch
 from unianom.model import Model, is_model, versions
@@ -480,7 +489,8 @@ def make_method(name: str, config: Any) -> TrainedMethod:
     method_class = METHODS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        method = method_class(config)
+        with memory_limit(f"--method: {name}"):
+            method = method_class(config)
     assert isinstance(method, TrainedMethod)
     return method
 
@@ -510,7 +520,8 @@ class Events:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._failure: tuple[str, str] | None = None
+        self._failure: list[str] | None = None
+        self._first: list[str] | None = None
 
     def put(self, event: dict[str, Any]) -> None:
         """Tell something."""
@@ -521,24 +532,35 @@ class Events:
         taken, self._events = self._events, []
         return taken
 
-    def fail(self, name: str, message: str) -> None:
-        """Tell a failure that only the user can mend, so that the run is not tried again."""
-        self._failure = self._failure or (name, message)
+    def fail(self, told: list[str], final: bool) -> None:
+        """Tell a failure as `told_error` gives it; a `final` one only the user can mend: the run is not tried again.
 
-    def failure(self) -> tuple[str, str] | None:
-        """Class and message of that failure."""
+        Of others the first is kept: those of other workers come of it.
+        """
+        if final:
+            self._failure = self._failure or told
+        else:
+            self._first = self._first or told
+
+    def failure(self) -> list[str] | None:
+        """The final failure."""
         return self._failure
 
+    def first(self) -> list[str] | None:
+        """The first failure that was not final."""
+        return self._first
 
-def train_worker(told: dict[str, Any]) -> None:
+
+def train_worker(given: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
-    events = told["events"]
+    events = given["events"]
     if ray.get(events.failure.remote()) is not None:
         return  # a restart would fail again
     try:
-        _work(told["job"], lambda event: events.put.remote(event))
-    except UnianomError as error:
-        ray.get(events.fail.remote(type(error).__name__, str(error)))
+        _work(given["job"], lambda event: events.put.remote(event))
+    except Exception as error:
+        told = told_error(error)
+        ray.get(events.fail.remote(told, told[0] != UNEXPECTED))
         raise
 
 
@@ -968,17 +990,24 @@ def run_job(
     )
     report = _Report(events, job.iterations, run, prefix)
     try:
-        trainer.fit()
+        with own_signals():
+            trainer.fit()
+    except KeyboardInterrupt:
+        report.stop()
+        raise
     except Exception as error:  # Ray wraps what a worker raised, in ways that differ by what else went wrong
         report.close()
-        failure = ray.get(events.failure.remote())
-        if failure is None:
-            raise WorkersLostError(f"training failed: {last_line(error)}; the same command continues it") from error
-        raise ERRORS.get(failure[0], UnianomError)(failure[1]) from error
+        failure, first = ray.get([events.failure.remote(), events.first.remote()])
+        if failure is not None:
+            raise raised_error(failure) from error
+        if first is not None:
+            worker = raised_error(first)
+            raise WorkersLostError(f"training failed: {reason(worker)}; the same command continues it") from worker
+        raise WorkersLostError(f"training failed: {reason(error)}; the same command continues it") from error
     report.close()
     failure = ray.get(events.failure.remote())
     if failure is not None:
-        raise ERRORS.get(failure[0], UnianomError)(failure[1])
+        raise raised_error(failure)
 
 
 def _check_resources(options: TrainingOptions) -> None:
@@ -1022,10 +1051,14 @@ class _Report:
                 figures = ", ".join(f"{name} {value:.4g}" for name, value in event["validation"].items())
                 self._progress.note(f"step {step}: validation {figures}")
 
-    def close(self) -> None:
-        """The last words."""
+    def stop(self) -> None:
+        """Ask the workers no more."""
         self._ended.set()
         self._thread.join()
+
+    def close(self) -> None:
+        """The last words."""
+        self.stop()
         self._pass_on()
         self._progress.close()
 

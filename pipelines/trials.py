@@ -21,7 +21,7 @@ import ray
 import torch
 from ray.train import UserCallback
 
-from pipelines.commandline import last_line, user_error
+from pipelines.commandline import reason, user_error
 from pipelines.normals import WORK, Chosen
 from pipelines.proxy import ProxyOptions, ProxySet, build_proxy, build_tests
 from pipelines.readings import (
@@ -37,7 +37,7 @@ from pipelines.spaces import key_of, with_values
 from pipelines.training import WorkersLostError
 from unianom import files
 from unianom.data.shards import ShardSet
-from unianom.errors import UnianomError, WeightsError
+from unianom.errors import MachineError, UnianomError, WeightsError
 from unianom.methods import METHODS, Method
 from unianom.serialise import from_plain, to_plain
 
@@ -314,12 +314,12 @@ def run_trial(
         except Exception as error:
             known = user_error(error)
             # a full disk, a lost connection and missing weights are no fault of the values, either
-            ours = isinstance(known, WorkersLostError | WeightsError) or isinstance(error, OSError)
+            ours = isinstance(known, MachineError | WorkersLostError | WeightsError) or isinstance(error, OSError)
             if ours or (known is None and _is_of_the_machine(error)):
                 # also what a trial sees of being stopped, which the driver then records
-                write_end(folder, values, CRASHED, str(known or last_line(error)))
+                write_end(folder, values, CRASHED, str(known or reason(error)))
                 raise
-            why = str(known) if known is not None else f"{type(error).__name__}: {last_line(error)}"
+            why = str(known) if known is not None else reason(error)
             write_end(folder, values, FAILED, why)
             raise
     else:

@@ -25,7 +25,7 @@ from ray.tune.search import SearchAlgorithm, Searcher
 from pipelines import storage
 from pipelines.cada_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
 from pipelines.calibration import CalibrateOptions, Kept
-from pipelines.commandline import AS_WRITTEN, documented_arguments
+from pipelines.commandline import AS_WRITTEN, documented_arguments, own_signals
 from pipelines.encodings import encode_once
 from pipelines.models import ModelShelf, load_model
 from pipelines.normals import WORK, Chosen, FitOptions, choose_samples, inputs_of, weights_digest
@@ -520,7 +520,7 @@ class Driver:
         )
         files.remove(files.join(self.campaign.folder, "_tune"))
         recorder.tell_again(before)
-        with surroundings(), recorder:
+        with surroundings(), recorder, own_signals():
             tuner.fit()
         progress.close()
         files.remove(files.join(self.campaign.folder, "_tune"))

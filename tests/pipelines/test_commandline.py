@@ -1,14 +1,20 @@
+import ctypes
 import errno
 import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import yaml
 
 from pipelines.benchmark import IngestBenchmark
-from pipelines.commandline import DONE, FAILED, WRONG_OPTIONS, console, parse, print_table, run
+from pipelines.commandline import DONE, FAILED, STOPS, WRONG_OPTIONS, console, own_signals, parse, print_table, run
 from pipelines.fitting import train_options
 from pipelines.ingest import IngestOptions
 from pipelines.normals import own_config
@@ -404,7 +410,7 @@ def test_wrong_options_never_reach_the_job(capsys):
         (ImageError("corrupt", "cannot decode"), FAILED, "cannot decode"),
         (OptionError("crop exceeds size"), WRONG_OPTIONS, "crop exceeds size"),
         (KeyboardInterrupt(), FAILED, "interrupted; the same command continues"),
-        (ValueError("odd\nthing"), FAILED, "ValueError: thing (unexpected; --debug shows where)"),
+        (ValueError("odd\nthing"), FAILED, "ValueError: odd thing (unexpected; --debug shows where)"),
         (ValueError(), FAILED, "ValueError: no message (unexpected; --debug shows where)"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/a/b"),
@@ -418,7 +424,7 @@ def test_wrong_options_never_reach_the_job(capsys):
         ),
     ],
 )
-def test_every_error_is_one_line_and_a_code(capsys, error, code, message):
+def test_every_error_is_one_line_and_a_code(own_ray, capsys, error, code, message):
     assert exit_of(failing(error), [SOURCE]) == code
     shown = capsys.readouterr()
     assert shown.err == f"error: {message}\n"
@@ -467,7 +473,7 @@ def chained(outer, inner):
         (chained(RuntimeError("outer"), remote(DataError("inner"))), FAILED, "inner"),
         (remote(OSError(errno.ENOSPC, "No space left on device")), FAILED,
          "the disk is full; free space and run the same command again, it continues"),
-        (RemoteError(ValueError("odd")), FAILED, "RemoteError: ValueError: remote (unexpected; --debug shows where)"),
+        (RemoteError(ValueError("odd")), FAILED, "ValueError: odd (unexpected; --debug shows where)"),
         (RemoteError("no exception"), FAILED, "RemoteError: ValueError: remote (unexpected; --debug shows where)"),
     ],
 )  # fmt: skip
@@ -500,8 +506,113 @@ def test_a_disk_that_fills_up_ends_the_job_in_one_sentence(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, call, full)
     assert exit_of(lambda _: files.write_json(tmp_path / "x.json", {}), [SOURCE]) == FAILED
-    assert capsys.readouterr().err.startswith("error: the disk is full; free space and run the same command again")
+    told = f"error: the disk is full at {tmp_path / 'x.json'}; free space and run the same command again"
+    assert capsys.readouterr().err.startswith(told)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- signals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """What a job sets is taken back."""
+    held = {number: signal.getsignal(number) for number in STOPS}
+    hook = threading.excepthook
+    yield
+    threading.excepthook = hook
+    os.environ.pop("RAY_ENABLE_AUTO_CONNECT", None)
+    for number, handler in held.items():
+        signal.signal(number, handler)
+
+
+def send(*numbers):
+    def main(_):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "terminated"),
+        (signal.SIGHUP, "hung up (its terminal was closed)"),
+    ],
+)
+def test_every_signal_to_stop_ends_the_job_in_one_sentence(own_ray, capsys, number, words):
+    assert exit_of(send(number), [SOURCE]) == FAILED
+    assert capsys.readouterr().err == f"error: {words}; the same command continues\n"
+
+
+@pytest.mark.parametrize("made", [RuntimeError("what a library makes of it"), SystemExit(0), SystemExit(1)])
+def test_a_signal_is_told_whatever_libraries_make_of_it(own_ray, capsys, made):
+    def main(_):
+        try:
+            send(signal.SIGTERM)(_)
+        except KeyboardInterrupt:
+            raise made from None
+
+    assert exit_of(main, [SOURCE]) == FAILED
+    assert capsys.readouterr().err == "error: terminated; the same command continues\n"
+
+
+@pytest.fixture
+def own_ray(monkeypatch):
+    """No job of a test ends the Ray of the others."""
+    ended = []
+    monkeypatch.setitem(
+        sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: ended.append(1))
+    )
+    return ended
+
+
+def test_what_ray_started_is_ended(own_ray, capsys):
+    assert exit_of(send(signal.SIGTERM), [SOURCE]) == FAILED
+    assert own_ray == [1]
+
+
+def test_a_second_signal_while_the_job_is_left_ends_it_at_once(monkeypatch, capsys):
+
+    def end(code):
+        raise SystemExit(code + 41)  # so that nothing after it is done here, either
+
+    monkeypatch.setattr(os, "_exit", end)
+    busy = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: send(signal.SIGTERM)(None))
+    monkeypatch.setitem(sys.modules, "ray", busy)
+    assert exit_of(send(signal.SIGINT), [SOURCE]) == FAILED + 41
+    assert capsys.readouterr().err == "error: interrupted; the same command continues\n"
+
+
+def test_a_signal_that_is_ignored_stays_so(capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert exit_of(send(signal.SIGHUP), [SOURCE]) == DONE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_library_that_sets_handlers_of_its_own_does_not_keep_them(own_ray, capsys, number):
+    def main(_):
+        with own_signals():
+            signal.signal(number, lambda *_: sys.exit(0))  # as Ray Train does
+            ctypes.CDLL(None).signal(int(number), None)  # as native code does
+        send(number)(_)
+
+    assert exit_of(main, [SOURCE]) == FAILED
+    assert capsys.readouterr().err == f"error: {STOPS[number]}; the same command continues\n"
+
+
+def test_other_signals_are_the_librarys():
+    held = signal.getsignal(signal.SIGUSR1)
+    try:
+        with own_signals():
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, held)
 
 
 def test_tables_show_every_cell(capsys):
