@@ -416,7 +416,7 @@ def test_values_without_finite_scores_fail_once(made: Made) -> None:
     [
         (DataError("this is wrong; mend it"), "this is wrong; mend it"),
         (OptionError("k must be 1"), "k must be 1"),
-        (ValueError("first line\n\nlast line"), "ValueError: last line"),
+        (ValueError("first line\n\nlast line"), "ValueError: first line last line"),
         (ZeroDivisionError(), "ZeroDivisionError: no message"),
     ],
 )
@@ -438,7 +438,7 @@ def test_a_fault_of_its_values_is_recorded_and_told_again(made: Made, error: Exc
     [
         (WorkersLostError("workers died"), "workers died"),
         (OSError(errno.ENOSPC, "no space"), "the disk is full; free space"),
-        (ConnectionResetError("reset by peer"), "reset by peer"),
+        (ConnectionResetError("reset by peer"), "ConnectionResetError: reset by peer"),
     ],
 )
 def test_a_trial_whose_machine_failed_is_tried_again(made: Made, error: Exception, words: str) -> None:
