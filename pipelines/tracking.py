@@ -11,9 +11,10 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -401,7 +402,37 @@ def _default_uri(default_folder: str | None, output: str) -> str | None:
         return None
     path = Path(files.full_uri(default_folder)) if default_folder else Path(output).parent
     path.mkdir(parents=True, exist_ok=True)
+    _check_store(path / "mlflow.db")
     return sqlite_uri(path / "mlflow.db")
+
+
+def _check_store(path: Path) -> None:
+    """Refuse a file that is not MLflow's: MLflow would make its tables in anybody's database.
+
+    Raises:
+        TrackingError: it is no SQLite file, or one with tables of something else.
+    """
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return
+    cure = (
+        "give a server with --tracking.mlflow_uri, move that file, or turn recording off with --tracking.enabled false"
+    )
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):
+            return  # another job is making it
+        raise TrackingError(f"{path} is no SQLite file of MLflow ({error}); {cure}") from error
+    if "experiments" not in tables and tables - _mlflow_tables():  # some of its own: another job is making it
+        raise TrackingError(f"{path} is a database of something else ({', '.join(sorted(tables)[:3])}); {cure}")
+
+
+def _mlflow_tables() -> set[str]:
+    from mlflow.store.db.base_sql_model import Base
+    from mlflow.store.tracking.dbmodels import models  # noqa: F401  # declares them
+
+    return {"alembic_version", *Base.metadata.tables}
 
 
 def sqlite_uri(path: Path) -> str:

@@ -4,9 +4,11 @@ import http.server
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import unquote, urlparse, urlsplit
@@ -119,6 +121,25 @@ def test_a_run_holds_options_metrics_and_files(folder, client):
     assert json.loads(artifact(client, run, "evaluation.json").read_bytes()) == {"mean": {"ü": None}}
     assert json.loads(artifact(client, run, "config.json").read_bytes()) == params
     assert artifact(client, run, "report/page.html").read_bytes() == b"<p>"
+
+
+@pytest.mark.parametrize("content", [b"my notes", None])
+def test_a_file_of_that_name_that_is_not_mlflow_s_stays(tmp_path, content):
+    path = tmp_path / "mlflow.db"
+    if content is not None:
+        path.write_bytes(content)
+    else:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("create table holidays (day text)")
+            connection.execute("create table runs (day text)")
+    before = path.read_bytes()
+    words = "is no SQLite file of MLflow" if content else r"is a database of something else \(holidays, runs\)"
+    sentence = rf"mlflow.db {words}.*--tracking.mlflow_uri"
+    with pytest.raises(TrackingError, match=sentence), track(OPTIONS, "evaluate", str(tmp_path / "output"), {}):
+        pass
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["mlflow.db"]
+    path.unlink()
 
 
 def test_the_store_lies_beside_the_output(folder, client):
