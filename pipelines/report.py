@@ -882,14 +882,8 @@ def _model_notices(models: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _undefined(rows: Sequence[Mapping[str, Any]], table: pa.Table) -> list[str]:
-    """Which metrics are undefined, where, and why."""
+    """Which pixel metrics are undefined, where, and why; the evaluation's notes say it of categories of one kind."""
     sentences = []
-    for kind, count in (("anomalous", "n_anomalous"), ("normal", "n_normal")):
-        lacking = [row for row in rows if {**row, "n_normal": row["n_images"] - row["n_anomalous"]}[count] == 0]
-        for metrics, pixel in (("All", False), ("Image-level", True)):  # masks have normal pixels, too
-            names = [row["category"] for row in lacking if (row.get("pixel_auroc") is not None) == pixel]
-            if names:
-                sentences.append(f"{metrics} metrics are undefined for {_listed(names)}: there are no {kind} images.")
     if table["map_offset"].null_count == len(table):
         sentences.append(
             "There are no pixel metrics: the scores hold no anomaly maps; jobs/score.py --maps true keeps them."

@@ -350,6 +350,8 @@ def _read_file(uri: str | os.PathLike[str]) -> bytes:
         OptionError: no file system is known for the URI.
     """
     name = os.fspath(uri)
+    if name.endswith("/"):
+        raise ImageError("missing", f"{name} names a folder; name the images in it")
     try:
         return files.read_bytes(uri)
     except DataError as error:

@@ -40,7 +40,7 @@ from tests.pipelines.evaluated import Scored
 from tests.pipelines.evaluated import _write_shards as write_shards
 from unianom.backbones import BackboneConfig
 from unianom.data.shards import ShardSet
-from unianom.errors import OptionError
+from unianom.errors import DataError, OptionError
 from unianom.memory.coreset import farthest_points
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS
@@ -226,7 +226,11 @@ def test_an_inference_benchmark_end_to_end(tmp_path: Path, model_and_shards: tup
     (table,) = measure(options)["tables"].values()
     assert 0 < table["folded"]["largest difference, map"] < 1e-3
     with pytest.raises(OptionError, match="give a model of a trained method"):
-        measure(InferenceBenchmark(model_and_shards[0], str(tmp_path / "inference.json")))
+        measure(InferenceBenchmark(model_and_shards[0], str(tmp_path / "another.json")))
+    before = (tmp_path / "inference.json").read_bytes()
+    with pytest.raises(DataError, match=r"inference.json is there already; choose another output"):
+        measure(options)
+    assert (tmp_path / "inference.json").read_bytes() == before
 
 
 def test_every_benchmark_documents_its_options() -> None:

@@ -256,7 +256,7 @@ def test_notices_name_what_limits_the_figures(page: Page):
     assert [notice.split(".")[0] for notice in notices] == ["Warning", "Warning", "Note"]
     assert "1 of 39 samples without a score (1 corrupt)" in notices[0]
     assert "Identical images lie in more than one split (1 group of them)" in notices[1]
-    assert "All metrics are undefined for plain: there are no anomalous images." in notices[2]
+    assert "Plain: all images of this category are normal, so metrics that need both kinds are empty" in notices[2]
     assert "random" not in page.text
     assert ["drawn/disc/test/hole/broken.png", "disc", "corrupt", "cannot <decode> it"] in page.tables[
         "rejected-samples"
