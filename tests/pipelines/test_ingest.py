@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from jobs.ingest import print_summary
 from pipelines import ingest as module
 from pipelines import storage
 from pipelines.ingest import (
@@ -32,6 +31,7 @@ from pipelines.ingest import (
     read_image_file,
     summarise,
 )
+from pipelines.ingest_summary import print_summary
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, decode_mask
 from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
@@ -1194,14 +1194,14 @@ def test_the_summary_says_what_was_left_out_and_what_looks_wrong(corpus, tmp_pat
     assert summary["sixteen_bits"] == {"count": 1, "largest": 1023, "example": "mvtec/bolt/train/good/deep.png"}
     text = printed(result, capsys)
     for sentence in (
-        "1 masks cover nearly all of their image, e.g. mvtec/nut/test/dent/000.png",
+        "masks that cover nearly all of their image: 1, e.g. mvtec/nut/test/dent/000.png",
         "--invert_masks true",
-        "1 masks do not have the size of their image and were left out, e.g. mvtec/nut/test/dent/001.png",
-        "1 files ending in .gif, e.g.",
-        "1 files without an ending, e.g.",
-        "at least 1 images in 1 folders that the layout has no use for, e.g.",
-        "1 links to a folder that they lie in, e.g.",
-        "1 images have 16 bits a sample but no value above 1,023, e.g. mvtec/bolt/train/good/deep.png",
+        "masks that do not have the size of their image and were left out: 1, e.g. mvtec/nut/test/dent/001.png",
+        "files ending in .gif: 1, e.g.",
+        "files without an ending: 1, e.g.",
+        "images in folders that the layout has no use for: at least 1 in 1, e.g.",
+        "links to a folder that they lie in: 1, e.g.",
+        "images of 16 bits a sample without a value above 1,023: 1, e.g. mvtec/bolt/train/good/deep.png",
         "--bits 10",
     ):
         assert sentence in text
