@@ -57,7 +57,7 @@ class OutputKind:
     def wrote(self, path: str) -> bool:
         """Return whether a file below the output has a name that this job gives, or is a half-written one of these."""
         own = path if not files.is_half_written(path) else path.rsplit(".", 2)[0]
-        return any(re.fullmatch(pattern, own) for pattern in self.owns)
+        return own not in (PLAN, LOCK) and any(re.fullmatch(pattern, own) for pattern in self.owns)
 
 
 KINDS: dict[str, OutputKind] = {

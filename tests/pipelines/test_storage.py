@@ -294,8 +294,9 @@ def test_a_complete_output_is_found_without_a_lock(tmp_path):
         assert files.list_names(output) == [MANIFEST, PLAN]
 
 
-def test_an_output_is_locked_while_it_is_written(output):
-    with open_output(output, "shard set", INGEST), open_output(output, "shard set", INGEST):
+@pytest.mark.parametrize("kind", storage.KINDS)
+def test_an_output_is_locked_while_it_is_written(output, kind):
+    with open_output(output, kind, INGEST), open_output(output, kind, INGEST):
         holder = json.loads(files.read_bytes(files.join(output, LOCK)))
         assert holder["process"] == os.getpid()
     assert files.list_names(output) == [PLAN]
