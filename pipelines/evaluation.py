@@ -379,8 +379,8 @@ def _one_sided(images: Images) -> list[str]:
     if len(kinds) == 1:
         have, lack = ("normal", "anomalous") if kinds[0] == NORMAL else ("anomalous", "normal")
         return [
-            f"all {len(images.labels)} images that are labelled and scored are {have}: AUROC, AP, F1 and other metrics "
-            f"need {lack} ones, too, so there are none; ingest and score a test split that holds both"
+            f"all {len(images.labels)} images that are labelled and scored are {have}: AUROC, AP, F1 and accuracy of "
+            f"images need {lack} ones, too, so there are none; ingest and score a test split that holds both"
         ]
     notes = []
     for label, word in ((NORMAL, "normal"), (ANOMALOUS, "anomalous")):

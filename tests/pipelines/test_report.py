@@ -218,8 +218,8 @@ def test_soft_overlaps_are_shown_where_they_were_asked_for_even_without_normal_i
     shown = dict(zip(page.tables["results"][1][1:], page.row("results", "polyp"), strict=True))
     assert shown["soft DSC"] == f"{100 * row['soft_dice']:.1f}"
     assert shown["soft IoU"] == f"{100 * row['soft_iou']:.1f}"
-    (notice,) = [notice for notice in page.notices() if "undefined" in notice]
-    assert "Image-level metrics are undefined for polyp: there are no normal images." in notice
+    (notice,) = [notice for notice in page.notices() if "need normal ones" in notice]
+    assert "scored are anomalous: AUROC, AP, F1 and accuracy of images need normal ones, too" in notice
     print_evaluation(content)
     told = capsys.readouterr().out
     assert "soft DSC" in told
