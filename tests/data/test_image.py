@@ -601,6 +601,12 @@ def test_class_numbers_hold_where_entry_0_of_a_palette_is_black():
         np.testing.assert_array_equal(decode_mask(saved(palette_image(classes, colours)), threshold) > 0, expected)
 
 
+def test_black_that_comes_twice_in_a_palette_is_background_where_entry_0_is_not_used():
+    defect = blob()
+    colours = [[0, 0, 0], [200, 30, 30], [0, 0, 180], [0, 0, 0]]
+    np.testing.assert_array_equal(decode_mask(saved(palette_image(np.where(defect, 1, 3), colours))) > 0, defect)
+
+
 def layered(values, alpha):
     return np.dstack([values, values, values, alpha]).astype(np.uint8)
 
@@ -866,6 +872,24 @@ def test_mask_policies_by_hand():
 EIGHT = np.ones((3, 3))
 
 
+@pytest.mark.parametrize(("height", "width"), [(20, 30), (37, 90), (7, 200)])
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.5])
+def test_every_defect_keeps_a_cell_and_none_gets_one_it_does_not_touch(height, width, density):
+    """Against one region after the other, in specks and in clusters."""
+    mask = np.where(np.random.default_rng(0).random((90, 120)) < density, np.uint8(255), np.uint8(0))
+    nearest = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)) > 0
+    found = reduce_mask(mask, height, width) > 0
+    regions, count = ndimage.label(mask, EIGHT)
+    allowed = nearest.copy()
+    for number in range(1, count + 1):
+        rows, columns = np.nonzero(regions == number)
+        touched = (((rows + 0.5) * height / 90).astype(int), ((columns + 0.5) * width / 120).astype(int))
+        assert found[touched].any()
+        allowed[touched] = True
+    assert not (nearest & ~found).any()
+    assert not (found & ~allowed).any()
+
+
 def thin_masks():
     """Scratches, hairs and specks in 1024 × 1024, by name."""
     masks = {}
@@ -977,6 +1001,19 @@ def test_strips_on_both_sides_of_the_limit_look_the_same(height, width, monkeypa
     found = prepare_image(image, policy)
     expected = functional.center_crop(functional.resize(Image.fromarray(image), 64), 50)
     np.testing.assert_allclose(found, np.asarray(expected), atol=1)
+
+
+def test_what_would_be_enlarged_beyond_the_memory_is_not_scaled_as_a_whole(monkeypatch):
+    """1 × 60 pixels for an input of 2,048 would have 250 million."""
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: made.append(size[0] * size[1]) or resize(self, size, *rest)
+    )
+    ramp = np.tile(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (1, 1, 3))
+    found = prepare_image(ramp, InputPolicy("short_side", 2048, 2048))
+    assert made == [2048**2]
+    assert found.mean() == pytest.approx(ramp.mean(), abs=1)
 
 
 @pytest.mark.parametrize("policy", [InputPolicy("short_side", 60, 48, 70), InputPolicy("stretch", 60, pad=61)])

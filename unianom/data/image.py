@@ -356,8 +356,8 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> DecodedImage
 
 def check_bits(bits: int | None) -> None:
     """Raise OptionError unless bits is None or 9…16."""
-    if bits is not None and not 9 <= bits <= 16:
-        raise OptionError(f"bits={bits} must lie in 9…16, the bits that samples stored in 16 bits make use of")
+    if bits is not None and not (isinstance(bits, int) and 9 <= bits <= 16):
+        raise OptionError(f"bits={bits!r} must lie in 9…16, the bits that samples stored in 16 bits make use of")
 
 
 def spread_bits(data: bytes, bits: int, limits: ImageLimits | None = None) -> bytes:
@@ -490,11 +490,15 @@ def _has_grey_palette(image: Image.Image) -> bool:
 
 def _has_other_ground(image: Image.Image, layers: np.ndarray) -> bool:
     """Whether the background of a mask in colours, black or transparent, has another number than 0, as editors order
-    palettes."""
+    palettes. Black may come again among the entries: where entry 0 is black, too, it is the background if it is used.
+    """
     entries = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
-    first_is_ground = len(entries) > 0 and (not entries[0].any() or _is_transparent(image, 0))
-    ground_is_used = bool((~layers[..., :3].any(axis=2) | (layers[..., 3] == 0)).any())
-    return ground_is_used and not first_is_ground
+    numbers = np.asarray(image)
+    if len(entries) and (_is_transparent(image, 0) or (not entries[0].any() and (numbers == 0).any())):
+        return False
+    # an index beyond the palette has no colour, whatever it is drawn as
+    black = ~layers[..., :3].any(axis=2) & (numbers < len(entries))
+    return bool((black | (layers[..., 3] == 0)).any())
 
 
 def _is_transparent(image: Image.Image, entry: int) -> bool:
@@ -671,22 +675,30 @@ def reduce_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
         return reduced  # every pixel has a cell
     regions, count = scipy.ndimage.label(mask, _TOUCHING)
     cells = _nearest(regions.astype(np.int32), height, width)
-    kept = scipy.ndimage.find_objects(cells, count)
-    for number, place in enumerate(scipy.ndimage.find_objects(regions), 1):
-        rows, columns = np.nonzero(regions[place] == number)
-        # the cell of a pixel is the one its middle lies in
-        rows = (2 * (rows + place[0].start) + 1) * height // (2 * mask.shape[0])
-        columns = (2 * (columns + place[1].start) + 1) * width // (2 * mask.shape[1])
-        touched = np.unique(rows * width + columns)
-        if kept[number - 1] is None or _has_lost_parts(cells[kept[number - 1]] == number, rows, columns, len(touched)):
-            reduced.flat[touched] = 255
+    # the cell of a pixel is the one its middle lies in
+    row_of = (2 * np.arange(mask.shape[0]) + 1) * height // (2 * mask.shape[0])
+    column_of = (2 * np.arange(mask.shape[1]) + 1) * width // (2 * mask.shape[1])
+    first = regions > 0  # pixels whose neighbours to the left and above are of another region or cell
+    first[:, 1:] &= (regions[:, 1:] != regions[:, :-1]) | (column_of[1:] != column_of[:-1])
+    first[1:] &= (regions[1:] != regions[:-1]) | (row_of[1:] != row_of[:-1])[:, None]
+    rows, columns = np.nonzero(first)
+    pairs = np.unique(regions[first].astype(np.int64) * reduced.size + row_of[rows] * width + column_of[columns])
+    numbers, places = np.divmod(pairs, reduced.size)
+    touched, kept = np.bincount(numbers, minlength=count + 1), np.bincount(cells.ravel(), minlength=count + 1)
+    reduced.flat[places[kept[numbers] == 0]] = 255
+    ends = np.cumsum(touched)
+    extents = scipy.ndimage.find_objects(cells, count)
+    for number in np.flatnonzero((kept > 0) & (touched > 2 * kept)):
+        own = places[ends[number] - touched[number] : ends[number]]
+        extent = extents[number - 1]
+        if _has_lost_parts(cells[extent] == number, own // width, own % width):
+            reduced.flat[own] = 255
     return reduced
 
 
-def _has_lost_parts(kept: np.ndarray, rows: np.ndarray, columns: np.ndarray, touched: int) -> bool:
-    """Whether the cells kept of a defect are few, and in pieces or more than a cell short at an end."""
-    if touched <= 2 * np.count_nonzero(kept):
-        return False
+def _has_lost_parts(kept: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether the cells kept of a defect that touches those in `rows` and `columns` are in pieces, or more than a cell
+    short at an end."""
     shorter = max(np.ptp(rows) + 1 - kept.shape[0], np.ptp(columns) + 1 - kept.shape[1])
     return bool(shorter > 2 or scipy.ndimage.label(kept, _TOUCHING)[1] > 1)
 
@@ -714,14 +726,16 @@ def _scaled_size(width: int, height: int, policy: InputPolicy) -> tuple[int, int
 
 
 LONGEST_SCALED = 64
-"""An image that is to be enlarged and is more than so many times as long as wide is not scaled as a whole: the part
-beyond the crop would cost gigabytes."""
+MOST_SCALED = 1 << 26
+"""An image that is to be enlarged and is more than so many times as long as wide, or would have more than so many
+pixels, is not scaled as a whole: the part beyond the crop would cost gigabytes."""
 
 
 def _scale_and_cut(image: Image.Image, policy: InputPolicy, resampling: Image.Resampling) -> np.ndarray:
     """Scale an image or mask, of any mode, and cut the crop."""
     width, height = _scaled_size(image.width, image.height, policy)
-    if max(width, height) <= LONGEST_SCALED * min(width, height) or min(width, height) <= min(image.size):
+    long = max(width, height) > LONGEST_SCALED * min(width, height) or width * height > MOST_SCALED
+    if not long or policy.resize == "stretch" or min(width, height) <= min(image.size):
         if (width, height) != image.size:
             image = image.resize((width, height), resampling)
         return _cut(np.asarray(image), policy)
