@@ -1618,11 +1618,11 @@ def test_accents_composed_otherwise_are_the_same_name(tmp_path, forms):
     draw(
         tmp_path,
         "m/cat/train/good/0.png",
-        f"m/cat/test/cut/{image('é')}.png",
-        f"m/cat/ground_truth/cut/{mask('é')}.png",
+        f"m/cat/test/{image('ö')}/{image('é')}.png",
+        f"m/cat/ground_truth/{mask('ö')}/{mask('é')}.png",
     )
     (bad,) = (sample for sample in iter_samples("mvtec", tmp_path / "m") if sample.label)
-    assert bad.mask_uri == str(tmp_path / f"m/cat/ground_truth/cut/{mask('é')}.png")
+    assert bad.mask_uri == str(tmp_path / f"m/cat/ground_truth/{mask('ö')}/{mask('é')}.png")
 
 
 def test_two_images_of_one_stem_have_masks_by_their_whole_names(tmp_path):
@@ -1659,6 +1659,14 @@ def test_mvtec_loco(tmp_path):
         (f"{masks}/000/000.png", (f"{masks}/000/001.png",)),
         (f"{masks}/001/000.png", ()),
     ]
+
+
+def test_a_folder_of_masks_without_one_is_left_out_and_its_image_has_none(tmp_path):
+    draw(tmp_path, "box/train/good/0.png", "box/test/cut/0.png", "box/test/cut/1.png")
+    draw(tmp_path, "box/ground_truth/cut/0/0.png", "box/ground_truth/cut/1/0.gif")
+    samples = [sample for sample in iter_samples("mvtec", tmp_path) if sample.label]
+    masks = str(tmp_path / "box/ground_truth/cut")
+    assert [sample.mask_uri for sample in samples] == [f"{masks}/0/0.png", None]
 
 
 def test_a_root_whose_name_has_two_colons(tmp_path):

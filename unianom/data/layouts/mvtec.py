@@ -118,6 +118,7 @@ def folder_samples(
 
 def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, list[str]]:
     """Paths of the masks of each stem or whole name of an image."""
+    folder = source.spelt(folder)
     if not source.has_folder(folder):
         return {}
     masks = {stem: [path] for stem, path in masks_by_stem(source, folder).items()}
@@ -125,10 +126,11 @@ def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, list[s
     for entry in source.entries(folder):
         if entry.is_folder and not entry.is_image:
             name = same_name(entry.name)
-            if name not in names or name in masks:
+            pieces = [piece.path for piece in source.entries(entry.path) if piece.is_image]
+            if name not in names or name in masks or not pieces:
                 source.leave_out(folder, [entry])
             else:
-                masks[name] = [mask.path for mask in source.images(entry.path)]
+                masks[name] = pieces
     if masks and names.isdisjoint(masks):
         raise DataError(
             f"no mask in {source.uri(folder)} fits an image by name: '{next(iter(masks.values()))[0]}' against "
