@@ -561,10 +561,23 @@ def test_other_lists_are_taken(model):
     assert same(model.predict([one[:, ::-1][:, ::-1], two]), expected)
 
 
-@pytest.mark.parametrize("categories", ["ab", None.__class__, 3])
+@pytest.mark.parametrize("categories", ["ab", None.__class__, 3, {"a", "b"}, {"a": 1, "b": 2}])
 def test_categories_that_are_no_list_are_refused(model, categories):
     with pytest.raises(OptionError, match="give a list with one name for each image"):
         model.predict(pictures(2), categories=categories)
+
+
+def test_bits_and_limits_of_another_type_are_refused(model):
+    with pytest.raises(OptionError, match="bits='12' must lie in 9…16"):
+        model.predict(pictures(1), bits="12")
+    with pytest.raises(OptionError, match="limits is int; give an ImageLimits"):
+        model.predict([png(pictures(1)[0])], limits=5)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_is_a_grey_image(model):
+    grey = pictures(1)[0][..., 0]
+    assert same(model.predict([np.matrix(grey)]), model.predict([grey]))
 
 
 @pytest.mark.parametrize("size", [2.5, "8", None])

@@ -116,8 +116,12 @@ class Model:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise OptionError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         check_bits(bits)
+        if not isinstance(limits, ImageLimits | None):
+            raise OptionError(f"limits is {_kind(limits)}; give an ImageLimits")
         if categories is not None:
-            if isinstance(categories, str) or not hasattr(categories, "__len__"):
+            if isinstance(categories, str | Mapping) or not (
+                hasattr(categories, "__len__") and hasattr(categories, "__getitem__")
+            ):
                 raise OptionError(f"categories is {_kind(categories)}; give a list with one name for each image")
             if len(categories) != len(images):
                 raise OptionError(f"{len(categories)} categories for {len(images)} images; give one for each")
@@ -306,7 +310,8 @@ def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> 
             raise OptionError(f"an image array must be H×W or H×W×3 uint8, got {image.shape} {image.dtype}{cure}")
         if not image.size:
             raise OptionError(f"an image array of shape {image.shape} has no pixels; check how it was cut out")
-        return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
+        plain = np.asarray(image)  # a matrix has two dimensions whatever is done to it
+        return np.repeat(plain[:, :, None], 3, axis=2) if plain.ndim == 2 else plain
     if not isinstance(image, str | os.PathLike):
         raise OptionError(f"an image is a path, URI, bytes, H×W×3 uint8 array or Pillow image, not {_kind(image)}")
     try:
