@@ -248,6 +248,24 @@ def test_letters_that_cannot_be_drawn_are_written_as_their_code():
     assert visual.drawable("螺丝", {ord("螺")}) == "螺\\u4e1d"
 
 
+def test_control_characters_are_written_as_their_code(only_own_font):
+    assert visual.drawable("a\tb\x01\n") == "a\\tb\\x01\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        visual.png(named("a\tb\x01"))
+
+
+def test_codes_do_not_run_over_the_edge_of_a_figure(only_own_font):
+    """The name's codes are five times as long as its letters; half an inch of margin stays white."""
+    figure = Figure(figsize=(3, 1))
+    figure.text(0.5, 0.5, "螺丝螺丝螺丝", fontsize=8, ha="right")
+    pixels = np.asarray(Image.open(io.BytesIO(visual.png(figure))).convert("L"))
+    columns = np.flatnonzero((pixels < 128).any(axis=0))
+    assert 0 < columns[0] < 40
+    assert columns[-1] < 245
+    assert figure.texts[0].get_fontsize() == 8
+
+
 def named(words: str) -> Figure:
     figure = Figure(figsize=(3, 2))
     axes = figure.subplots()

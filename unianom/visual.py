@@ -20,6 +20,7 @@ from typing import Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Ellipse
@@ -376,7 +377,7 @@ def drawable(text: str, letters: Collection[int] | None = None) -> str:
     """
     known = _letters(FONT) if letters is None else letters
     return "".join(
-        letter if ord(letter) in known or letter in "\n\t" else letter.encode("ascii", "backslashreplace").decode()
+        letter if ord(letter) in known or letter == "\n" else letter.encode("unicode_escape").decode()
         for letter in text
     )
 
@@ -412,21 +413,31 @@ def _other_fonts(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[in
 @contextmanager
 def _drawable_texts(figure: Figure) -> Iterator[None]:
     """For the length of the block, a figure whose texts can be drawn without boxes."""
-    before: list[tuple[Text, str, list[str]]] = []
+    before: list[tuple[Text, str, list[str], float | str]] = []
     for text in figure.findobj(Text):
         words = text.get_text()
         missing = frozenset(map(ord, words)) - _letters(FONT) - {10}
         if missing:
-            before.append((text, words, text.get_fontfamily()))
+            before.append((text, words, text.get_fontfamily(), text.get_fontsize()))
             families, found = _other_fonts(missing)
             text.set_fontfamily([*text.get_fontfamily(), *families])
             text.set_text(drawable(words, _letters(FONT) | found))
+            _shrink_to_fit(text, figure)
     try:
         yield
     finally:
-        for text, words, family in before:
+        for text, words, family, size in before:
             text.set_text(words)
             text.set_fontfamily(family)
+            text.set_fontsize(size)
+
+
+def _shrink_to_fit(text: Text, figure: Figure) -> None:
+    """Make a text smaller that would run over the left or right edge of its figure."""
+    box = text.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    over = max(-box.x0, box.x1 - figure.bbox.width, 0.0)
+    if over:
+        text.set_fontsize(text.get_fontsize() * max(0.97 - over / box.width, 0.1))  # widths differ with the size
 
 
 def svg(figure: Figure) -> str:
