@@ -50,6 +50,12 @@ def test_where_text_is_wanted_what_was_written_is_the_text(text):
     assert typed(read_yaml(text), Literal["off", text]) == text
 
 
+@pytest.mark.parametrize("text", ["=", "<<"])
+def test_signs_that_yaml_keeps_for_itself_are_text(text):
+    for given in (Argument(text), Unquoted(text)):
+        assert typed(given, str) == natural(given) == text
+
+
 @pytest.mark.parametrize(
     ("given", "hint", "expected"),
     [

@@ -103,7 +103,7 @@ def natural(value: Any) -> Any:
         tag = loader.resolve(yaml.ScalarNode, str(value), (True, False))
         try:
             return loader.construct_object(yaml.ScalarNode(tag, str(value)))  # type: ignore[no-untyped-call]
-        except ValueError:  # such as 0x_ or a lone "="
+        except (ValueError, yaml.YAMLError):  # such as 0x_, and a lone "=" or "<<"
             return str(value)
     if isinstance(value, dict):
         return {str(key) if isinstance(key, str) else key: natural(inner) for key, inner in value.items()}
