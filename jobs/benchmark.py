@@ -3,8 +3,8 @@
 python jobs/benchmark.py pipe --model runs/uniformaly --shards shards/mvtec --output benchmarks/pipe.json
 """
 
-from pipelines.benchmark import BENCHMARKS, measure, print_report
-from pipelines.commandline import run
+from pipelines.benchmarks.benchmarks import BENCHMARKS, measure, print_report
+from pipelines.runtime.cli import run
 
 
 def main(options: object) -> None:

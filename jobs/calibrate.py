@@ -3,8 +3,8 @@
 python jobs/calibrate.py --model runs/uniformaly --shards shards/mvtec
 """
 
-from pipelines.calibration import CalibrateOptions, calibrate
-from pipelines.commandline import console, run
+from pipelines.runtime.cli import console, run
+from pipelines.training.calibrate import CalibrateOptions, calibrate
 
 
 def main(options: CalibrateOptions) -> None:

@@ -3,8 +3,8 @@
 python jobs/cluster_anomalies.py --model runs/uniformaly --shards shards/mvtec --output clusters/mvtec
 """
 
-from pipelines.clustering import ClusterOptions, cluster_anomalies, print_clustering
-from pipelines.commandline import run
+from pipelines.evaluation.clustering import ClusterOptions, cluster_anomalies, print_clustering
+from pipelines.runtime.cli import run
 
 
 def main(options: ClusterOptions) -> None:

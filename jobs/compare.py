@@ -3,8 +3,8 @@
 python jobs/compare.py --evaluations evaluations/uniad,evaluations/onenip --output comparisons/mvtec
 """
 
-from pipelines.commandline import console, run
-from pipelines.comparison import CompareOptions, compare, print_comparison
+from pipelines.evaluation.compare import CompareOptions, compare, print_comparison
+from pipelines.runtime.cli import console, run
 
 
 def main(options: CompareOptions) -> None:

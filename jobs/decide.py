@@ -3,8 +3,8 @@
 python jobs/decide.py --scores scores/mvtec --normals scores/mvtec_train --shards shards/mvtec --output decisions/mvtec
 """
 
-from pipelines.commandline import run
-from pipelines.decisions import DecideOptions, decide, print_decisions
+from pipelines.inference.decide import DecideOptions, decide, print_decisions
+from pipelines.runtime.cli import run
 
 
 def main(options: DecideOptions) -> None:

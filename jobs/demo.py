@@ -3,8 +3,8 @@
 python jobs/demo.py --output demo
 """
 
-from pipelines.commandline import run
 from pipelines.demo import DemoOptions, run_demo
+from pipelines.runtime.cli import run
 
 if __name__ == "__main__":
     run(run_demo, DemoOptions)

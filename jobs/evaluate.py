@@ -3,8 +3,8 @@
 python jobs/evaluate.py --scores scores/mvtec --shards shards/mvtec --output evaluations/mvtec
 """
 
-from pipelines.commandline import run
-from pipelines.evaluation import EvaluateOptions, evaluate, print_evaluation
+from pipelines.evaluation.evaluate import EvaluateOptions, evaluate, print_evaluation
+from pipelines.runtime.cli import run
 
 
 def main(options: EvaluateOptions) -> None:

@@ -3,9 +3,9 @@
 python jobs/ingest.py --layout mvtec --source data/mvtec --output shards/mvtec
 """
 
-from pipelines.commandline import run
-from pipelines.ingest import IngestOptions, ingest
-from pipelines.ingest_summary import print_summary
+from pipelines.data.ingest import IngestOptions, ingest
+from pipelines.data.ingest_summary import print_summary
+from pipelines.runtime.cli import run
 
 
 def main(options: IngestOptions) -> None:

@@ -3,8 +3,8 @@
 python jobs/low_shot.py uniformaly --shards shards/mvtec --output results/low_shot
 """
 
-from pipelines.commandline import run
-from pipelines.protocols import LowShotOptions, low_shot, print_low_shot, protocol_options
+from pipelines.evaluation.protocols import LowShotOptions, low_shot, print_low_shot, protocol_options
+from pipelines.runtime.cli import run
 
 
 def main(options: object) -> None:

@@ -3,8 +3,8 @@
 python jobs/report.py --evaluation evaluations/mvtec --output report.html
 """
 
-from pipelines.commandline import console, run
-from pipelines.report import ReportOptions, write_report
+from pipelines.reporting.html import ReportOptions, write_report
+from pipelines.runtime.cli import console, run
 
 
 def main(options: ReportOptions) -> None:

@@ -3,8 +3,8 @@
 python jobs/score.py --model runs/uniformaly --shards shards/mvtec --output scores/mvtec
 """
 
-from pipelines.commandline import console, run
-from pipelines.scoring import ScoreOptions, score
+from pipelines.inference.score import ScoreOptions, score
+from pipelines.runtime.cli import console, run
 
 
 def main(options: ScoreOptions) -> None:

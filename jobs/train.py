@@ -3,8 +3,8 @@
 python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
 """
 
-from pipelines.commandline import console, run
-from pipelines.fitting import train, train_options
+from pipelines.runtime.cli import console, run
+from pipelines.training.train import train, train_options
 
 
 def main(options: object) -> None:

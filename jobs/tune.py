@@ -3,10 +3,10 @@
 python jobs/tune.py uniformaly --shards shards/mvtec --output campaigns/uniformaly
 """
 
-from pipelines.campaign import print_campaign
-from pipelines.commandline import console, run
-from pipelines.diagnosis import print_diagnosis
-from pipelines.tuning import tune, tune_options
+from pipelines.runtime.cli import console, run
+from pipelines.tuning.agreement import print_diagnosis
+from pipelines.tuning.figures import print_campaign
+from pipelines.tuning.tune import tune, tune_options
 
 
 def main(options: object) -> None:

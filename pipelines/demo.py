@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import storage
-from pipelines.commandline import console
-from pipelines.evaluation import EvaluateOptions, evaluate, print_evaluation
-from pipelines.fitting import train, train_options
-from pipelines.ingest import IngestOptions, ingest
-from pipelines.normals import ThresholdOptions
-from pipelines.report import ReportOptions, write_report
-from pipelines.runtime import RuntimeOptions
-from pipelines.scoring import ScoreOptions, score
-from pipelines.tracking import sqlite_uri
+from pipelines.data.ingest import IngestOptions, ingest
+from pipelines.evaluation.evaluate import EvaluateOptions, evaluate, print_evaluation
+from pipelines.inference.score import ScoreOptions, score
+from pipelines.reporting.html import ReportOptions, write_report
+from pipelines.runtime import outputs
+from pipelines.runtime.actors import RuntimeOptions
+from pipelines.runtime.cli import console
+from pipelines.runtime.tracking import sqlite_uri
+from pipelines.training.options import ThresholdOptions
+from pipelines.training.train import train, train_options
 from unianom.backbones import BackboneConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
@@ -53,7 +53,7 @@ def run_demo(options: DemoOptions) -> None:
     report = str(root / "report.html")
 
     plan = {"weights": options.weights, "backbone": options.backbone, "seed": options.seed}
-    with storage.open_output(str(root), "demo", plan):
+    with outputs.open_output(str(root), "demo", plan):
         _run(options, root, paths, report)
     console.print(f"time:    {time.monotonic() - start:.0f} s")
 

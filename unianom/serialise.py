@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar, Union
 
 from unianom.errors import OptionError
@@ -83,3 +84,30 @@ def merged(plain: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         inside = result.get(key)
         result[key] = merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
     return result
+
+
+def with_values(config: Any, values: Mapping[str, Any], alone: bool = False) -> Any:
+    """Return a config with other values of some options, by dotted name.
+
+    Args:
+        config: a frozen dataclass.
+        values: by name.
+        alone: whether only these are changed to see whether they are any good, so that their fault is told as such.
+
+    Raises:
+        OptionError: the values do not fit.
+    """
+    changes: dict[str, Any] = {}
+    # groups before what is in them, which would be lost otherwise
+    for name, value in sorted(values.items(), key=lambda pair: pair[0].count(".")):
+        inside = changes
+        *groups, last = name.split(".")
+        for group in groups:
+            inside = inside.setdefault(group, {})
+        inside[last] = to_plain(value)
+    try:
+        return from_plain(type(config), merged(to_plain(config), changes))
+    except OptionError as error:
+        if alone:
+            raise OptionError(f"space.{next(iter(values))}: {error}") from error
+        raise

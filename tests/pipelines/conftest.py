@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,39 +19,27 @@ import ray
 import torch
 from ray import cloudpickle
 
-from pipelines import (
-    banks,
-    cada_trials,
-    calibration,
-    clustering,
-    decisions,
-    diagnosis,
-    embeddings,
-    encodings,
-    features,
-    normals,
-    pixels,
-    runtime,
-    scoring,
-    training,
-)
-from pipelines import ingest as ingesting
-from pipelines.fitting import train, train_options
-from pipelines.normals import ThresholdOptions
-from pipelines.runtime import RuntimeOptions
-from pipelines.scoring import ScoreOptions, score
-from pipelines.tracking import TrackingOptions
+import pipelines
+from pipelines.data import ingest as ingesting
+from pipelines.inference.score import ScoreOptions, score
+from pipelines.runtime import actors
+from pipelines.runtime.actors import RuntimeOptions
+from pipelines.runtime.tracking import TrackingOptions
+from pipelines.training import networks
+from pipelines.training.options import ThresholdOptions
+from pipelines.training.train import train, train_options
 from unianom.backbones import BackboneConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
 from unianom.methods.layers.bank import BankConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 
-MODULES = (
-    *(banks, cada_trials, calibration, clustering, decisions, diagnosis, embeddings, encodings),
-    *(features, ingesting, normals, pixels, runtime, scoring, training),
+MODULES = tuple(
+    importlib.import_module(found.name)
+    for found in pkgutil.walk_packages(pipelines.__path__, "pipelines.")
+    if not found.name.endswith(".mlflow_model")  # which runs inside MLflow alone
 )
-"""Where units of work are spread from."""
+"""Where units of work may be spread from."""
 
 UNTRACKED = TrackingOptions(enabled=False)
 ONE = RuntimeOptions(workers=1)
@@ -62,7 +52,7 @@ def ray_cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # a checkpoint waits until Ray Train asks for it, which it does every two seconds
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        runtime.connect(RuntimeOptions(local_cpus=4))
+        actors.connect(RuntimeOptions(local_cpus=4))
         yield
         ray.shutdown()
 
@@ -71,9 +61,9 @@ def ray_cluster() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """As many threads as an actor has, so that what is done in this process is the same to the last bit."""
     before = torch.get_num_threads()
-    runtime.set_threads(1)
+    actors.set_threads(1)
     yield
-    runtime.set_threads(before)
+    actors.set_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +100,9 @@ def run_inline(
             yield json.loads(json.dumps(made.run(arrived)))
 
 
-def run_job_inline(job: training.Job, *_: Any) -> None:
+def run_job_inline(job: networks.Job, *_: Any) -> None:
     """Ray Train's only worker, in this process."""
-    training._work(job, lambda event: None)
+    networks._work(job, lambda event: None)
 
 
 @pytest.fixture
@@ -134,7 +124,7 @@ def _replace_ray(patch: pytest.MonkeyPatch) -> None:
         for name, stand_in in (("run_units", run_inline), ("connect", lambda *_, **__: None)):
             if hasattr(module, name):
                 patch.setattr(module, name, stand_in)
-    patch.setattr(training, "run_job", run_job_inline)
+    patch.setattr(networks, "run_job", run_job_inline)
     alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
         patch.setattr(f"ray.train.get_{name}", lambda value=value: value)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluation import EvaluateOptions, Images, pixel_plan, tabulate
-from pipelines.pixels import MapReader, shard_part
+from pipelines.evaluation.evaluate import EvaluateOptions, Images, pixel_plan, tabulate
+from pipelines.evaluation.pixel_counts import MapReader, shard_part
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
 from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION

@@ -17,14 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import unianom
-from pipelines import evaluation, scoring
-from pipelines import ingest as ingesting
-from pipelines.evaluation import evaluate
-from pipelines.fitting import train
-from pipelines.ingest import ingest
-from pipelines.normals import ThresholdOptions
-from pipelines.runtime import RuntimeOptions
-from pipelines.scoring import score
+from pipelines.data import ingest as ingesting
+from pipelines.data.ingest import ingest
+from pipelines.evaluation import evaluate as evaluating
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.inference import score as scoring
+from pipelines.inference.score import score
+from pipelines.runtime.actors import RuntimeOptions
+from pipelines.training.options import ThresholdOptions
+from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training, without_ray
 from unianom.data.image import decode_map
 from unianom.data.shards import ScoreSet, Selection, ShardSet
@@ -36,7 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 IngestOptions = partial(ingesting.IngestOptions, runtime=ONE)
 ScoreOptions = partial(scoring.ScoreOptions, runtime=ONE)
-EvaluateOptions = partial(evaluation.EvaluateOptions, runtime=ONE)
+EvaluateOptions = partial(evaluating.EvaluateOptions, runtime=ONE)
 
 TWO = RuntimeOptions(workers=2)
 

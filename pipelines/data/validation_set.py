@@ -1,0 +1,482 @@
+"""The images that the settings of a campaign are compared on, without test data: labelled ones of the "val" split, or
+held-out normal images with synthetic anomalies of several kinds.
+
+Which setting is best on such images need not be best on real defects; how well the two agree is measured only after a
+campaign has chosen (`jobs/tune.py --diagnose true`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipelines.data.reader import decode_row
+from pipelines.runtime import outputs
+from unianom import __version__, files
+from unianom.data.image import ImageLimits, InputPolicy, decode_mask, normalise, prepare_mask
+from unianom.data.schema import ANOMALOUS, NORMAL
+from unianom.data.shards import Selection, ShardSet
+from unianom.data.splits import hash_order
+from unianom.data.synthesis import (
+    SynthesisConfig,
+    Synthesiser,
+    Synthetic,
+    TextureSource,
+    cutpaste_patch,
+    cutpaste_scar,
+    shade,
+)
+from unianom.errors import DataError, OptionError
+from unianom.metrics.curves import auroc, average_precision, operating_points
+from unianom.serialise import to_plain
+
+Recipe = Literal["cutpaste_patch", "cutpaste_scar", "texture", "shade"]
+LABELLED, TESTED = "labelled", "test"
+"""What takes a recipe's place where anomalous images are real, of the "val" or the test split."""
+
+MOST_TEST_IMAGES = 4000
+"""Images of the test split that a diagnosis looks at."""
+
+METRICS = (
+    *("image_auroc", "image_ap", "pixel_auroc", "pixel_ap"),
+    *("union_image_auroc", "union_image_ap", "union_pixel_auroc", "union_pixel_ap"),
+)
+"""What an objective may be made of."""
+
+ATTEMPTS = 10
+"""How often a synthetic anomaly is made again that changed nothing."""
+
+
+@dataclass(frozen=True)
+class ProxyOptions:
+    """The images that settings are compared on.
+
+    Args:
+        normals: normal images, an even share of every category, of those that training holds out.
+        recipes: synthetic anomalies; each makes one copy of every normal image: "cutpaste_patch", "cutpaste_scar",
+            "texture" (DRAEM, blobs of `textures`), "shade" (blobs darker or brighter). Metrics are means over recipes.
+        labelled: true takes the anomalous images of the "val" split instead, false never does; null does where there
+            are some.
+        textures: folder or URI of texture images; null takes pieces of the normal images themselves.
+        pixel_stride: every how many rows and columns of maps and masks pixel metrics see.
+        seed: of the choice of images and of the anomalies.
+    """
+
+    normals: int = 128
+    recipes: tuple[Recipe, ...] = ("cutpaste_patch", "cutpaste_scar", "texture", "shade")
+    labelled: bool | None = None
+    textures: str | None = None
+    pixel_stride: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.normals < 1 or self.pixel_stride < 1:
+            raise OptionError("validation: normals and pixel_stride must be positive")
+        if not self.recipes or len(set(self.recipes)) < len(self.recipes):
+            raise OptionError("validation.recipes: name at least one, and none twice")
+
+
+def check_objective(objective: Mapping[str, float]) -> None:
+    """Refuse an objective that is none.
+
+    Raises:
+        OptionError: a metric that is not known, or weights that are not positive.
+    """
+    unknown = sorted(set(objective) - set(METRICS))
+    if unknown:
+        raise OptionError(f"objective: unknown metric '{unknown[0]}'; known: {', '.join(METRICS)}")
+    if not objective or not all(weight > 0 for weight in objective.values()):
+        raise OptionError("objective: name one metric at least, with a weight above 0, such as {image_auroc: 1}")
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+def build_proxy(
+    shards: ShardSet,
+    categories: Sequence[str],
+    held_out: frozenset[str],
+    policy: InputPolicy,
+    options: ProxyOptions,
+    limits: ImageLimits,
+    folder: str,
+) -> str:
+    """Choose and make the images, or find them made.
+
+    Args:
+        shards, categories: the corpus.
+        held_out: sample_ids of normal images that nothing is learned from.
+        policy: how images become input.
+        options: which images.
+        limits: what an image may cost.
+        folder: below which they are kept.
+
+    Returns:
+        URI of the set, for `ProxySet`.
+
+    Raises:
+        DataError: there is nothing to compare on, an image cannot be read, or textures are missing.
+    """
+    labelled = options.labelled
+    anomalous = Selection(("val",), tuple(categories), (ANOMALOUS,))
+    if labelled is None:
+        labelled = shards.count(anomalous) > 0
+    elif labelled and not shards.count(anomalous):
+        raise DataError(
+            f'{shards.uri} has no anomalous image in a "val" split; leave out --validation.labelled, or ingest one'
+        )
+    plan = {
+        "tool": __version__,
+        "shards": shards.digest,
+        "categories": list(categories),
+        "held_out": sorted(held_out),
+        "input": to_plain(policy),
+        "options": {**to_plain(options), "labelled": labelled, "pixel_stride": None},
+        "limits": to_plain(limits),
+    }
+    uri = files.join(folder, files.digest_of(plan)[:20])
+    with outputs.open_cache(uri, "validation set", plan) as complete:
+        if complete:
+            return uri
+        groups: dict[str, list[str]] = {name: [] for name in categories}
+        normals = Selection(("train", "val"), tuple(categories), (NORMAL,))
+        for row in shards.table(normals, ["sample_id", "category"]).to_pylist():
+            if row["sample_id"] in held_out:
+                groups[row["category"]].append(row["sample_id"])
+        made = _read(shards, normals, _shares(groups, options.normals, options.seed), "normal", policy, limits)
+        if labelled:
+            made += _read(shards, anomalous, None, LABELLED, policy, limits)
+        else:
+            made += _synthetic(made, options, policy)
+        for label, kind in ((NORMAL, "normal"), (ANOMALOUS, "anomalous")):
+            missing = sorted(set(categories) - {image.category for image in made if image.label == label})
+            if missing:
+                raise DataError(
+                    f"there is no {kind} image to compare settings on of category {', '.join(missing)}; leave the "
+                    f"category out, raise --threshold.validation_fraction, or take --validation.labelled false"
+                )
+        _write(uri, made)
+        return uri
+
+
+def build_tests(
+    shards: ShardSet, categories: Sequence[str], policy: InputPolicy, limits: ImageLimits, folder: str
+) -> str:
+    """The labelled test split in the form of validation images, for a diagnosis; an even share of every category where
+    it has more than `MOST_TEST_IMAGES`.
+
+    Args:
+        shards, categories: the corpus.
+        policy, limits, folder: as of `build_proxy`.
+
+    Raises:
+        DataError: there are not both normal and anomalous test images.
+    """
+    plan = {
+        "tool": __version__,
+        "shards": shards.digest,
+        "categories": list(categories),
+        "input": to_plain(policy),
+        "limits": to_plain(limits),
+    }
+    uri = files.join(folder, files.digest_of(plan)[:20])
+    with outputs.open_cache(uri, "test set", plan) as complete:
+        if complete:
+            return uri
+        made = []
+        for label, kind in ((NORMAL, "normal"), (ANOMALOUS, TESTED)):
+            selection = Selection(("test",), tuple(categories), (label,))
+            groups: dict[str, list[str]] = {}
+            for row in shards.table(selection, ["sample_id", "category"]).to_pylist():
+                groups.setdefault(row["category"], []).append(row["sample_id"])
+            if not groups:
+                raise DataError(
+                    f"{shards.uri} has no {kind} image in a labelled test split, so nothing can be diagnosed"
+                )
+            made += _read(shards, selection, _shares(groups, MOST_TEST_IMAGES // 2, 0), kind, policy, limits)
+        _write(uri, made)
+        return uri
+
+
+def _shares(groups: Mapping[str, list[str]], count: int, seed: int) -> frozenset[str]:
+    """An even share of every group, at least one of each."""
+    share = max(1, count // max(1, len(groups)))
+    return frozenset(name for names in groups.values() for name in hash_order(names, seed)[:share])
+
+
+@dataclass(frozen=True)
+class _Image:
+    sample_id: str
+    category: str
+    recipe: str
+    label: int
+    pixels: np.ndarray
+    mask: np.ndarray | None
+
+
+def _read(
+    shards: ShardSet,
+    selection: Selection,
+    chosen: frozenset[str] | None,
+    kind: str,
+    policy: InputPolicy,
+    limits: ImageLimits,
+) -> list[_Image]:
+    """Images of one label, those chosen or all, with their masks; in a normal one nothing is marked."""
+    images = []
+    label = NORMAL if selection.labels == (NORMAL,) else ANOMALOUS
+    for part in shards.parts:
+        for batch in shards.read(part, selection, ["sample_id", "category", "image", "mask"]):
+            for row in batch.to_pylist():
+                if chosen is not None and row["sample_id"] not in chosen:
+                    continue
+                mask = None if label else np.zeros((policy.side, policy.side), bool)
+                if label and row["mask"] is not None:
+                    mask = prepare_mask(decode_mask(row["mask"], limits=limits), policy)
+                    mask = mask if mask.any() else None  # the crop leaves the defect out
+                pixels = decode_row(row, policy, limits)
+                images.append(_Image(row["sample_id"], row["category"], kind, label, pixels, mask))
+    return images
+
+
+def _synthetic(normals: Sequence[_Image], options: ProxyOptions, policy: InputPolicy) -> list[_Image]:
+    try:
+        textures = None if options.textures is None else TextureSource(options.textures, policy.side)
+    except DataError as error:
+        raise DataError(f"--validation.textures: {error}") from error
+    draem = Synthesiser(SynthesisConfig(cutpaste_share=0, textures=options.textures, empty_retries=ATTEMPTS), textures)
+    copies = []
+    for recipe in options.recipes:
+        for number, image in enumerate(normals):
+            # names, not counts, decide, so that a recipe more or less leaves the others as they are
+            rng = np.random.default_rng([options.seed, number, *recipe.encode()])
+            made = _copy(recipe, image.pixels, normals[number - 1].pixels, rng, draem)
+            if made.mask.any():  # one that changed nothing is no anomaly
+                copies.append(_Image(image.sample_id, image.category, recipe, ANOMALOUS, made.image, made.mask))
+    return copies
+
+
+def _copy(
+    recipe: Recipe, pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator, draem: Synthesiser
+) -> Synthetic:
+    makers = {"cutpaste_patch": cutpaste_patch, "cutpaste_scar": cutpaste_scar, "shade": shade}
+    for _ in range(ATTEMPTS):
+        made = draem(pixels, rng, other) if recipe == "texture" else makers[recipe](pixels, rng)
+        changed = (made.image != pixels).any(2)  # what is pasted may be what was there, such as black on black
+        if changed.any():
+            break
+    return replace(made, mask=changed)
+
+
+def _write(uri: str, images: Sequence[_Image]) -> None:
+    side = images[0].pixels.shape[0]
+    files.write_array(files.join(uri, "pixels.npy"), np.stack([image.pixels for image in images]))
+    nothing = np.zeros((side, side), bool)
+    masks = np.stack([nothing if image.mask is None else image.mask for image in images])
+    files.write_array(files.join(uri, "masks.npy"), masks)
+    columns = ("sample_id", "category", "recipe", "label")
+    rows = [{**{key: getattr(image, key) for key in columns}, "masked": image.mask is not None} for image in images]
+    with files.open_atomic(files.join(uri, "images.parquet")) as handle:
+        pq.write_table(pa.Table.from_pylist(rows), handle)
+    kinds = [image.recipe for image in images]
+    outputs.finish(uri, {"images": len(images), "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}})
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+@dataclass(frozen=True)
+class Measured:
+    """How well a setting does.
+
+    Attributes:
+        objective: weighted mean of the metrics of the objective.
+        metrics: each metric, a mean over recipes and categories; those of unions are of all categories as one.
+        by_category: the objective for each category.
+        by_recipe: the objective for each recipe.
+    """
+
+    objective: float
+    metrics: dict[str, float]
+    by_category: dict[str, float]
+    by_recipe: dict[str, float]
+
+
+Table = dict[tuple[str, str], dict[str, float]]
+"""Metrics by category and recipe; the category of unions is ""."""
+
+
+class ProxySet:
+    """A finished set of images.
+
+    Args:
+        uri: from `build_proxy`.
+        stride: see `ProxyOptions.pixel_stride`.
+
+    Attributes:
+        category, recipe: N text each.
+        label: N int8.
+        masked: N bool; whether it is known which pixels are anomalous.
+    """
+
+    def __init__(self, uri: str, stride: int = 1) -> None:
+        table = pq.read_table(pa.BufferReader(files.read_bytes(files.join(uri, "images.parquet"))))
+        self.uri, self.stride = uri, stride
+        self.category = np.array(table["category"].to_pylist())
+        self.recipe = np.array(table["recipe"].to_pylist())
+        self.label = table["label"].to_numpy()
+        self.masked = table["masked"].to_numpy()
+        self.recipes = [name for name in dict.fromkeys(self.recipe.tolist()) if name != "normal"]
+        self.categories = sorted(set(self.category.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.category)
+
+    @property
+    def tells_pixels(self) -> bool:
+        """Whether it is known of an anomalous image which of its pixels are."""
+        return bool((self.masked & (self.label != NORMAL)).any())
+
+    def check(self, objective: Mapping[str, float]) -> None:
+        """Refuse an objective that these images cannot tell.
+
+        Raises:
+            DataError: it needs pixel metrics, and no anomalous image has a mask.
+        """
+        pixel = [name for name in objective if "pixel" in name]
+        if pixel and not self.tells_pixels:
+            raise DataError(
+                f"the objective needs {pixel[0]}, but no anomalous validation image has a mask; choose another "
+                f"--objective, or --validation.labelled false"
+            )
+
+    @cached_property
+    def _pixels(self) -> np.ndarray:
+        return files.read_array(files.join(self.uri, "pixels.npy"))
+
+    @cached_property
+    def _masks(self) -> np.ndarray:
+        """N×s×s bool, of every `stride`-th row and column."""
+        return np.ascontiguousarray(self.thinned(files.read_array(files.join(self.uri, "masks.npy"))))
+
+    def thinned(self, maps: np.ndarray) -> np.ndarray:
+        """Every `stride`-th row and column of N×S×S, beginning half a stride inside."""
+        return maps[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]
+
+    def batches(
+        self, batch_size: int, policy: InputPolicy, device: torch.device, first: int = 0, last: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """B×3×S×S normalised images, in order; those from `first` to before `last`."""
+        pixels = self._pixels[first:last]
+        for start in range(0, len(pixels), batch_size):
+            yield normalise(list(pixels[start : start + batch_size]), policy).to(device)
+
+    def image_table(self, scores: np.ndarray) -> Table:
+        """Image AUROC and AP of N scores.
+
+        Raises:
+            DataError: a score is not finite.
+        """
+        if not np.isfinite(scores).all():
+            raise DataError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} validation scores are not finite")
+        table: Table = {}
+        for category in ["", *self.categories]:
+            for recipe in self.recipes:
+                normal, anomalous = self._groups[category, recipe]
+                if len(anomalous) and len(normal):
+                    points = operating_points(scores[anomalous], np.sort(scores[normal]))
+                    table[category, recipe] = {"image_auroc": auroc(points), "image_ap": average_precision(points)}
+        return table
+
+    def pixel_table(self, maps: np.ndarray, union: bool = False) -> Table:
+        """Pixel AUROC and AP of N×s×s maps, thinned like the masks; of all categories as one, too, if `union`."""
+        table: Table = {}
+        for category in [*([""] if union else []), *self.categories]:
+            for recipe in self.recipes:
+                normal, anomalous = self._groups[category, recipe]
+                rows = np.concatenate([normal, anomalous])
+                rows = rows[self.masked[rows]]
+                masks, values = self._masks[rows], maps[rows]
+                if masks.any() and not masks.all():
+                    points = operating_points(values[masks], np.sort(values[~masks]))
+                    table[category, recipe] = {"pixel_auroc": auroc(points), "pixel_ap": average_precision(points)}
+        return table
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+        """Normal and anomalous images by category ("" for all) and recipe."""
+        groups = {}
+        for category in ["", *self.categories]:
+            mine = np.ones(len(self), bool) if category == "" else self.category == category
+            normal = np.flatnonzero(mine & (self.label == NORMAL))
+            for recipe in self.recipes:
+                groups[category, recipe] = (normal, np.flatnonzero(mine & (self.recipe == recipe)))
+        return groups
+
+    def resampled(self, rng: np.random.Generator) -> ProxySet:
+        """The same images, of which each kind of each category is drawn anew, with replacement; for the tables."""
+        drawn = copy.copy(self)
+        groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        for category in self.categories:
+            normal = rng.choice(own, len(own)) if len(own := self._groups[category, self.recipes[0]][0]) else own
+            for recipe in self.recipes:
+                anomalous = self._groups[category, recipe][1]
+                again = rng.choice(anomalous, len(anomalous)) if len(anomalous) else anomalous
+                groups[category, recipe] = (normal, again)
+        for recipe in self.recipes:
+            parts = [groups[category, recipe] for category in self.categories]
+            groups["", recipe] = (np.concatenate([n for n, _ in parts]), np.concatenate([a for _, a in parts]))
+        drawn.__dict__["_groups"] = groups
+        return drawn
+
+    def measured(self, image: Table, pixel: Table, objective: Mapping[str, float]) -> Measured:
+        """One verdict from both tables.
+
+        Raises:
+            DataError: a metric of the objective cannot be had from these images.
+        """
+        joined: Table = {}
+        for key in [*image, *pixel]:
+            joined[key] = {**image.get(key, {}), **pixel.get(key, {})}
+        metrics = {}
+        for name in METRICS:
+            values = [row[name] for (category, _), row in joined.items() if category and name in row]
+            if name.startswith("union_"):
+                own = name.removeprefix("union_")
+                values = [row[own] for (category, _), row in joined.items() if not category and own in row]
+            if values:
+                metrics[name] = float(np.mean(values))
+        missing = [name for name in objective if name not in metrics]
+        if missing:
+            raise DataError(
+                f"the objective needs {missing[0]}, which the validation images do not give (no anomalous image has a "
+                f"mask); choose another --objective"
+            )
+        total = sum(objective.values())
+
+        def weighted(rows: Sequence[Mapping[str, float]]) -> float | None:
+            """The objective over some rows; a union's metric counts as that of the rows at hand."""
+            parts = []
+            for name, weight in objective.items():
+                values = [row[own] for row in rows if (own := name.removeprefix("union_")) in row]
+                if not values:
+                    return None
+                parts.append(weight * float(np.mean(values)))
+            return sum(parts) / total
+
+        by_category = {
+            c: value
+            for c in self.categories
+            if (value := weighted([row for (name, _), row in joined.items() if name == c])) is not None
+        }
+        by_recipe = {
+            r: value
+            for r in self.recipes
+            if (value := weighted([row for (name, kind), row in joined.items() if name and kind == r])) is not None
+        }
+        value = sum(weight * metrics[name] for name, weight in objective.items()) / total
+        return Measured(value, metrics, by_category, by_recipe)

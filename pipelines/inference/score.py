@@ -1,0 +1,392 @@
+"""Shards and a model → scores.
+
+    shards ─▶ actors: read, decode ahead, forward, search ─▶ one score part per shard part ─▶ manifest
+
+A part's bytes depend on the plan alone, so whoever writes it, and however often, the folder ends up the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipelines.data.ingest import map_ahead
+from pipelines.runtime import outputs
+from pipelines.runtime.actors import RuntimeOptions, connect, run_units
+from pipelines.runtime.models import ModelShelf, load_model
+from pipelines.runtime.progress import Progress
+from unianom import __version__, files
+from unianom.data.image import ImageLimits, decode_prepared, encode_map, normalise
+from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
+from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
+from unianom.errors import DataError, ImageError, OptionError
+from unianom.methods.trained import TrainedMethod
+from unianom.model import Model
+from unianom.serialise import to_plain
+
+IDENTITY = ("sample_id", "dataset", "category", "split", "label", "defect", "uri", "sha256", "height", "width")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Score a shard set with a model.
+
+    Args:
+        model: model folder, or a folder of one model per category; path or URI.
+        shards: shard set; path or URI.
+        output: folder of the score set; path or URI.
+        splits: splits to score; empty for all.
+        categories: categories to score; empty for all.
+        maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
+        batch_size: images in one forward pass.
+        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, by fewer
+            operations; jobs/benchmark.py inference measures what that saves.
+        max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
+        overwrite: replace what another scoring left in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs.
+    """
+
+    model: str
+    shards: str
+    output: str
+    splits: tuple[str, ...] = ("test",)
+    categories: tuple[str, ...] = ()
+    maps: bool | None = None
+    batch_size: int = 8
+    fold_batch_norm: bool = False
+    max_reject_fraction: float = 0.01
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise OptionError("batch_size must be positive")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a scoring did.
+
+    Attributes:
+        scores: the finished score set.
+        fresh: whether this run wrote anything.
+        images_per_second: of this run; 0 if it had nothing to do.
+    """
+
+    scores: ScoreSet
+    fresh: bool
+    images_per_second: float
+
+
+def score(options: ScoreOptions) -> ScoreResult:
+    """Score, continue an interrupted scoring, or find it done.
+
+    Raises:
+        DataError: wrong inputs, an output that is another's, or too many samples without a score.
+        ModelError: no usable model.
+    """
+    shards = ShardSet.open(options.shards)
+    selection = Selection(options.splits, options.categories)
+    shards.check(selection)
+    shelf = ModelShelf.open(options.model)
+    models = shelf.descriptions()
+    for category in options.categories or shards.categories:
+        shelf.folder_of(category)
+    masks_missing = shards.manifest["summary"]["masks"]["missing"]["count"]
+    anomalous = shards.count(Selection(options.splits, options.categories, (1,)))
+    maps = anomalous > masks_missing if options.maps is None else options.maps
+    plan = {
+        "shards": shards.digest,
+        "models": [model["digest"] for model in models],
+        "splits": list(options.splits),
+        "categories": list(options.categories),
+        "maps": maps,
+        "batch_size": options.batch_size,
+        "fold_batch_norm": options.fold_batch_norm,
+        "limits": to_plain(options.limits),
+        "device": options.runtime.device,
+        "threads": options.runtime.cpus_per_worker,
+    }
+    output = files.full_uri(options.output)
+    inputs = {"model": options.model, "shards": options.shards}
+    with outputs.open_output(output, "score set", plan, inputs=inputs, overwrite=options.overwrite) as digest:
+        fresh = not outputs.is_complete(output)
+        rate = 0.0
+        if fresh:
+            arguments = {
+                "shards": shards,
+                "selection": selection,
+                "shelf": shelf,
+                "digests": dict(zip(shelf.folders, plan["models"], strict=True)),
+                "output": output,
+                "plan": digest,
+                "maps": maps,
+                "batch_size": options.batch_size,
+                "limits": options.limits,
+                "device": options.runtime.device,
+                "threads": options.runtime.cpus_per_worker,
+                "fold": options.fold_batch_norm,
+            }
+            rate = _write_parts(arguments, shards, selection, options.runtime)
+            _commit(output, digest, shards, selection, models, plan)
+    scores = ScoreSet.open(output)
+    _check_unscored(scores, options.max_reject_fraction)
+    return ScoreResult(scores, fresh, rate)
+
+
+def _write_parts(arguments: dict[str, Any], shards: ShardSet, selection: Selection, runtime: RuntimeOptions) -> float:
+    output, digest = arguments["output"], arguments["plan"]
+    units, done = [], 0
+    for part in shards.parts:
+        record = outputs.part_record(output, score_part(part, digest))
+        if record is None:
+            units.append({"part": part})
+        else:
+            done += record["rows"]
+    if done:
+        print(f"continuing: {done} samples are scored already")
+    progress = Progress("score", shards.count(selection) - done)
+    if units:
+        connect(runtime)
+    for record in run_units(PartScorer, arguments, units, runtime):
+        progress.advance(record["rows"])
+    return progress.close()
+
+
+def score_part(part: str, plan: str) -> str:
+    """Name of the score part of a shard part: it tells the plan, so parts of two plans never mix."""
+    return f"{part.removesuffix('.parquet')}-{plan[:12]}.parquet"
+
+
+class PartScorer:
+    """Scores the samples of one shard part. A `UnitWorker`.
+
+    Args:
+        shards: the shard set.
+        selection: which samples.
+        shelf: which model for which category.
+        digests: model folder to model digest.
+        output: folder of the score set.
+        plan: digest of the scoring plan.
+        maps: whether anomaly maps are kept.
+        batch_size: images in one forward pass.
+        limits: what an image may cost.
+        device: where networks run.
+        threads: images decoded at the same time, ahead of the network.
+        fold: whether batch norm of trained methods is folded.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        selection: Selection,
+        shelf: ModelShelf,
+        digests: dict[str, str],
+        output: str,
+        plan: str,
+        maps: bool,
+        batch_size: int,
+        limits: ImageLimits,
+        device: str,
+        threads: int,
+        fold: bool = False,
+    ) -> None:
+        self._shards, self._selection, self._shelf, self._digests = shards, selection, shelf, digests
+        self._output, self._plan, self._maps = output, plan, maps
+        self._batch_size, self._limits, self._device, self._fold = batch_size, limits, device, fold
+        self._pool = ThreadPoolExecutor(threads)
+        self._ahead = 2 * batch_size
+        self._models: dict[str, Model] = {}
+        if not shelf.by_category:
+            self._model(shelf.uri)
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Write one score part and its record."""
+        name = score_part(unit["part"], self._plan)
+        statuses: Counter[str] = Counter()
+        path = files.join(self._output, name)
+        with files.open_atomic(path) as handle:
+            writer = PartWriter(handle, SCORE_SCHEMA)
+            for row in self._scored(unit["part"]):
+                writer.write(row)
+                statuses[row["status"]] += 1
+            writer.close()
+        record = {
+            "plan": self._plan,
+            "name": name,
+            "rows": sum(statuses.values()),
+            "statuses": dict(sorted(statuses.items())),
+            "sha256": files.sha256_file(path),
+        }
+        outputs.commit_part(self._output, name, record)
+        return record
+
+    def _scored(self, part: str) -> Iterator[dict[str, Any]]:
+        """Rows of SCORE_SCHEMA in the order of the part; a batch never mixes models."""
+        waiting: list[tuple[dict[str, Any], np.ndarray]] = []
+        folder = ""
+        for row, pixels in map_ahead(self._pool, self._decode, self._rows(part), self._ahead):
+            if isinstance(pixels, ImageError):
+                yield from self._predict(folder, waiting)
+                waiting = []
+                yield self._row(row, status=pixels.status, error=str(pixels))
+                continue
+            if waiting and (len(waiting) == self._batch_size or row["folder"] != folder):
+                yield from self._predict(folder, waiting)
+                waiting = []
+            folder = row["folder"]
+            waiting.append((row, pixels))
+        yield from self._predict(folder, waiting)
+
+    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
+        for batch in self._shards.read(part, self._selection, [*IDENTITY, "image"]):
+            for row in batch.to_pylist():
+                folder = self._shelf.folder_of(row["category"])
+                self._model(folder)  # loaded here, in the actor's own thread, before a decoding thread asks for it
+                yield {**row, "folder": folder}
+
+    def _decode(self, row: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | ImageError]:
+        data = row.pop("image")
+        policy = self._model(row["folder"]).method.input
+        try:
+            return row, decode_prepared(data, policy, self._limits)
+        except ImageError as error:
+            return row, error
+
+    def _model(self, folder: str) -> Model:
+        if folder not in self._models:
+            model = load_model(folder, self._device)
+            if self._fold and isinstance(model.method, TrainedMethod):
+                model.fold()
+            self._models[folder] = model
+        return self._models[folder]
+
+    def _predict(self, folder: str, waiting: list[tuple[dict[str, Any], np.ndarray]]) -> Iterator[dict[str, Any]]:
+        if not waiting:
+            return
+        model = self._model(folder)
+        images = normalise([pixels for _, pixels in waiting], model.method.input).to(model.method.device)
+        prediction, calibration = model.examine(images, [row["category"] for row, _ in waiting])
+        scores = prediction.score.float().cpu().numpy()
+        maps = prediction.anomaly_map.float().cpu().numpy()
+        affine: list[tuple[float | None, ...]] = [(None, None, None)] * len(waiting)
+        if calibration is not None:
+            affine = list(zip(*(part.float().cpu().tolist() for part in calibration), strict=True))
+        for (row, _), value, anomaly_map, (level, spread, common) in zip(waiting, scores, maps, affine, strict=True):
+            if not np.isfinite(value) or (common is not None and not np.isfinite(common)):
+                raise DataError(
+                    f"{row['sample_id']} got the score {value} (calibrated: {common}); check the model's weights and "
+                    f"precision"
+                )
+            decision = model.decide(float(value), common, row["category"])
+            encoded, offset, scale = encode_map(anomaly_map) if self._maps else (None, None, None)
+            yield self._row(
+                row,
+                score=float(value),
+                calibrated_score=common,
+                calibration_offset=level,
+                calibration_scale=spread,
+                decision=decision,
+                anomaly_map=encoded,
+                map_offset=offset,
+                map_scale=scale,
+                status="ok",
+            )
+
+    def _row(self, row: dict[str, Any], **values: Any) -> dict[str, Any]:
+        return {**{key: row[key] for key in IDENTITY}, "model": self._digests[row["folder"]], **values}
+
+
+def _commit(
+    output: str,
+    digest: str,
+    shards: ShardSet,
+    selection: Selection,
+    models: list[dict[str, Any]],
+    plan: dict[str, Any],
+) -> None:
+    records = [outputs.part_record(output, score_part(part, digest)) for part in shards.parts]
+    missing = [part for part, record in zip(shards.parts, records, strict=True) if record is None]
+    if missing:
+        raise DataError(f"{missing[0]} was not scored; run the same command again, it continues")
+    done = [record for record in records if record is not None]
+    rejected = _write_rejected(output, digest, shards, selection)
+    entries = [{key: record[key] for key in ("name", "rows", "sha256")} for record in [*done, rejected]]
+    draft = ScoreSet(output, {"files": entries}, "")
+    ids = draft.table(columns=["sample_id"])["sample_id"]
+    expected = shards.count(selection) + rejected["rows"]
+    if len(ids) != expected or len(ids.unique()) != expected:
+        twice = [found["values"] for found in ids.value_counts().to_pylist() if found["counts"] > 1]
+        raise DataError(
+            f"the shards {shards.uri} are damaged: their parts and rejected samples make {len(ids)} scores"
+            f"{f', two of them of {twice[0]}' if twice else ''}, their manifest counts {expected}; copy them again, or "
+            f"run jobs/ingest.py again"
+        )
+    statuses: Counter[str] = Counter()
+    for record in [*done, rejected]:
+        statuses.update(record["statuses"])
+    counts = [
+        row
+        for row in shards.manifest["counts"]
+        if (not selection.splits or row["split"] in selection.splits)
+        and (not selection.categories or row["category"] in selection.categories)
+    ]
+    manifest = {
+        "kind": ScoreSet.kind,
+        "schema_version": SCORE_VERSION,
+        "tool_version": __version__,
+        "plan_digest": digest,
+        "shards": {"digest": shards.digest},
+        "models": models,
+        **{key: plan[key] for key in ("splits", "categories", "maps", "batch_size", "device")},
+        "counts": counts,
+        "statuses": dict(sorted(statuses.items())),
+        "files": entries,
+    }
+    outputs.finish(output, manifest)
+
+
+def _write_rejected(output: str, digest: str, shards: ShardSet, selection: Selection) -> dict[str, Any]:
+    """What ingest had to reject appears among the scores too, so that no sample is ever silently absent."""
+    name = score_part("part-rejected.parquet", digest)
+    statuses: Counter[str] = Counter()
+    path = files.join(output, name)
+    with files.open_atomic(path) as handle:
+        writer = PartWriter(handle, SCORE_SCHEMA)
+        table = shards.rejected()
+        rows = table.to_pylist()
+        for row in sorted(rows, key=lambda row: (row["split"], row["sample_id"])):
+            if selection.splits and row["split"] not in selection.splits:
+                continue
+            if selection.categories and row["category"] not in selection.categories:
+                continue
+            writer.write({**row, "model": ""})
+            statuses[row["status"]] += 1
+        writer.close()
+    return {
+        "name": name,
+        "rows": sum(statuses.values()),
+        "statuses": dict(statuses),
+        "sha256": files.sha256_file(path),
+    }
+
+
+def _check_unscored(scores: ScoreSet, most: float) -> None:
+    statuses = scores.manifest["statuses"]
+    total = sum(statuses.values())
+    without = total - statuses.get("ok", 0)
+    if without > most * total:
+        reasons = ", ".join(f"{count} {status}" for status, count in statuses.items() if status != "ok")
+        raise DataError(
+            f"{without} of {total} samples have no score ({reasons}), more than --max-reject-fraction {most:g} allows; "
+            f"all others are scored in {scores.uri}"
+        )

@@ -1,0 +1,332 @@
+"""Ray: connecting, spreading units of work over actors, and progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipelines.runtime import outputs
+from pipelines.runtime.cli import own_signals
+from pipelines.runtime.errors import WorkerError, reason, user_error, wrapped
+from pipelines.runtime.progress import Progress
+from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
+
+STARTED, ENDED = "_started", "_ended"
+"""Keys of a unit's result: when its actor began and ended it, in seconds since 1970."""
+
+ERROR = "_error"
+"""Key of the result of a unit that failed: class and message of an error for the user; of any other `UNEXPECTED`, its
+reason and its traceback."""
+
+UNEXPECTED = "_unexpected"
+
+ERRORS: dict[str, type[UnianomError]] = {
+    error.__name__: error for error in (DataError, MachineError, ModelError, OptionError, WeightsError)
+}
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How much of the cluster a job takes.
+
+    Args:
+        workers: actors; null takes as many as the cluster's CPUs, or GPUs, allow.
+        cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
+        gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
+        local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
+    """
+
+    workers: int | None = None
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0
+    local_cpus: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_worker < 1 or self.gpus_per_worker < 0 or (self.workers is not None and self.workers < 1):
+            raise OptionError("runtime: workers and cpus_per_worker must be >= 1, gpus_per_worker >= 0")
+
+    @property
+    def device(self) -> str:
+        """Where networks run."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+    def pool_size(self, units: int) -> int:
+        """How many actors for so many units of work; needs a connected Ray.
+
+        Raises:
+            OptionError: the cluster cannot hold a single one.
+        """
+        have = ray.cluster_resources()
+        fit = int(have.get("CPU", 0)) // self.cpus_per_worker
+        if self.gpus_per_worker:
+            fit = min(fit, math.floor(have.get("GPU", 0) / self.gpus_per_worker))
+        if fit < 1:
+            raise OptionError(
+                f"a worker needs {self.cpus_per_worker} CPUs and {self.gpus_per_worker} GPUs; this Ray has "
+                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+            )
+        return max(1, min(self.workers or fit, fit, units))
+
+
+def connect(options: RuntimeOptions, dashboard: bool = False) -> None:
+    """Join the Ray that this process belongs to (a submitted job, RAY_ADDRESS), else start one here.
+
+    Args:
+        options: CPUs of one that is started.
+        dashboard: whether one that is started answers questions about its state. Ray Train asks whether a run was
+            killed, to give back what its workers held; without an answer it holds their CPUs for good.
+
+    Raises:
+        MachineError: the Ray named by RAY_ADDRESS does not answer or refuses the token, or none can be started here.
+    """
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # Ray's C++ part warns on stderr of every pool of restartable actors; what fails reaches Python as an exception
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    address = os.environ.get("RAY_ADDRESS")
+    said: list[str] = []
+    try:
+        with own_signals(), _stderr_kept_back(said):
+            if address:
+                _knock(address)
+                ray.init(**quiet)
+            else:
+                # a plain init() would join any Ray that happens to run on this machine
+                cpus = options.local_cpus or os.cpu_count()
+                ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **quiet)
+    except Exception as error:
+        if (known := user_error(error)) is not None:
+            raise known from error
+        raise MachineError(_unconnected(error, address, "".join(said))) from error
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError if nobody listens where an address of the form host:port says, for which Ray waits minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    end = time.monotonic() + KNOCKING
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCKING).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+KNOCKING = 10.0
+"""Seconds that a Ray at RAY_ADDRESS has to begin to listen."""
+
+
+def _unconnected(error: Exception, address: str | None, said: str) -> str:
+    """Why no Ray could be joined or started, and what to do; `said` is what its native code wrote to stderr, the only
+    place that tells of a token that was refused."""
+    refused = "Unauthenticated" in said or "AuthToken" in said
+    if refused or any(isinstance(cause, ray.exceptions.AuthenticationError) for cause in wrapped(error)):
+        return (
+            f"the Ray at {address or 'this machine'} refuses this process's token; give the cluster's own by "
+            f"RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token"
+        )
+    if address:
+        return (
+            f"no Ray can be joined at RAY_ADDRESS={address} ({reason(error)}); check that the cluster runs and is "
+            f"reached from here, or unset RAY_ADDRESS to start one on this machine"
+        )
+    return f"no Ray can be started on this machine ({reason(error)}); free memory, space and processes, and try again"
+
+
+@contextmanager
+def _stderr_kept_back(said: list[str]) -> Iterator[None]:
+    """Hold back what native code writes to stderr (Ray announces its own log level there); add it to `said` on
+    failure."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            held.seek(0)
+            said.append(held.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class UnitWorker(Protocol):
+    """Does one unit of work at a time; made once per actor."""
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Do a unit, commit its output, and tell what came of it as plain data."""
+
+
+class _Actor:
+    """What Ray Data runs: a batch of one unit, as JSON, to a batch of one result, as JSON."""
+
+    def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
+        # the worker is not made here: what fails in an actor's constructor is told as the actor's death
+        self._make = partial(worker, **arguments)
+        self._threads = threads
+        self._worker: UnitWorker | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        return {"result": [json.dumps(self._told(unit)) for unit in batch["item"]]}
+
+    def _told(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """A unit's result, or the user's error as a result: Ray Data replaces exceptions by its own on their way."""
+        try:
+            if self._worker is None:
+                set_threads(self._threads)
+                self._worker = self._make()
+            start = time.time()
+            return {**self._worker.run(unit), STARTED: start, ENDED: time.time()}
+        except Exception as error:
+            return {ERROR: told_error(error)}
+
+
+def told_error(error: Exception) -> list[str]:
+    """An error as plain data, which no Ray replaces on its way; see `ERROR`."""
+    known = user_error(error)
+    if known is not None:
+        return [type(known).__name__, str(known)]
+    return [UNEXPECTED, reason(error), "".join(traceback.format_exception(error))]
+
+
+def raised_error(told: Sequence[str]) -> UnianomError | WorkerError:
+    """The error that `told_error` told of, to be raised where the job runs."""
+    name, message, *trace = told
+    return WorkerError(message, *trace) if name == UNEXPECTED else ERRORS.get(name, UnianomError)(message)
+
+
+def set_threads(threads: int) -> None:
+    """Threads of PyTorch and FAISS in this process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+    except ImportError:
+        pass  # jobs that need FAISS say so themselves
+
+
+def run_units(
+    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], options: RuntimeOptions
+) -> Iterator[dict[str, Any]]:
+    """Spread units of work over a pool of actors; give results as they come, in any order.
+
+    A unit whose actor dies is run again by Ray, so `worker.run` must be idempotent: its output appears whole, under
+    a name that depends on the unit alone.
+
+    Args:
+        worker: a `UnitWorker` class.
+        arguments: of its constructor.
+        units: plain data, one dict a unit.
+        options: size of the pool.
+
+    Raises:
+        UnianomError: what a worker raised for the user, as it raised it.
+        MachineError: Ray lost what it cannot restore.
+        WorkerError: what a worker raised else.
+    """
+    if not units:
+        return
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    size = options.pool_size(len(units))
+    dataset = ray.data.from_items([{"item": unit} for unit in units], override_num_blocks=len(units)).map_batches(
+        _Actor,
+        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": options.cpus_per_worker},
+        batch_size=1,
+        compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        num_cpus=options.cpus_per_worker,
+        num_gpus=options.gpus_per_worker or None,
+    )
+    rows = iter(dataset.iter_rows())
+    while True:
+        try:
+            row = next(rows, None)
+        except ray.exceptions.RayError as error:
+            raise lost_error(error) from error
+        if row is None:
+            return
+        result = json.loads(row["result"])
+        if ERROR in result:
+            raise raised_error(result[ERROR])
+        yield result
+
+
+def lost_error(error: BaseException) -> Exception:
+    """What to raise for an error of Ray itself: a MachineError if it is about a machine, else the error as it is."""
+    for cause in wrapped(error):
+        if isinstance(cause, ray.exceptions.OutOfDiskError):
+            return MachineError(
+                f"the disk is full where Ray keeps what does not fit in memory ({tempfile.gettempdir()}/ray unless it "
+                f"was started with --temp-dir); free space there and run the same command again, it continues"
+            )
+        if isinstance(cause, ray.exceptions.OutOfMemoryError):
+            return MachineError(
+                "a machine ran out of memory and Ray ended a worker; lower --runtime.workers or the size of batches, "
+                "and run the same command again, it continues"
+            )
+        if isinstance(cause, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+            return MachineError(f"a worker was lost ({reason(cause)}); the same command continues")
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+def run_unfinished(
+    worker: type,
+    arguments: dict[str, Any],
+    units: Mapping[str, dict[str, Any]],
+    output: str,
+    options: RuntimeOptions,
+    progress: Progress,
+    count: str | None = None,
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Run those units of work whose record is not in an output folder yet.
+
+    Args:
+        worker, arguments, options: see `run_units`.
+        units: by the name under which each is committed with `outputs.commit_part`.
+        output: that folder.
+        progress: shown; closed at the end.
+        count: entry of a record that it advances by; null counts units.
+
+    Returns:
+        The records of all units by name, in the order of `units`, and the rate of this run.
+
+    Raises:
+        UnianomError: see `run_units`.
+    """
+    records = {name: outputs.part_record(output, name) for name in units}
+    done = [record for record in records.values() if record is not None]
+    progress.advance(sum(record[count] for record in done) if count else len(done))
+    left = [units[name] for name, record in records.items() if record is None]
+    if left:
+        connect(options)
+    for result in run_units(worker, arguments, left, options):
+        progress.advance(result[count] if count else 1)
+    rate = progress.close()
+    return {name: record or outputs.part_record(output, name) or {} for name, record in records.items()}, rate

@@ -1,0 +1,484 @@
+"""Outputs: who may write where, and folders that are written part by part and can be continued.
+
+Every job claims its output before it writes. `_plan.json` says which job's the folder is and all that its bytes depend
+on; whatever else lies there is refused, and only files of the names that the job itself writes are ever removed.
+
+The order of writes is the invariant: a part is written beside its name and renamed, then its small JSON;
+`_manifest.json`, or whatever file completes the folder, comes last. So whoever finds a part's JSON may trust the part,
+and whoever finds the manifest may trust the folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.runtime.locks import Holder, exclusive
+from unianom import files
+from unianom.data.shards import MANIFEST
+from unianom.errors import DataError, OptionError
+
+PLAN, LOCK = "_plan.json", "_lock.json"
+
+_MODEL = (
+    r"model\.json",
+    r"weights\.safetensors",
+    r"calibrator\.safetensors",
+    r"bank/manifest\.json",
+    r"bank/shard-\d{5}-of-\d{5}\.faiss",
+)
+_PARTS = (r"_manifest\.json", r"_part-[\w.-]+\.json")
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """What one job writes.
+
+    Attributes:
+        words: what it is, in words.
+        job: the command that makes it.
+        owns: patterns of the files that the job writes, by their path below the output.
+        done: the file that comes last; None where an output can always be made longer.
+        keys: entries that only this job's plans have, by which plans are told that do not name their job yet.
+        unplanned: patterns of the files of an output from before this job wrote a plan; the first must be there.
+    """
+
+    words: str
+    job: str
+    owns: tuple[str, ...]
+    done: str | None = MANIFEST
+    keys: frozenset[str] = frozenset()
+    unplanned: tuple[str, ...] = ()
+
+    def wrote(self, path: str) -> bool:
+        """Return whether a file below the output has a name that this job gives, or is a half-written one of these."""
+        own = path if not files.is_half_written(path) else path.rsplit(".", 2)[0]
+        return own not in (PLAN, LOCK) and any(re.fullmatch(pattern, own) for pattern in self.owns)
+
+
+KINDS: dict[str, OutputKind] = {
+    "shard set": OutputKind(
+        "a shard set",
+        "ingest",
+        (*_PARTS, r"part-\d{5}\.parquet", r"_rejected\.parquet"),
+        keys=frozenset({"layout", "source"}),
+    ),
+    "score set": OutputKind(
+        "scores",
+        "score",
+        (*_PARTS, r"part-(\d{5}|rejected)-[0-9a-f]{12}\.parquet"),
+        keys=frozenset({"models", "maps", "fold_batch_norm"}),
+    ),
+    "model": OutputKind(
+        "a model",
+        "train",
+        (*_MODEL, r"_work/.*"),
+        done="model.json",
+        keys=frozenset({"method", "few_shot", "weights", "threshold"}),
+    ),
+    "models": OutputKind("models of single categories", "train", (r"models\.json",), done=None),
+    "calibrated model": OutputKind(
+        "a calibrated model", "calibrate", _MODEL, done="model.json", keys=frozenset({"found_by", "calibration"})
+    ),
+    "calibrated models": OutputKind(
+        "calibrated models of single categories", "calibrate", (r"models\.json",), done=None
+    ),
+    "evaluation": OutputKind(
+        "an evaluation",
+        "evaluate",
+        (r"evaluation\.json", r"categories\.csv", r"_pixel_counts/.*", r"_work/[0-9a-f]{12}/.*"),
+        done="evaluation.json",
+        unplanned=(r"evaluation\.json", r"categories\.csv", r"_work"),
+    ),
+    "comparison": OutputKind(
+        "a comparison",
+        "compare",
+        (r"comparison\.(json|csv|md|tex)", r"section\.json"),
+        done="comparison.json",
+        unplanned=(r"comparison\.json", r"comparison\.(csv|md|tex)", r"section\.json"),
+    ),
+    "decision set": OutputKind(
+        "decisions",
+        "decide",
+        (
+            *_PARTS,
+            r"part-(\d{5}|rejected)-[0-9a-f]{12}\.parquet",
+            r"thresholds\.json",
+            r"summary\.json",
+            r"queue\.csv",
+            r"queue_[a-z_]+\.png",
+            r"section\.json",
+        ),
+        keys=frozenset({"rule", "normals", "queue"}),
+    ),
+    "clustering": OutputKind(
+        "a clustering",
+        "cluster_anomalies",
+        (
+            *_PARTS,
+            r"clusters\.parquet",
+            r"clusters_.+\.png",
+            r"categories\.csv",
+            r"clustering\.json",
+            r"section\.json",
+        ),
+        keys=frozenset({"clusters", "n_init", "pooling"}),
+    ),
+    "semantic protocol": OutputKind(
+        "results of the semantic protocol",
+        "semantic",
+        (
+            *_PARTS,
+            r"_?scores-\d{5}\.(parquet|json)",
+            r"semantic\.(json|png)",
+            r"tasks\.csv",
+            r"section\.json",
+        ),
+        keys=frozenset({"protocol", "tasks"}),
+    ),
+    "low-shot protocol": OutputKind(
+        "results of the low-shot protocol",
+        "low_shot",
+        (
+            *_PARTS,
+            r"_?scores-\d{5}\.(parquet|json)",
+            r"low_shot\.(json|png)",
+            r"(draws|summary)\.csv",
+            r"section\.json",
+        ),
+        keys=frozenset({"protocol", "shots", "draws"}),
+    ),
+    "campaign": OutputKind(
+        "a campaign",
+        "tune",
+        (
+            r"(trials|encodings|validation|categories|diagnosis|seen|_tune)/.*",
+            r"(campaign|section|spent)\.json",
+            r"settings\.parquet",
+            r"best\.yaml",
+            r"trials\.csv",
+            r"(parallel|importance|slices|trials|pareto)\.png",
+        ),
+        done=None,
+        keys=frozenset({"space", "search", "objective"}),
+    ),
+    "demo": OutputKind("a demo", "demo", (), done=None),
+    # what jobs keep for each other, under a name that is the digest of its plan
+    "features": OutputKind("frozen features", "train", (r".*",)),
+    "calibration images": OutputKind("embeddings for calibration", "calibrate", (r".*",)),
+    "cluster features": OutputKind("features for clustering", "cluster_anomalies", (r".*",)),
+    "embeddings": OutputKind("embedded images", "semantic", (r".*",)),
+    "encodings": OutputKind("encoded images", "tune", (r".*",)),
+    "validation set": OutputKind("validation images", "tune", (r".*",)),
+    "test set": OutputKind("test images", "tune", (r".*",)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- claiming a folder
+@contextmanager
+def open_output(
+    output: str,
+    kind: str,
+    plan: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
+) -> Iterator[str]:
+    """Claim an output folder for the length of the block.
+
+    Nothing is locked or written where the same plan is complete already.
+
+    Args:
+        output: the folder; path or URI.
+        kind: one of `KINDS`.
+        plan: everything the output's bytes depend on, as plain data.
+        inputs: folders and files that the job reads, by the option that names them.
+        overwrite: whether files that an earlier run of the same job wrote there may be removed; no others ever are.
+
+    Yields:
+        The plan's digest.
+
+    Raises:
+        OptionError: the output is, contains or lies within an input.
+        DataError: the folder holds another plan's output and `overwrite` is not set, or anything else.
+        BusyError: another process is at work on it.
+    """
+    check_output(output, kind, plan, inputs=inputs, overwrite=overwrite)
+    digest = files.digest_of(plan)
+    if _is_done(output, kind, digest):
+        yield digest
+        return
+    with exclusive(files.join(output, LOCK), output):
+        _claim(output, kind, plan, overwrite)
+        yield digest
+
+
+@contextmanager
+def open_cache(uri: str, kind: str, plan: Mapping[str, Any]) -> Iterator[bool]:
+    """Claim a folder in which jobs keep something for each other, waiting for one that is making it.
+
+    Args:
+        uri: the folder, named by the digest of its plan.
+        kind: one of `KINDS`.
+        plan: everything its bytes depend on.
+
+    Yields:
+        Whether it is complete already.
+
+    Raises:
+        DataError: the folder holds anything else.
+    """
+    check_output(uri, kind, plan)
+    if _is_done(uri, kind, files.digest_of(plan)):
+        yield True
+        return
+    with exclusive(files.join(uri, LOCK), f"{KINDS[kind].words} in {uri}", wait=True):
+        _claim(uri, kind, plan, False)
+        yield is_complete(uri)
+
+
+def check_output(
+    output: str,
+    kind: str,
+    plan: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Refuse what `open_output` would refuse, without a claim.
+
+    Raises:
+        OptionError, DataError: see `open_output`.
+    """
+    check_apart(output, inputs or {})
+    if blocking := _file_on_the_way(output):
+        raise DataError(f"{blocking} is a file, where a folder is to be written; choose another output")
+    names = _foreign_names(output)
+    if not names and not files.exists(files.join(output, PLAN)):
+        return
+    there = _look(output, names)
+    if there is None:
+        raise DataError(f"{output} holds other files ({_some(names)}); choose another output")
+    found, before = there
+    if found not in (kind, None) or (found is None and before is not None):
+        raise DataError(f"{output} holds {_described(output, found)}; choose another output")
+    if before is None and kind in ("models", "calibrated models"):
+        return  # of before there was a plan of these; each of the models has one of its own
+    if before is not None and files.digest_of(before) == files.digest_of(plan):
+        return
+    if not overwrite:
+        why = "of an earlier version, which kept no plan"
+        if before is not None:
+            changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
+            why = f"differing in: {', '.join(changed)}"
+        raise DataError(
+            f"{output} holds {KINDS[kind].words} of another run ({why}); choose another output, or replace it with "
+            f"--overwrite true"
+        )
+
+
+def _claim(output: str, kind: str, plan: Mapping[str, Any], overwrite: bool) -> None:
+    """Make the folder this plan's own; the lock is held."""
+    check_output(output, kind, plan, overwrite=overwrite)
+    path = files.join(output, PLAN)
+    before = files.read_json(path) if files.exists(path) else None
+    digest = files.digest_of(plan)
+    if before is not None and before["digest"] == digest:
+        _sweep(output, kind)
+        return
+    # JSON files declare the others done, so they go first; the old plan stays to the end, and with it the right
+    # to remove the rest, should this process be killed
+    own = [name for name in files.list_files(output) if KINDS[kind].wrote(name)]
+    for name in sorted(own, key=lambda name: (not name.endswith(".json"), name)):
+        files.remove_file(output, name)
+    files.write_json(path, {"job": kind, "digest": digest, "plan": plan})
+
+
+def _sweep(output: str, kind: str) -> None:
+    """Remove what a killed run of this job left half-written."""
+    for name in files.list_names(output):
+        if files.is_half_written(name) and (KINDS[kind].wrote(name) or name.startswith(PLAN)):
+            files.remove_file(output, name)
+
+
+def _foreign_names(output: str) -> list[str]:
+    """What lies in a folder, besides the files of this module."""
+    names = []
+    for name in files.list_names(output):
+        if name == PLAN or (files.is_half_written(name) and name.startswith(PLAN)):
+            continue
+        if name == LOCK:
+            content = files.read_bytes(files.join(output, LOCK))
+            if not content or Holder.parse(content) is not None:
+                continue
+        names.append(name)
+    return names
+
+
+def _look(output: str, names: Sequence[str]) -> tuple[str | None, dict[str, Any] | None] | None:
+    """Which kind of output lies in a folder, and its plan; None if no job wrote it.
+
+    The kind is None where the plan's job is not known, and the plan where an earlier version kept none.
+    """
+    path = files.join(output, PLAN)
+    if files.exists(path):
+        try:
+            content = files.read_json(path)
+            plan, kind = content["plan"], content.get("job")
+            if content["digest"] != files.digest_of(plan):
+                return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        if kind is None:  # an earlier version did not write down the job
+            kind = next((name for name, known in KINDS.items() if known.keys and known.keys <= plan.keys()), None)
+        return (kind if kind in KINDS else None), plan
+    for kind, known in KINDS.items():
+        if known.unplanned and any(re.fullmatch(known.unplanned[0], name) for name in names):
+            if all(any(re.fullmatch(pattern, name) for pattern in known.unplanned) for name in names):
+                return kind, None
+            return None
+    for name in names:
+        if name == "models.json":
+            continue
+        inner = files.join(output, name)
+        found = _look(inner, ()) if files.exists(files.join(inner, PLAN)) else None
+        if found is None or found[0] not in ("model", "calibrated model"):
+            return None
+        kind = f"{found[0]}s"
+    return (kind, None) if names and any(name != "models.json" for name in names) else None
+
+
+def _described(output: str, kind: str | None) -> str:
+    if kind is None:
+        return "the output of another version of this software"
+    known = KINDS[kind]
+    done = known.done is None or files.exists(files.join(output, known.done))
+    return f"{known.words} of jobs/{known.job}.py" + ("" if done else ", unfinished")
+
+
+def _file_on_the_way(output: str) -> str | None:
+    """The output, or the nearest folder above it that exists, if that is a file."""
+    if not files.is_local(output):
+        return output if files.is_file(output) else None
+    path = Path(files.full_uri(output))
+    nearest = next((place for place in (path, *path.parents) if place.exists()), None)
+    return None if nearest is None or nearest.is_dir() else str(nearest)
+
+
+def _is_done(output: str, kind: str, digest: str) -> bool:
+    done = KINDS[kind].done
+    if done is None or not files.exists(files.join(output, done)):
+        return False
+    path = files.join(output, PLAN)
+    return files.exists(path) and bool(files.read_json(path)["digest"] == digest)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+# --------------------------------------------------------------------------------------------------- inputs and outputs
+def check_apart(output: str, inputs: Mapping[str, str | None]) -> None:
+    """Refuse an output that is, contains or lies within an input, whatever links lead there.
+
+    Args:
+        output: path or URI.
+        inputs: by the option that names them; None and places that do not exist are passed over.
+
+    Raises:
+        OptionError: it does; says how.
+    """
+    for option, uri in inputs.items():
+        if uri is None or not files.exists(uri):
+            continue
+        for inner, outer, words in ((output, uri, "lies within"), (uri, output, "contains")):
+            if files.lies_within(inner, outer):
+                words = "is" if files.lies_within(outer, inner) else words
+                raise OptionError(
+                    f"the output {output} {words} the input --{option} {uri}, which would be changed by it; choose "
+                    f"another output"
+                )
+
+
+# -------------------------------------------------------------------------------------------------------- single files
+@contextmanager
+def open_file(
+    output: str,
+    words: str,
+    digest: str,
+    made_by: Callable[[bytes], str | None],
+    *,
+    inputs: Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
+) -> Iterator[bool]:
+    """Claim an output that is one file for the length of the block.
+
+    Args:
+        output: the file; path or URI.
+        words: what it is, in words.
+        digest: of the plan it is made by.
+        made_by: the digest that a file's content names; None if it is no such file.
+        inputs, overwrite: see `open_output`.
+
+    Yields:
+        Whether it is there already, made by the same plan.
+
+    Raises:
+        OptionError, DataError, BusyError: see `open_output`.
+    """
+    check_apart(output, inputs or {})
+    if _is_made(output, words, digest, made_by, overwrite):
+        yield True
+        return
+    folder, _, name = files.full_uri(output).rpartition("/")
+    with exclusive(files.join(folder, f".{name}.lock"), output):
+        yield _is_made(output, words, digest, made_by, overwrite)
+
+
+def _is_made(output: str, words: str, digest: str, made_by: Callable[[bytes], str | None], overwrite: bool) -> bool:
+    if not files.exists(output):
+        return False
+    if not files.is_file(output):
+        raise DataError(f"{output} is a folder, where a file is to be written; choose another output")
+    before = made_by(files.read_bytes(output))
+    if before is None:
+        raise DataError(f"{output} is a file that is not {words}; choose another output, or move that file")
+    if before != digest and not overwrite:
+        raise DataError(
+            f"{output} holds {words} made of something else; choose another output, or replace it with --overwrite true"
+        )
+    return before == digest
+
+
+# --------------------------------------------------------------------------------------------------- parts of a folder
+def is_complete(output: str) -> bool:
+    """Return whether the folder's manifest is there."""
+    return files.exists(files.join(output, MANIFEST))
+
+
+def part_record(output: str, part: str) -> dict[str, Any] | None:
+    """Return what the JSON of a committed part says; None if the part is not committed."""
+    path = files.join(output, _record_name(part))
+    return files.read_json(path) if files.exists(path) else None
+
+
+def commit_part(output: str, part: str, record: dict[str, Any]) -> None:
+    """Declare a part, already written under its name, as done."""
+    files.write_json(files.join(output, _record_name(part)), record)
+
+
+def _record_name(part: str) -> str:
+    # readers of Parquet folders pass over names that begin with an underscore
+    return "_" + part.removesuffix(".parquet") + ".json"
+
+
+def finish(output: str, manifest: dict[str, Any]) -> None:
+    """Sweep what killed workers left half-written, then write the manifest: from now on the folder is complete."""
+    found = _look(output, ())
+    if found is not None and found[0] is not None:
+        _sweep(output, found[0])
+    files.write_json(files.join(output, MANIFEST), manifest)

@@ -1,0 +1,91 @@
+"""Trials of a memory method: a bank on images encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pipelines.runtime.models import load_model
+from pipelines.training.memory_bank import build_bank
+from pipelines.tuning.encodings import EncodingReader, EncodingSet, encode_once
+from pipelines.tuning.objective import latency, memory
+from pipelines.tuning.space import key_of
+from pipelines.tuning.trial import Campaign, Fitted, Inside
+from unianom import files
+from unianom.methods import METHODS, MemoryMethod
+from unianom.methods.base import Embedding
+
+
+# ------------------------------------------------------------------------------------------------------- memory methods
+@dataclass(frozen=True)
+class MemoryCampaign(Campaign):
+    """A campaign of a memory method.
+
+    Attributes:
+        encodings: encoded images by `encoding_key`.
+    """
+
+    encodings: dict[str, EncodingSet] = field(default_factory=dict)
+
+    def encoding_of(self, values: Mapping[str, Any]) -> EncodingSet:
+        """The encoded images of a trial."""
+        return self.encodings[encoding_key(values, self.name)]
+
+    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
+        return self._found(values, self.encoding_of(values))
+
+    def tests(self, values: Mapping[str, Any], folder: str) -> EncodingSet:
+        method = load_model(self.encoding_of(values).encoder, "cpu").method
+        encodings = files.join(folder, "encodings")
+        return encode_once(
+            self.name,
+            method.config,
+            self.options,
+            self.shards,
+            self.categories,
+            frozenset(),
+            self.tests_for(method, folder),
+            encodings,
+        )
+
+    def find_in_tests(self, values: Mapping[str, Any], tests: EncodingSet, device: str) -> Fitted:
+        return self._found(values, tests)
+
+    def _found(self, values: Mapping[str, Any], seen: EncodingSet) -> Fitted:
+        method = fit_bank(self, values)
+        readings = find_distances(self, method, EncodingReader(seen).compared(self.config_of(values)))
+        return Fitted(method, readings, seen.proxy, latency(method), memory(method))
+
+
+def encoding_key(values: Mapping[str, Any], name: str) -> str:
+    """Trials of a memory method with the same key share encoded images."""
+    method = METHODS[name]
+    assert issubclass(method, MemoryMethod)
+    return key_of({option: value for option, value in values.items() if not is_bank_option(method, option)})
+
+
+def is_bank_option(method: type[MemoryMethod], option: str) -> bool:
+    """Whether an option acts between network and bank."""
+    return option in method.bank_options or option.split(".")[0] in method.bank_options
+
+
+def fit_bank(campaign: MemoryCampaign, values: Mapping[str, Any]) -> MemoryMethod:
+    """The method of a trial with its bank."""
+    config = campaign.config_of(values)
+    reader = EncodingReader(campaign.encoding_of(values))
+    reader.method.bank, _ = build_bank(reader.bank_patches(config), config.bank)
+    return reader.method
+
+
+@torch.inference_mode()
+def find_distances(
+    campaign: MemoryCampaign, method: MemoryMethod, embeddings: Iterable[Embedding]
+) -> dict[str, torch.Tensor]:
+    """Readings of embedded images, with as many neighbours as any setting asks for."""
+    plain = {"neighbours": campaign.config["neighbours"]}
+    neighbours = max(setting.get("neighbours", plain["neighbours"]) for setting in campaign.settings)
+    found = [method.find_patches(embedding, neighbours).readings for embedding in embeddings]
+    return {name: torch.cat([readings[name] for readings in found]) for name in found[0]}

@@ -1,0 +1,93 @@
+"""Trials of a trained method: a training by Ray Train."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, SupportsFloat
+
+from pipelines.data.validation_set import ProxySet
+from pipelines.runtime.models import load_model
+from pipelines.runtime.tracking import Run
+from pipelines.training.networks import Segment, make_method, plan_job, run_job
+from pipelines.training.options import WORK
+from pipelines.training.validation import PROGRESS
+from pipelines.tuning.objective import OBJECTIVE, READINGS, ObjectiveValidation, find_readings, load_readings, memory
+from pipelines.tuning.trial import REPORTS, Campaign, Fitted, Inside, read_reports
+from unianom import files
+from unianom.errors import DataError
+from unianom.model import is_model
+
+KEPT = "readings"
+"""Folder of a trial for the readings of its trained model, until its record is written."""
+
+
+# ------------------------------------------------------------------------------------------------------ trained methods
+class TrainedCampaign(Campaign):
+    """A campaign of a method that is trained."""
+
+    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
+        proxy = self.train(values, folder, inside, None)
+        readings, milliseconds = load_readings(files.join(folder, KEPT))
+        method = load_model(trained_model(folder), "cpu").method
+        return Fitted(method, readings, proxy, milliseconds, memory(method))
+
+    def train(self, values: Mapping[str, Any], folder: str, inside: Inside, segment: Segment | None) -> str:
+        """Train a trial, or a segment of it, unless that was done; URI of the validation images."""
+        config, options = self.config_of(values), self.fit_options(values)
+        work, kept = files.join(folder, WORK), files.join(folder, KEPT)
+        with inside.alone():
+            proxy = self.proxy_of(make_method(self.name, config))
+        ended = is_model(trained_model(folder)) and files.exists(files.join(kept, READINGS))
+        if ended or (segment is not None and files.exists(segment.state)):
+            return proxy
+        with inside.alone():
+            job = plan_job(self.name, config, options, self.shards, self.categories, self.chosen, work)
+        comparison = ObjectiveValidation(proxy, self.validation.pixel_stride, self.objective, kept)
+        reports = Reports(folder, job.iterations)
+        run_job(replace(job, validator=comparison, segment=segment), options, work, reports, "", inside.callbacks())
+        files.remove(files.join(work, "checkpoints"))
+        return proxy
+
+    def tests(self, values: Mapping[str, Any], folder: str) -> str:
+        model = trained_model(self.trial_folder(values))
+        if not is_model(model):
+            raise DataError(
+                f"the models of the trials in {self.folder} were not kept, so they cannot be diagnosed; run the "
+                f"campaign with --diagnose true from its start, in another output"
+            )
+        return self.tests_for(load_model(model, "cpu").method, folder)
+
+    def find_in_tests(self, values: Mapping[str, Any], tests: str, device: str) -> Fitted:
+        method = load_model(trained_model(self.trial_folder(values)), device).method
+        batches = ProxySet(tests).batches(self.options.batch_size, method.input, method.device)
+        readings = {name: value.cpu() for name, value in find_readings(method, batches).items()}
+        return Fitted(method.to("cpu"), readings, tests, 0.0, memory(method))
+
+
+class Reports(Run):
+    """Keeps the validations that a training run records, in the trial's folder, so that they outlive its process.
+
+    Args:
+        folder: of the trial.
+        iterations: of the run.
+    """
+
+    def __init__(self, folder: str, iterations: int) -> None:
+        self._folder, self._iterations = folder, iterations
+        self._lock = threading.Lock()
+
+    def metrics(self, values: Mapping[str, SupportsFloat | None], step: int | None = None) -> None:
+        told = {name.removeprefix("validation/"): value for name, value in values.items() if "validation/" in name}
+        if OBJECTIVE not in told or step is None:
+            return
+        report = {PROGRESS: round(100 * step / self._iterations), **told}
+        with self._lock:
+            before = [old for old in read_reports(self._folder) if old[PROGRESS] < report[PROGRESS]]
+            files.write_json(files.join(self._folder, REPORTS), [*before, report])
+
+
+def trained_model(folder: str) -> str:
+    """Model folder of a trained trial, where it is kept."""
+    return files.join(folder, WORK, "trained")

@@ -1,0 +1,725 @@
+"""A campaign: the options of a method searched with Ray Tune, without test data.
+
+    shards ─▶ held-out normals + synthetic anomalies ─▶ trials on Ray Tune: fit, then thousands of reading options on
+    kept readings ─▶ best setting as a recipe ─▶ tables, figures, MLflow ─▶ (all chosen) a diagnosis on test images
+
+Everything a trial finds lies in a folder named by its values, so a campaign whose driver died goes on with the same
+command: trials with a record tell Tune again what they once told it, in no time, and those that had not ended continue.
+Tune's own pickled state is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_type_hints
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import SearchAlgorithm, Searcher
+
+from pipelines.data.splits import TrainValSplit, choose_samples
+from pipelines.data.validation_set import ProxyOptions, ProxySet, check_objective
+from pipelines.runtime import outputs
+from pipelines.runtime.actors import connect
+from pipelines.runtime.cli import AS_WRITTEN, documented_arguments, own_signals
+from pipelines.runtime.models import ModelShelf, load_model
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.tracking import Run, TrackingOptions, track
+from pipelines.training.calibrate import CalibrateOptions, Kept
+from pipelines.training.networks import TrainingOptions, check_masks, make_method
+from pipelines.training.options import WORK, FitOptions
+from pipelines.training.per_category import inputs_of, weights_digest
+from pipelines.training.validation import PROGRESS
+from pipelines.tuning.calibration_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
+from pipelines.tuning.encodings import encode_once
+from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, is_bank_option
+from pipelines.tuning.objective import OBJECTIVE
+from pipelines.tuning.population import STATE, PopulationCampaign, PopulationOptions, first_segments, next_segments
+from pipelines.tuning.ray_tune import (
+    SPENT,
+    Budget,
+    Halving,
+    Recorder,
+    TrialValues,
+    surroundings,
+    tree_parzen,
+    tune_trial,
+)
+from pipelines.tuning.results import Ran, TuneResult, per_category, write_results
+from pipelines.tuning.space import (
+    SPACES,
+    Choice,
+    Dimension,
+    Range,
+    draw,
+    grid,
+    grid_size,
+    key_of,
+    read_value,
+    settings_of,
+    space_of,
+    split_space,
+)
+from pipelines.tuning.trained_trials import TrainedCampaign
+from pipelines.tuning.trial import CARRIED, CRASHED, DONE, PLAN, RECORD, Campaign, Turn, read_record, trial_id
+from unianom import __version__, files
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.methods import METHODS, MemoryMethod
+from unianom.methods.trained import BatchNeeds
+from unianom.serialise import to_plain
+from unianom.thresholds import smallest_supported_rate
+from unianom.written import plain_options
+
+NOT_IN_PLANS = ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every", "tracking", "folder")
+"""Options of fitting that say where, how fast and how safely, not what."""
+
+MOST_ENCODINGS = 64
+"""Combinations of options that the network must run for, of a memory method."""
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Asynchronous successive halving (ASHA) of trials that train.
+
+    Args:
+        enabled: whether trials are stopped early.
+        grace: share of the training that every trial gets.
+        reduction: at each rung, of which the next lies `reduction` times as far, one in `reduction` trials goes on.
+    """
+
+    enabled: bool = True
+    grace: float = 0.2
+    reduction: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.grace <= 1 or not 1 < self.reduction < math.inf:
+            raise OptionError("early_stopping: grace must be in [0.01, 1], reduction above 1")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a campaign searches.
+
+    Args:
+        space: what is tried, by option, in place of the method's own space: a list of values, a range such as
+            {low: 1e-4, high: 1e-2, log: true}, one value to fix it at, or null to leave the option alone.
+        search: how trials are chosen: "random", "grid", "tpe" (Optuna), or "pbt", population-based training, for
+            methods that are trained, whose options then change on the way.
+        trials: how many, the one with the options as given counted; null takes 24, the whole grid, or a population of
+            8.
+        settings: of the reading options that each trial is finished with; all combinations of single values where there
+            are no more.
+        objective: what is maximised: weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
+            categories, and of the same of all categories as one, such as union_image_auroc.
+        validation: the images settings are compared on.
+        early_stopping: of trials that train, but not of a population.
+        population: how that is trained.
+        hours: after which no trial goes on, of each campaign with `per_category`; null for no limit. Time spent before
+            an interruption counts.
+        gpu_hours: the same in hours times the GPUs of a trial.
+        concurrency: trials at a time; null takes as many as the cluster's CPUs, or GPUs, allow.
+        pareto: let "tpe" look for accuracy, latency and memory at once.
+        prefer: among trials within `tolerance` of the best objective, take the most accurate, the one of least
+            "latency" or the one of least "memory".
+        tolerance: see there.
+        threshold_rates: false-positive rates to choose the threshold's from, by balanced accuracy on the validation
+            images; empty leaves it as it is.
+        diagnose: when all is chosen, measure on the labelled test split how well the validation images ranked the
+            settings. It changes nothing of the choice. Trained models are kept for it.
+        resume: refuse where the output holds no campaign yet. An interrupted campaign continues anyway.
+    """
+
+    space: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
+    search: Literal["random", "grid", "tpe", "pbt"] = "random"
+    trials: int | None = None
+    settings: int = 1000
+    objective: dict[str, float] = field(default_factory=lambda: {"image_auroc": 1.0, "pixel_ap": 1.0})
+    validation: ProxyOptions = field(default_factory=ProxyOptions)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    population: PopulationOptions = field(default_factory=PopulationOptions)
+    hours: float | None = None
+    gpu_hours: float | None = None
+    concurrency: int | None = None
+    pareto: bool = False
+    prefer: Literal["accuracy", "latency", "memory"] = "accuracy"
+    tolerance: float = 0.005
+    threshold_rates: tuple[float, ...] = ()
+    diagnose: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if hasattr(self, "method") or hasattr(self, "calibration"):  # the classes made for each method
+            object.__setattr__(self, "space", plain_options(self.space, type(searched(self))))
+        check_objective(self.objective)
+        for name in ("trials", "settings", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value} must be at least 1")
+        for name in ("hours", "gpu_hours"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(f"{name}={value} must be positive")
+        if not 0 <= self.tolerance <= 1 or not all(0 < rate < 1 for rate in self.threshold_rates):
+            raise OptionError("tolerance must be in [0, 1], threshold_rates in (0, 1)")
+        if self.pareto and self.search != "tpe":
+            raise OptionError("pareto is for --search tpe")
+
+
+def tune_options() -> dict[str, type]:
+    """The options class of every method: what fitting needs, how to search, and the method's own options."""
+    classes: dict[str, type] = {}
+    for name, method in METHODS.items():
+        base = fit_class(name)
+        fields: list[Any] = [
+            ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
+            ("method", method.Config, field(default_factory=method.Config)),
+        ]
+        cls = dataclasses.make_dataclass(
+            f"Tune_{name}", fields, bases=(SearchOptions, base), frozen=True, namespace={"__post_init__": _check}
+        )
+        searched = "; ".join(f"{d.name} ({d.why})" for d in SPACES[name])
+        summary = f"Search the options of {name}. Its space: {searched}."
+        documented = documented_arguments(FitOptions, base, SearchOptions)
+        cls.__doc__ = "\n".join([summary, "", "Args:", documented, OWN_ARGUMENTS])
+        classes[name] = cls
+    documented = documented_arguments(CalibrateOptions, SearchOptions)
+    TuneCada.__doc__ = "\n".join([CADA_SUMMARY, "", "Args:", documented, CADA_ARGUMENTS])
+    classes[CADA] = TuneCada
+    for cls in classes.values():
+        # the parser would look for the types' names here, but those of the parents' fields live where these do
+        cls.__init__.__annotations__.update(get_type_hints(cls))  # type: ignore[misc]
+    return classes
+
+
+@dataclass(frozen=True)
+class TuneCada(SearchOptions, CalibrateOptions):
+    """The options of calibrating a model, and how to search; documented by `tune_options`."""
+
+    objective: dict[str, float] = field(default_factory=lambda: {"union_image_auroc": 1.0})
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        SearchOptions.__post_init__(self)
+        CalibrateOptions.__post_init__(self)
+        _check_budget(self)
+        if self.output is None:
+            raise OptionError("give --output, a folder for the campaign")
+        if self.calibration.variant not in ("cada", "classifier"):
+            raise OptionError(f"calibration.variant={self.calibration.variant} has no head; take cada or classifier")
+        if self.search == "pbt":
+            raise OptionError("search=pbt is for methods that are trained, not for heads; take random or tpe")
+        if self.threshold_rates:
+            raise OptionError("threshold_rates are for campaigns of methods; choose the rate with jobs/decide.py")
+
+
+CADA_SUMMARY = (
+    "Search how a model's scores are calibrated (CADA): α, dropout and learning rate of the head, what counts as the "
+    "top of a map, the pixels whose mean is the score."
+)
+CADA_ARGUMENTS = """    seed: of the search."""
+
+OWN_ARGUMENTS = """    tracking: where MLflow records the campaign and its trials.
+    method: the method's own options, where nothing is searched."""
+
+
+def fit_class(name: str) -> Any:
+    """The options of fitting a method, or of calibrating a model."""
+    if name == CADA:
+        return CalibrateOptions
+    return FitOptions if issubclass(METHODS[name], MemoryMethod) else TrainingOptions
+
+
+def _check(options: Any) -> None:
+    name = method_name(options)
+    SearchOptions.__post_init__(options)
+    fit_class(name).__post_init__(options)
+    _check_budget(options)
+    if options.search == "pbt" and fit_class(name) is not TrainingOptions:
+        raise OptionError(
+            f"search=pbt changes options while a method is trained, which {name} is not; take random or tpe"
+        )
+    if getattr(options, "phases", ()):
+        raise OptionError("phases are what --search pbt finds; leave them out")
+    if options.category_options:
+        raise OptionError("category_options are what a campaign with --per_category true finds; leave them out")
+
+
+def _check_budget(options: Any) -> None:
+    if options.gpu_hours is not None and not options.runtime.gpus_per_worker:
+        raise OptionError("gpu_hours needs --runtime.gpus_per_worker; give --hours")
+
+
+def method_name(options: Any) -> str:
+    """The method that an options class of `tune_options` belongs to, or "cada"."""
+    if isinstance(options, TuneCada):
+        return CADA
+    return next(name for name, method in METHODS.items() if method.Config is type(options.method))
+
+
+def searched(options: Any) -> Any:
+    """The options that a campaign varies, as given."""
+    return options.calibration if isinstance(options, TuneCada) else options.method
+
+
+# ---------------------------------------------------------------------------------------------------------- the driver
+def tune(options: Any) -> TuneResult:
+    """Run a campaign, continue an interrupted one, or find it done.
+
+    Args:
+        options: one of `tune_options()`.
+
+    Raises:
+        DataError: no data to compare settings on, no campaign to resume, or every trial failed.
+        ModelError: no model to calibrate.
+        OptionError: a space that the method refuses, or a cluster that holds no trial.
+    """
+    name = method_name(options)
+    shards = ShardSet.open(options.shards)
+    groups = _groups(name, options, shards)  # a missing model shows first
+    space = space_of(name, searched(options), options.space)
+    needs = _prepare(name, options, shards)
+    output = files.full_uri(options.output)
+    if options.resume and not files.exists(files.join(output, outputs.PLAN)):
+        raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
+    plan, params = _plan(name, options, space, shards), {"method_name": name, **to_plain(options)}
+    inputs = inputs_of(options.shards, searched(options)) if name != CADA else {"model": options.model}
+    with (
+        outputs.open_output(
+            output, "campaign", plan, inputs={**inputs, "shards": options.shards}, overwrite=options.overwrite
+        ) as digest,
+        track(options.tracking, "tune", output, params, plan=digest) as run,
+    ):
+        campaigns = {}
+        for group in groups:
+            folder = files.join(output, "categories", files.safe_name(group[0])) if per_category(options) else output
+            campaigns["+".join(group)] = make_driver(name, options, shards, group, folder, space, needs, run).go()
+        return write_results(options, output, campaigns, run)
+
+
+def _groups(name: str, options: Any, shards: ShardSet) -> list[list[str]]:
+    """The categories of each campaign."""
+    if name == CADA:
+        shelf = ModelShelf.open(options.model)
+        if shelf.by_category:
+            raise OptionError(f"{shelf.uri} holds a model for each category; give the folder of one of them as --model")
+        return [shelf.descriptions()[0]["categories"]]
+    categories = list(options.categories) or shards.categories
+    return [[category] for category in categories] if options.per_category else [categories]
+
+
+def _prepare(name: str, options: Any, shards: ShardSet) -> BatchNeeds:
+    """Refuse what no trial could be made of; what the training of the method needs, if it is trained."""
+    needs = BatchNeeds()
+    if name == CADA:
+        return needs
+    if not issubclass(METHODS[name], MemoryMethod):
+        needs = make_method(name, options.method).needs
+        if needs.masks:
+            check_masks(shards, list(options.categories) or shards.categories)
+    elif getattr(options.method, "mask_scope", "image") == "batch":
+        raise OptionError("with method.mask_scope=batch patches depend on what shares their batch; take image")
+    shards.check(Selection(("train",), options.categories, (NORMAL,)))
+    return needs
+
+
+def _plan(name: str, options: Any, space: Sequence[Dimension], shards: ShardSet) -> dict[str, Any]:
+    """What the trials depend on; not how many there are, so that a campaign can be made longer."""
+    fitted = {f.name: to_plain(getattr(options, f.name)) for f in dataclasses.fields(fit_class(name))}
+    config = searched(options)
+    weights: str | None
+    if name == CADA:
+        weights = files.sha256_file(files.join(options.model, "model.json"))
+    else:
+        weights = weights_digest(config.backbone.weights)
+    for option in NOT_IN_PLANS:
+        fitted.pop(option, None)
+    return {
+        "tool": __version__,
+        "method": name,
+        "config": to_plain(config),
+        "weights": weights,
+        "shards": shards.digest,
+        "space": to_plain(list(space)),
+        "search": options.search,
+        "settings": options.settings,
+        "objective": options.objective,
+        "validation": to_plain(options.validation),
+        "early_stopping": to_plain(options.early_stopping),
+        "population": to_plain(options.population) if options.search == "pbt" else None,
+        "fit": fitted,
+        "device": options.runtime.device,
+        "threads": options.runtime.cpus_per_worker,
+    }
+
+
+class Driver:
+    """Runs the trials of one campaign.
+
+    Args:
+        campaign: the campaign.
+        trial_space: what differs between trials.
+        options: of the job.
+        run: the MLflow run of the job.
+    """
+
+    def __init__(self, campaign: Campaign, trial_space: Sequence[Dimension], options: Any, run: Run) -> None:
+        self.campaign, self.trial_space, self.options, self.run = campaign, trial_space, options, run
+
+    @property
+    def trains(self) -> bool:
+        """Whether trials are trainings with workers of their own."""
+        return isinstance(self.campaign, TrainedCampaign)
+
+    def prepare(self) -> None:
+        """Compute what all trials share, before the first; Ray is connected."""
+        campaign = self.campaign
+        ProxySet(campaign.proxy_of(make_method(campaign.name, campaign.config_of({})))).check(campaign.objective)
+
+    def go(self) -> Ran:
+        """Run what is missing; give every record."""
+        planned = self._planned()
+        before = self._records()
+        have = {record["trial"] for record in before}
+        if planned is None:
+            wanted = int(min(self._count(), self._most()))
+            missing = wanted - len(have)
+        else:
+            wanted = len(planned)
+            missing = sum(trial_id(values) not in have for values in planned)
+        budget = self._budget()
+        fresh = missing > 0 and not budget.stop_all()
+        if fresh:
+            connect(self.options.runtime, dashboard=self.trains)
+            self.prepare()
+            self._tune(planned, before, budget)
+            self._sweep()
+        elif self.options.diagnose:
+            connect(self.options.runtime)
+            self.prepare()
+        return self._ran(wanted, fresh)
+
+    def _ran(self, wanted: int, fresh: bool) -> Ran:
+        """All records, once there is one of a trial that came to its end."""
+        records = self._records(crashed=True)
+        if not any(record["status"] == DONE for record in records):
+            told = "; ".join(dict.fromkeys(record["error"] for record in records if record["error"]))
+            raise DataError(
+                f"no trial came to its end ({told or 'none was begun'}); mend the options, or raise the budget"
+            )
+        return Ran(self.campaign, records, wanted, self._budget().spent()["seconds"], fresh)
+
+    def _count(self) -> int:
+        return self.options.trials or (8 if self.options.search == "pbt" else 24)
+
+    def _most(self) -> float:
+        """Trials that there can be."""
+        finite = all(isinstance(dimension.domain, Choice) for dimension in self.trial_space)
+        return grid_size(self.trial_space) if finite else math.inf
+
+    def _default(self) -> dict[str, Any]:
+        config = self.campaign.config_of({})
+        return {dimension.name: read_value(config, dimension.name) for dimension in self.trial_space}
+
+    def _planned(self) -> list[dict[str, Any]] | None:
+        """Values of all trials, those given first; None if the search chooses them on its way."""
+        default, options = self._default(), self.options
+        if not self.trial_space:
+            return [default]
+        if options.search == "tpe":
+            return None
+        if options.search == "grid":
+            rest = list(grid(self.trial_space))
+        else:
+            rest = draw(self.trial_space, self._count(), options.seed)
+        planned = [default, *(values for values in rest if key_of(values) != key_of(default))]
+        return planned if options.search == "grid" and options.trials is None else planned[: self._count()]
+
+    def _records(self, crashed: bool = False) -> list[dict[str, Any]]:
+        """Records of all trials that have one, in the order they were begun."""
+        found = []
+        trials = files.join(self.campaign.folder, "trials")
+        for trial in files.list_names(trials):
+            folder = files.join(trials, trial)
+            path = files.join(folder, RECORD)
+            if not files.exists(path):
+                continue
+            record = files.read_json(path)
+            if record["status"] != CARRIED and (crashed or record["status"] != CRASHED):
+                found.append((files.read_json(files.join(folder, PLAN))["begun"], record))
+        return [record for _, record in sorted(found, key=lambda pair: pair[0])]
+
+    def _begun(self) -> list[dict[str, Any]]:
+        """Values of all trials that were ever begun, in that order."""
+        trials = files.join(self.campaign.folder, "trials")
+        plans = [files.join(trials, trial, PLAN) for trial in files.list_names(trials)]
+        told = [files.read_json(path) for path in plans if files.exists(path)]
+        return [plan["values"] for plan in sorted(told, key=lambda plan: plan["begun"])]
+
+    def _budget(self) -> Budget:
+        """What is left of the budget of time."""
+        options, path = self.options, files.join(self.campaign.folder, SPENT)
+        before = files.read_json(path) if files.exists(path) else {"seconds": 0.0, "trial_seconds": 0.0}
+        gpus = options.runtime.gpus_per_worker * (options.runtime.workers or 1 if self.trains else 1)
+        return Budget(options.hours, options.gpu_hours, gpus, before["seconds"], before["trial_seconds"])
+
+    def _tune(self, planned: list[dict[str, Any]] | None, before: Sequence[Mapping[str, Any]], budget: Budget) -> None:
+        """Ray Tune over all trials; those that have a record only tell it again, if a search or ASHA is to know."""
+        options, runtime = self.options, self.options.runtime
+        asha = self.trains and options.early_stopping.enabled and not options.pareto and options.search != "pbt"
+        if planned is not None and not asha:
+            planned = [values for values in planned if read_record(self.campaign.trial_folder(values)) is None]
+        values = TrialValues(planned, tuple(self.trial_space))
+        points = [] if planned is not None else values.points([self._default(), *self._begun()])
+        count = len(planned) if planned is not None else max(self._count(), len(points))
+        # a trial that trains needs nothing itself, its workers do; but Tune takes no empty request, so it gets one byte
+        resources: dict[str, float] = {"memory": 1}
+        if not self.trains:
+            resources = {"cpu": runtime.cpus_per_worker, "gpu": self._trial_gpus()}
+        progress = Progress("tune", count, "trials")
+        best = max((record["objective"] for record in before if record["status"] == DONE), default=None)
+        store = files.beside(options.output, "").rstrip("/")
+        recorder = Recorder(self.campaign, values, options.tracking, store, self.run, budget, progress, best)
+        search: SearchAlgorithm | Searcher | None = None
+        if planned is None:
+            search = tree_parzen(values, points, options.seed, options.pareto)
+        scheduler: TrialScheduler | None = None
+        if asha:
+            stopping = options.early_stopping
+            scheduler = Halving(
+                partial(values.are, self._default()),
+                time_attr=PROGRESS,
+                max_t=101,  # a trial that reports 100 has ended by itself
+                grace_period=round(100 * stopping.grace),
+                reduction_factor=stopping.reduction,
+            )
+        goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
+        turn: Any = ray.remote(num_cpus=0)(Turn).remote()
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(partial(tune_trial, self.campaign, values, turn), resources),
+            param_space=values.space(),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=count if planned is None else 1,
+                max_concurrent_trials=self._concurrency(count),
+                # what still trains in a process whose trial was stopped ends with the process alone
+                reuse_actors=not self.trains,
+                **goal,
+            ),
+            run_config=ray_tune.RunConfig(
+                name="tune",
+                storage_path=files.join(self.campaign.folder, "_tune"),
+                failure_config=ray_tune.FailureConfig(max_failures=0),
+                stop=budget,
+                callbacks=[recorder],
+                verbose=0,
+            ),
+        )
+        files.remove(files.join(self.campaign.folder, "_tune"))
+        recorder.tell_again(before)
+        with surroundings(), recorder, own_signals():
+            tuner.fit()
+        progress.close()
+        files.remove(files.join(self.campaign.folder, "_tune"))
+
+    def _trial_gpus(self) -> float:
+        """GPUs of a trial that does all by itself."""
+        return 0.0
+
+    def _sweep(self) -> None:
+        """Remove what trials leave that were stopped: checkpoints of a training that will not go on."""
+        for record in self._records():
+            if record["status"] != DONE:
+                files.remove(files.join(self.campaign.folder, "trials", record["trial"], WORK))
+
+    def _concurrency(self, trials: int) -> int:
+        runtime = self.options.runtime
+        gpus = runtime.gpus_per_worker if self.trains else self._trial_gpus()
+        fit = dataclasses.replace(runtime, workers=None, gpus_per_worker=gpus).pool_size(1 << 30)
+        workers = runtime.workers or 1 if self.trains else 1
+        if fit < workers:
+            raise OptionError(
+                f"a trial of {workers} workers of {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs "
+                f"does not fit this Ray; lower --runtime.workers"
+            )
+        return max(1, min(self.options.concurrency or fit // workers, trials))
+
+
+class MemoryDriver(Driver):
+    """Runs the network of a memory method for every combination of the options that it depends on, then the trials."""
+
+    def prepare(self) -> None:
+        campaign, method = self.campaign, METHODS[self.campaign.name]
+        assert isinstance(campaign, MemoryCampaign)
+        assert issubclass(method, MemoryMethod)
+        own = [dimension for dimension in self.trial_space if not is_bank_option(method, dimension.name)]
+        if any(isinstance(dimension.domain, Range) for dimension in own):
+            raise OptionError(f"space: the network runs for every value of {own[0].name}; name single values")
+        combinations = list(grid(own))
+        default = {dimension.name: self._default()[dimension.name] for dimension in own}
+        combinations += [default] if key_of(default) not in map(key_of, combinations) else []
+        if len(combinations) > MOST_ENCODINGS:
+            names = ", ".join(dimension.name for dimension in own)
+            raise OptionError(
+                f"space: {names} have {len(combinations)} combinations, for each of which the network would run; name "
+                f"fewer values, {MOST_ENCODINGS} combinations at most"
+            )
+        masks = any(dimension.name == "mask" for dimension in self.trial_space)
+        for values in combinations:
+            config = campaign.config_of({**values, "mask": "binary"} if masks else values)
+            proxy = campaign.proxy_of(method(config))
+            ProxySet(proxy).check(campaign.objective)
+            campaign.encodings[encoding_key(values, campaign.name)] = encode_once(
+                campaign.name,
+                config,
+                campaign.options,
+                campaign.shards,
+                campaign.categories,
+                campaign.chosen.learn,
+                proxy,
+                files.join(campaign.folder, "encodings"),
+            )
+
+
+class PopulationDriver(Driver):
+    """Trains a population segment by segment."""
+
+    def go(self) -> Ran:
+        options, campaign = self.options, self.campaign
+        default = self._default()
+        drawn = draw(self.trial_space, self._count(), options.seed)
+        others = [values for values in drawn if key_of(values) != key_of(default)]
+        members = first_segments([default, *others][: self._count()], options.population.segments)
+        fresh = False
+        before: list[dict[str, Any]] = []
+        for done in range(1, options.population.segments + 1):
+            missing = [values for values in members if read_record(campaign.trial_folder(values)) is None]
+            budget = self._budget()
+            if missing and not budget.stop_all():
+                connect(options.runtime, dashboard=True)
+                self.prepare()
+                self._tune(missing, before, budget)
+                fresh = True
+            records = [read_record(campaign.trial_folder(values)) for values in members]
+            if not all(records):
+                break  # out of budget, or crashed: the same command goes on
+            for record in before:  # nobody goes on from them any more
+                for name in (STATE, WORK):
+                    files.remove(files.join(campaign.folder, "trials", record["trial"], name))
+            before = [record for record in records if record is not None]
+            if all(record["objective"] is None for record in before):
+                break  # there is none to go on from
+            if done < options.population.segments:
+                objectives = [record["objective"] for record in before]
+                changing = METHODS[campaign.name].changing_options  # type: ignore[attr-defined]
+                members = next_segments(
+                    members, objectives, done, self.trial_space, changing, options.population, options.seed
+                )
+        self._sweep()
+        return self._ran(len(members), fresh)
+
+
+class CadaDriver(Driver):
+    """Runs the model once on the images that heads learn from and on those they are compared on, then the trials."""
+
+    def prepare(self) -> None:
+        campaign = self.campaign
+        assert isinstance(campaign, CadaCampaign)
+        assert campaign.kept is not None
+        campaign.kept.fill(campaign.options)
+        proxy = campaign.proxy_of(load_model(campaign.model, "cpu").method)
+        ProxySet(proxy).check(campaign.objective)
+        seen = files.join(campaign.folder, "seen")
+        see(campaign, proxy, seen)
+        self.campaign = dataclasses.replace(campaign, proxy=proxy, seen=seen)
+
+    def _trial_gpus(self) -> float:
+        return self.options.runtime.gpus_per_worker
+
+
+def _held_out(fit: FitOptions, count: int) -> FitOptions:
+    """Options by which jobs/train.py holds out as few images as here, too: with the usual rate it would put them into
+    the bank, as they support no threshold; with the lowest rate that they do support it does not."""
+    rate = math.ceil(1000 * smallest_supported_rate(count, fit.threshold.confidence)) / 1000
+    if rate >= 1:
+        return fit  # not even a single false positive can be promised; the recipe's bank then has them
+    return dataclasses.replace(fit, threshold=dataclasses.replace(fit.threshold, target_fpr=rate))
+
+
+def make_driver(
+    name: str,
+    options: Any,
+    shards: ShardSet,
+    categories: list[str],
+    folder: str,
+    space: Sequence[Dimension],
+    needs: BatchNeeds,
+    run: Run,
+) -> Driver:
+    """The driver of one campaign.
+
+    Args:
+        name, options, shards, space: as given.
+        categories: of this campaign.
+        folder: of this campaign.
+        needs: of the method's training.
+        run: the MLflow run of the job.
+
+    Raises:
+        DataError: there is no normal image to compare settings on.
+    """
+    reader: Any = CalibratedReader if name == CADA else METHODS[name]
+    trial_space, reading_space = split_space(space, reader.reading_options)
+    config = searched(options)
+    own: dict[str, Any] = {}
+    kind: type[Campaign]
+    driver: type[Driver] = Driver
+    fit: Any
+    if name == CADA:
+        kind, driver, fit = CadaCampaign, CadaDriver, recipe_options(options)
+        kept = Kept.of(files.full_uri(options.model), shards, fit)
+        own = {"model": kept.model, "kept": kept}
+        chosen, categories = TrainValSplit(kept.chosen, kept.held_out - kept.chosen), kept.categories
+    else:
+        memory = issubclass(METHODS[name], MemoryMethod)
+        kind = MemoryCampaign if memory else TrainedCampaign
+        driver = MemoryDriver if memory else Driver
+        if options.search == "pbt":
+            kind, driver = PopulationCampaign, PopulationDriver
+            own = {"repeats": needs.repeats}
+        base = fit_class(name)
+        fit = base(**{f.name: getattr(options, f.name) for f in dataclasses.fields(base)})
+        if options.pareto and not memory:  # a search for several goals takes no reports on the way
+            fit = dataclasses.replace(fit, validate_every=0)
+        chosen, notice = choose_samples(shards, categories, fit.split, validate=True, labels=needs.labels)
+        if notice and memory and chosen.held_out:
+            fit = _held_out(fit, len(chosen.held_out))
+    if not chosen.held_out:
+        raise DataError(
+            f"no normal image of {', '.join(categories)} was held out, so there is none to compare settings on; raise "
+            f"--threshold.validation_fraction" + (" of the model's training" if name == CADA else "")
+        )
+    default = {dimension.name: read_value(config, dimension.name) for dimension in reading_space}
+    drawn = settings_of(reading_space, options.settings, options.seed)
+    campaign = kind(
+        name=name,
+        config=to_plain(config),
+        options=fit,
+        shards=shards,
+        categories=categories,
+        chosen=chosen,
+        settings=[default, *(values for values in drawn if key_of(values) != key_of(default))],
+        validation=options.validation,
+        objective=options.objective,
+        folder=folder,
+        keep_models=options.diagnose,
+        **own,
+    )
+    return driver(campaign, trial_space, options, run)

@@ -1,0 +1,310 @@
+"""Prepared pixels and frozen features, part by part, without Ray."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipelines.data.feature_cache import (
+    DESCRIPTOR,
+    MASKS,
+    PIXELS,
+    Arrays,
+    PartPreparer,
+    array_name,
+    learnable,
+    normals,
+    prepare,
+)
+from pipelines.runtime import outputs
+from pipelines.runtime.actors import RuntimeOptions
+from tests.methods.conftest import TINY
+from tests.pipelines.sharded import (
+    CATEGORIES,
+    LABELLED,
+    LABELLED_PARTS,
+    LIMITS,
+    NORMALS,
+    POLICY,
+    SIDE,
+    forbid_test_rows,
+    masked,
+    sample,
+    samples,
+    truth,
+    write_shards,
+)
+from unianom import files
+from unianom.data.image import decode_prepared, normalise
+from unianom.data.shards import ShardSet
+from unianom.errors import DataError
+from unianom.methods import METHODS
+from unianom.methods.trained import FeatureMaps, TrainedMethod
+from unianom.model import Model
+
+
+class Pooled(TrainedMethod):
+    """Its features are block means of the image, times a factor."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def frozen_features(self, images: Tensor) -> FeatureMaps:
+        coarse, fine = nn.functional.avg_pool2d(images, 16), nn.functional.avg_pool2d(images, 8)[:, :1]
+        return {"fine": fine * self.factor, "coarse": coarse}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def preparer(shards: ShardSet, output: Any, **changes: Any) -> PartPreparer:
+    arguments: dict[str, Any] = {
+        "shards": shards,
+        "selection": normals(CATEGORIES),
+        "policy": POLICY,
+        "output": str(output),
+        "limits": LIMITS,
+        "model": None,
+        "half": True,
+        "batch_size": 4,
+        "device": "cpu",
+        "threads": 2,
+    }
+    return PartPreparer(**{**arguments, **changes})
+
+
+def pooling(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> Pooled:
+    """The method that preparers find in whatever model folder they are given."""
+    method = Pooled(factor)
+    monkeypatch.setattr(
+        "pipelines.data.feature_cache.load_model", lambda folder, device: SimpleNamespace(method=method)
+    )
+    return method
+
+
+def prepared(part: int) -> list[np.ndarray]:
+    return [decode_prepared(row["image"], POLICY) for row in NORMALS[part]]
+
+
+def all_of(folder: Any, part: str, name: str) -> np.ndarray:
+    return np.load(Path(folder) / array_name(part, name), allow_pickle=False)
+
+
+# ---- pixels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_pixels_are_those_of_the_normal_images_in_the_order_of_the_part(shards, tmp_path, batch_size, monkeypatch):
+    forbid_test_rows(monkeypatch)
+    worker = preparer(shards, tmp_path, batch_size=batch_size)
+    for number, part in enumerate(shards.parts):
+        record = worker.run({"part": part})
+        path = tmp_path / array_name(part, PIXELS)
+        if not NORMALS[number]:
+            assert record == {"part": part, "rows": 0, "names": [], "bytes": 0}
+            assert not path.exists()
+        else:
+            size = path.stat().st_size
+            assert record == {"part": part, "rows": len(NORMALS[number]), "names": [PIXELS], "bytes": size}
+            pixels = np.load(path, allow_pickle=False)
+            assert (pixels.dtype, pixels.shape) == (np.uint8, (len(NORMALS[number]), SIDE, SIDE, 3))
+            assert np.array_equal(pixels, np.stack(prepared(number)))
+        assert outputs.part_record(str(tmp_path), part) == record
+    assert [len(rows) for rows in NORMALS] == [14, 0, 11, 8]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_only_the_selected_categories_are_prepared(shards, tmp_path):
+    worker = preparer(shards, tmp_path, selection=normals(["nut"]))
+    assert [worker.run({"part": part})["rows"] for part in shards.parts] == [7, 0, 5, 0]
+    expected = [decode_prepared(row["image"], POLICY) for row in NORMALS[2] if row["category"] == "nut"]
+    assert np.array_equal(all_of(tmp_path, "part-2.parquet", PIXELS), np.stack(expected))
+
+
+# ---- labels and masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_anomalous_training_images_and_masks_lie_in_the_order_of_the_part(tmp_path, batch_size, monkeypatch):
+    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
+    forbid_test_rows(monkeypatch)
+    selection = learnable(CATEGORIES, labels=True)
+    worker = preparer(shards, tmp_path / "set", selection=selection, masks=True, batch_size=batch_size)
+    for part, rows in zip(shards.parts, LABELLED, strict=True):
+        record = worker.run({"part": part})
+        assert (record["rows"], record["names"]) == (len(rows), [PIXELS, MASKS] if rows else [])
+        if not rows:
+            continue
+        pixels, masks = (all_of(tmp_path / "set", part, name) for name in (PIXELS, MASKS))
+        assert (masks.dtype, masks.shape) == (bool, (len(rows), SIDE, SIDE))
+        for row, image, mask in zip(rows, pixels, masks, strict=True):
+            assert np.array_equal(image, decode_prepared(row["image"], POLICY))
+            assert np.array_equal(mask, truth(row))
+            assert mask.any() == bool(row["label"])
+    assert [len(rows) for rows in LABELLED] == [7, 0, 11]
+
+
+def test_features_of_anomalous_training_images_are_kept_in_the_same_rows(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
+    method = pooling(monkeypatch)
+    selection = learnable(CATEGORIES, labels=True)
+    preparer(shards, tmp_path / "set", selection=selection, model="somewhere", half=False).run(
+        {"part": shards.parts[2]}
+    )
+    images = [decode_prepared(row["image"], POLICY) for row in LABELLED[2]]
+    expected = method.frozen_features(normalise(images, POLICY))["fine"].detach()
+    np.testing.assert_allclose(all_of(tmp_path / "set", shards.parts[2], "fine"), expected, rtol=1e-6)
+
+
+def test_an_anomalous_image_without_mask_is_named(tmp_path):
+    rows = [*masked("nut", "train", 2), sample("nut", "train", 7, 1), *samples("nut", "train", 2)]
+    shards = write_shards(tmp_path / "shards", [rows])
+    selection = learnable(["nut"], labels=True)
+    message = r"^set/nut/train/1/007.png is anomalous but has no mask, which .*; add the mask, or leave the image out"
+    with pytest.raises(DataError, match=message):
+        preparer(shards, tmp_path / "set", selection=selection, masks=True).run({"part": "part-0.parquet"})
+    preparer(shards, tmp_path / "set", selection=selection).run({"part": "part-0.parquet"})
+
+
+def test_a_mask_that_cannot_be_read_is_named(tmp_path):
+    rows = masked("nut", "train", 2)
+    rows[1]["mask"] = rows[1]["mask"][:40]
+    shards = write_shards(tmp_path / "shards", [rows])
+    worker = preparer(shards, tmp_path / "set", selection=learnable(["nut"], labels=True), masks=True)
+    with pytest.raises(DataError, match=r"^mask of set/nut/train/1/001.png: .*; give --limits as at ingest, or"):
+        worker.run({"part": "part-0.parquet"})
+
+
+def test_sets_with_and_without_anomalous_images_and_masks_are_told_apart(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
+    monkeypatch.setattr("pipelines.runtime.actors.connect", lambda runtime: None)
+    made: list[str] = []
+
+    def run_here(worker: Any, arguments: dict[str, Any], units: list[Any], runtime: Any) -> list[Any]:
+        made.append(arguments["output"])
+        return [worker(**arguments).run(unit) for unit in units]
+
+    monkeypatch.setattr("pipelines.runtime.actors.run_units", run_here)
+    sets = {
+        flags: prepare(
+            shards,
+            ["bolt", "nut"],
+            POLICY,
+            str(tmp_path / "sets"),
+            LIMITS,
+            RuntimeOptions(),
+            labels=flags[0],
+            masks=flags[1],
+        )
+        for flags in [(False, False), (True, False), (True, True), (True, True)]
+    }
+    assert made == [found.uri for found in sets.values()]  # the last was there already
+    rows = {flags: files.read_json(f"{found.uri}/_manifest.json")["rows"] for flags, found in sets.items()}
+    assert rows == {(False, False): 11, (True, False): 18, (True, True): 18}
+    assert [found.names for found in sets.values()] == [(PIXELS,), (PIXELS,), (PIXELS, MASKS)]
+
+
+# ---- features -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_features_are_the_encoders_in_the_precision_asked_for(shards, tmp_path, monkeypatch, half):
+    method = pooling(monkeypatch)
+    record = preparer(shards, tmp_path, model="somewhere", half=half).run({"part": "part-0.parquet"})
+    kept = np.float16 if half else np.float32
+    with torch.inference_mode():
+        expected = method.frozen_features(normalise(prepared(0), POLICY))
+    assert record["names"] == ["fine", "coarse"]
+    for name, shape in (("fine", (14, 1, 8, 8)), ("coarse", (14, 3, 4, 4))):
+        array = all_of(tmp_path, "part-0.parquet", name)
+        assert (array.dtype, array.shape) == (kept, shape)
+        assert np.array_equal(array, expected[name].numpy().astype(kept))
+    assert not (tmp_path / array_name("part-0.parquet", PIXELS)).exists()
+    assert record["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+
+
+def test_descriptors_are_means_over_places_in_full_precision(shards, tmp_path, monkeypatch):
+    method = pooling(monkeypatch)
+    preparer(shards, tmp_path, model="somewhere", half=True).run({"part": "part-3.parquet"})
+    descriptors = all_of(tmp_path, "part-3.parquet", DESCRIPTOR)
+    assert (descriptors.dtype, descriptors.shape) == (np.float32, (8, 4))
+    for pixels, descriptor in zip(prepared(3), descriptors, strict=True):
+        features = {k: v[0].tolist() for k, v in method.frozen_features(normalise([pixels], POLICY)).items()}
+        means = []
+        for channel in [*features["fine"], *features["coarse"]]:
+            values = [value for line in channel for value in line]
+            means.append(sum(values) / len(values))
+        assert descriptor == pytest.approx(means, abs=1e-6)
+
+
+def test_features_of_a_saved_method_are_those_it_computes_itself(shards, tmp_path):
+    method = METHODS["uniad"](TINY["uniad"].config).eval()
+    assert isinstance(method, TrainedMethod)
+    Model(method, CATEGORIES).save(tmp_path / "encoder")
+    worker = preparer(shards, tmp_path, policy=method.input, model=str(tmp_path / "encoder"), half=False)
+    worker.run({"part": "part-2.parquet"})
+    images = [decode_prepared(row["image"], method.input) for row in NORMALS[2]]
+    with torch.inference_mode():
+        expected = method.frozen_features(normalise(images, method.input))
+    assert list(expected) == ["neck"]
+    np.testing.assert_allclose(all_of(tmp_path, "part-2.parquet", "neck"), expected["neck"], rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_half_precision_cannot_hold_are_refused(shards, tmp_path, monkeypatch):
+    pooling(monkeypatch, factor=1e5)
+    message = r"^frozen features of part-0.parquet are not finite in half precision; use --data.feature_precision full$"
+    with pytest.raises(DataError, match=message):
+        preparer(shards, tmp_path / "half", model="somewhere", half=True).run({"part": "part-0.parquet"})
+    assert outputs.part_record(str(tmp_path / "half"), "part-0.parquet") is None
+    assert files.list_names(str(tmp_path / "half")) == []
+    preparer(shards, tmp_path / "full", model="somewhere", half=False).run({"part": "part-0.parquet"})
+    assert np.abs(all_of(tmp_path / "full", "part-0.parquet", "fine")).max() > 65504
+
+
+def test_features_that_are_not_finite_at_all_point_to_the_weights(shards, tmp_path, monkeypatch):
+    pooling(monkeypatch, factor=float("nan"))
+    with pytest.raises(DataError, match=r"features of part-3.parquet are not finite in float32; check weights"):
+        preparer(shards, tmp_path, model="somewhere", half=False).run({"part": "part-3.parquet"})
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_found_by_part_and_row(shards, tmp_path):
+    worker = preparer(shards, tmp_path / "set")
+    for part in shards.parts:
+        worker.run({"part": part})
+    arrays = Arrays(str(tmp_path / "set"), shards.parts, (PIXELS,), tmp_path / "copies")
+    for reader in (arrays, pickle.loads(pickle.dumps(arrays))):
+        for part, row in ((0, 0), (3, 7), (0, 13), (2, 5)):
+            assert np.array_equal(reader.row(PIXELS, part, row), prepared(part)[row])
+        with pytest.raises(IndexError):
+            reader.row(PIXELS, 3, 8)
+    assert len(pickle.dumps(arrays)) < 2000  # maps do not travel with it
+    assert not (tmp_path / "copies").exists()
+
+
+def test_sets_on_an_object_store_are_copied_to_disk_once(shards, tmp_path):
+    uri = "memory://test-features/set"
+    try:
+        worker = preparer(shards, uri)
+        for part in shards.parts:
+            worker.run({"part": part})
+        arrays = Arrays(uri, shards.parts, (PIXELS,), tmp_path)
+        assert np.array_equal(arrays.row(PIXELS, 2, 3), prepared(2)[3])
+        assert len(list(tmp_path.iterdir())) == 1
+        files.remove("memory://test-features")
+        again = pickle.loads(pickle.dumps(arrays))
+        assert np.array_equal(again.row(PIXELS, 2, 4), prepared(2)[4])
+    finally:
+        files.remove("memory://test-features")

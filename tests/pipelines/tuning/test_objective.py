@@ -1,0 +1,310 @@
+"""The search over reading options against methods made with each of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipelines.data.validation_set import Measured, ProxyOptions, ProxySet, build_proxy
+from pipelines.tuning import objective as module
+from pipelines.tuning.objective import (
+    OBJECTIVE,
+    TIMED_PREDICTIONS,
+    ObjectiveValidation,
+    ObjectiveValidator,
+    Reading,
+    best_of,
+    find_readings,
+    latency,
+    load_readings,
+    memory,
+    read,
+    save_readings,
+    search_readings,
+)
+from tests.methods.conftest import TINY, fit, remade
+from tests.pipelines.sharded import LIMITS, POLICY, SIDE, sample, write_shards
+from unianom.data.drawing import draw_sample
+from unianom.errors import DataError, OptionError
+from unianom.memory.index import MemoryBank
+from unianom.methods import METHODS, Maps, MemoryMethod, Method
+from unianom.serialise import with_values
+
+EVERYTHING = {
+    "image_auroc": 1.0,
+    "image_ap": 0.5,
+    "pixel_auroc": 2.0,
+    "pixel_ap": 1.0,
+    "union_image_ap": 1.0,
+    "union_pixel_ap": 0.5,
+}
+
+MOST_NEIGHBOURS = 5
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three cogs and two weaves, and shaded and pasted copies of them."""
+    folder = tmp_path_factory.mktemp("readings")
+    rows = [
+        sample(category, "train", n, pixels=draw_sample(category, n, size=SIDE)[0])
+        for category, count in (("cog", 3), ("weave", 2))
+        for n in range(count)
+    ]
+    names = frozenset(row["sample_id"] for row in rows)
+    options = ProxyOptions(recipes=("cutpaste_patch", "shade"))
+    shards = write_shards(folder / "shards", [rows])
+    return build_proxy(shards, ["cog", "weave"], names, POLICY, options, LIMITS, str(folder / "made"))
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, Method]:
+    return {}
+
+
+def method_of(name: str, fitted: dict[str, Method]) -> Method:
+    if name not in fitted:
+        fitted[name] = fit(METHODS[name](TINY[name].config))
+    return fitted[name]
+
+
+def readings_of(method: Method, proxy: ProxySet) -> dict[str, Tensor]:
+    """What the network finds, of a memory method with more neighbours than its own options need."""
+    batches = list(proxy.batches(4, method.input, method.device))
+    if not isinstance(method, MemoryMethod):
+        return find_readings(method, batches)
+    with torch.inference_mode():
+        found = [method.find_patches(method.embed(batch), MOST_NEIGHBOURS).readings for batch in batches]
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+
+def predicted(method: Method, proxy: ProxySet) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and maps of all images, thinned, the ordinary way."""
+    found = [method.predict(batch) for batch in proxy.batches(4, method.input, method.device)]
+    maps = torch.cat([one.anomaly_map for one in found]).numpy()
+    return torch.cat([one.score for one in found]).numpy(), maps[:, 2::4, 2::4]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_settings_are_measured_as_methods_made_with_them(
+    name: str, images: str, fitted: dict[str, Method], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IMAGES_AT_ONCE", 6)  # of 15
+    method, proxy = method_of(name, fitted), ProxySet(images, 4)
+    settings = [{}, *TINY[name].reading]
+    readings = readings_of(method, proxy)
+    found = search_readings(method, readings, method.config, settings, proxy, EVERYTHING)
+    assert [one.values for one in found] == settings
+    seen = set()
+    for one in found:
+        config = with_values(method.config, one.values)
+        scores, maps = predicted(remade(method, config), proxy)
+        (again,), _ = read(method, readings, [config], proxy)
+        np.testing.assert_allclose(again, scores, rtol=1e-4, atol=1e-6)
+        expected = proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps, union=True), EVERYTHING)
+        assert one.measured is not None
+        assert one.measured.metrics == pytest.approx(expected.metrics, abs=1e-3)
+        assert one.measured.objective == pytest.approx(expected.objective, abs=1e-3)
+        assert one.measured.by_category == pytest.approx(expected.by_category, abs=1e-3)
+        assert one.measured.by_recipe == pytest.approx(expected.by_recipe, abs=1e-3)
+        seen.add(one.measured.objective)
+    assert len(seen) > 1, "settings that all do as well would compare nothing"
+
+
+def test_more_neighbours_than_were_found_are_refused(images: str, fitted: dict[str, Method]) -> None:
+    method, proxy = method_of("uniformaly", fitted), ProxySet(images, 4)
+    with pytest.raises(OptionError, match="neighbours=6, but only 5 were searched"):
+        search_readings(
+            method, readings_of(method, proxy), method.config, [{"neighbours": 6}], proxy, {"image_auroc": 1.0}
+        )
+
+
+# ---- a made-up method -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Powers:
+    """Options of the method below."""
+
+    power: float = 1.0
+    factor: float = 1.0
+
+
+class Shell:
+    """Maps are given values to a power, scores their largest times a factor; notes how often each was made."""
+
+    map_options: ClassVar[tuple[str, ...]] = ("power",)
+
+    def __init__(self) -> None:
+        self.maps, self.scores = 0, 0
+
+    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+        self.maps += 1
+        made = readings["levels"] ** config.power
+        return Maps(made, made)
+
+    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+        self.scores += 1
+        return anomaly_map.amax((1, 2)) * config.factor
+
+
+@pytest.fixture(scope="module")
+def levels(images: str) -> dict[str, Tensor]:
+    """Random levels above zero, higher where something is marked."""
+    masks = torch.from_numpy(np.load(f"{images}/masks.npy"))
+    noise = torch.rand(masks.shape, generator=torch.Generator().manual_seed(0))
+    return {"levels": 0.1 + noise + 0.3 * masks}
+
+
+def search(
+    images: str, levels: dict[str, Tensor], settings: Sequence[Mapping[str, Any]], objective: Mapping[str, float]
+) -> tuple[list[Reading], Shell]:
+    shell = Shell()
+    return search_readings(shell, levels, Powers(), settings, ProxySet(images, 4), objective), shell
+
+
+def test_a_setting_without_finite_scores_spoils_no_other(images: str, levels: dict[str, Tensor]) -> None:
+    settings = [{"factor": float("nan")}, {"factor": 2.0}, {"factor": float("inf")}, {"factor": -1.0}]
+    found, _ = search(images, levels, settings, EVERYTHING)
+    assert [one.measured is None for one in found] == [True, False, True, False]
+    assert best_of(found) is found[1]
+    alone, _ = search(images, levels, [{"factor": 2.0}], EVERYTHING)
+    assert alone[0] == found[1]
+
+
+def test_settings_come_in_their_order_and_share_maps(images: str, levels: dict[str, Tensor]) -> None:
+    settings = [{"power": power, "factor": factor} for factor, power in itertools.product((1.0, -1.0, 2.0), (2.0, 0.5))]
+    found, shell = search(images, levels, settings, EVERYTHING)
+    assert [one.values for one in found] == settings
+    assert (shell.maps, shell.scores) == (2, 6)
+    for one in found:
+        alone, _ = search(images, levels, [one.values], EVERYTHING)
+        assert alone == [one]
+
+
+def test_maps_are_not_measured_where_nobody_asks(
+    images: str, levels: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = search(images, levels, [{}], EVERYTHING)
+    monkeypatch.setattr(ProxySet, "pixel_table", None)
+    found, _ = search(images, levels, [{}], {"union_image_auroc": 1.0})
+    assert found[0].measured is not None
+    assert expected[0].measured is not None
+    kept = {name: value for name, value in expected[0].measured.metrics.items() if "pixel" not in name}
+    assert found[0].measured.metrics == kept
+
+
+def test_maps_that_are_not_finite_are_refused(images: str, levels: dict[str, Tensor]) -> None:
+    with pytest.raises(DataError, match="maps of validation images hold NaN"):
+        search(images, levels, [{"power": 1e30}], {"image_auroc": 1.0})
+
+
+def reading(number: int, objective: float | None) -> Reading:
+    measured = None if objective is None else Measured(objective, {}, {}, {})
+    return Reading({"number": number}, measured)
+
+
+def test_of_equals_the_first_is_best() -> None:
+    found = [reading(n, value) for n, value in enumerate([None, 0.5, 0.75, 0.2, 0.75, None])]
+    assert best_of(found).values == {"number": 2}
+    with pytest.raises(DataError, match="no setting gives finite scores"):
+        best_of([reading(0, None)])
+
+
+# ---- kept readings --------------------------------------------------------------------------------------------------
+
+
+def test_readings_are_kept(tmp_path: Path) -> None:
+    readings = {
+        "distances": torch.rand(3, 4, 2),
+        "row": torch.arange(6).reshape(3, 2),
+        "level.1": torch.rand(3, 1),
+    }
+    save_readings(str(tmp_path), readings, 1.5)
+    again, milliseconds = load_readings(str(tmp_path))
+    assert milliseconds == 1.5
+    assert list(again) == list(readings)
+    for name, value in readings.items():
+        assert again[name].dtype == value.dtype
+        assert torch.equal(again[name], value)
+
+
+def comparison(images: str, folder: Path) -> ObjectiveValidation:
+    return ObjectiveValidation(images, 4, {"image_auroc": 1.0, "pixel_ap": 3.0}, str(folder))
+
+
+def test_a_method_in_training_is_compared_by_its_own_options(
+    images: str, fitted: dict[str, Method], tmp_path: Path
+) -> None:
+    method = method_of("uniad", fitted)
+    compared = comparison(images, tmp_path)
+    comparer = ObjectiveValidator(compared, method, batch_size=4)
+    told = comparer.run()
+    proxy = ProxySet(images, 4)
+    scores, maps = predicted(method, proxy)
+    expected = proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps), compared.objective)
+    assert told == pytest.approx({OBJECTIVE: expected.objective, **expected.metrics}, abs=1e-3)
+    assert told[OBJECTIVE] == pytest.approx((told["image_auroc"] + 3 * told["pixel_ap"]) / 4)
+    assert not list(tmp_path.iterdir())
+    comparer.cache_outputs()
+    kept, milliseconds = load_readings(str(tmp_path))
+    assert milliseconds > 0
+    for name, value in find_readings(method, proxy.batches(4, method.input, method.device)).items():
+        torch.testing.assert_close(kept[name], value)
+
+
+def test_a_method_gone_astray_in_training_is_told(images: str, tmp_path: Path, monkeypatch: Any) -> None:
+    method = fit(METHODS["uniad"](TINY["uniad"].config))
+    nothing = torch.full((15,), torch.nan)
+    monkeypatch.setattr(method, "read_scores", lambda readings, *rest: nothing[: len(next(iter(readings.values())))])
+    with pytest.raises(DataError, match="lower the learning rate"):
+        ObjectiveValidator(comparison(images, tmp_path), method, 4).run()
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+class Little(MemoryMethod):
+    """A layer of eight numbers, and a buffer."""
+
+    def __init__(self, bank: MemoryBank | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
+        self.bank = bank
+
+
+def test_memory_is_that_of_weights_and_bank() -> None:
+    assert memory(Little(None)) == pytest.approx((8 * 4 + 5 * 8) / 1e6)
+    vectors = np.random.default_rng(0).random((7, 6), np.float32)
+    for shards in (1, 3):
+        bank = MemoryBank.build(vectors, shards=shards)
+        assert memory(Little(bank)) == pytest.approx((8 * 4 + 5 * 8 + 7 * 6 * 4) / 1e6)
+
+
+def test_latency_is_a_median_without_the_first_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sizes = iter(itertools.accumulate(_steps())), []
+
+    def predict(image: Tensor) -> Any:
+        sizes.append(tuple(image.shape))
+        return SimpleNamespace(score=torch.zeros(1))
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    method: Any = SimpleNamespace(input=SimpleNamespace(side=8), device=torch.device("cpu"), predict=predict)
+    assert latency(method) == pytest.approx(1000 * (TIMED_PREDICTIONS + 1) / 2)
+    assert sizes == [(1, 3, 8, 8)] * (TIMED_PREDICTIONS + 1)
+
+
+def _steps() -> Sequence[float]:
+    """Seconds from one look at the clock to the next: predictions take 1000, then 9, 8, … seconds, pauses 50."""
+    taken = [1000.0, *map(float, range(TIMED_PREDICTIONS, 0, -1))]
+    return [step for seconds in taken for step in (50.0, seconds)]
