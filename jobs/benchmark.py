@@ -3,7 +3,8 @@
 python jobs/benchmark.py pipe --model runs/uniformaly --shards shards/mvtec --output benchmarks/pipe.json
 """
 
-from pipelines.benchmarks.benchmarks import BENCHMARKS, measure, print_report
+from pipelines.benchmarks.harness import print_report
+from pipelines.benchmarks.registry import BENCHMARKS, measure
 from pipelines.runtime.cli import run
 
 

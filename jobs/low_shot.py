@@ -3,7 +3,8 @@
 python jobs/low_shot.py uniformaly --shards shards/mvtec --output results/low_shot
 """
 
-from pipelines.evaluation.protocols import LowShotOptions, low_shot, print_low_shot, protocol_options
+from pipelines.evaluation.bank_protocol import protocol_options
+from pipelines.evaluation.low_shot import LowShotOptions, low_shot, print_low_shot
 from pipelines.runtime.cli import run
 
 

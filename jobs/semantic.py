@@ -4,7 +4,8 @@ python jobs/ingest.py --layout class_folders --layout_options.all_classes true -
 python jobs/semantic.py uniformaly --shards shards/species60 --output results/species60
 """
 
-from pipelines.evaluation.protocols import SemanticOptions, print_semantic, protocol_options, semantic
+from pipelines.evaluation.bank_protocol import protocol_options
+from pipelines.evaluation.semantic import SemanticOptions, print_semantic, semantic
 from pipelines.runtime.cli import run
 
 

@@ -27,7 +27,9 @@ from threadpoolctl import threadpool_limits
 
 from pipelines.data.reader import SampleReader
 from pipelines.reporting.contact_sheet import font, sheet_png
-from pipelines.reporting.html import SCALE_MAPS, STORED, as_seen, percent, read_samples
+from pipelines.reporting.gallery import SCALE_MAPS
+from pipelines.reporting.samples import STORED, as_seen, read_samples
+from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import RuntimeOptions, run_unfinished
 from pipelines.runtime.cli import console, print_table

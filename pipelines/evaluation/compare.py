@@ -16,7 +16,7 @@ import yaml
 from scipy.stats import rankdata
 
 from pipelines.evaluation.evaluate import mean_row
-from pipelines.reporting.html import UNDEFINED, percent
+from pipelines.reporting.tables import UNDEFINED, percent
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.tracking import TrackingOptions, track

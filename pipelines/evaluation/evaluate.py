@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluation.pixel_counts import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
-from pipelines.reporting.html import aupro_names, figures, headline_rows, largest_error, percent, scope_key
+from pipelines.reporting.curves import figures, scope_key
+from pipelines.reporting.tables import aupro_names, headline_rows, largest_error, percent
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import console, print_table

@@ -22,7 +22,8 @@ from scipy.stats import binom
 from pipelines.data.splits import held_out_normals, some
 from pipelines.inference.score import IDENTITY
 from pipelines.reporting.contact_sheet import draw_queue
-from pipelines.reporting.html import SCALE_MAPS, UNDEFINED, percent
+from pipelines.reporting.gallery import SCALE_MAPS
+from pipelines.reporting.tables import UNDEFINED, percent
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import RuntimeOptions, run_unfinished
 from pipelines.runtime.cli import console, print_table

@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.reporting.html import STORED, as_seen, read_samples
+from pipelines.reporting.samples import STORED, as_seen, read_samples
 from unianom import visual
 from unianom.data.image import InputPolicy, decode_map
 from unianom.data.shards import ScoreSet, ShardSet

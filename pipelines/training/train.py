@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pipelines.runtime.cli import documented_arguments
 from pipelines.runtime.tracking import Run, TrackingOptions, scope, track
 from pipelines.training.calibrate import CalibrateOptions, calibrate_model
+from pipelines.training.driver import plan_trainings, train_planned
 from pipelines.training.memory_bank import fit_planned_banks, plan_banks
-from pipelines.training.networks import TrainingOptions, plan_trainings, train_planned
+from pipelines.training.network_options import TrainingOptions
 from pipelines.training.options import FitOptions, FitResult
 from pipelines.training.per_category import open_models
 from unianom import files

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.training.networks import Phase, Segment
+from pipelines.training.job import Segment
+from pipelines.training.network_options import Phase
 from pipelines.training.options import WORK
 from pipelines.tuning.objective import OBJECTIVE
 from pipelines.tuning.space import Choice, Dimension

@@ -10,7 +10,8 @@ from typing import Any, SupportsFloat
 from pipelines.data.validation_set import ProxySet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.tracking import Run
-from pipelines.training.networks import Segment, make_method, plan_job, run_job
+from pipelines.training.driver import plan_job, run_job
+from pipelines.training.job import Segment, make_method
 from pipelines.training.options import WORK
 from pipelines.training.validation import PROGRESS
 from pipelines.tuning.objective import OBJECTIVE, READINGS, ObjectiveValidation, find_readings, load_readings, memory

@@ -24,7 +24,7 @@ from ray.train import UserCallback
 from pipelines.data.splits import TrainValSplit
 from pipelines.data.validation_set import ProxyOptions, ProxySet, build_proxy, build_tests
 from pipelines.runtime.errors import reason, user_error
-from pipelines.training.networks import WorkersLostError
+from pipelines.training.driver import WorkersLostError
 from pipelines.training.options import WORK
 from pipelines.training.validation import PROGRESS
 from pipelines.tuning.objective import OBJECTIVE, Reader, Reading, best_of, read, search_readings

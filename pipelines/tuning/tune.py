@@ -31,7 +31,9 @@ from pipelines.runtime.models import ModelShelf, load_model
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import Run, TrackingOptions, track
 from pipelines.training.calibrate import CalibrateOptions, Kept
-from pipelines.training.networks import TrainingOptions, check_masks, make_method
+from pipelines.training.driver import check_masks
+from pipelines.training.job import make_method
+from pipelines.training.network_options import TrainingOptions
 from pipelines.training.options import WORK, FitOptions
 from pipelines.training.per_category import inputs_of, weights_digest
 from pipelines.training.validation import PROGRESS

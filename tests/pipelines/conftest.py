@@ -25,7 +25,8 @@ from pipelines.inference.score import ScoreOptions, score
 from pipelines.runtime import actors
 from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.tracking import TrackingOptions
-from pipelines.training import networks
+from pipelines.training import driver, worker
+from pipelines.training.job import Job
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train, train_options
 from unianom.backbones import BackboneConfig
@@ -100,9 +101,9 @@ def run_inline(
             yield json.loads(json.dumps(made.run(arrived)))
 
 
-def run_job_inline(job: networks.Job, *_: Any) -> None:
+def run_job_inline(job: Job, *_: Any) -> None:
     """Ray Train's only worker, in this process."""
-    networks._work(job, lambda event: None)
+    worker._work(job, lambda event: None)
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def _replace_ray(patch: pytest.MonkeyPatch) -> None:
         for name, stand_in in (("run_units", run_inline), ("connect", lambda *_, **__: None)):
             if hasattr(module, name):
                 patch.setattr(module, name, stand_in)
-    patch.setattr(networks, "run_job", run_job_inline)
+    patch.setattr(driver, "run_job", run_job_inline)
     alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
         patch.setattr(f"ray.train.get_{name}", lambda value=value: value)

@@ -12,10 +12,12 @@ import pytest
 
 from pipelines.data.ingest import IngestOptions, ingest
 from pipelines.demo import DemoOptions, run_demo
+from pipelines.evaluation.bank_protocol import protocol_options
 from pipelines.evaluation.clustering import ClusterOptions, cluster_anomalies
 from pipelines.evaluation.compare import CompareOptions, compare
 from pipelines.evaluation.evaluate import BootstrapOptions, EvaluateOptions, evaluate
-from pipelines.evaluation.protocols import LowShotOptions, SemanticOptions, low_shot, protocol_options, semantic
+from pipelines.evaluation.low_shot import LowShotOptions, low_shot
+from pipelines.evaluation.semantic import SemanticOptions, semantic
 from pipelines.inference.decide import DecideOptions, decide
 from pipelines.inference.score import ScoreOptions, score
 from pipelines.reporting.html import ReportOptions, write_report

@@ -12,26 +12,14 @@ import pytest
 import torch
 
 import unianom
-from pipelines.benchmarks import benchmarks
-from pipelines.benchmarks.benchmarks import (
-    BENCHMARKS,
-    CoresetBenchmark,
-    InferenceBenchmark,
-    Measured,
-    MetricsBenchmark,
-    PipeBenchmark,
-    PixelsBenchmark,
-    SimilarityBenchmark,
-    StagedScorer,
-    Turn,
-    cover_radius,
-    interleave,
-    measure,
-    print_report,
-    scorer_arguments,
-    span,
-)
+from pipelines.benchmarks import metrics
+from pipelines.benchmarks.harness import Measured, Turn, interleave, print_report
+from pipelines.benchmarks.memory_bank import CoresetBenchmark, cover_radius
+from pipelines.benchmarks.metrics import MetricsBenchmark, PixelsBenchmark
 from pipelines.benchmarks.references import bare_network, plain_coreset, scikit_learn_metrics, swept_aupro
+from pipelines.benchmarks.registry import BENCHMARKS, measure
+from pipelines.benchmarks.scoring import PipeBenchmark, StagedScorer, scorer_arguments, span
+from pipelines.benchmarks.training import InferenceBenchmark, SimilarityBenchmark
 from pipelines.inference.score import PartScorer
 from pipelines.runtime.actors import ENDED, STARTED
 from tests.methods.conftest import TINY
@@ -100,7 +88,7 @@ def test_the_plain_metrics_are_the_exact_ones() -> None:
 def test_benchmarks_of_metrics_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, since starting others takes longer than all the rest."""
     monkeypatch.setattr(
-        "pipelines.benchmarks.benchmarks.ProcessPoolExecutor", lambda size, mp_context: ThreadPoolExecutor(size)
+        "pipelines.benchmarks.metrics.ProcessPoolExecutor", lambda size, mp_context: ThreadPoolExecutor(size)
     )
     content = measure(MetricsBenchmark(str(tmp_path / "metrics.json"), maps=4, size=32, rounds=1))
     (table,) = content["tables"].values()
@@ -209,9 +197,9 @@ def test_a_similarity_benchmark_end_to_end(tmp_path: Path, monkeypatch: pytest.M
     """In this process too; its peak begins anew instead."""
 
     def anew(size: int, mp_context: Any) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(size, initializer=benchmarks._forget_peak)
+        return ThreadPoolExecutor(size, initializer=metrics._forget_peak)
 
-    monkeypatch.setattr(benchmarks, "ProcessPoolExecutor", anew)
+    monkeypatch.setattr("pipelines.benchmarks.training.ProcessPoolExecutor", anew)
     output = tmp_path / "similarity.json"
     content = measure(SimilarityBenchmark(str(output), batch_size=2, channels=4, side=48, rounds=1))
     assert json.loads(output.read_text()) == content

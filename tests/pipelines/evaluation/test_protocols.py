@@ -14,20 +14,10 @@ import pytest
 import yaml
 
 from pipelines.evaluation import embeddings
+from pipelines.evaluation.bank_protocol import protocol_options, spread
 from pipelines.evaluation.clustering import ClusterOptions
-from pipelines.evaluation.protocols import (
-    LowShotOptions,
-    SemanticOptions,
-    choose_tasks,
-    low_shot,
-    plan_draws,
-    print_low_shot,
-    print_semantic,
-    protocol_options,
-    semantic,
-    spread,
-    summarise,
-)
+from pipelines.evaluation.low_shot import LowShotOptions, low_shot, plan_draws, print_low_shot, summarise
+from pipelines.evaluation.semantic import SemanticOptions, choose_tasks, print_semantic, semantic
 from pipelines.inference.score import ScoreOptions, score
 from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import parse

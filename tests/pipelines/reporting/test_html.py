@@ -17,7 +17,11 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.evaluate import print_evaluation
-from pipelines.reporting.html import COLUMNS, ReportOptions, choose, figures, labelled, margins, percent, write_report
+from pipelines.reporting.curves import figures
+from pipelines.reporting.gallery import choose, margins
+from pipelines.reporting.html import ReportOptions, write_report
+from pipelines.reporting.samples import labelled
+from pipelines.reporting.tables import COLUMNS, percent
 from pipelines.runtime.tracking import TrackingOptions
 from tests.pipelines.evaluated import MODEL, Scored, model_entry, write_evaluation
 from unianom import files

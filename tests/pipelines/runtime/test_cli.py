@@ -13,9 +13,10 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from pipelines.benchmarks.benchmarks import IngestBenchmark
+from pipelines.benchmarks.ingest import IngestBenchmark
 from pipelines.data.ingest import IngestOptions
-from pipelines.evaluation.protocols import SemanticOptions, protocol_options
+from pipelines.evaluation.bank_protocol import protocol_options
+from pipelines.evaluation.semantic import SemanticOptions
 from pipelines.runtime.cli import DONE, FAILED, STOPS, WRONG_OPTIONS, console, own_signals, parse, print_table, run
 from pipelines.training.options import own_config
 from pipelines.training.train import train_options

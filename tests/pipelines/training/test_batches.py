@@ -16,19 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, learnable, normals
-from pipelines.training.batches import (
-    NEAREST_PROMPTS,
-    Batches,
-    Companions,
-    Order,
-    PreparedImages,
-    ShardImages,
-    TrainingImages,
-    TrainingSet,
-    descriptors,
-    flip_and_turn,
-    to_input,
-)
+from pipelines.training.augment import flip_and_turn
+from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors, to_input
+from pipelines.training.loader import Batches
+from pipelines.training.sampler import NEAREST_PROMPTS, Companions, Order
+from pipelines.training.samples import TrainingImages
 from tests.methods.test_trained import flat
 from tests.pipelines.sharded import (
     CATEGORIES,
@@ -330,7 +322,7 @@ def test_threads_may_share_the_shards(shards, images, monkeypatch):
     }
     # only what threads could do to each other takes time
     monkeypatch.setattr(ShardSet, "read_group", lambda self, part, group, _, columns: tables[part, group, columns[0]])
-    monkeypatch.setattr("pipelines.training.batches.decode_prepared", lambda data, policy, limits: data)
+    monkeypatch.setattr("pipelines.training.dataset.decode_prepared", lambda data, policy, limits: data)
     pixels = from_shards(shards, images, keep=1)
 
     def look(seed: int) -> bool:

@@ -27,20 +27,15 @@ import unianom
 from pipelines.inference.score import ScoreOptions, score
 from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.tracking import TrackingOptions
-from pipelines.training import networks as module
-from pipelines.training.batches import Batches, Order, Place
-from pipelines.training.networks import (
-    DataOptions,
-    Phase,
-    Trainer,
-    TrainingOptions,
-    fixed_places,
-    keeps_features,
-    phase_configs,
-    undisturbed,
-)
+from pipelines.training import driver as module
+from pipelines.training.driver import keeps_features
+from pipelines.training.loader import Batches
+from pipelines.training.network_options import DataOptions, Phase, TrainingOptions
 from pipelines.training.options import ThresholdOptions
+from pipelines.training.sampler import Order, Place
 from pipelines.training.train import train, train_options
+from pipelines.training.trainer import Trainer, phase_configs, undisturbed
+from pipelines.training.worker import fixed_places
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, without_ray
 from unianom.data.synthesis import SynthesisConfig

@@ -19,10 +19,15 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 from pipelines.data.feature_cache import learnable
 from pipelines.data.splits import choose_samples
 from pipelines.runtime.models import load_model
-from pipelines.training import networks as module
-from pipelines.training.batches import Batches, Order, Place, ShardImages, TrainingImages, TrainingSet, to_input
-from pipelines.training.networks import DataOptions, Trainer, TrainingOptions, train_networks
+from pipelines.training import driver as module
+from pipelines.training.dataset import ShardImages, TrainingSet, to_input
+from pipelines.training.driver import train_networks
+from pipelines.training.loader import Batches
+from pipelines.training.network_options import DataOptions, TrainingOptions
 from pipelines.training.options import FitResult, ThresholdOptions
+from pipelines.training.sampler import Order, Place
+from pipelines.training.samples import TrainingImages
+from pipelines.training.trainer import Trainer
 from tests.methods.conftest import TINY
 from tests.pipelines.sharded import LABELLED, LABELLED_PARTS, LIMITS, POLICY, masked, sample, samples, write_shards
 from unianom.backbones import BackboneConfig

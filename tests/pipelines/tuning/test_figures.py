@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy import stats
 
-from pipelines.reporting.html import read_section
+from pipelines.reporting.sections import read_section
 from pipelines.tuning import figures
 from pipelines.tuning.figures import (
     category_gain,

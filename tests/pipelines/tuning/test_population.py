@@ -17,8 +17,8 @@ import yaml
 
 from pipelines.data.validation_set import ProxyOptions
 from pipelines.runtime.cli import parse
-from pipelines.training import networks as module
-from pipelines.training.networks import train_networks
+from pipelines.training import driver as module
+from pipelines.training.driver import train_networks
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train_options
 from pipelines.tuning import trained_trials

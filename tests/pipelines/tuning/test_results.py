@@ -23,7 +23,7 @@ from pipelines.data.splits import TrainValSplit
 from pipelines.data.validation_set import ProxyOptions
 from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import parse
-from pipelines.training.networks import TrainingOptions
+from pipelines.training.network_options import TrainingOptions
 from pipelines.training.options import FitOptions, ThresholdOptions
 from pipelines.training.train import train_options
 from pipelines.tuning import results

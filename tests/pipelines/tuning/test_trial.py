@@ -20,8 +20,8 @@ import unianom
 from pipelines.data.splits import choose_samples
 from pipelines.data.validation_set import ProxyOptions, ProxySet
 from pipelines.runtime.cli import parse
+from pipelines.training.driver import WorkersLostError
 from pipelines.training.memory_bank import fit_banks
-from pipelines.training.networks import WorkersLostError
 from pipelines.training.options import FitOptions, ThresholdOptions
 from pipelines.training.train import train_options
 from pipelines.tuning import encodings, trial

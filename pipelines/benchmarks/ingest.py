@@ -1,0 +1,106 @@
+"""Ingest against a loop of Pillow."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipelines.benchmarks.harness import OURS, Turn, _check_positive, _report, clocked, interleave
+from pipelines.benchmarks.references import (
+    open_rgb,
+)
+from pipelines.benchmarks.scoring import span
+from pipelines.data.ingest import PartIngester, plan_parts
+from pipelines.runtime.actors import RuntimeOptions, connect, run_units
+from pipelines.runtime.cli import AS_WRITTEN
+from unianom import files
+from unianom.data.image import ImageLimits
+from unianom.data.layouts import LAYOUTS, iter_samples, make_options
+from unianom.errors import OptionError
+from unianom.serialise import to_plain
+from unianom.written import plain_options
+
+MEANINGFUL_SECONDS = 10
+"""Below so many seconds, starting the units of an ingest weighs too much in its throughput."""
+
+
+# --- ingest: against a loop of Pillow --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IngestBenchmark:
+    """R_ingest: images ingested per second ÷ those that a pool of processes opens with Pillow.
+
+    Args:
+        layout: name of the source's layout.
+        source: root folder on this machine.
+        output: JSON file to write; path or URI.
+        layout_options: options of the layout, by name.
+        workers: actors, and processes of the pool; null takes one a core.
+        rounds: turns of each side.
+    """
+
+    layout: str
+    source: str
+    output: str
+    layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
+    workers: int | None = None
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "rounds", "workers")
+        if self.layout not in LAYOUTS:
+            raise OptionError(f"no layout '{self.layout}'; known: {', '.join(LAYOUTS)}")
+        object.__setattr__(self, "layout_options", plain_options(self.layout_options, LAYOUTS[self.layout].options))
+        if not files.is_local(self.source):
+            raise OptionError(f"source={self.source}: Pillow opens files of this machine only; give a local folder")
+
+
+def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
+    """Ingest a source, in turns with a warm pool of processes that open each image and mask and convert it to RGB.
+
+    Ingest also binarises and packs masks, hashes, and writes Parquet to disk; the loop keeps nothing.
+    """
+    workers = options.workers or os.cpu_count() or 1
+    runtime = RuntimeOptions(workers=workers)
+    layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
+    refs = list(iter_samples(options.layout, options.source, layout_options))
+    paths = [path for ref in refs for path in (ref.uri, ref.mask_uri) if path is not None]
+    units = [
+        {"number": number, "refs": [to_plain(ref) for ref in part]}
+        for number, part in enumerate(plan_parts(refs, part_bytes=256 << 20, min_parts=16))
+    ]
+    connect(runtime)
+    with (
+        TemporaryDirectory(prefix="unianom-benchmark-") as folder,
+        ProcessPoolExecutor(workers, get_context("spawn")) as pool,
+    ):
+
+        def ingest() -> Turn:
+            with TemporaryDirectory(dir=folder) as output:
+                arguments = {
+                    "output": output,
+                    "plan": "benchmark",
+                    "limits": ImageLimits(),
+                    "resize": None,
+                    "threads": 2,
+                }
+                results = list(run_units(PartIngester, arguments, units, runtime))
+            return Turn(sum(result["rows"] for result in results), span(results))
+
+        def pillow() -> None:
+            for _ in pool.map(open_rgb, paths, chunksize=16):
+                pass
+
+        peer = f"Pillow, {workers} processes"
+        sides = {OURS: ingest, peer: clocked(len(refs), pillow)}
+        measured = interleave(sides, options.rounds, warm_up=True)
+    ratios = {f"R_ingest = {OURS} ÷ {peer}": measured.ratio(OURS, peer)}
+    notes = []
+    if (seconds := min(turn.seconds for turn in measured.turns[OURS])) < MEANINGFUL_SECONDS:
+        notes.append(f"ingest took {seconds:.1f} s: below {MEANINGFUL_SECONDS} s this measures Ray, take more images")
+    return _report(options, "images", measured, ratios, notes=notes)

@@ -1,0 +1,235 @@
+"""Scoring against the bare forward pass."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.benchmarks.harness import OURS, Side, Turn, _check_positive, _report, interleave
+from pipelines.benchmarks.references import (
+    BareForward,
+)
+from pipelines.inference.score import PartScorer
+from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, connect, run_units
+from pipelines.runtime.models import ModelShelf, load_model
+from unianom import files
+from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import OptionError
+from unianom.methods import MemoryMethod
+from unianom.model import Model
+from unianom.serialise import to_plain
+
+MEANINGFUL_IMAGES = 500
+"""Below so many images, the first and last unit weigh too much in a throughput."""
+
+FORWARD_IMAGES = 256
+"""Images in one turn of the bare forward pass."""
+
+STAGE_IMAGES = 128
+"""Images, at least, that the stages of a worker are measured on."""
+
+
+# --- pipe: scoring against the bare forward pass ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PipeBenchmark:
+    """R_pipe: images scored end to end per second ÷ (workers × those of the bare backbone on one thread).
+
+    Args:
+        model: model folder of a memory method; path or URI.
+        shards: shard set, all splits are scored; path or URI.
+        output: JSON file to write; path or URI.
+        workers: actors of one thread each; null takes one a core.
+        rounds: turns of each side.
+        maps: keep anomaly maps.
+        batch_size: images in one forward pass, on all sides.
+    """
+
+    model: str
+    shards: str
+    output: str
+    workers: int | None = None
+    rounds: int = 3
+    maps: bool = False
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "rounds", "batch_size", "workers")
+
+
+def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
+    """Score a shard set as jobs/score.py does, in turns with the bare forward pass.
+
+    A turn of scoring lasts from the start of the first unit to the end of the last, so Ray's start-up is not in it; it
+    is told apart. The bare forward pass is timm's `forward_features`, all blocks, on decoded images kept in memory:
+    in one process, and in as many processes at the same time as there are workers.
+    """
+    shards = ShardSet.open(options.shards)
+    workers = options.workers or os.cpu_count() or 1
+    runtime = RuntimeOptions(workers=workers)
+    model = _memory_model(options.model)
+    images = shards.count(Selection())
+    connect(runtime)
+    alone, together = "bare forward, 1 process", f"bare forward, {workers} processes at once"
+    walls: list[float] = []
+    with TemporaryDirectory(prefix="unianom-benchmark-") as folder:
+        cached = str(Path(folder) / "images.npy")
+        batches = input_batches(model, shards, Selection(), options.batch_size)
+        np.save(cached, np.concatenate(list(islice(batches, max(1, FORWARD_IMAGES // options.batch_size)))))
+
+        def score() -> Turn:
+            with TemporaryDirectory(dir=folder) as output:
+                start = time.perf_counter()
+                results = list(
+                    run_units(PartScorer, scorer_arguments(options, shards, output), _units(shards), runtime)
+                )
+                walls.append(time.perf_counter() - start)
+            return Turn(images, span(results))
+
+        with BareForward(options.model, cached, options.batch_size, workers) as bare:
+            sides: dict[str, Side] = {
+                OURS: score,
+                alone: lambda: Turn(*bare.run(1)),
+                together: lambda: Turn(*bare.run(workers)),
+            }
+            measured = interleave(sides, options.rounds)
+        stages = stage_split(options, shards, folder)
+    starts = [wall - turn.seconds for wall, turn in zip(walls, measured.turns[OURS], strict=True)]
+    notes = [f"Ray's start-up (actors, loading the model), not in R_pipe: {statistics.median(starts):.1f} s (median)"]
+    if images < MEANINGFUL_IMAGES:
+        notes.append(f"only {images} images: take at least {MEANINGFUL_IMAGES} for a figure that means something")
+    return _report(
+        options,
+        "images",
+        measured,
+        {
+            f"R_pipe = {OURS} ÷ ({workers} × {alone})": measured.ratio(OURS, alone, workers),
+            f"{OURS} ÷ {together}": measured.ratio(OURS, together),
+        },
+        start_up_seconds=starts,
+        tables={"one worker, CPU milliseconds an image": stages},
+        notes=notes,
+    )
+
+
+def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> dict[str, Any]:
+    """Arguments of `PartScorer`, as jobs/score.py gives them."""
+    shelf = ModelShelf.open(options.model)
+    return {
+        "shards": shards,
+        "selection": Selection(),
+        "shelf": shelf,
+        "digests": dict(zip(shelf.folders, (model["digest"] for model in shelf.descriptions()), strict=True)),
+        "output": output,
+        "plan": files.digest_of(to_plain(options)),
+        "maps": options.maps,
+        "batch_size": options.batch_size,
+        "limits": ImageLimits(),
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def span(results: Sequence[dict[str, Any]]) -> float:
+    """Seconds from the start of the first unit to the end of the last."""
+    return max(result[ENDED] for result in results) - min(result[STARTED] for result in results)
+
+
+def _units(shards: ShardSet) -> list[dict[str, Any]]:
+    return [{"part": part} for part in shards.parts]
+
+
+def _memory_model(folder: str) -> Model:
+    shelf = ModelShelf.open(folder)
+    if shelf.by_category:
+        raise OptionError(f"{folder} holds a model for each category; give the folder of one of them")
+    model = load_model(shelf.uri, "cpu")
+    if not isinstance(model.method, MemoryMethod):
+        raise OptionError(f"{folder} holds a {model.method.name}; this benchmark takes models with a memory bank")
+    return model
+
+
+def input_batches(model: Model, shards: ShardSet, selection: Selection, batch_size: int) -> Iterator[torch.Tensor]:
+    """Selected images as the network's input, B×3×S×S; a smaller last batch is left out."""
+    policy = model.method.input
+    waiting: list[np.ndarray] = []
+    for part in shards.parts:
+        for rows in shards.read(part, selection, ["image"]):
+            for data in rows["image"].to_pylist():
+                waiting.append(prepare_image(decode_image(data).pixels, policy))
+                if len(waiting) == batch_size:
+                    yield normalise(waiting, policy)
+                    waiting = []
+
+
+class StagedScorer(PartScorer):
+    """A `PartScorer` that also tells how much CPU time its stages took."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Score a part; the record has the CPU seconds of each stage as "stages"."""
+        self._seconds.clear()
+        start = time.process_time()
+        record = super().run(unit)
+        # what is neither: reading and writing Parquet, packing maps, Ray's own threads
+        rest = time.process_time() - start - sum(self._seconds.values())
+        return {**record, "stages": {**self._seconds, "read, write, rest": rest}}
+
+    def _decode(self, row: dict[str, Any]) -> Any:
+        return self._clocked("decode", super()._decode)(row)
+
+    def _model(self, folder: str) -> Model:
+        new = folder not in self._models
+        model = super()._model(folder)
+        if new:
+            method: Any = model.method
+            method.embed = self._clocked("forward", method.embed)
+            for name in ("find_patches", "read_maps", "read_scores"):
+                setattr(method, name, self._clocked("search, map", getattr(method, name)))
+        return model
+
+    def _clocked(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                self._seconds[stage] += time.thread_time() - start
+
+        return call
+
+
+def stage_split(options: PipeBenchmark, shards: ShardSet, folder: str) -> dict[str, dict[str, float]]:
+    """CPU milliseconds an image of each stage of one worker, and its share."""
+    units = _units(shards)
+    entries = shards.manifest["files"]
+    enough = next((n for n in range(1, len(units)) if sum(e["rows"] for e in entries[:n]) >= STAGE_IMAGES), len(units))
+    seconds: dict[str, float] = {}
+    images = 0
+    with TemporaryDirectory(dir=folder) as output:
+        arguments = scorer_arguments(options, shards, output)
+        for result in run_units(StagedScorer, arguments, units[:enough], RuntimeOptions(workers=1)):
+            for stage, spent in result["stages"].items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+            images += result["rows"]
+    total = sum(seconds.values())
+    return {
+        stage: {"ms": 1000 * spent / images, "share": spent / total}
+        for stage, spent in {**seconds, "all": total}.items()
+    }

@@ -1,0 +1,218 @@
+"""Semantic anomalies and few normal images: protocols that fit many banks to the same images.
+
+    embeddings ─▶ actors: a bank for each task or draw, scores of the test split, metrics ─▶ tables, figure, section
+
+The network sees every image once. A unit of work is one bank; it leaves a Parquet file of scores and a record, so a
+killed run continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.evaluation.embeddings import EmbeddingOptions, EmbeddingReader, EmbeddingSet, Side, embed_once
+from pipelines.runtime import outputs
+from pipelines.runtime.actors import run_unfinished
+from pipelines.runtime.models import load_model
+from pipelines.runtime.progress import Progress
+from pipelines.training.memory_bank import build_bank
+from pipelines.training.per_category import weights_digest
+from unianom import __version__, files
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.methods import METHODS, MemoryMethod
+from unianom.serialise import to_plain
+
+SECTION = "section.json"
+"""What a report shows of a protocol."""
+
+
+# -- what both protocols share -----------------------------------------------------------------------------------------
+
+
+def protocol_options(base: type) -> dict[str, type]:
+    """The options class of a protocol for every method: those of `base`, and the method's own as `method`."""
+    classes: dict[str, type] = {}
+    for name, method in METHODS.items():
+        fields: list[Any] = [("method", method.Config, field(default_factory=method.Config))]
+        cls = dataclasses.make_dataclass(
+            f"{base.__name__}_{name}", fields, bases=(base,), frozen=True, namespace={"__post_init__": _check}
+        )
+        summary, arguments = (base.__doc__ or "").split("\n\n    Args:\n", 1)
+        inherited = (EmbeddingOptions.__doc__ or "").split("Args:\n", 1)[1].rstrip()
+        documented = f"{inherited}\n{arguments.rstrip()}\n        method: the method's own options."
+        cls.__doc__ = f"{summary}\n\nArgs:\n{re.sub('(?m)^    ', '', documented)}"
+        classes[name] = cls
+    return classes
+
+
+def method_name(options: Any) -> str:
+    """The method that an options class of `protocol_options` belongs to."""
+    return next(name for name, method in METHODS.items() if method.Config is type(options.method))
+
+
+def _check(options: Any) -> None:
+    super(type(options), options).__post_init__()
+    name = method_name(options)
+    if not issubclass(METHODS[name], MemoryMethod):
+        memory = ", ".join(sorted(n for n, method in METHODS.items() if issubclass(method, MemoryMethod)))
+        raise OptionError(
+            f"{name} is trained, so it cannot be fitted to embedded images; {options.otherwise} ({memory})"
+        )
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """What a protocol found.
+
+    Attributes:
+        folder: where it lies.
+        fresh: whether this run wrote it.
+        content: of its JSON file.
+    """
+
+    folder: str
+    fresh: bool
+    content: dict[str, Any]
+
+
+def scores_file(number: int) -> str:
+    """Name of the file of scores of one bank."""
+    return f"scores-{number:05d}.parquet"
+
+
+KINDS = {"score": pa.float32(), "label": pa.int8(), "shots": pa.int32(), "seed": pa.int32()}
+"""Types of the columns of scores that are not text."""
+
+
+class BankScorer:
+    """Fits one bank to embedded images and scores embedded test images with it. What the units of both protocols are.
+
+    Args:
+        embedded: the images.
+        config: the method's options.
+        batch_size: images scored at once.
+        output: folder of the results.
+        plan: digest of the plan.
+        tasks: what each unit is about, by its number; units themselves travel as numbers, since Ray Data would turn
+            their lists into arrays.
+    """
+
+    def __init__(
+        self,
+        embedded: EmbeddingSet,
+        config: Any,
+        batch_size: int,
+        output: str,
+        plan: str,
+        tasks: Sequence[dict[str, Any]],
+    ) -> None:
+        method = load_model(embedded.encoder, "cpu").method
+        assert isinstance(method, MemoryMethod)
+        self.method, self.config, self.output, self.plan = method, config, output, plan
+        self.tasks = tasks
+        self.reader = EmbeddingReader(embedded)
+        self._batch_size = batch_size
+
+    def fit(self, chosen: frozenset[str]) -> dict[str, Any]:
+        """Build the bank of some training images; tells how large it is."""
+        patches = self.reader.patches_of(chosen)
+        self.method.bank, _ = build_bank(patches, self.config.bank)
+        self.method.check_bank(self.config)
+        return {"images": len(chosen), "patches": patches.rows, "bank_rows": self.method.bank.rows}
+
+    def score(
+        self, see: Callable[[dict[str, Any], np.ndarray], None] | None = None, categories: tuple[str, ...] = ()
+    ) -> list[dict[str, Any]]:
+        """Score test images.
+
+        Args:
+            see: takes every image and its S×S anomaly map, which is not kept.
+            categories: those to score; empty for all.
+
+        Returns:
+            What is known of each image, and its `score`.
+        """
+        scored = []
+        for rows, embedding in self.reader.batches(self._batch_size, categories):
+            found = self.method.score_patches(embedding)
+            scores = found.score.float().numpy()
+            for number, (row, value) in enumerate(zip(rows, scores, strict=True)):
+                if not np.isfinite(value):
+                    raise DataError(f"{row['sample_id']} got the score {value}; check the weights and the precision")
+                scored.append({**row, "score": float(value)})
+                if see is not None:
+                    see(row, found.anomaly_map[number].float().numpy())
+        return scored
+
+    def commit(self, number: int, rows: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+        """Write the scores of a unit, then its record."""
+        name = scores_file(number)
+        table = pa.Table.from_pylist(rows)
+        table = table.cast(pa.schema([(column, KINDS.get(column, pa.string())) for column in table.column_names]))
+        with files.open_atomic(files.join(self.output, name)) as handle:
+            pq.write_table(table, handle, compression="zstd")
+        record = {"plan": self.plan, "name": name, **record}
+        outputs.commit_part(self.output, name, record)
+        return record
+
+
+def _run_banks(
+    worker: type,
+    options: Any,
+    shards: ShardSet,
+    sides: dict[Side, Selection],
+    output: str,
+    plan: str,
+    tasks: Sequence[dict[str, Any]],
+    words: str,
+) -> list[dict[str, Any]]:
+    """Embed the images of both sides, then fit and score a bank for each task; the tasks' records, in their order."""
+    arguments = {
+        "embedded": embed_once(method_name(options), options.method, options, shards, sides),
+        "config": options.method,
+        "batch_size": options.batch_size,
+        "output": output,
+        "plan": plan,
+        "tasks": tasks,
+    }
+    units = {scores_file(task["number"]): {"number": task["number"]} for task in tasks}
+    runtime = dataclasses.replace(options.runtime, gpus_per_worker=0)
+    records, _ = run_unfinished(worker, arguments, units, output, runtime, Progress(words, len(units), "banks"))
+    return list(records.values())
+
+
+def _plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
+    """What the results depend on."""
+    return {
+        "tool": __version__,
+        "method": method_name(options),
+        "config": to_plain(options.method),
+        "weights": weights_digest(options.method.backbone.weights),
+        "shards": shards.digest,
+        "batch_size": options.batch_size,
+        "limits": to_plain(options.limits),
+        "device": options.runtime.device,
+        "threads": options.runtime.cpus_per_worker,
+        **own,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation (n − 1 in the denominator) of some values; None where there are too few."""
+    mean = math.fsum(values) / len(values) if values else None
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": mean, "sd": deviation}
+
+
+def _state(result: ProtocolResult) -> str:
+    return "written" if result.fresh else "was complete already"

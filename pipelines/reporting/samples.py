@@ -1,0 +1,76 @@
+"""Stored samples as a person is shown them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from unianom.data.image import (
+    ImageLimits,
+    InputPolicy,
+    decode_image,
+    decode_mask,
+    prepare_image,
+    prepare_mask,
+)
+from unianom.data.shards import PartSet
+
+STORED = ("image", "mask", "height", "width")
+"""Columns of the shards that a picture of a sample is made of."""
+
+SHOWN_SIDE = 256
+"""Pictures larger than this many pixels a side are reduced to it, to keep the file small."""
+
+
+def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """sample_id and further columns of some samples, in the order they are stored; parts without any are skipped."""
+    wanted = pa.array(sorted(sample_ids), pa.string())
+    for part in parts.parts:
+        ids = (i for batch in parts.read(part, None, ["sample_id"], rows=4096) for i in batch["sample_id"].to_pylist())
+        if sample_ids.isdisjoint(ids):
+            continue
+        for batch in parts.read(part, None, ["sample_id", *columns], rows=16):
+            yield from batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist()
+
+
+def as_seen(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray, np.ndarray | None]:
+    """A sample as the model saw it: S×S×3 uint8, and its mask, S×S bool, if it has one.
+
+    Args:
+        stored: its `STORED` columns.
+        policy: of the model.
+    """
+    # it was within the limits of ingest and of scoring, so none apply here
+    limits = ImageLimits(stored["height"] * stored["width"], max(len(stored["image"]), len(stored["mask"] or b"")))
+    image = prepare_image(decode_image(stored["image"], limits).pixels, policy)
+    if stored["mask"] is None:
+        return image, None
+    return image, prepare_mask(decode_mask(stored["mask"], limits=limits), policy)
+
+
+def _reduced(pixels: np.ndarray) -> np.ndarray:
+    """S×S×3 uint8 or S×S float32, at most SHOWN_SIDE a side."""
+    if len(pixels) <= SHOWN_SIDE:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR))
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def labelled(table: pa.Table) -> pa.Table:
+    """The rows of a score table that an evaluation counts, scored and with a known label, by sample_id."""
+    kept = table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.is_valid(table["label"])))
+    return kept.sort_by("sample_id")
+
+
+def _texts(table: pa.Table, column: str) -> np.ndarray:
+    """A text column as an (n,) array of str or None."""
+    return np.asarray(table[column].cast(pa.string()).to_pylist(), dtype=object)

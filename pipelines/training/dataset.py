@@ -1,0 +1,229 @@
+"""Training batches: which images a step takes, and how they reach the network.
+
+The order of images is a pure function of seed, epoch and number of workers, and whatever is random in making an image
+(its prompt, flips and turns, synthetic anomaly) of seed, epoch and image. So a run continues at any step as if it had
+not been interrupted, and neither the number of loading processes nor their timing changes a batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipelines.data.feature_cache import DESCRIPTOR, MASKS, PIXELS, Arrays, learnable
+from pipelines.data.reader import decode_row_mask
+from pipelines.training.augment import flip_and_turn
+from pipelines.training.sampler import Companions, Place
+from pipelines.training.samples import TrainingImages
+from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
+from unianom.data.shards import ShardSet
+from unianom.data.synthesis import Synthesiser
+from unianom.methods.trained import BatchNeeds, TrainingBatch
+
+# One for all shard images, so that they can be pickled: a batch is made ahead while validation asks for others.
+_groups_lock = threading.Lock()
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+class ShardImages:
+    """Prepared images decoded from the shards as they are asked for, a few row groups kept at a time.
+
+    Args:
+        shards, categories: where they lie.
+        images: which.
+        policy: how they become input.
+        limits: what an image may cost.
+        keep: row groups kept, encoded.
+        labels: whether anomalous images are among them.
+        masks: whether masks are asked for.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        categories: list[str],
+        images: TrainingImages,
+        policy: InputPolicy,
+        limits: ImageLimits,
+        keep: int,
+        labels: bool = False,
+        masks: bool = False,
+    ) -> None:
+        self._shards, self._selection = shards, learnable(categories, labels)
+        self._images, self._policy, self._limits, self._keep = images, policy, limits, keep
+        self._columns = ["image", "mask", "sample_id", "label"] if masks else ["image"]
+        self._first: dict[tuple[int, int], int] = {}
+        self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
+
+    def pixels(self, index: int) -> np.ndarray:
+        """S×S×3 uint8."""
+        return decode_prepared(self._row(index)["image"], self._policy, self._limits)
+
+    def mask(self, index: int) -> np.ndarray:
+        """S×S bool."""
+        return decode_row_mask(self._row(index), self._policy, self._limits)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        part, group = int(self._images.part[index]), int(self._images.group[index])
+        with _groups_lock:
+            rows = self._group(part, group)  # fills _first
+        return rows[int(self._images.row[index]) - self._first[part, group]]
+
+    def _group(self, part: int, group: int) -> list[dict[str, Any]]:
+        if (part, group) not in self._groups:
+            name = self._shards.parts[part]
+            for before in range(group + 1):
+                if (part, before) not in self._first:
+                    ended = self._shards.read_group(name, before - 1, self._selection, ["sample_id"]) if before else []
+                    self._first[part, before] = self._first.get((part, before - 1), 0) + len(ended)
+            self._groups[part, group] = self._shards.read_group(name, group, self._selection, self._columns).to_pylist()
+            while len(self._groups) > self._keep:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end((part, group))
+        return self._groups[part, group]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": OrderedDict()}
+
+
+class PreparedImages:
+    """Prepared images from a memory-mapped set."""
+
+    def __init__(self, arrays: Arrays, images: TrainingImages) -> None:
+        self._arrays, self._images = arrays, images
+
+    def pixels(self, index: int) -> np.ndarray:
+        """S×S×3 uint8."""
+        return self._arrays.row(PIXELS, int(self._images.part[index]), int(self._images.row[index]))
+
+    def mask(self, index: int) -> np.ndarray:
+        """S×S bool."""
+        return self._arrays.row(MASKS, int(self._images.part[index]), int(self._images.row[index]))
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+class TrainingSet(Dataset[TrainingBatch]):
+    """Makes batches from lists of places.
+
+    Args:
+        images: which images there are.
+        categories: their names.
+        needs: what the method's batches hold besides images.
+        pixels: where prepared images come from; None where frozen features stand for them all.
+        features: frozen features; None where they are not kept.
+        companions: for prompts and textures; None where no image needs one.
+        synthesiser: makes synthetic anomalies; None for none.
+        seed: of all that is random in making an image.
+
+    Raises:
+        ValueError: prompts or synthetic anomalies beside labels; both are made of normal images.
+    """
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        categories: list[str],
+        needs: BatchNeeds,
+        pixels: ShardImages | PreparedImages | None,
+        features: Arrays | None,
+        companions: Companions | None,
+        synthesiser: Synthesiser | None,
+        seed: int,
+    ) -> None:
+        if needs.labels and (needs.prompts or needs.synthetic):
+            raise ValueError("a method that needs labels can have neither prompts nor synthetic anomalies")
+        self._images, self._categories, self._needs = images, categories, needs
+        self._pixels, self._features = pixels, features
+        self._companions, self._synthesiser, self._seed = companions, synthesiser, seed
+
+    def __getitem__(self, places: Sequence[Place]) -> TrainingBatch:
+        return self.batch(places)
+
+    def batch(self, places: Sequence[Place], augment: bool = True) -> TrainingBatch:
+        """The images at these places, with all that belongs to them; images are uint8 until `to_input`."""
+        columns: dict[str, list[Any]] = defaultdict(list)
+        for epoch, index in places:
+            # the epoch of fixed batches is −1, which a seed may not be
+            rng = np.random.default_rng([self._seed, epoch + 1, index, 1])
+            for name, value in self._sample(index, rng, augment).items():
+                columns[name].append(value)
+        values: dict[str, Any] = {}
+        for name, column in columns.items():
+            if isinstance(column[0], int):
+                values[name] = torch.tensor(column)
+            elif isinstance(column[0], dict):
+                values[name] = {key: torch.from_numpy(np.stack([row[key] for row in column])) for key in column[0]}
+            else:
+                values[name] = torch.from_numpy(np.stack(column))
+        return TrainingBatch(**values)
+
+    def _sample(self, index: int, rng: np.random.Generator, augment: bool) -> dict[str, Any]:
+        sample: dict[str, Any] = {"category": int(self._images.category[index])}
+        if self._needs.labels:
+            sample["label"] = int(self._images.label[index])
+        pixels = mask = None
+        if self._pixels is not None:
+            pixels = self._pixels.pixels(index)
+            mask = self._pixels.mask(index) if self._needs.masks else None
+            augmentation = self._needs.augmentation
+            if augment and augmentation.active:
+                pixels, mask = flip_and_turn(pixels, mask, self._categories[sample["category"]], augmentation, rng)
+        if self._features is not None:
+            sample["features"] = self._row(index)
+        if pixels is not None and (self._features is None or self._needs.images):
+            sample["images"] = _channels_first(pixels)
+        if mask is not None:
+            sample["mask"] = mask[None].astype(np.float32)
+        if self._companions is not None and self._needs.prompts is not None:
+            prompt = self._companions.prompt(index, rng)
+            if self._features is not None:
+                sample["prompt_features"] = self._row(prompt)
+            elif self._pixels is not None:
+                sample["prompt_images"] = _channels_first(self._pixels.pixels(prompt))
+        if self._synthesiser is not None and self._companions is not None and self._pixels is not None:
+            other = self._pixels.pixels(self._companions.other(index, rng))
+            assert pixels is not None
+            made = self._synthesiser(np.ascontiguousarray(pixels), rng, other)
+            sample["synthetic_images"] = _channels_first(made.image)
+            sample["synthetic_mask"] = made.mask[None].astype(np.float32)
+        return sample
+
+    def _row(self, index: int) -> dict[str, np.ndarray]:
+        assert self._features is not None
+        part, row = int(self._images.part[index]), int(self._images.row[index])
+        return {name: self._features.row(name, part, row) for name in self._features.names}
+
+
+def _channels_first(pixels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def descriptors(uri: str, parts: list[str], images: TrainingImages, copies: Path) -> np.ndarray:
+    """N×D descriptors of images, from a set of frozen features."""
+    arrays = Arrays(uri, parts, (DESCRIPTOR,), copies)
+    places = zip(images.part.tolist(), images.row.tolist(), strict=True)
+    return np.stack([arrays.row(DESCRIPTOR, part, row) for part, row in places])
+
+
+def to_input(batch: TrainingBatch, device: torch.device, policy: InputPolicy) -> TrainingBatch:
+    """A batch on its device, with images normalised and features in float32."""
+    assert policy.mean is not None
+    assert policy.std is not None
+    mean = torch.tensor(policy.mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(policy.std, device=device).view(1, 3, 1, 1)
+
+    def ready(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device, non_blocking=True)
+        if tensor.dtype == torch.uint8:
+            return tensor.float().div_(255).sub_(mean).div_(std)
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    return batch.map(ready)

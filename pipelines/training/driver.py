@@ -1,0 +1,380 @@
+"""Training a method on one or many workers: prepared data → Ray Train → last checkpoint → threshold → model folder.
+
+    shards ─▶ pixels or frozen features, once ─▶ workers: batches, steps, checkpoints ─▶ trained model ─▶ scores of
+    held-out normals ─▶ threshold ─▶ model folder
+
+A run is a pure function of its options on one CPU worker: killed anywhere and started again with the same command, it
+ends with the same weights. Ray Train keeps the checkpoints and restarts workers from the last one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from pipelines.data.feature_cache import PreparedSet, learnable, prepare
+from pipelines.data.reader import missing_masks
+from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
+from pipelines.runtime.actors import RuntimeOptions, connect, raised_error
+from pipelines.runtime.cli import own_signals
+from pipelines.runtime.errors import reason
+from pipelines.runtime.models import load_model
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.tracking import Run, scope
+from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
+from pipelines.training.network_options import ALL_PREPARED_BYTES, DataOptions, TrainingOptions
+from pipelines.training.options import WORK, FitResult
+from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
+from pipelines.training.samples import TrainingImages
+from pipelines.training.threshold import held_out_threshold
+from pipelines.training.trainer import undisturbed
+from pipelines.training.worker import Events, train_worker
+from unianom import files
+from unianom.data.schema import ANOMALOUS
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.methods.trained import LOSS, TrainedMethod
+from unianom.model import Model, is_model, versions
+from unianom.serialise import to_plain
+
+
+class WorkersLostError(DataError):
+    """Workers died more often than they may, or never came; not for what they were told to do."""
+
+
+# -------------------------------------------------------------------------------------------------------- the driver
+def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -> list[FitResult]:
+    """Train one model for all categories, or one each.
+
+    Args:
+        name: a trained method.
+        config: its options.
+        options: data, output and the rest.
+        run: where losses and validations are recorded.
+
+    Raises:
+        DataError, OptionError, WeightsError: wrong inputs; nothing is lost, the same command continues.
+    """
+    tasks = plan_trainings(name, config, options)
+    with open_models(tasks, options):
+        return train_planned(name, tasks, options, run)
+
+
+def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[FitTask]:
+    """Plan what `train_networks` trains; arguments and errors are the same."""
+    needs = make_method(name, config).needs
+    weights = cache(weights_digest)
+
+    def describe(own: Any, shards: ShardSet, categories: list[str]) -> tuple[TrainValSplit, str, dict[str, Any]]:
+        own_needs = needs if own == config else make_method(name, own).needs
+        chosen, notice = choose_samples(shards, categories, options.split, validate=True, labels=own_needs.labels)
+        if own_needs.masks:
+            check_masks(shards, categories)
+        plan = {
+            "method": name,
+            "config": to_plain(own),
+            "shards": shards.digest,
+            "categories": categories,
+            "few_shot": options.few_shot,
+            "seed": options.seed,
+            "threshold": to_plain(options.threshold),
+            "limits": to_plain(options.limits),
+            "precision": options.precision,
+            "accumulate": options.accumulate,
+            "frozen_features": options.data.frozen_features,
+            "feature_precision": options.data.feature_precision,
+            "images": options.data.images,
+            "window": options.data.window,
+            "device": options.runtime.device,
+            "weights": weights(own.backbone.weights),
+            **({"phases": to_plain(options.phases)} if options.phases else {}),
+        }
+        return chosen, notice, plan
+
+    return plan_fits(config, options, describe, needs.labels)
+
+
+def train_planned(name: str, tasks: Sequence[FitTask], options: TrainingOptions, run: Run) -> list[FitResult]:
+    """Train what `plan_trainings` planned, in folders that are claimed."""
+    return fit_all(tasks, options, partial(_train, name, options, run))
+
+
+def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest: str) -> FitResult:
+    config, shards, categories, output = task.config, task.shards, task.categories, task.output
+    chosen, notice = task.chosen, task.notice
+    if is_model(output):
+        return _result(load_model(output, "cpu"), output, fresh=False)
+    needs = make_method(name, config).needs
+    prefix = f"{scope(categories[0])}/" if options.per_category else ""
+    connect(options.runtime)
+    work = files.join(output, WORK)
+    trained = files.join(work, "trained")
+    if not is_model(trained):
+        job = plan_job(name, config, options, shards, categories, chosen, work)
+        run_job(job, options, work, run, prefix)
+    model = load_model(trained, "cpu")
+    scored = frozenset() if notice else chosen.held_out
+    threshold = held_out_threshold(model, files.join(work, "fitted"), shards, scored, options)
+    provenance = {
+        "plan_digest": digest,
+        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "training": {
+            "images": len(chosen.learn),
+            "anomalous": len(chosen.anomalous),
+            "iterations": config.training.steps(len(chosen.learn), needs.repeats),
+            "workers": options.workers,
+            "precision": options.precision,
+            "phases": to_plain(options.phases),
+        },
+        "held_out_normals": len(chosen.held_out),
+        "held_out": held_out_record(shards, categories, options.split),
+        "notice": notice,
+        "seeds": {"split": options.seed, "training": config.training.seed},
+        "few_shot": options.few_shot,
+        "device": options.runtime.device,
+        "versions": versions(),
+    }
+    final = Model(model.method, categories, threshold, provenance)
+    final.save(output)
+    files.remove(work)
+    return _result(final, output, fresh=True)
+
+
+def _result(model: Model, output: str, fresh: bool) -> FitResult:
+    made = model.provenance["training"]
+    anomalous = made.get("anomalous", 0)  # models of before have none
+    kinds = f"{made['images'] - anomalous} normal" + (f" and {anomalous} anomalous" if anomalous else "")
+    return FitResult(
+        folder=output,
+        categories=model.categories,
+        fresh=fresh,
+        summary=f"{made['iterations']} steps on {kinds} images",
+        metrics={"images": made["images"], "iterations": made["iterations"]},
+        threshold=model.threshold,
+        notice=model.provenance["notice"],
+    )
+
+
+def plan_job(
+    name: str,
+    config: Any,
+    options: TrainingOptions,
+    shards: ShardSet,
+    categories: list[str],
+    chosen: TrainValSplit,
+    work: str,
+) -> Job:
+    """Prepare what is computed once, and write down which images are learned from."""
+    method = make_method(name, config)
+    needs = method.needs
+    images = TrainingImages.choose(shards, categories, chosen.learn, needs.labels)
+    places = files.join(work, "images.parquet")
+    images.save(places)
+    job = Job(
+        name=name,
+        config=to_plain(config),
+        shards=shards,
+        categories=categories,
+        images=places,
+        held_out=chosen.held_out,
+        pixels=None,
+        features=None,
+        feature_names=(),
+        iterations=config.training.steps(len(images), needs.repeats),
+        output=files.join(work, "trained"),
+        options=options,
+    )
+    job.phases()  # wrong options, and
+    synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
+    folder = files.full_uri(options.data.folder or files.beside(options.output, "prepared"))
+    rows = shards.count(learnable(categories, needs.labels))
+    features = keeps_features(method, options.data, rows)
+
+    def prepared(runtime: RuntimeOptions, encoder: TrainedMethod | None) -> PreparedSet:
+        return prepare(
+            shards,
+            categories,
+            method.input,
+            folder,
+            options.limits,
+            runtime,
+            encoder,
+            None if encoder is None else {**encoder.feature_key(), "weights": weights_digest(config.backbone.weights)},
+            options.data.feature_precision == "half",
+            options.batch_size,
+            needs.labels,
+            needs.masks and encoder is None,
+        )
+
+    if features:
+        made = prepared(options.runtime, method)
+        job = replace(job, features=made.uri, feature_names=made.names)
+    size = rows * (4 if needs.masks else 3) * method.input.side**2
+    keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
+    if keep_pixels and wants_pixels(needs, features):
+        job = replace(job, pixels=prepared(replace(options.runtime, gpus_per_worker=0), None).uri)
+    return job
+
+
+def check_masks(shards: ShardSet, categories: list[str]) -> None:
+    """Refuse anomalous training images without a mask, before any work.
+
+    Raises:
+        DataError: there are some; names the first.
+    """
+    without: list[str] = []
+    for part in shards.parts:
+        for batch in shards.read(part, Selection(("train",), tuple(categories), (ANOMALOUS,)), ["sample_id", "mask"]):
+            without += batch.filter(batch["mask"].is_null())["sample_id"].to_pylist()
+    if without:
+        raise DataError(missing_masks(without))
+
+
+def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> bool:
+    """Whether frozen features are computed once.
+
+    Args:
+        method: whose features.
+        data: what is asked for.
+        images: how many there are to keep features of.
+
+    Raises:
+        OptionError: they are asked for where augmentation makes that impossible, or not, where prompts need them.
+    """
+    augmented = method.needs.augmentation.active
+    if data.frozen_features and augmented:
+        raise OptionError(
+            "data.frozen_features needs images that do not change; empty method.augmentation, or leave it out"
+        )
+    features = data.frozen_features
+    if features is None:
+        features = not augmented and images * feature_bytes(method, data) <= ALL_PREPARED_BYTES
+    if method.needs.prompts == "nearest" and not features:
+        raise OptionError("prompts by nearest features need --data.frozen_features true")
+    return features
+
+
+def feature_bytes(method: TrainedMethod, data: DataOptions) -> int:
+    """What the frozen features of an image take, from a forward pass of one."""
+    side = method.input.side
+    with undisturbed(method), torch.inference_mode():
+        features = method.frozen_features(torch.zeros(1, 3, side, side, device=method.device))
+    return sum(value.numel() for value in features.values()) * (2 if data.feature_precision == "half" else 4)
+
+
+def run_job(
+    job: Job, options: TrainingOptions, work: str, run: Run, prefix: str, callbacks: Sequence[Any] = ()
+) -> None:
+    """Ray Train from start, or from the last checkpoint, to end."""
+    resources: dict[str, float] = {"CPU": options.runtime.cpus_per_worker}
+    if options.runtime.gpus_per_worker:
+        resources["GPU"] = options.runtime.gpus_per_worker
+    _check_resources(options)
+    workers = options.workers
+    events: Any = ray.remote(num_cpus=0)(Events).remote()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "events": events},
+        scaling_config=ScalingConfig(
+            num_workers=workers if options.min_workers is None else (options.min_workers, workers),  # type: ignore[arg-type]
+            use_gpu=bool(options.runtime.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=work,
+            failure_config=FailureConfig(max_failures=options.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[*callbacks],
+        ),
+    )
+    report = _Report(events, job.iterations, run, prefix)
+    try:
+        with own_signals():
+            trainer.fit()
+    except KeyboardInterrupt:
+        report.stop()
+        raise
+    except Exception as error:  # Ray wraps what a worker raised, in ways that differ by what else went wrong
+        report.close()
+        failure, first = ray.get([events.failure.remote(), events.first.remote()])
+        if failure is not None:
+            raise raised_error(failure) from error
+        if first is not None:
+            worker = raised_error(first)
+            raise WorkersLostError(f"training failed: {reason(worker)}; the same command continues it") from worker
+        raise WorkersLostError(f"training failed: {reason(error)}; the same command continues it") from error
+    report.close()
+    failure = ray.get(events.failure.remote())
+    if failure is not None:
+        raise raised_error(failure)
+
+
+def _check_resources(options: TrainingOptions) -> None:
+    """Ray Train would wait for ever for workers that the cluster cannot hold."""
+    need = options.min_workers or options.workers
+    if options.runtime.pool_size(need) < need:
+        raise OptionError(
+            f"{need} workers of {options.runtime.cpus_per_worker} CPUs and {options.runtime.gpus_per_worker:g} GPUs "
+            f"do not fit this Ray; lower --runtime.workers, or --min_workers"
+        )
+
+
+class _Report:
+    """Shows and records what the workers tell, while training runs."""
+
+    def __init__(self, events: Any, iterations: int, run: Run, prefix: str) -> None:
+        self._events, self._run, self._prefix = events, run, prefix
+        self._progress = Progress("train", iterations, "steps")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._ended.wait(1.0):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        for event in ray.get(self._events.take.remote()):
+            step = event["step"]
+            named = {
+                **{f"loss/{name}" if name != LOSS else LOSS: value for name, value in event.get("losses", {}).items()},
+                **event.get("rates", {}),
+                **{f"validation/{name}": value for name, value in event.get("validation", {}).items()},
+            }
+            self._run.metrics({self._prefix + name: value for name, value in named.items()}, step)
+            if "note" in event:
+                self._progress.note(event["note"])
+            elif "losses" in event:
+                self._progress.set(step, _words(event["losses"], event["rates"]))
+            else:
+                figures = ", ".join(f"{name} {value:.4g}" for name, value in event["validation"].items())
+                self._progress.note(f"step {step}: validation {figures}")
+
+    def stop(self) -> None:
+        """Ask the workers no more."""
+        self._ended.set()
+        self._thread.join()
+
+    def close(self) -> None:
+        """The last words."""
+        self.stop()
+        self._pass_on()
+        self._progress.close()
+
+
+def _words(losses: dict[str, float], rates: dict[str, float]) -> str:
+    named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    return (
+        f"{named}, {rates['images_per_second']:.1f} images/s, step {1000 * rates['step_seconds']:.0f} ms "
+        f"({100 * rates['data_share']:.0f} % waiting for data)"
+    )

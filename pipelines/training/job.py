@@ -1,0 +1,160 @@
+"""One training as its workers get it: plain data, from which each makes the same method and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.data.feature_cache import MASKS, PIXELS, Arrays
+from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors
+from pipelines.training.network_options import TrainingOptions
+from pipelines.training.sampler import Companions
+from pipelines.training.samples import TrainingImages
+from pipelines.training.trainer import phase_configs
+from pipelines.training.validation import ValidatorConfig
+from unianom.data.shards import ShardSet
+from unianom.data.synthesis import Synthesiser, TextureSource
+from unianom.errors import DataError
+from unianom.memory_limit import memory_limit
+from unianom.methods import METHODS
+from unianom.methods.trained import BatchNeeds, TrainedMethod
+from unianom.serialise import from_plain
+
+
+# --------------------------------------------------------------------------------------------------- a worker's job
+@dataclass(frozen=True)
+class Segment:
+    """A part of a training run.
+
+    Attributes:
+        start: file of the state that it goes on from; None for the beginning.
+        end: step that it ends at.
+        state: file for the state there.
+    """
+
+    start: str | None
+    end: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker is told; plain data, but for the shard set.
+
+    Attributes:
+        name, config: the method, and its options as plain data.
+        shards, categories: the corpus.
+        images: URI of the `TrainingImages`.
+        held_out: sample_ids for validation.
+        pixels, features: URIs of prepared sets, or None.
+        feature_names: arrays of the latter.
+        iterations: of the run.
+        output: where the trained model goes.
+        options: the rest.
+        validator: in a trial of a campaign, what it is compared on with others; None in other runs.
+        segment: of population-based training, the part of the run to do; None for all.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shards: ShardSet
+    categories: list[str]
+    images: str
+    held_out: frozenset[str]
+    pixels: str | None
+    features: str | None
+    feature_names: tuple[str, ...]
+    iterations: int
+    output: str
+    options: TrainingOptions
+    validator: ValidatorConfig | None = None
+    segment: Segment | None = None
+
+    @property
+    def end(self) -> int:
+        """The step to train up to."""
+        return self.iterations if self.segment is None else self.segment.end
+
+    def phases(self) -> list[tuple[int, Any]]:
+        """Steps at which the method gets other options, and these.
+
+        Raises:
+            OptionError: they cannot change while it is trained, or the method refuses them.
+        """
+        return phase_configs(self.make().config, self.options.phases, METHODS[self.name], self.iterations)
+
+    def make(self) -> TrainedMethod:
+        """The method with its initial weights, the same in every process."""
+        return make_method(self.name, from_plain(METHODS[self.name].Config, self.config))
+
+    def streams(self, method: TrainedMethod) -> bool:
+        """Whether images are decoded anew in every epoch."""
+        return self.pixels is None and wants_pixels(method.needs, self.features is not None)
+
+    def data(self, method: TrainedMethod, copies: Path) -> tuple[TrainingSet, TrainingImages]:
+        """What makes the batches."""
+        images = TrainingImages.load(self.images)
+        needs, options, parts = method.needs, self.options, self.shards.parts
+        pixels: ShardImages | PreparedImages | None = None
+        if self.pixels is not None:
+            names = (PIXELS, MASKS) if needs.masks else (PIXELS,)
+            pixels = PreparedImages(Arrays(self.pixels, parts, names, copies), images)
+        elif self.streams(method):
+            pixels = ShardImages(
+                self.shards,
+                self.categories,
+                images,
+                method.input,
+                options.limits,
+                2 * options.data.window,
+                needs.labels,
+                needs.masks,
+            )
+        features = None if self.features is None else Arrays(self.features, parts, self.feature_names, copies)
+        companions = None
+        if needs.prompts or needs.synthetic:
+            near = None
+            if needs.prompts == "nearest":
+                assert self.features is not None
+                near = descriptors(self.features, parts, images, copies)
+            companions = Companions(images, isinstance(pixels, ShardImages), near)
+        synthesiser = synthesiser_of(method)
+        seed = method.config.training.seed
+        return (
+            TrainingSet(images, self.categories, needs, pixels, features, companions, synthesiser, seed),
+            images,
+        )
+
+
+def make_method(name: str, config: Any) -> TrainedMethod:
+    """A trained method with its initial weights, the same in every process."""
+    method_class = METHODS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        with memory_limit(f"--method: {name}"):
+            method = method_class(config)
+    assert isinstance(method, TrainedMethod)
+    return method
+
+
+def wants_pixels(needs: BatchNeeds, features: bool) -> bool:
+    """Whether batches take more than frozen features, if these are kept, to make."""
+    return not features or needs.images or needs.masks or needs.synthetic is not None
+
+
+def synthesiser_of(method: TrainedMethod) -> Synthesiser | None:
+    """What makes a method's synthetic anomalies; None if it needs none.
+
+    Raises:
+        DataError: the folder of textures is missing or holds no image.
+    """
+    config = method.needs.synthetic
+    if config is None or config.textures is None:
+        return None if config is None else Synthesiser(config)
+    try:
+        return Synthesiser(config, TextureSource(config.textures, method.input.side))
+    except DataError as error:
+        raise DataError(f"--method.synthesis.textures: {error}") from error

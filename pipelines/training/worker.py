@@ -1,0 +1,257 @@
+"""What runs inside a worker of Ray Train."""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint
+
+from pipelines.runtime.actors import UNEXPECTED, set_threads, told_error
+from pipelines.training.dataset import TrainingSet, to_input
+from pipelines.training.job import Job, synthesiser_of
+from pipelines.training.loader import Batches
+from pipelines.training.network_options import TrainingOptions
+from pipelines.training.sampler import Order, Place
+from pipelines.training.trainer import STATE, Trainer, undisturbed
+from pipelines.training.validation import PROGRESS, WORKERS, Validation, Validator
+from unianom import files
+from unianom.errors import DataError
+from unianom.methods.trained import TrainedMethod
+from unianom.model import Model
+
+
+class Events:
+    """Passes what the workers tell to the driver. A Ray actor."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._failure: list[str] | None = None
+        self._first: list[str] | None = None
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Tell something."""
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """What was told since the last call."""
+        taken, self._events = self._events, []
+        return taken
+
+    def fail(self, told: list[str], final: bool) -> None:
+        """Tell a failure as `told_error` gives it; a `final` one only the user can mend: the run is not tried again.
+
+        Of others the first is kept: those of other workers come of it.
+        """
+        if final:
+            self._failure = self._failure or told
+        else:
+            self._first = self._first or told
+
+    def failure(self) -> list[str] | None:
+        """The final failure."""
+        return self._failure
+
+    def first(self) -> list[str] | None:
+        """The first failure that was not final."""
+        return self._first
+
+
+def train_worker(given: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    events = given["events"]
+    if ray.get(events.failure.remote()) is not None:
+        return  # a restart would fail again
+    try:
+        _work(given["job"], lambda event: events.put.remote(event))
+    except Exception as error:
+        told = told_error(error)
+        ray.get(events.fail.remote(told, told[0] != UNEXPECTED))
+        raise
+
+
+def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
+    context = ray.train.get_context()
+    options = job.options
+    set_threads(options.runtime.cpus_per_worker)
+    device = ray.train.torch.get_device() if options.runtime.gpus_per_worker else torch.device("cpu")
+    method = job.make().to(device)
+    if options.runtime.gpus_per_worker:
+        torch.set_float32_matmul_precision("high" if options.precision == "bf16" else "highest")
+    with tempfile.TemporaryDirectory(prefix="unianom-train-") as folder:
+        data, images = job.data(method, Path(folder))
+        training = method.config.training
+        groups = None
+        if job.streams(method):
+            groups = np.unique(np.stack([images.part, images.group], axis=1), axis=0, return_inverse=True)[1].ravel()
+        order = Order(
+            len(images),
+            training.seed,
+            training.batch_size,
+            context.get_world_rank(),
+            context.get_world_size(),
+            groups,
+            options.data.window,
+        )
+        processes, repeats = _processes(method, options, job), method.needs.repeats
+        batches = Batches(data, order, processes, pin=device.type == "cuda", repeats=repeats)
+        trainer = Trainer(
+            method,
+            batches,
+            job.iterations,
+            order.share,
+            options.precision,
+            options.compile,
+            options.accumulate,
+            job.phases(),
+        )
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as directory:
+                trainer.restore(torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True))
+        elif job.segment is not None and job.segment.start is not None:
+            content = io.BytesIO(files.read_bytes(job.segment.start))
+            trainer.restore(torch.load(content, map_location="cpu", weights_only=True))
+        first = context.get_world_rank() == 0
+        if first and trainer.step:
+            tell({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
+        fixed = fixed_places(images.category, method.finish_images)
+        validation: Validator
+        if job.validator is not None:
+            validation = job.validator.make(method, options.batch_size)
+        else:
+            validation = Validation(
+                job.shards,
+                job.categories,
+                job.held_out,
+                method,
+                synthesiser_of(method),
+                options.validation_images,
+                options.batch_size,
+                options.limits,
+                options.seed,
+            )
+        _loop(trainer, data, fixed, validation, job, tell if first else None)
+        if job.end < job.iterations:
+            state = trainer.state()  # of every worker
+            if first:
+                assert job.segment is not None
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                files.write_bytes(job.segment.state, buffer.getvalue())
+        elif first:
+            method.config = job.make().config  # as asked for, whatever phases made of it
+            finish(method, data, fixed, job.categories)
+            with undisturbed(method):
+                validation.cache_outputs()
+            Model(method, job.categories).save(job.output)
+        ray.train.report({"step": trainer.step})  # nobody leaves before the model is written
+
+
+def _loop(
+    trainer: Trainer,
+    data: TrainingSet,
+    fixed: list[Place],
+    validation: Validator,
+    job: Job,
+    tell: Callable[[dict[str, Any]], Any] | None,
+) -> None:
+    """Steps with what happens between them: telling, validating, checkpoints."""
+    options, method = job.options, trainer.method
+    every = options.validate_every
+    validate_every = max(1, job.iterations // 10) if every is None else every
+    log_every = max(1, min(50, job.iterations // 20))
+    seconds = {"data": 0.0, "all": 0.0}
+    count, warned = 0, False
+    for told in trainer.steps(job.end):
+        step = trainer.step
+        seconds["data"] += told["data"]
+        seconds["all"] += told["all"]
+        count += 1
+        if step % log_every == 0 or step == job.end:
+            waited = time.perf_counter()
+            losses = {name: float(value) for name, value in told["losses"].items()}  # waits for the device
+            seconds["all"] += time.perf_counter() - waited
+            if not all(math.isfinite(value) for value in losses.values()):
+                raise DataError(
+                    f"the loss is not finite at step {step} ({losses}); lower --method.training.learning_rate, or "
+                    f"take --precision fp32"
+                )
+            if tell is not None:
+                images = count * method.config.training.batch_size
+                rates = {
+                    "images_per_second": images / seconds["all"],
+                    "step_seconds": seconds["all"] / count,
+                    "data_share": seconds["data"] / seconds["all"],
+                }
+                tell({"step": step, "losses": losses, "rates": rates})
+            seconds, count = {"data": 0.0, "all": 0.0}, 0
+        if validate_every and (step % validate_every == 0 or step == job.end):
+            figures: dict[str, float] = {}
+            if tell is not None:
+                finish(method, data, fixed, job.categories)
+                with undisturbed(method):
+                    figures = validation.run()
+                if figures:
+                    tell({"step": step, "validation": figures})
+            if job.validator is not None:  # every worker must, or none goes on
+                ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations), WORKERS: _workers()})
+        preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
+        warned = warned or preempted
+        if step % options.checkpoint_every == 0 or step == job.end or preempted:
+            save_checkpoint(trainer, first=tell is not None)
+
+
+def _workers() -> str:
+    """Placement group of the workers of this training, as text; empty outside of Ray."""
+    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
+    return "" if group is None else group.id.hex()
+
+
+def save_checkpoint(trainer: Trainer, first: bool) -> None:
+    """Report the state to Ray Train; every worker must."""
+    state = trainer.state()
+    with tempfile.TemporaryDirectory(prefix="unianom-checkpoint-") as folder:
+        if first:
+            torch.save(state, Path(folder) / STATE)
+        checkpoint = Checkpoint.from_directory(folder) if first else None
+        ray.train.report({"step": trainer.step}, checkpoint=checkpoint)
+
+
+def fixed_places(category: np.ndarray, count: int) -> list[Place]:
+    """The images that `TrainedMethod.finish` sees: the first of every category in turn, up to `count`."""
+    nth = np.zeros(len(category), np.int64)
+    for number in np.unique(category):
+        mine = category == number
+        nth[mine] = np.arange(mine.sum())
+    return [(-1, int(index)) for index in np.lexsort((category, nth))[:count]]
+
+
+def finish(method: TrainedMethod, data: TrainingSet, fixed: list[Place], categories: list[str]) -> None:
+    """Call the method's own `finish` with its images, if it wants any."""
+    if not fixed:
+        return
+    size = 16
+    with undisturbed(method), torch.inference_mode():
+        batches = (
+            to_input(data.batch(fixed[start : start + size], augment=False), method.device, method.input)
+            for start in range(0, len(fixed), size)
+        )
+        method.finish(batches, categories)
+
+
+def _processes(method: TrainedMethod, options: TrainingOptions, job: Job) -> int:
+    if options.data.processes is not None:
+        return options.data.processes
+    busy = method.needs.synthetic is not None or method.needs.augmentation.active or job.streams(method)
+    return options.runtime.cpus_per_worker - 1 if busy else 0
