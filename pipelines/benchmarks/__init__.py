@@ -1,0 +1,1 @@
+"""Ratios to what the project stands on."""

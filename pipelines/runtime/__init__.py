@@ -1,0 +1,1 @@
+"""What every job stands on: options, Ray, outputs, models, MLflow."""

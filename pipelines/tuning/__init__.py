@@ -1,0 +1,1 @@
+"""Searching the options of a method."""

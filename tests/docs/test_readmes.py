@@ -1,0 +1,104 @@
+"""What READMEs show is tried: every command is parsed by its job, every link leads somewhere, the snippet runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.runtime import cli
+from tests.methods.conftest import tiny_method
+from unianom.model import Model
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page
+    for page in ROOT.rglob("*.md")
+    if not any(part.startswith(".") and part != ".ci" for part in page.relative_to(ROOT).parts)
+)
+
+
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[tuple[str, str]]:
+    """Every `python jobs/…` of a code block, continued lines joined, without its comment."""
+    found = []
+    for page in PAGES:
+        for block in _blocks(page):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                command = re.search(r"python (jobs/\w+\.py.*)", line)
+                if command and "…" not in command[1]:
+                    found.append((str(page.relative_to(ROOT)), command[1]))
+    return found
+
+
+COMMANDS = _commands()
+
+
+def test_there_are_commands_and_pages() -> None:
+    assert {ROOT / "README.md", ROOT / "CONTRIBUTING.md"} <= set(PAGES)
+    assert len(COMMANDS) > 30
+    rooms = {path.parent for path in (ROOT / "pipelines").glob("*/__init__.py")}
+    assert {room / "README.md" for room in rooms} <= set(PAGES)
+
+
+@pytest.fixture(scope="module")
+def options_of() -> dict[str, Any]:
+    """What each job takes, as it tells the command line."""
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for job in sorted((ROOT / "jobs").glob("*.py")):
+            if job.name != "__init__.py":
+                patch.setattr(cli, "run", lambda main, options, job=job: found.setdefault(f"jobs/{job.name}", options))
+                runpy.run_path(str(job), run_name="__main__")
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command_is_one_of_its_job(
+    page: str, command: str, options_of: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    job, *arguments = shlex.split(command, comments=True)
+    if "--config" in arguments and not arguments[arguments.index("--config") + 1].startswith("jobs/"):
+        place = arguments.index("--config")
+        del arguments[place : place + 2]  # what an earlier command would have written
+    cli.parse(options_of[job], [argument for argument in arguments if argument != "&&"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+def test_the_front_door_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def test_the_python_snippet_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model and images where it looks for them."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    Model(tiny_method("patchcore"), ["all"]).save(tmp_path / "runs" / "model")
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        score, decision, *shape = line.split(" ", 2)
+        assert float(score) > 0
+        assert decision == "None"  # a model without a threshold
+        assert re.fullmatch(r"\(\d+, \d+\)", shape[0])
