@@ -230,7 +230,7 @@ def test_saved_bank_gives_the_same_answers(kind, place, tmp_path):
         load_shard(uri, 3)
     manifest = json.loads(fsspec.open(f"{uri}/manifest.json").open().read())
     assert [entry["rows"] for entry in manifest["shards"]] == [233, 233, 234]
-    assert manifest["parameters"] == ({} if kind == "flat" else {"nlist": 26, "nprobe": 16})
+    assert manifest["parameters"] == ({} if kind == "flat" else {"nlist": 26, "nprobe": 8})
 
 
 def test_saving_again_leaves_nothing_behind(tmp_path):

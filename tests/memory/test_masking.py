@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from unianom.errors import DataError, OptionError
-from unianom.memory.masking import attention_rollout, back_patch_mask, smooth_attention, soft_mask
+from unianom.memory.masking import back_patch_mask, smooth_attention, soft_mask
 
 
 def _attention(batch=3, height=9, width=12, seed=0):
@@ -91,33 +91,3 @@ def test_wrong_options_and_shapes_are_refused():
         back_patch_mask(_attention(), scope="class")
     with pytest.raises(DataError, match="shape"):
         back_patch_mask(torch.rand(4, 4))
-
-
-def test_rollout_multiplies_all_layers():
-    layers = [torch.rand(2, 3, 10, 10, generator=torch.Generator().manual_seed(i)).softmax(-1) for i in range(4)]
-    product = np.broadcast_to(np.eye(10), (2, 10, 10))
-    for layer in layers:
-        mixing = layer.double().numpy().mean(axis=1) + np.eye(10)
-        product = (mixing / mixing.sum(-1, keepdims=True)) @ product
-    rollout = attention_rollout(layers)
-    assert rollout.shape == (2, 9)
-    assert np.allclose(rollout, product[:, 0, 1:], atol=1e-6)
-
-
-def test_rollout_by_hand():
-    # One head, three tokens. Layer 1: patch 1 looks at patch 2 only. Layer 2: CLS looks at patch 1 only.
-    first = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 1]])[None, None]
-    second = torch.tensor([[0.0, 1, 0], [0, 1, 0], [0, 0, 1]])[None, None]
-    # With skip connections CLS draws 1/2 on patch 1, which itself drew 1/2 on patch 2.
-    assert attention_rollout([first, second]).tolist() == [[0.25, 0.25]]
-    assert attention_rollout([second, first]).tolist() == [[0.5, 0.0]]
-
-
-def test_rollout_refuses_bad_input():
-    good = torch.full((1, 2, 4, 4), 0.25)
-    with pytest.raises(DataError, match="at least one"):
-        attention_rollout([])
-    with pytest.raises(DataError, match="one shape"):
-        attention_rollout([good, good[..., :3]])
-    with pytest.raises(DataError, match="NaN"):
-        attention_rollout([good, good * float("nan")])

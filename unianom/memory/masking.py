@@ -1,15 +1,13 @@
 """Back-patch masking: which patches of an image show the object, told from a vision transformer's attention.
 
 Source: Lee et al., "UniFormaly: Towards Task-Agnostic Unified Framework for Visual Anomaly Detection",
-arXiv 2307.12540. Attention rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
+arXiv 2307.12540.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -90,36 +88,3 @@ def back_patch_mask(attention: Tensor, kernel: int = 7, threshold: float = 0.1, 
     if not 0 <= threshold < 1:
         raise OptionError(f"the threshold of back-patch masking must be in [0, 1), got {threshold}")
     return soft_mask(attention, kernel, scope) > threshold
-
-
-def attention_rollout(attentions: Sequence[Tensor]) -> Tensor:
-    """How much the CLS token draws on each patch through all layers, skip connections counted.
-
-    For each layer A = rows of (mean over heads + I) scaled to sum 1; the rollout is the CLS row of A_L ··· A_2 A_1.
-    For supervised transformers, whose last CLS attention alone does not show the object.
-
-    Args:
-        attentions: softmaxed attention of every layer, first layer first, each of shape (B, heads, T, T) with the
-            CLS token first.
-
-    Returns:
-        shape (B, T−1), float32: the CLS row without CLS itself.
-
-    Raises:
-        DataError: no layers, shapes that differ, or values that are NaN, infinite or negative.
-    """
-    if not attentions:
-        raise DataError("attention rollout needs the attention of at least one layer")
-    shape = attentions[0].shape
-    if len(shape) != 4 or shape[2] != shape[3] or any(layer.shape != shape for layer in attentions):
-        shapes = [tuple(layer.shape) for layer in attentions]
-        raise DataError(f"attention rollout needs layers of one shape (images, heads, tokens, tokens), got {shapes}")
-    identity = torch.eye(shape[-1], device=attentions[0].device)
-    cls_row = identity[:1].expand(shape[0], 1, -1)  # B 1 T
-    # Only the CLS row of the product is wanted, so it is carried from the last layer down: B·T² each, not B·T³.
-    for layer in reversed(attentions):
-        mixing = layer.float().mean(dim=1) + identity  # B T T
-        if not (mixing.isfinite() & (mixing >= 0)).all():
-            raise DataError("attention rollout was given NaN, infinite or negative attention")
-        cls_row = cls_row @ (mixing / mixing.sum(dim=-1, keepdim=True))  # B 1 T
-    return cls_row[:, 0, 1:]  # B T-1

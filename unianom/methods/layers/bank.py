@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unianom.errors import OptionError
+from unianom.memory.index import DEFAULT_NPROBE
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class BankConfig:
     seed: int = 0
     index: Literal["flat", "ivf_flat"] = "flat"
     nlist: int | None = None
-    nprobe: int = 8
+    nprobe: int = DEFAULT_NPROBE
     shards: int = 1
 
     def __post_init__(self) -> None:
