@@ -34,7 +34,7 @@ from unianom.methods.layers.bank import BankConfig
 from unianom.methods.uniad import UniADConfig
 from unianom.metrics.image import image_metrics
 
-RECIPES = Path(__file__).parents[2] / "jobs" / "recipes" / "protocols"
+RECIPES = Path(__file__).parents[3] / "jobs" / "recipes" / "protocols"
 
 SEMANTIC, LOW_SHOT = protocol_options(SemanticOptions), protocol_options(LowShotOptions)
 

@@ -74,7 +74,7 @@ class Options:
 
 SOURCE = "--source_uri=x"
 METHOD_OPTIONS = train_options()
-RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+RECIPES = Path(__file__).parents[3] / "jobs" / "recipes"
 
 
 def exit_of(main, arguments, options=Options):

@@ -38,7 +38,7 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ModelError
 
-RECIPES = Path(__file__).parents[2] / "jobs" / "recipes" / "calibration"
+RECIPES = Path(__file__).parents[3] / "jobs" / "recipes" / "calibration"
 
 QUICK = CalibrationConfig(iterations=6, batch_size=4, head=HeadConfig(hidden=8))
 

@@ -48,7 +48,7 @@ from unianom.methods.unias import UniAS
 from unianom.methods.uninet import UniNetTraining
 from unianom.serialise import flatten, to_plain
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 STILL = dataclasses.replace(RECONSTRUCTION["transformer"], dropout=0.0, jitter_probability=0.0)
 """A transformer without anything random, so that the same images give the same gradients."""

@@ -20,6 +20,7 @@ from pipelines.data.feature_cache import learnable
 from pipelines.data.splits import choose_samples
 from pipelines.runtime.models import load_model
 from pipelines.training import driver as module
+from pipelines.training import worker
 from pipelines.training.dataset import ShardImages, TrainingSet, to_input
 from pipelines.training.driver import train_networks
 from pipelines.training.loader import Batches
@@ -204,7 +205,7 @@ class Here:
     def work(self, job: module.Job, *rest: Any) -> None:
         self.jobs.append(job)
         self.images.append(TrainingImages.load(job.images))
-        module._work(job, self.told.append)
+        worker._work(job, self.told.append)
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ import yaml
 from pipelines.data.validation_set import ProxyOptions
 from pipelines.runtime.cli import parse
 from pipelines.training import driver as module
+from pipelines.training import worker
 from pipelines.training.driver import train_networks
+from pipelines.training.network_options import Phase
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train_options
 from pipelines.tuning import trained_trials
@@ -131,7 +133,7 @@ def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
             if run is not None:
                 run.metrics(values, event["step"])
 
-        module._work(job, tell)
+        worker._work(job, tell)
 
     for place in (module, trained_trials):
         monkeypatch.setattr(place, "run_job", work)
@@ -235,7 +237,7 @@ def test_a_recipe_trains_the_best_member_again(here: None, shards: ShardSet, tmp
 
     arguments = ["uniad", "--config", str(tmp_path / "campaign" / RECIPE)]
     asked = parse(train_options(), [*arguments, "--shards", shards.uri, "--output", str(tmp_path / "again")])
-    assert asked.phases == tuple(module.Phase(**phase) for phase in recipe["phases"])
+    assert asked.phases == tuple(Phase(**phase) for phase in recipe["phases"])
     asked = dataclasses.replace(asked, tracking=UNTRACKED, runtime=ONE)
     train_networks("uniad", asked.method, asked, None)  # type: ignore[arg-type]
     method = load(str(tmp_path / "again")).method

@@ -43,7 +43,7 @@ from unianom.errors import DataError, OptionError
 from unianom.methods.trained import TrainingConfig
 from unianom.serialise import to_plain
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 VALIDATION = ProxyOptions(normals=6, recipes=("cutpaste_patch", "shade"), pixel_stride=2)
 HELD_OUT = ThresholdOptions(validation_fraction=0.3)
