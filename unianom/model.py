@@ -25,7 +25,8 @@ from PIL import Image, ImageOps
 from unianom import files
 from unianom.backbones import state_faults, with_padding_of_old
 from unianom.calibration import Calibration, CalibrationConfig, Calibrator
-from unianom.data.image import ImageLimits, check_bits, decode_image, normalise, prepare_image, spread_bits
+from unianom.data.image import ImageLimits, check_bits, decode_image, prepare_image, spread_bits
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, ModelError, OptionError, UnianomError, image_error, storage_error
 from unianom.memory.index import MemoryBank
 from unianom.memory_limit import memory_limit

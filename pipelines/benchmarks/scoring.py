@@ -24,8 +24,9 @@ from pipelines.inference.score import PartScorer
 from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, connect, run_units
 from pipelines.runtime.models import ModelShelf, load_model
 from unianom import files
-from unianom.data.image import ImageLimits, decode_image, normalise, prepare_image
+from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import OptionError
 from unianom.methods import MemoryMethod
 from unianom.model import Model

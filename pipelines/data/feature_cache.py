@@ -25,9 +25,10 @@ from pipelines.runtime.actors import RuntimeOptions, run_unfinished
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, InputPolicy, normalise
+from unianom.data.image import ImageLimits, InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model

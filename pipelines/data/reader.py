@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from pipelines.data.ingest import map_ahead
-from unianom.data.image import ImageLimits, InputPolicy, decode_mask, decode_prepared, normalise, prepare_mask
+from unianom.data.image import ImageLimits, InputPolicy, decode_mask, decode_prepared, prepare_mask
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError
 from unianom.methods import Method
 

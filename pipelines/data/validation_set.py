@@ -21,7 +21,7 @@ import torch
 from pipelines.data.reader import decode_row
 from pipelines.runtime import outputs
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, InputPolicy, decode_mask, normalise, prepare_mask
+from unianom.data.image import ImageLimits, InputPolicy, decode_mask, prepare_mask
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
@@ -34,6 +34,7 @@ from unianom.data.synthesis import (
     cutpaste_scar,
     shade,
 )
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
 from unianom.metrics.curves import auroc, average_precision, operating_points
 from unianom.serialise import to_plain

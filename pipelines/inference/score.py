@@ -21,9 +21,10 @@ from pipelines.runtime.actors import RuntimeOptions, connect, run_units
 from pipelines.runtime.models import ModelShelf, load_model
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, decode_prepared, encode_map, normalise
+from unianom.data.image import ImageLimits, decode_prepared, encode_map
 from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model

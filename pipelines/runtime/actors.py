@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
 
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import own_signals
@@ -218,9 +217,10 @@ def raised_error(told: Sequence[str]) -> UnianomError | WorkerError:
 
 
 def set_threads(threads: int) -> None:
-    """Threads of PyTorch and FAISS in this process."""
-    import torch
-
+    """Set the threads of PyTorch and FAISS in this process; one that has not loaded PyTorch by now runs no network."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
     torch.set_num_threads(threads)
     try:
         import faiss
@@ -251,6 +251,8 @@ def run_units(
     """
     if not units:
         return
+    from ray.data import ActorPoolStrategy, DataContext  # a second that jobs with nothing to do are spared
+
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -33,7 +33,6 @@ from unianom.data.image import (
     encode_map,
     encode_png,
     find_crop,
-    normalise,
     prepare_image,
     prepare_mask,
     read_mask,
@@ -43,6 +42,7 @@ from unianom.data.image import (
     turn_upright,
 )
 from unianom.data.schema import Crop
+from unianom.data.tensors import normalise
 from unianom.errors import ImageError, OptionError
 
 RNG = np.random.default_rng(20)

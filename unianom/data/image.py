@@ -1,7 +1,7 @@
 """From encoded bytes to what a network sees, the same way in training, scoring, serving and export.
 
 `decode_image` and `decode_mask` open bytes safely, `crop_image` and `crop_mask` cut out what a layout wants of them,
-`prepare_image` and `prepare_mask` bring them to the model's input size, `normalise` makes the tensor. Nothing else in
+`prepare_image` and `prepare_mask` bring them to the model's input size; `tensors.normalise` makes the batch. Nothing else in
 the project decodes, resizes or normalises images.
 """
 
@@ -11,13 +11,11 @@ import io
 import math
 import struct
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import scipy.ndimage
-import torch
 from PIL import Image, ImageOps
 
 from unianom.data.schema import Crop
@@ -812,24 +810,6 @@ def prepare_mask(mask: np.ndarray, policy: InputPolicy) -> np.ndarray:
     values = _pad(_scale_and_cut(Image.fromarray(mask), policy, resampling), policy)
     above = {"bilinear_half": 127, "bilinear_full": 254}.get(policy.mask_resize, 0)
     return values > above
-
-
-def normalise(images: Sequence[np.ndarray], policy: InputPolicy) -> torch.Tensor:
-    """Stack prepared images into the network's input.
-
-    Args:
-        images: B arrays of S×S×3 uint8.
-        policy: the model's input policy, with mean and std.
-
-    Returns:
-        B×3×S×S float32.
-    """
-    if policy.mean is None or policy.std is None:
-        raise OptionError("input.mean and input.std are not set; a method fills them in from its backbone")
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float()  # B 3 S S
-    mean = torch.tensor(policy.mean).view(1, 3, 1, 1)
-    std = torch.tensor(policy.std).view(1, 3, 1, 1)
-    return batch.div_(255).sub_(mean).div_(std)
 
 
 def encode_map(anomaly_map: np.ndarray) -> tuple[bytes, float, float]:

@@ -42,8 +42,9 @@ from tests.pipelines.sharded import (
     write_shards,
 )
 from unianom import files
-from unianom.data.image import decode_prepared, normalise
+from unianom.data.image import decode_prepared
 from unianom.data.shards import ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError
 from unianom.methods import METHODS
 from unianom.methods.trained import FeatureMaps, TrainedMethod

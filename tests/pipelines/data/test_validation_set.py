@@ -38,8 +38,9 @@ from tests.pipelines.sharded import (
 )
 from unianom import files
 from unianom.data.drawing import draw_sample
-from unianom.data.image import decode_prepared, encode_png, normalise
+from unianom.data.image import decode_prepared, encode_png
 from unianom.data.shards import ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
 
 RECIPES = ("cutpaste_patch", "cutpaste_scar", "texture", "shade")

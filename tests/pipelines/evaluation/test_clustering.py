@@ -33,8 +33,9 @@ from tests.data.test_shards import write_set
 from tests.pipelines.conftest import UNTRACKED, tiny_method
 from tests.pipelines.sharded import POLICY, sample
 from unianom.backbones import BackboneConfig
-from unianom.data.image import decode_prepared, normalise
+from unianom.data.image import decode_prepared
 from unianom.data.shards import Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import Embedding

@@ -34,9 +34,10 @@ from tests.pipelines.sharded import (
     truth,
     write_shards,
 )
-from unianom.data.image import decode_prepared, normalise
+from unianom.data.image import decode_prepared
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import SynthesisConfig, Synthesiser
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
 from unianom.methods.trained import Augmentation, BatchNeeds, FeatureMaps, TrainedMethod, TrainingBatch
 

@@ -33,9 +33,10 @@ from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
 from unianom.calibration import CalibrationConfig, HeadConfig, MapStatistics, fit_calibrator
-from unianom.data.image import ImageLimits, decode_prepared, normalise
+from unianom.data.image import ImageLimits, decode_prepared
 from unianom.data.schema import NORMAL
 from unianom.data.shards import ScoreSet, Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, ModelError
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "recipes" / "calibration"
