@@ -17,7 +17,7 @@ from unianom.errors import DataError
 
 HOLD = """
 import sys, time
-from pipelines.locks import exclusive
+from pipelines.runtime.locks import exclusive
 with exclusive(sys.argv[1], "it"):
     print("held", flush=True)
     sys.stdin.readline()
