@@ -79,6 +79,11 @@ def test_random_weights_follow_their_seed_and_leave_the_generator_alone():
     assert not torch.allclose(taps[0], taps[2])
 
 
+def test_arguments_that_timm_divides_by_are_refused():
+    with pytest.raises(OptionError, match=rf"timm cannot make {VIT} with .*num_heads=0.*: .*zero"):
+        VitBackbone(BackboneConfig(VIT, weights="random", options={"num_heads": 0}), 64, (0,))
+
+
 def test_random_weights_are_those_of_timm():
     torch.manual_seed(4)
     plain = timm.create_model(VIT, img_size=64, num_classes=0, **SMALL)

@@ -246,6 +246,16 @@ def test_an_unknown_method_is_refused(folder):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("method", ["patchcore"]), ("categories", None), ("categories", [1]), ("categories", "nut"), ("provenance", None)],
+)
+def test_an_entry_of_another_shape_is_named(key, value, folder):
+    edit(folder, **{key: value})
+    with pytest.raises(ModelError, match=rf"model\.json is damaged: its {key} cannot be .*; copy it again or fit"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
     ("key", "words"), [("treshold", r" \(did you mean threshold\?\)"), ("postprocess", "")], ids=str
 )
 def test_an_unknown_key_beside_the_config_is_refused(key, words, folder):

@@ -224,7 +224,7 @@ def _make(config: BackboneConfig, pretrained: bool, arguments: dict[str, Any]) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.random_seed)
             return timm.create_model(config.name, pretrained=pretrained, **arguments)
-    except (TypeError, IndexError, AssertionError) as error:  # what timm raises for arguments it cannot use
+    except (TypeError, IndexError, AssertionError, ArithmeticError) as error:  # of arguments that timm cannot use
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise OptionError(f"timm cannot make {config.name} with {given}: {error}") from error
     except Exception as error:  # network, cache and hub errors come in many types

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -42,6 +42,13 @@ OPTIONAL_KEYS = ("calibrator", "decision_rule")
 KEYS = ("method", "config", "categories", "threshold", "provenance", "weights_sha256", "bank_sha256")
 """What `model.json` holds beside its format version; a calibrated model also has "calibrator", and one that
 a rule of decision was stored in "decision_rule"."""
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "method": lambda value: isinstance(value, str),
+    "categories": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "provenance": lambda value: isinstance(value, dict),
+}
+"""What the entries are that no class checks as it is made of them."""
 
 CALIBRATOR = "calibrator.safetensors"
 
@@ -407,6 +414,11 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         raise ModelError(
             f"{path} holds the unknown key '{unknown[0]}'{f' (did you mean {near[0]}?)' if near else ''}; remove it, "
             f"or use the unianom that wrote it"
+        )
+    if wrong := [key for key, fits in _SHAPES.items() if not fits(description[key])]:
+        raise ModelError(
+            f"{path} is damaged: its {wrong[0]} cannot be {str(description[wrong[0]])[:60]!r}; copy it again or fit "
+            f"the model again"
         )
     if description["method"] not in METHODS:
         raise ModelError(f"{path} names method '{description['method']}'; known: {', '.join(sorted(METHODS))}")

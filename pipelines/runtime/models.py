@@ -85,7 +85,7 @@ class ModelShelf:
                 kept["decision_rule"] = content.get("decision_rule")
             except FileNotFoundError as error:
                 raise ModelError(f"{path} is missing; copy the whole folder again or fit the model again") from error
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path} is damaged ({error!r}); copy it again or fit the model again") from error
             found.append({"digest": files.sha256_file(path), **kept})
         return found

@@ -112,6 +112,7 @@ TINY = {
             {"neighbours": 0},
             {"blur_sigma": -1.0},
             {"blur_sigma": float("nan")},
+            {"blur_sigma": 1e9},
         ],
         reading=[{"neighbours": 3}, {"neighbours": 5, "k_ratio": 0.5}, {"k_ratio": 0.001}, {"blur_sigma": 1.5}],
         masking=[
@@ -135,6 +136,7 @@ TINY = {
             {"reweight_neighbours": 1},
             {"blur_sigma": -1.0},
             {"blur_sigma": float("inf")},
+            {"blur_sigma": 4097.0},
         ],
         reading=[
             {"neighbours": 3},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, interpolate, unfold
 
 from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
-from unianom.data.image import InputPolicy
+from unianom.data.image import MAX_SIDE, InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import (
@@ -70,8 +69,8 @@ class PatchCoreConfig:
         check_taps(self.taps)
         if self.patch_size < 1 or self.patch_size % 2 == 0:
             raise OptionError(f"patch_size={self.patch_size} must be odd and positive")
-        if self.dimension < 1 or self.neighbours < 1 or not 0 <= self.blur_sigma < math.inf:
-            raise OptionError("dimension and neighbours must be >= 1, blur_sigma >= 0")
+        if self.dimension < 1 or self.neighbours < 1 or not 0 <= self.blur_sigma <= MAX_SIDE:
+            raise OptionError(f"dimension and neighbours must be >= 1, blur_sigma >= 0 and <= {MAX_SIDE}")
         if self.reweight_neighbours < 2:  # m* is its own nearest neighbour, so with b = 1 every weight is zero
             raise OptionError(f"reweight_neighbours={self.reweight_neighbours} must be >= 2")
 

@@ -6,7 +6,6 @@ is a coreset of normal patches; the image score is the mean of the top k-ratio p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unianom.backbones import BackboneConfig, VitBackbone
-from unianom.data.image import InputPolicy
+from unianom.data.image import MAX_SIDE, InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
@@ -86,8 +85,8 @@ class UniFormalyConfig:
             raise OptionError(f"mask_threshold={self.mask_threshold} must be in [0, 1)")
         if not 0 < self.k_ratio <= 1:
             raise OptionError(f"k_ratio={self.k_ratio} must be in (0, 1]")
-        if self.neighbours < 1 or not 0 <= self.blur_sigma < math.inf:
-            raise OptionError("neighbours must be >= 1 and blur_sigma >= 0")
+        if self.neighbours < 1 or not 0 <= self.blur_sigma <= MAX_SIDE:
+            raise OptionError(f"neighbours must be >= 1 and blur_sigma >= 0 and <= {MAX_SIDE}")
 
 
 @register_method("uniformaly")

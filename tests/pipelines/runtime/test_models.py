@@ -92,7 +92,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"nut/model.json is missing"):
         shelf.descriptions()
     (tmp_path / "nut").mkdir()
-    for content in ("{", json.dumps({"method": "uniformaly"})):
+    for content in ("{", json.dumps({"method": "uniformaly"}), "null", "[]", "[" * 100_000):
         (tmp_path / "nut/model.json").write_text(content)
         with pytest.raises(ModelError, match=r"nut/model.json is damaged"):
             shelf.descriptions()
