@@ -331,6 +331,22 @@ def test_names_from_data_stay_inside_their_folder(name):
     assert safe != name
 
 
+def test_names_that_are_taken_are_given_to_nothing_else():
+    taken = ("models.json", "model.json")
+    safe = [files.safe_name(name, taken) for name in ("models.json", "Model.json", "model.json", "bottle")]
+    assert len({name.lower() for name in safe}) == 4
+    assert not set(taken) & {name.lower() for name in safe}
+    assert safe[3] == "bottle"
+    assert files.safe_name("models.json") == "models.json"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000])
+def test_json_of_endless_depth_is_no_json(tmp_path, content):
+    (tmp_path / "deep.json").write_text(content)
+    with pytest.raises(ValueError, match="brackets lie too deep"):
+        files.read_json(tmp_path / "deep.json")
+
+
 def test_no_two_names_share_a_file():
     names = ["a/b", "a_b", "a b", "a:b", "é", "e\u0301", "..", "../", "_a", "a", "x" * 150, "x" * 151]
     names += [files.safe_name(name) for name in names if files.safe_name(name) != name]

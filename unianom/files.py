@@ -19,7 +19,7 @@ import stat
 import tempfile
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -148,6 +148,13 @@ def is_file(uri: str | os.PathLike[str]) -> bool:
     return bool(fs.isfile(path))
 
 
+def is_folder(uri: str | os.PathLike[str]) -> bool:
+    """Whether a folder is there."""
+    fs, path = resolve(uri)
+    fs.invalidate_cache()
+    return bool(fs.isdir(path))
+
+
 def lies_within(inner: str | os.PathLike[str], outer: str | os.PathLike[str]) -> bool:
     """Whether a place is another one or lies below it, whatever links lead there."""
     (fs, path), (other_fs, other) = resolve(inner), resolve(outer)
@@ -233,8 +240,16 @@ def open_for_reading(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def read_json(uri: str | os.PathLike[str]) -> Any:
-    """The parsed content of a JSON file."""
-    return json.loads(read_bytes(uri))
+    """The parsed content of a JSON file.
+
+    Raises:
+        FileNotFoundError, NotAFileError: as `read_bytes`.
+        ValueError: it holds no JSON, or brackets so deep within each other that no job can have written it.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except RecursionError as error:
+        raise ValueError("its brackets lie too deep within each other") from error
 
 
 @contextmanager
@@ -331,16 +346,20 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def safe_name(name: str) -> str:
+def safe_name(name: str, taken: Collection[str] = ()) -> str:
     """Return a file or folder name for a name that comes from data, such as a category.
 
     A harmless name stays as it is. Any other is cleaned (separators, leading dots and underscores, characters that
     file systems or URIs take for something else, more than 100 bytes) and told apart by a digest of the whole name, so
     two names never share a file and none leaves its folder.
+
+    Args:
+        name: any text.
+        taken: names of other files of that folder, which nothing else may have, in lower case.
     """
     cleaned = re.sub(r"[^\w.\- ]", "_", unicodedata.normalize("NFC", name)).lstrip("._- ").rstrip(". ")
     shortened = cleaned.encode()[:_LONGEST_NAME].decode(errors="ignore")
-    if name and shortened == name and not _DIGEST_ENDING.search(name):
+    if name and shortened == name and not _DIGEST_ENDING.search(name) and name.lower() not in taken:
         return name
     return f"{shortened or 'unnamed'}-{sha256_of(name.encode(errors='surrogatepass'))[:8]}"
 

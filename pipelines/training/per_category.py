@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.data.splits import TrainValSplit
 from pipelines.runtime import outputs
-from pipelines.runtime.models import write_index
+from pipelines.runtime.models import INDEX, write_index
 from pipelines.training.options import FitOptions, FitResult, own_config
 from unianom import files
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -72,7 +72,9 @@ def plan_fits(
     tasks = []
     for own, group in zip(configs, groups, strict=True):
         chosen, notice, plan = describe(own, shards, group)
-        folder = files.join(output, files.safe_name(group[0])) if options.per_category else output
+        folder = output
+        if options.per_category:
+            folder = files.join(output, files.safe_name(group[0], (INDEX, "model.json")))
         tasks.append(FitTask(own, shards, group, folder, chosen, notice, plan))
     return tasks
 

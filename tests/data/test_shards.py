@@ -423,6 +423,40 @@ def test_a_damaged_manifest(tmp_path):
         ShardSet.open(tmp_path)
 
 
+COUNT = {"dataset": "d", "category": "c", "split": "test", "label": 0, "defect": "good", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"counts": [1]}, "an entry of counts is no dict"),
+        ({"counts": [{key: value for key, value in COUNT.items() if key != "category"}]}, "has no category"),
+        ({"counts": [{**COUNT, "count": "1"}]}, "count is no int"),
+        ({"rejected": "x"}, "rejected is no dict"),
+        ({"summary": []}, "summary is no dict"),
+    ],
+)
+def test_a_manifest_of_another_shape(tmp_path, changes, words):
+    write_set(tmp_path, [ROWS], **changes)
+    with pytest.raises(DataError, match=rf"_manifest.json is damaged: .*{words}; remove .* run jobs/ingest.py again"):
+        ShardSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shards": {}}, "shards has no digest|it has no digest"),
+        ({"models": ["d"]}, "an entry of models is no dict"),
+        ({"models": [{"digest": "d", "config": None}]}, "config is no dict"),
+        ({"statuses": None}, "statuses is no dict"),
+    ],
+)
+def test_a_manifest_of_scores_of_another_shape(tmp_path, changes, words):
+    write_set(tmp_path, [], "score set", **changes)
+    with pytest.raises(DataError, match=rf"_manifest.json is damaged: .*({words}); remove .* run jobs/score.py again"):
+        ScoreSet.open(tmp_path)
+
+
 def test_a_missing_part(shards):
     (Path(shards.uri) / "part-0.parquet").unlink()
     with pytest.raises(

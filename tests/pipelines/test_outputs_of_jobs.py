@@ -240,7 +240,7 @@ def test_a_demo_takes_nothing_s_place(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- names made of data
-@pytest.mark.parametrize("category", ["../escaped", "/tmp/escaped", "..", "_work"])
+@pytest.mark.parametrize("category", ["../escaped", "/tmp/escaped", "..", "_work", "models.json", "model.json"])
 def test_no_category_leads_out_of_the_output(inline: None, tmp_path: Path, category: str) -> None:
     """One model for each category, each in a folder of its own below the output."""
     draw_corpus(tmp_path / "corpus", ("weave",), train=12, good=1, per_defect=1, size=64)

@@ -80,6 +80,8 @@ class PartSet:
     version: ClassVar[int]
     kind: ClassVar[str]
     job: ClassVar[str]
+    told: ClassVar[dict[str, Any]] = {}
+    """What a manifest tells that jobs rely on, by key: a type, or the same of a dict or of every entry of a list."""
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str]) -> Self:
@@ -114,6 +116,9 @@ class PartSet:
             raise DataError(f"{path} is damaged: it names no counts or files; {cls._again(folder)}")
         for entry in manifest["files"]:
             _check_entry(entry, path)
+        told = {key: shape for key, shape in {**_COUNTS, **cls.told}.items() if key in manifest}
+        if fault := _shape_fault(manifest, told):
+            raise DataError(f"{path} is damaged: {fault}; {cls._again(folder)}")
         return cls(folder, manifest, files.sha256_file(path))
 
     @classmethod
@@ -317,6 +322,25 @@ def _check_entry(entry: Any, manifest: str) -> None:
         )
 
 
+_COUNTS = {"counts": [{"dataset": str, "category": str, "split": str, "label": object, "count": int}]}
+
+
+def _shape_fault(content: Any, wanted: Any, name: str = "it") -> str | None:
+    """Where what was read from a JSON file is not what `told` says, in words."""
+    if isinstance(wanted, type):
+        return None if isinstance(content, wanted) else f"{name} is no {wanted.__name__}"
+    if not isinstance(content, type(wanted)):
+        return f"{name} is no {type(wanted).__name__}"
+    if isinstance(wanted, list):
+        faults = (_shape_fault(entry, wanted[0], f"an entry of {name}") for entry in content)
+    else:
+        faults = (
+            _shape_fault(content[key], inner, key) if key in content else f"{name} has no {key}"
+            for key, inner in wanted.items()
+        )
+    return next((fault for fault in faults if fault is not None), None)
+
+
 def _schema_fault(found: pa.Schema, expected: pa.Schema) -> str | None:
     """Where the schema of a part differs from the one it should have, in words."""
     for field in expected:
@@ -335,6 +359,7 @@ class ShardSet(PartSet):
     version: ClassVar[int] = SCHEMA_VERSION
     kind: ClassVar[str] = "shard set"
     job: ClassVar[str] = "jobs/ingest.py"
+    told: ClassVar[dict[str, Any]] = {"rejected": dict, "summary": {"masks": {"missing": {"count": int}}}}
 
     def rejected(self) -> pa.Table:
         """Samples that ingest could not take, rows of `REJECTED_SCHEMA`.
@@ -364,6 +389,13 @@ class ScoreSet(PartSet):
     version: ClassVar[int] = SCORE_VERSION
     kind: ClassVar[str] = "score set"
     job: ClassVar[str] = "jobs/score.py"
+    told: ClassVar[dict[str, Any]] = {
+        "shards": {"digest": str},
+        "models": [{"digest": str, "config": {"input": dict}}],
+        "splits": list,
+        "maps": bool,
+        "statuses": dict,
+    }
 
 
 class PartWriter:
