@@ -410,13 +410,17 @@ def _check_store(path: Path) -> None:
     """Refuse a file that is not MLflow's: MLflow would make its tables in anybody's database.
 
     Raises:
-        TrackingError: it is no SQLite file, or one with tables of something else.
+        TrackingError: it is no SQLite file, or one with tables of something else, or a link that leads nowhere.
     """
-    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_file() and path.stat().st_size == 0:
         return
     cure = (
         "give a server with --tracking.mlflow_uri, move that file, or turn recording off with --tracking.enabled false"
     )
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise TrackingError(f"{path} is no file, or a link that leads nowhere; {cure}")
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
             tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}

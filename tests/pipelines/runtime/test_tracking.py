@@ -142,6 +142,20 @@ def test_a_file_of_that_name_that_is_not_mlflow_s_stays(tmp_path, content):
     path.unlink()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_is_not_opened(tmp_path, kind):
+    """SQLite would wait for ever at a named pipe, and MLflow try for minutes to make what a link leads to."""
+    path = tmp_path / "mlflow.db"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda at: at.symlink_to("nowhere/mlflow.db")}[kind](path)
+    with (
+        pytest.raises(TrackingError, match=r"mlflow.db is no file, or a link that leads nowhere; give a server"),
+        track(OPTIONS, "evaluate", str(tmp_path / "output"), {}),
+    ):
+        pass
+    assert [found.name for found in tmp_path.iterdir()] == ["mlflow.db"]
+    (Path.rmdir if kind == "folder" else Path.unlink)(path)
+
+
 def test_the_store_lies_beside_the_output(folder, client):
     with track(OPTIONS, "ingest", f"{folder}/shards", {}) as run:
         pass
