@@ -108,7 +108,12 @@ def write_report(options: ReportOptions) -> str:
             "gallery": options.gallery,
         }
     )
-    inputs = {"evaluation": options.evaluation}
+    # the scores and shards that the evaluation names are read, too
+    inputs = {
+        "evaluation": options.evaluation,
+        "evaluation's scores": scores.uri,
+        "evaluation's shards": shards.uri,
+    }
     for folder in options.sections:
         outputs.check_apart(output, {"sections": folder})
     with (

@@ -172,8 +172,14 @@ class _LocalLock:
                     if not gone_with_kernel and not before.is_dead(os.fstat(descriptor).st_mtime):
                         return before
                     _say_taking_over(before, path)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, Holder.this_process().content(), 0)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, Holder.this_process().content(), 0)
+                except OSError as error:  # a full disk, of which the error tells no name
+                    error.filename = error.filename or path
+                    with suppress(OSError):
+                        os.remove(path)  # noqa: PTH107
+                    raise
                 taken, descriptor = cls(path, descriptor), -1
                 return taken
             finally:

@@ -10,9 +10,10 @@ and whoever finds the manifest may trust the folder.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ KINDS: dict[str, OutputKind] = {
             r"thresholds\.json",
             r"summary\.json",
             r"queue\.csv",
-            r"queue_[a-z_]+\.png",
+            r"queue_(anomalous|uncertain)\.png",
             r"section\.json",
         ),
         keys=frozenset({"rule", "normals", "queue"}),
@@ -255,8 +256,8 @@ def check_output(
         OptionError, DataError: see `open_output`.
     """
     check_apart(output, inputs or {})
-    if blocking := _file_on_the_way(output):
-        raise DataError(f"{blocking} is a file, where a folder is to be written; choose another output")
+    if blocking := _on_the_way(output):
+        raise DataError(f"{blocking}, where a folder is to be written; choose another output")
     names = _foreign_names(output)
     if not names and not files.exists(files.join(output, PLAN)):
         return
@@ -312,7 +313,9 @@ def _foreign_names(output: str) -> list[str]:
         if name == PLAN or (files.is_half_written(name) and name.startswith(PLAN)):
             continue
         if name == LOCK:
-            content = files.read_bytes(files.join(output, LOCK))
+            content = b""
+            with suppress(FileNotFoundError):  # its holder just removed it
+                content = files.read_bytes(files.join(output, LOCK))
             if not content or Holder.parse(content) is not None:
                 continue
         names.append(name)
@@ -360,13 +363,22 @@ def _described(output: str, kind: str | None) -> str:
     return f"{known.words} of jobs/{known.job}.py" + ("" if done else ", unfinished")
 
 
-def _file_on_the_way(output: str) -> str | None:
-    """The output, or the nearest folder above it that exists, if that is a file."""
-    if not files.is_local(output):
-        return output if files.is_file(output) else None
-    path = Path(files.full_uri(output))
-    nearest = next((place for place in (path, *path.parents) if place.exists()), None)
-    return None if nearest is None or nearest.is_dir() else str(nearest)
+def _on_the_way(folder: str) -> str | None:
+    """Which file, or link that leads nowhere, lies where a folder is to be made or above it, in words."""
+    if not files.is_local(folder):
+        return f"{folder} is a file" if files.is_file(folder) else None
+    path = Path(files.full_uri(folder))
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if nearest.is_dir():
+        return None
+    return _leads_nowhere(nearest) or f"{nearest} is a file"
+
+
+def _leads_nowhere(path: Path) -> str | None:
+    """Say where a link leads if nothing is there."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"{path} is a link to {path.readlink()}, which is not there"
 
 
 def _is_done(output: str, kind: str, digest: str) -> bool:
@@ -435,15 +447,20 @@ def open_file(
         yield True
         return
     folder, _, name = files.full_uri(output).rpartition("/")
+    if blocking := _on_the_way(folder):
+        raise DataError(f"{blocking}, where the folder of {output} is to be; choose another output")
     with exclusive(files.join(folder, f".{name}.lock"), output):
         yield _is_made(output, words, digest, made_by, overwrite)
 
 
 def _is_made(output: str, words: str, digest: str, made_by: Callable[[bytes], str | None], overwrite: bool) -> bool:
+    if files.is_local(output) and (nowhere := _leads_nowhere(Path(files.full_uri(output)))):
+        raise DataError(f"{nowhere}; choose another output")
     if not files.exists(output):
         return False
     if not files.is_file(output):
-        raise DataError(f"{output} is a folder, where a file is to be written; choose another output")
+        what = "a folder" if files.is_folder(output) else "neither file nor folder"
+        raise DataError(f"{output} is {what}, where a file is to be written; choose another output")
     before = made_by(files.read_bytes(output))
     if before is None:
         raise DataError(f"{output} is a file that is not {words}; choose another output, or move that file")

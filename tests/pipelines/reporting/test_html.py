@@ -538,6 +538,12 @@ def test_a_report_is_replaced_only_by_a_report_that_is_asked_for(evaluation: str
     assert path.read_text() == "<html>mine</html>"
     with pytest.raises(OptionError, match="lies within the input --evaluation"):
         write_report(untracked(evaluation, f"{evaluation}/report.html"))
+    named = files.read_json(f"{evaluation}/evaluation.json")
+    for name in ("scores", "shards"):
+        folder = named[name]["uri"]
+        with pytest.raises(OptionError, match=f"lies within the input --evaluation's {name} "):
+            write_report(untracked(evaluation, f"{folder}/report.html"))
+        assert not (Path(folder) / "report.html").exists()
 
 
 def test_categories_called_as_the_tables_are_keep_their_own_curves(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Locks between processes: real ones on disk, and holders written by hand for other machines."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -57,6 +58,22 @@ def test_a_lock_names_its_holder_and_goes_with_the_block(lock):
         assert holder.process == os.getpid()
         assert not holder.is_dead(holder.seen)
     assert not files.exists(lock)
+
+
+def test_a_full_disk_is_named_and_keeps_no_lock(tmp_path, monkeypatch):
+    path = str(tmp_path / "_lock.json")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError) as raised, exclusive(path, "it"):
+            pass
+    assert raised.value.filename == path
+    assert not files.exists(path)
+    with exclusive(path, "it"):
+        pass
 
 
 def test_a_process_may_take_its_own_lock_again(lock):

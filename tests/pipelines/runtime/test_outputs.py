@@ -197,6 +197,26 @@ def test_a_file_where_a_folder_is_to_be_written_stays(tmp_path, below):
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+@pytest.mark.parametrize("below", [[], ["deeper", "still"]])
+def test_a_link_that_leads_nowhere_is_named_and_stays(tmp_path, target, below):
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    words = rf"link is a link to {target}, which is not there, where a folder is to be written; choose another output"
+    with pytest.raises(DataError, match=words):
+        claim(str(link.joinpath(*below)), overwrite=True)
+    assert link.is_symlink()
+    assert [found.name for found in tmp_path.iterdir()] == ["link"]
+
+
+def test_the_lock_of_a_process_that_just_ended_is_no_file_of_anyone(output, monkeypatch):
+    """It is listed, and gone when it is read."""
+    claim(output)
+    listed = files.list_names
+    monkeypatch.setattr(files, "list_names", lambda uri: [*listed(uri), LOCK])
+    check_output(output, "shard set", INGEST)
+
+
 @pytest.mark.parametrize("removals", range(5))
 def test_a_removal_may_be_killed_at_any_point(output, removals, monkeypatch):
     """What is left is never taken for complete, nor a part for committed, and the same command goes on."""
@@ -338,6 +358,25 @@ def test_a_folder_is_no_place_for_a_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- parts of a folder
+def test_what_is_in_the_way_of_a_file_is_named(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link.html").symlink_to("nowhere.html")
+    os.mkfifo(tmp_path / "pipe.html")
+    for name, words in (
+        ("mine/deeper/r.html", "mine is a file, where the folder of"),
+        ("link.html/r.html", r"link.html is a link to nowhere.html, which is not there, where the folder of"),
+        ("link.html", "link.html is a link to nowhere.html, which is not there; choose another output"),
+        ("pipe.html", "pipe.html is neither file nor folder, where a file is to be written"),
+    ):
+        with (
+            pytest.raises(DataError, match=words),
+            open_file(str(tmp_path / name), "a report", "d", lambda page: None, overwrite=True),
+        ):
+            pass
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["link.html", "mine", "pipe.html"]
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_part_counts_once_its_record_is_there(output):
     put(output, "part-00000.parquet")
     assert outputs.part_record(output, "part-00000.parquet") is None
