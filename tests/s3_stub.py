@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -13,6 +15,7 @@ MESSAGES = {
     "NoSuchBucket": (404, "The specified bucket does not exist"),
     "NoSuchKey": (404, "The specified key does not exist."),
     "AccessDenied": (403, "Access Denied"),
+    "PreconditionFailed": (412, "At least one of the pre-conditions you specified did not hold"),
     "InternalError": (500, "We encountered an internal error. Please try again."),
 }
 
@@ -74,7 +77,13 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
             bucket, _, key = path.partition("/")
             if bucket not in store.buckets:
                 return self.error("NoSuchBucket")
+            if self.command == "POST" and "delete" in parse_qs(url.query, keep_blank_values=True):
+                for gone in re.findall(r"<Key>(.*?)</Key>", body.decode()):
+                    store.objects.pop(f"{bucket}/{unescape(gone)}", None)
+                return self.answer(200, b"<DeleteResult></DeleteResult>")
             if self.command == "PUT":
+                if self.headers.get("If-None-Match") == "*" and path in store.objects:
+                    return self.error("PreconditionFailed")
                 store.objects[path] = body
                 return self.answer(200, ETag=f'"{hashlib.md5(body).hexdigest()}"')
             if not key:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import fsspec.config
 import pytest
 
+from pipelines import locks
+from pipelines.locks import BusyError, exclusive
 from tests.s3_stub import Store, serving
 from unianom import files, s3
 from unianom.data.layouts.base import Source
-from unianom.errors import MachineError, storage_error
+from unianom.errors import DataError, MachineError, storage_error
 from unianom.s3 import PatientS3
 
 
@@ -42,6 +44,26 @@ def told(error: BaseException) -> str:
     known = storage_error(error)
     assert isinstance(known, MachineError)
     return str(known)
+
+
+def test_a_lock_on_a_store_is_held_by_one_and_goes_with_the_block(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = "s3://bucket/output/_lock.json"
+    with exclusive(lock, "it"):
+        assert list(store.objects) == ["bucket/output/_lock.json"]
+        with monkeypatch.context() as other:  # another process, which does not hold it
+            other.setattr(locks, "_held", {})
+            with pytest.raises(BusyError, match="has been at work on it since"), exclusive(lock, "it"):
+                pass
+    assert store.objects == {}
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3://Bad bucket!/x", "s3:///x!y/z", "s3a://ü/x"])
+def test_no_bucket_can_have_such_a_name(store: Store, uri: str) -> None:
+    with pytest.raises(DataError, match="no bucket can have the name"):
+        files.exists(uri)
+    assert store.requests == []
 
 
 def test_what_is_written_is_read(store: Store) -> None:

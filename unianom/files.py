@@ -40,7 +40,7 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
     are part of a name, such as that of a time.
 
     Raises:
-        DataError: unknown URI scheme, or its fsspec package is not installed.
+        DataError: unknown URI scheme, its fsspec package is not installed, or no bucket of S3 can have such a name.
     """
     text = os.fspath(uri)
     scheme = _SCHEME.match(text)
@@ -54,6 +54,9 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
             from unianom.s3 import PatientS3
 
             path = str(PatientS3._strip_protocol(text.replace("::", "\0")))  # as below
+            bucket = path.partition("/")[0]
+            if not _BUCKET.fullmatch(bucket):
+                raise DataError(f"{text}: no bucket can have the name {bucket!r}; mend it")
             return PatientS3(), path.replace("\0", "::")
         if "::" in text and not is_chained(text):
             cls = fsspec.get_filesystem_class(scheme[1])
@@ -68,6 +71,9 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)(://|(::[a-z0-9+.\-]+)*::[a-z0-9+.\-]+://)")
+
+
+_BUCKET = re.compile(r"[A-Za-z0-9.\-_]{1,255}|arn:.*")
 
 
 def is_chained(uri: str | os.PathLike[str]) -> bool:

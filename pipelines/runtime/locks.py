@@ -155,6 +155,7 @@ class _LocalLock:
     def take(cls, path: str) -> _LocalLock | Holder:
         """Take the lock, or return who holds it."""
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        end = time.monotonic() + SETTLE
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -162,6 +163,9 @@ class _LocalLock:
                 content = os.pread(descriptor, 1 << 16, 0)
                 before = Holder.parse(content)
                 if held:
+                    if before is None and time.monotonic() < end:
+                        time.sleep(0.01)  # its holder just took it, and is about to write who it is
+                        continue
                     return before or _unknown()
                 if not _names(path, descriptor):
                     continue  # its holder just removed it

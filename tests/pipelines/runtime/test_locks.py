@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,19 @@ def test_another_process_is_told_who_is_at_work(tmp_path):
     with exclusive(path, "it"):
         pass
     assert not os.path.exists(path)  # noqa: PTH110
+
+
+def test_a_holder_that_has_not_written_yet_who_it_is_is_waited_for(tmp_path, monkeypatch):
+    path = str(tmp_path / "_lock.json")
+    process = hold(path)
+    content = files.read_bytes(path)
+    os.truncate(path, 0)
+    looks = iter([lambda: None, lambda: Path(path).write_bytes(content)])
+    monkeypatch.setattr(locks, "SETTLE", 60.0)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: next(looks)())
+    with pytest.raises(BusyError, match=f"process {process.pid} on "), exclusive(path, "it"):
+        pass
+    process.communicate("\n")
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, capfd):
