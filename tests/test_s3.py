@@ -10,7 +10,7 @@ import fsspec.config
 import pytest
 
 from pipelines import locks
-from pipelines.locks import BusyError, exclusive
+from pipelines.runtime.locks import BusyError, exclusive
 from tests.s3_stub import Store, serving
 from unianom import files, s3
 from unianom.data.layouts.base import Source
