@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import fsspec.config
 import pytest
 
-from pipelines import locks
+from pipelines.runtime import locks
 from pipelines.runtime.locks import BusyError, exclusive
 from tests.s3_stub import Store, serving
 from unianom import files, s3
