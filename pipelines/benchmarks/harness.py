@@ -26,9 +26,6 @@ OURS = "unianom"
 """Name of the side that is this project's."""
 
 
-# --- sides, turns and ratios -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Turn:
     """What a side did when it was its turn.
@@ -207,10 +204,7 @@ def _cell(value: Any) -> str:
     return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
-
-
-def _check_positive(options: Any, *names: str) -> None:
+def check_positive(options: Any, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:

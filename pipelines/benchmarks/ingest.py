@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines.benchmarks.harness import OURS, Turn, _check_positive, _report, clocked, interleave
+from pipelines.benchmarks.harness import OURS, Turn, _report, check_positive, clocked, interleave
 from pipelines.benchmarks.references import (
     open_rgb,
 )
@@ -26,9 +26,6 @@ from unianom.written import plain_options
 
 MEANINGFUL_SECONDS = 10
 """Below so many seconds, starting the units of an ingest weighs too much in its throughput."""
-
-
-# --- ingest: against a loop of Pillow --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class IngestBenchmark:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        _check_positive(self, "rounds", "workers")
+        check_positive(self, "rounds", "workers")
         if self.layout not in LAYOUTS:
             raise OptionError(f"no layout '{self.layout}'; known: {', '.join(LAYOUTS)}")
         object.__setattr__(self, "layout_options", plain_options(self.layout_options, LAYOUTS[self.layout].options))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, _absent, _check_positive, _report, clocked, fixed_threads, interleave
+from pipelines.benchmarks.harness import OURS, _absent, _report, check_positive, clocked, fixed_threads, interleave
 from pipelines.benchmarks.references import (
     anomalib_coreset,
     plain_coreset,
 )
-from pipelines.benchmarks.scoring import _memory_model, input_batches
+from pipelines.benchmarks.scoring import input_batches, memory_model
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
@@ -58,7 +58,7 @@ class CoresetBenchmark:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "rows", "count", "rounds", "threads")
+        check_positive(self, "rows", "count", "rounds", "threads")
         if (self.features is None) == (self.model is None or self.shards is None):
             raise OptionError("give either features, or model and shards")
         if self.count > self.rows or self.projection < 0:
@@ -108,7 +108,7 @@ def _features(options: CoresetBenchmark) -> np.ndarray:
     else:
         assert options.model is not None
         assert options.shards is not None
-        everything = patch_features(_memory_model(options.model), ShardSet.open(options.shards), options.rows)
+        everything = patch_features(memory_model(options.model), ShardSet.open(options.shards), options.rows)
     if everything.ndim != 2 or len(everything) < options.rows:
         raise DataError(f"{options.rows} rows are wanted, there are features of shape {everything.shape}; lower --rows")
     drawn = np.random.default_rng(options.seed).choice(len(everything), options.rows, replace=False)
@@ -167,13 +167,13 @@ class SearchBenchmark:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "images", "nprobe", "batch_size", "rounds", "threads")
+        check_positive(self, "images", "nprobe", "batch_size", "rounds", "threads")
 
 
 @torch.inference_mode()
 def measure_search(options: SearchBenchmark) -> dict[str, Any]:
     """Score the same patches with both kinds of bank, in turns."""
-    model = _memory_model(options.model)
+    model = memory_model(options.model)
     method: Any = model.method
     batches = input_batches(model, ShardSet.open(options.shards), Selection(("test",)), options.batch_size)
     embeddings = [method.embed(batch) for batch in islice(batches, max(1, options.images // options.batch_size))]

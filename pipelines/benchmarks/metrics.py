@@ -22,8 +22,8 @@ from pipelines.benchmarks.harness import (
     Measured,
     Turn,
     _absent,
-    _check_positive,
     _report,
+    check_positive,
     clocked,
     fixed_threads,
     interleave,
@@ -56,7 +56,7 @@ class MetricsBenchmark:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "maps", "size", "rounds", "threads")
+        check_positive(self, "maps", "size", "rounds", "threads")
 
 
 SWEEP = "sweep of 200 thresholds"
@@ -110,9 +110,9 @@ def _peak_metrics(name: str, path: str) -> float:
         maps, masks = stored["maps"], stored["masks"]
         METRIC_SIDES[name](maps[:4, :64, :64], masks[:4, :64, :64])  # what is imported late
         _forget_peak()
-        before = _resident_peak()
+        before = resident_peak()
         METRIC_SIDES[name](maps, masks)
-        return float(_resident_peak() - before)
+        return float(resident_peak() - before)
 
 
 def _forget_peak() -> None:
@@ -167,7 +167,7 @@ class PixelsBenchmark:
     exact_maps: int = 200
 
     def __post_init__(self) -> None:
-        _check_positive(self, "pixels", "size", "drawn", "exact_maps")
+        check_positive(self, "pixels", "size", "drawn", "exact_maps")
 
 
 def measure_pixels(options: PixelsBenchmark) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def count_drawn(options: PixelsBenchmark, count: int, exact: bool) -> tuple[dict
         maps, masks = draw_maps(options.drawn, options.size)
         accumulator: Any = PixelAccumulator() if exact else BinnedPixelAccumulator()
         _forget_peak()
-        before, seconds = _resident_peak(), 0.0
+        before, seconds = resident_peak(), 0.0
         for number in range(count):
             turn, place = divmod(number, options.drawn)
             scores = maps[place] * np.float32(1.0007**turn)
@@ -215,10 +215,10 @@ def count_drawn(options: PixelsBenchmark, count: int, exact: bool) -> tuple[dict
             seconds += time.process_time() - start
         start = time.process_time()
         values = accumulator.compute().as_dict()
-        return values, seconds + time.process_time() - start, float(_resident_peak() - before)
+        return values, seconds + time.process_time() - start, float(resident_peak() - before)
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """Bytes of memory that this process ever held; getrusage would count its parent's, too."""
     try:
         status = Path("/proc/self/status").read_text()

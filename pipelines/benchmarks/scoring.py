@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, Side, Turn, _check_positive, _report, interleave
+from pipelines.benchmarks.harness import OURS, Side, Turn, _report, check_positive, interleave
 from pipelines.benchmarks.references import (
     BareForward,
 )
@@ -42,9 +42,6 @@ STAGE_IMAGES = 128
 """Images, at least, that the stages of a worker are measured on."""
 
 
-# --- pipe: scoring against the bare forward pass ---------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PipeBenchmark:
     """R_pipe: images scored end to end per second ÷ (workers × those of the bare backbone on one thread).
@@ -68,7 +65,7 @@ class PipeBenchmark:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive(self, "rounds", "batch_size", "workers")
+        check_positive(self, "rounds", "batch_size", "workers")
 
 
 def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
     shards = ShardSet.open(options.shards)
     workers = options.workers or os.cpu_count() or 1
     runtime = RuntimeOptions(workers=workers)
-    model = _memory_model(options.model)
+    model = memory_model(options.model)
     images = shards.count(Selection())
     connect(runtime)
     alone, together = "bare forward, 1 process", f"bare forward, {workers} processes at once"
@@ -153,7 +150,7 @@ def _units(shards: ShardSet) -> list[dict[str, Any]]:
     return [{"part": part} for part in shards.parts]
 
 
-def _memory_model(folder: str) -> Model:
+def memory_model(folder: str) -> Model:
     shelf = ModelShelf.open(folder)
     if shelf.by_category:
         raise OptionError(f"{folder} holds a model for each category; give the folder of one of them")

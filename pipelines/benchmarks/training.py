@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from pipelines.benchmarks.harness import Side, Turn, _check_positive, _report, clocked, fixed_threads, interleave
-from pipelines.benchmarks.metrics import _resident_peak
+from pipelines.benchmarks.harness import Side, Turn, _report, check_positive, clocked, fixed_threads, interleave
+from pipelines.benchmarks.metrics import resident_peak
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, array_name, learnable
 from pipelines.runtime.models import load_model
 from pipelines.training.dataset import PreparedImages, TrainingSet
@@ -69,7 +69,7 @@ class TrainingBenchmark:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "images", "steps", "rounds", "threads")
+        check_positive(self, "images", "steps", "rounds", "threads")
 
 
 def measure_training(options: TrainingBenchmark) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class InferenceBenchmark:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "images", "batch_size", "rounds", "threads")
+        check_positive(self, "images", "batch_size", "rounds", "threads")
 
 
 def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class SimilarityBenchmark:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "batch_size", "channels", "side", "rounds", "threads")
+        check_positive(self, "batch_size", "channels", "side", "rounds", "threads")
 
 
 def measure_similarity(options: SimilarityBenchmark) -> dict[str, Any]:
@@ -310,6 +310,6 @@ def similarity_peak(step: Callable[[str], Any], device: str, threads: int) -> fl
             torch.cuda.reset_peak_memory_stats()
             step(device)
             return float(torch.cuda.max_memory_allocated())
-        before = _resident_peak()
+        before = resident_peak()
         step(device)
-        return float(_resident_peak() - before)
+        return float(resident_peak() - before)

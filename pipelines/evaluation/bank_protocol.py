@@ -36,9 +36,6 @@ SECTION = "section.json"
 """What a report shows of a protocol."""
 
 
-# -- what both protocols share -----------------------------------------------------------------------------------------
-
-
 def protocol_options(base: type) -> dict[str, type]:
     """The options class of a protocol for every method: those of `base`, and the method's own as `method`."""
     classes: dict[str, type] = {}
@@ -166,7 +163,7 @@ class BankScorer:
         return record
 
 
-def _run_banks(
+def run_banks(
     worker: type,
     options: Any,
     shards: ShardSet,

@@ -16,9 +16,9 @@ from pipelines.evaluation.bank_protocol import (
     BankScorer,
     ProtocolResult,
     _plan,
-    _run_banks,
     _state,
     method_name,
+    run_banks,
     scores_file,
     spread,
 )
@@ -38,8 +38,6 @@ from unianom.errors import DataError, OptionError
 from unianom.metrics.image import image_metrics
 from unianom.metrics.pixel import pixel_metrics
 from unianom.serialise import to_plain
-
-# -- few normal images -------------------------------------------------------------------------------------------------
 
 LOW_SHOT_METRICS = {
     "image_auroc": "I-AUROC",
@@ -107,7 +105,7 @@ def low_shot(options: Any) -> ProtocolResult:
         fresh = not outputs.is_complete(output)
         if fresh:
             sides: dict[Side, Selection] = {"train": train, "test": test}
-            records = _run_banks(DrawScorer, options, shards, sides, output, digest, units, "low-shot draws")
+            records = run_banks(DrawScorer, options, shards, sides, output, digest, units, "low-shot draws")
             _write_low_shot(output, options, shards, records, skipped)
         content = files.read_json(files.join(output, "low_shot.json"))
         for row in content["summary"]:

@@ -13,9 +13,9 @@ from pipelines.evaluation.bank_protocol import (
     BankScorer,
     ProtocolResult,
     _plan,
-    _run_banks,
     _state,
     method_name,
+    run_banks,
     scores_file,
     spread,
 )
@@ -33,8 +33,6 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.metrics.image import image_metrics
 from unianom.serialise import to_plain
-
-# -- semantic anomalies ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def semantic(options: Any) -> ProtocolResult:
         if fresh:
             sides: dict[Side, Selection] = {"train": Selection(("train",)), "test": Selection(("test",))}
             units = [{"number": n, "task": task, "classes": normal} for n, (task, normal) in enumerate(tasks.items())]
-            records = _run_banks(TaskScorer, options, shards, sides, output, digest, units, "semantic tasks")
+            records = run_banks(TaskScorer, options, shards, sides, output, digest, units, "semantic tasks")
             _write_semantic(output, options, shards, tasks, records)
         content = files.read_json(files.join(output, "semantic.json"))
         run.metrics({f"{scope(row['task'])}/image_auroc": row["image_auroc"] for row in content["tasks"]})

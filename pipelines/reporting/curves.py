@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.reporting.samples import _texts, labelled
-from pipelines.reporting.tables import _aupro_keys, percent
+from pipelines.reporting.tables import aupro_keys, percent
 from unianom import files, visual
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.metrics.curves import Curve
@@ -151,7 +151,7 @@ def _panels(evaluation: Mapping[str, Any], scope: Scope) -> list[Callable[[Axes]
         partial(visual.draw_curves, kind="pr", curves=pr, context=context("pr")),
     ]
     if "pro" in own:
-        pro = curves(AUPRO=("pro", _aupro_keys(scope.metrics)[0]))
+        pro = curves(AUPRO=("pro", aupro_keys(scope.metrics)[0]))
         panels.append(partial(visual.draw_curves, kind="pro", curves=pro, context=context("pro")))
     histogram = partial(visual.draw_histogram, normal=scope.normal, anomalous=scope.anomalous)
     return [*panels, partial(histogram, threshold=rates.get("threshold"))]

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.reporting.samples import STORED, _data_uri, _reduced, _texts, as_seen, read_samples
+from pipelines.reporting.samples import STORED, _reduced, _texts, as_seen, data_uri, read_samples
 from unianom import visual
 from unianom.data.image import (
     InputPolicy,
@@ -23,9 +23,6 @@ from unianom.serialise import from_plain
 
 SCALE_MAPS = 64
 """How many maps of normal images, and as many of anomalous ones, set the scale of the heat maps."""
-
-
-# -- gallery -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,12 +220,12 @@ def _draw(
     mask = np.zeros(image.shape[:2], bool)
     if marked is not None:
         mask = _reduced(marked.astype(np.float32)) > 0
-    pictures = [("image", _data_uri("jpeg", visual.jpeg(image)))]
+    pictures = [("image", data_uri("jpeg", visual.jpeg(image)))]
     if anomaly_map is not None and scale is not None:
         shown = _reduced(anomaly_map)
         over = visual.draw_outline(visual.overlay(image, shown, scale), mask)
-        pictures.append(("anomaly map", _data_uri("png", visual.heat_png(shown, scale))))
-        pictures.append(("overlay", _data_uri("jpeg", visual.jpeg(over))))
+        pictures.append(("anomaly map", data_uri("png", visual.heat_png(shown, scale))))
+        pictures.append(("overlay", data_uri("jpeg", visual.jpeg(over))))
     elif mask.any():
-        pictures.append(("mask", _data_uri("jpeg", visual.jpeg(visual.draw_outline(image, mask)))))
+        pictures.append(("mask", data_uri("jpeg", visual.jpeg(visual.draw_outline(image, mask)))))
     return pictures, bool(mask.any())

@@ -27,18 +27,18 @@ from pipelines.reporting.samples import labelled
 from pipelines.reporting.sections import Section, read_section
 from pipelines.reporting.tables import (
     COLUMNS,
-    _above_target,
-    _aupro_keys,
     _counts,
-    _dataset_rows,
     _decisions,
     _defects,
     _meanings,
     _results,
-    _with_examples,
+    above_target,
+    aupro_keys,
+    dataset_rows,
     headline_rows,
     largest_error,
     percent,
+    with_examples,
 )
 from pipelines.runtime import outputs
 from pipelines.runtime.tracking import TrackingOptions, track
@@ -170,7 +170,7 @@ def render(
         calibrated=None if calibrated is None else _results(calibrated["metrics"]),
         protocols=headline_rows(evaluation),
         intervals=evaluation.get("intervals"),
-        datasets=_dataset_rows(evaluation),
+        datasets=dataset_rows(evaluation),
         score_rows=None if rows is None else Markup(visual.svg(rows)),  # matplotlib escapes the text it writes
         sections=sections,
         threshold=evaluation["threshold"],
@@ -294,7 +294,7 @@ def _notices(
         )
     if threshold is None:
         notes.append("There is no threshold, so nothing is decided and no rate is given.")
-    elif threshold["union"] is not None and _above_target(threshold["union"], threshold):
+    elif threshold["union"] is not None and above_target(threshold["union"], threshold):
         warnings.append(
             f"The threshold flags {percent(threshold['union']['false_positive_rate'])} % of the normal images; it was "
             f"set for at most {100 * threshold['target_fpr']:g} %, on normal images that these may differ from."
@@ -339,7 +339,7 @@ def _headline(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     several = len(metrics["categories"]) > 1
     chosen = [("image AUROC", "image_auroc"), ("pixel AUROC", "pixel_auroc")]
     tiles = []
-    for name, key in [*chosen, *(("AUPRO", key) for key in _aupro_keys(metrics["mean"]))]:
+    for name, key in [*chosen, *(("AUPRO", key) for key in aupro_keys(metrics["mean"]))]:
         if metrics["mean"].get(key) is not None:
             union = f"mean of categories; union {percent(metrics['union'].get(key))} %"
             tiles.append((name, f"{percent(metrics['mean'][key])} %", union if several else ""))
@@ -393,8 +393,8 @@ def _data(evaluation: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tu
         ("image sizes", f"height {span['height']}, width {span['width']}; {summary['distinct_sizes']:,} distinct"),
         ("rejected by ingest", rejected),
         ("groups of identical images", f"{summary['duplicates']['groups']:,}"),
-        ("… in more than one split", _with_examples(summary["duplicates_across_splits"])),
-        ("… with different labels", _with_examples(summary["duplicates_with_other_label"])),
+        ("… in more than one split", with_examples(summary["duplicates_across_splits"])),
+        ("… with different labels", with_examples(summary["duplicates_with_other_label"])),
     ]
     for problem, found in summary["masks"].items():
         rows.append((f"masks {problem.replace('_', ' ')}", f"{found['count']:,}"))

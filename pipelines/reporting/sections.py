@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.reporting.samples import _data_uri
+from pipelines.reporting.samples import data_uri
 from unianom import files
 from unianom.errors import DataError
 
@@ -67,4 +67,4 @@ def _section_picture(folder: str, name: str) -> str:
         raise DataError(f"no {path}, which section.json beside it names; run the job that wrote it again") from error
     if not content.startswith(b"\x89PNG"):
         raise DataError(f"{path} is no PNG; a section's pictures must be")
-    return _data_uri("png", content)
+    return data_uri("png", content)

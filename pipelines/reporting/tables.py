@@ -29,9 +29,6 @@ COLUMNS = (
 UNDEFINED = "–"
 
 
-# -- words and tables --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Metric:
     """A column of the results table: its key in the evaluation, its heading, and what it says in a line."""
@@ -109,7 +106,7 @@ def percent(value: float | None) -> str:
     return UNDEFINED if value is None else f"{100 * value:.1f}"
 
 
-def _aupro_keys(metrics: Mapping[str, Any]) -> list[str]:
+def aupro_keys(metrics: Mapping[str, Any]) -> list[str]:
     """AUPRO's keys in a row of results: variants and limits other than the usual ones are part of the name."""
     return [key for key in metrics if key.startswith("aupro") and not key.endswith("_error")]
 
@@ -126,7 +123,7 @@ HEADLINE = {"image_auroc": "I-AUROC", "image_ap": "I-AP", "pixel_auroc": "P-AURO
 
 def aupro_names(row: Mapping[str, Any]) -> dict[str, str]:
     """AUPRO's keys in a row of results, and how they are shown."""
-    return {key: key.replace("aupro", "AUPRO") for key in _aupro_keys(row)}
+    return {key: key.replace("aupro", "AUPRO") for key in aupro_keys(row)}
 
 
 def headline_keys(evaluation: Mapping[str, Any]) -> dict[str, str]:
@@ -156,7 +153,7 @@ def _with_interval(value: float | None, bounds: Sequence[float] | None) -> str:
     return f"{percent(value)} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
 
 
-def _dataset_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+def dataset_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Mean and union of each data set, raw and calibrated; none of a single data set."""
     if len(evaluation.get("datasets", [])) < 2:
         return []
@@ -174,7 +171,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Metric], list[Metr
     """Image-level and pixel-level columns; pixel metrics only where an evaluation has any."""
     keys = {key: None for row in rows for key in row}
     pixel = [metric for metric in PIXEL_METRICS if metric.key in keys]
-    pixel += [Metric(key, key.replace("aupro", "AUPRO").replace("_", " "), AUPRO_MEANING) for key in _aupro_keys(keys)]
+    pixel += [Metric(key, key.replace("aupro", "AUPRO").replace("_", " "), AUPRO_MEANING) for key in aupro_keys(keys)]
     return list(IMAGE_METRICS), pixel
 
 
@@ -230,7 +227,7 @@ def _decisions(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             "threshold": UNDEFINED if rates["threshold"] is None else f"{rates['threshold']:.4g}",
             "n_normal": f"{rates['n_normal']:,}",
             "false_positive_rate": percent(rates["false_positive_rate"]),
-            "above": _above_target(rates, threshold),
+            "above": above_target(rates, threshold),
             "n_anomalous": f"{rates['n_anomalous']:,}",
             "detection_rate": percent(rates["detection_rate"]),
         }
@@ -257,7 +254,7 @@ def _defects(table: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
-def _with_examples(found: Mapping[str, Any]) -> str:
+def with_examples(found: Mapping[str, Any]) -> str:
     return f"{found['groups']:,}" + (f", e.g. {' = '.join(found['examples'][0][:2])}" if found["examples"] else "")
 
 
@@ -294,6 +291,6 @@ def _meanings(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*terms, *OTHER_MEANINGS]
 
 
-def _above_target(rates: Mapping[str, Any], threshold: Mapping[str, Any]) -> bool:
+def above_target(rates: Mapping[str, Any], threshold: Mapping[str, Any]) -> bool:
     """Whether more normal images are flagged than the threshold was set for."""
     return (rates["false_positive_rate"] or 0) > threshold["target_fpr"]

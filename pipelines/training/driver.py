@@ -51,7 +51,6 @@ class WorkersLostError(DataError):
     """Workers died more often than they may, or never came; not for what they were told to do."""
 
 
-# -------------------------------------------------------------------------------------------------------- the driver
 def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -> list[FitResult]:
     """Train one model for all categories, or one each.
 

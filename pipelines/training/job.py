@@ -24,7 +24,6 @@ from unianom.methods.trained import BatchNeeds, TrainedMethod
 from unianom.serialise import from_plain
 
 
-# --------------------------------------------------------------------------------------------------- a worker's job
 @dataclass(frozen=True)
 class Segment:
     """A part of a training run.

@@ -17,7 +17,6 @@ Place = tuple[int, int]
 """Epoch, and index of an image."""
 
 
-# ----------------------------------------------------------------------------------------------------------- order
 class Order:
     """Endless sequence of images for one worker, epoch after epoch, each in a new order.
 

@@ -23,7 +23,6 @@ STATE = "state.pt"
 """The one file of a checkpoint."""
 
 
-# ------------------------------------------------------------------------------------------------- a worker's loop
 class _Step(nn.Module):
     """A method as what DDP and torch.compile wrap: batch in, losses out."""
 

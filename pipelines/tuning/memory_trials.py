@@ -19,7 +19,6 @@ from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import Embedding
 
 
-# ------------------------------------------------------------------------------------------------------- memory methods
 @dataclass(frozen=True)
 class MemoryCampaign(Campaign):
     """A campaign of a memory method.

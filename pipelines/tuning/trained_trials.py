@@ -24,7 +24,6 @@ KEPT = "readings"
 """Folder of a trial for the readings of its trained model, until its record is written."""
 
 
-# ------------------------------------------------------------------------------------------------------ trained methods
 class TrainedCampaign(Campaign):
     """A campaign of a method that is trained."""
 
