@@ -27,7 +27,7 @@ OURS = "unianom"
 
 
 @dataclass(frozen=True)
-class Turn:
+class Timing:
     """What a side did when it was its turn.
 
     Attributes:
@@ -46,18 +46,18 @@ class Turn:
         return self.amount / self.seconds
 
 
-Side = Callable[[], Turn]
+Side = Callable[[], Timing]
 
 
 def clocked(amount: float, work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Side:
     """A side that does so many units of work in one call."""
 
-    def turn() -> Turn:
+    def timing() -> Timing:
         start = clock()
         result = work()
-        return Turn(amount, clock() - start, result)
+        return Timing(amount, clock() - start, result)
 
-    return turn
+    return timing
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Measured:
         loads: 1-minute load average at the start of each round, what others run included.
     """
 
-    turns: dict[str, list[Turn]]
+    turns: dict[str, list[Timing]]
     loads: list[float]
 
     def result(self, side: str) -> Any:
@@ -79,7 +79,7 @@ class Measured:
     def ratio(self, side: str, other: str, times: float = 1) -> dict[str, Any]:
         """Rate of `side` ÷ (`times` × rate of `other`), round by round."""
         pairs = zip(self.turns[side], self.turns[other], strict=True)
-        rounds = [turn.rate / (times * against.rate) for turn, against in pairs]
+        rounds = [timing.rate / (times * against.rate) for timing, against in pairs]
         return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds), "rounds": rounds}
 
     def summary(self) -> dict[str, Any]:
@@ -87,10 +87,10 @@ class Measured:
         return {
             name: {
                 "amount": turns[0].amount,
-                "seconds": [turn.seconds for turn in turns],
-                "seconds_min": min(turn.seconds for turn in turns),
-                "seconds_median": statistics.median(turn.seconds for turn in turns),
-                "rate_median": statistics.median(turn.rate for turn in turns),
+                "seconds": [timing.seconds for timing in turns],
+                "seconds_min": min(timing.seconds for timing in turns),
+                "seconds_median": statistics.median(timing.seconds for timing in turns),
+                "rate_median": statistics.median(timing.rate for timing in turns),
             }
             for name, turns in self.turns.items()
         }
@@ -111,9 +111,9 @@ def interleave(sides: Mapping[str, Side], rounds: int, warm_up: bool = False) ->
     for number in range(rounds):
         measured.loads.append(os.getloadavg()[0])
         for name, side in sides.items():
-            turn = side()
-            measured.turns[name].append(turn)
-            console.print(f"round {number + 1}/{rounds}: {name}: {turn.seconds:.3f} s, {turn.rate:.5g}/s")
+            timing = side()
+            measured.turns[name].append(timing)
+            console.print(f"round {number + 1}/{rounds}: {name}: {timing.seconds:.3f} s, {timing.rate:.5g}/s")
     return measured
 
 

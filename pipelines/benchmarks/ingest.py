@@ -9,13 +9,13 @@ from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines.benchmarks.harness import OURS, Turn, _report, check_positive, clocked, interleave
+from pipelines.benchmarks.harness import OURS, Timing, _report, check_positive, clocked, interleave
 from pipelines.benchmarks.references import (
     open_rgb,
 )
 from pipelines.benchmarks.scoring import span
 from pipelines.data.ingest import PartIngester, plan_parts
-from pipelines.runtime.actors import RuntimeOptions, connect, run_units
+from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
 from pipelines.runtime.cli import AS_WRITTEN
 from unianom import files
 from unianom.data.image import ImageLimits
@@ -25,7 +25,7 @@ from unianom.serialise import to_plain
 from unianom.written import plain_options
 
 MEANINGFUL_SECONDS = 10
-"""Below so many seconds, starting the units of an ingest weighs too much in its throughput."""
+"""Below so many seconds, starting the tasks of an ingest weighs too much in its throughput."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
     layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
     refs = list(iter_samples(options.layout, options.source, layout_options))
     paths = [path for ref in refs for path in (ref.uri, ref.mask_uri) if path is not None]
-    units = [
+    tasks = [
         {"number": number, "refs": [to_plain(ref) for ref in part]}
         for number, part in enumerate(plan_parts(refs, part_bytes=256 << 20, min_parts=16))
     ]
@@ -77,7 +77,7 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
         ProcessPoolExecutor(workers, get_context("spawn")) as pool,
     ):
 
-        def ingest() -> Turn:
+        def ingest() -> Timing:
             with TemporaryDirectory(dir=folder) as output:
                 arguments = {
                     "output": output,
@@ -86,8 +86,8 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
                     "resize": None,
                     "threads": 2,
                 }
-                results = list(run_units(PartIngester, arguments, units, runtime))
-            return Turn(sum(result["rows"] for result in results), span(results))
+                results = list(run_tasks(PartIngester, arguments, tasks, runtime))
+            return Timing(sum(result["rows"] for result in results), span(results))
 
         def pillow() -> None:
             for _ in pool.map(open_rgb, paths, chunksize=16):
@@ -98,6 +98,6 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
         measured = interleave(sides, options.rounds, warm_up=True)
     ratios = {f"R_ingest = {OURS} ÷ {peer}": measured.ratio(OURS, peer)}
     notes = []
-    if (seconds := min(turn.seconds for turn in measured.turns[OURS])) < MEANINGFUL_SECONDS:
+    if (seconds := min(timing.seconds for timing in measured.turns[OURS])) < MEANINGFUL_SECONDS:
         notes.append(f"ingest took {seconds:.1f} s: below {MEANINGFUL_SECONDS} s this measures Ray, take more images")
     return _report(options, "images", measured, ratios, notes=notes)

@@ -20,7 +20,7 @@ from scipy import ndimage
 from pipelines.benchmarks.harness import (
     OURS,
     Measured,
-    Turn,
+    Timing,
     _absent,
     _report,
     check_positive,
@@ -174,12 +174,12 @@ def measure_pixels(options: PixelsBenchmark) -> dict[str, Any]:
     """Two rows: a subset, against the exact metrics; all of them, with their own bounds."""
     count = -(-options.pixels // options.size**2)
     names = {"exact": options.exact_maps, "binned": options.exact_maps, "binned, all": count}
-    sides: dict[str, Turn] = {}
+    sides: dict[str, Timing] = {}
     tables: dict[str, dict[str, Any]] = {}
     for name, maps in names.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             values, seconds, peak = pool.submit(count_drawn, options, maps, name == "exact").result()
-        sides[name] = Turn(maps * options.size**2, seconds, values)
+        sides[name] = Timing(maps * options.size**2, seconds, values)
         tables[name] = {"pixels": maps * options.size**2, "CPU seconds": seconds, "MB at the peak": peak / 1e6}
         console.print(f"{name}: {maps * options.size**2:,} pixels, {seconds:.1f} CPU seconds, {peak / 1e6:.0f} MB")
     accuracy: dict[str, dict[str, Any]] = {}
@@ -193,7 +193,7 @@ def measure_pixels(options: PixelsBenchmark) -> dict[str, Any]:
             "of all": everything[key],
             "of all, off by at most": everything[f"{key}_error"],
         }
-    measured = Measured({name: [turn] for name, turn in sides.items()}, [os.getloadavg()[0]])
+    measured = Measured({name: [timing] for name, timing in sides.items()}, [os.getloadavg()[0]])
     ratios = {"binned ÷ exact": measured.ratio("binned", "exact")}
     tables_by_title = {"time and memory": tables, "accuracy": accuracy}
     return _report(options, "pixels", measured, ratios, tables=tables_by_title, notes=["seconds are CPU seconds"])
@@ -208,8 +208,8 @@ def count_drawn(options: PixelsBenchmark, count: int, exact: bool) -> tuple[dict
         _forget_peak()
         before, seconds = resident_peak(), 0.0
         for number in range(count):
-            turn, place = divmod(number, options.drawn)
-            scores = maps[place] * np.float32(1.0007**turn)
+            timing, place = divmod(number, options.drawn)
+            scores = maps[place] * np.float32(1.0007**timing)
             start = time.process_time()
             accumulator.update([scores], [masks[place]])
             seconds += time.process_time() - start

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, Side, Turn, _report, check_positive, interleave
+from pipelines.benchmarks.harness import OURS, Side, Timing, _report, check_positive, interleave
 from pipelines.benchmarks.references import (
     BareForward,
 )
 from pipelines.inference.score import PartScorer
-from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, connect, run_units
-from pipelines.runtime.models import ModelShelf, load_model
+from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, connect, run_tasks
+from pipelines.runtime.models import ModelSet, load_model
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
@@ -33,7 +33,7 @@ from unianom.model import Model
 from unianom.serialise import to_plain
 
 MEANINGFUL_IMAGES = 500
-"""Below so many images, the first and last unit weigh too much in a throughput."""
+"""Below so many images, the first and last task weigh too much in a throughput."""
 
 FORWARD_IMAGES = 256
 """Images in one turn of the bare forward pass."""
@@ -71,7 +71,7 @@ class PipeBenchmark:
 def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
     """Score a shard set as jobs/score.py does, in turns with the bare forward pass.
 
-    A turn of scoring lasts from the start of the first unit to the end of the last, so Ray's start-up is not in it; it
+    A turn of scoring lasts from the start of the first task to the end of the last, so Ray's start-up is not in it; it
     is told apart. The bare forward pass is timm's `forward_features`, all blocks, on decoded images kept in memory:
     in one process, and in as many processes at the same time as there are workers.
     """
@@ -88,20 +88,20 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
         batches = input_batches(model, shards, Selection(), options.batch_size)
         np.save(cached, np.concatenate(list(islice(batches, max(1, FORWARD_IMAGES // options.batch_size)))))
 
-        def score() -> Turn:
+        def score() -> Timing:
             with TemporaryDirectory(dir=folder) as output:
                 start = time.perf_counter()
                 results = list(
-                    run_units(PartScorer, scorer_arguments(options, shards, output), _units(shards), runtime)
+                    run_tasks(PartScorer, scorer_arguments(options, shards, output), _units(shards), runtime)
                 )
                 walls.append(time.perf_counter() - start)
-            return Turn(images, span(results))
+            return Timing(images, span(results))
 
         with BareForward(options.model, cached, options.batch_size, workers) as bare:
             sides: dict[str, Side] = {
                 OURS: score,
-                alone: lambda: Turn(*bare.run(1)),
-                together: lambda: Turn(*bare.run(workers)),
+                alone: lambda: Timing(*bare.run(1)),
+                together: lambda: Timing(*bare.run(workers)),
             }
             measured = interleave(sides, options.rounds)
         stages = stage_split(options, shards, folder)
@@ -125,12 +125,12 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
 
 def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> dict[str, Any]:
     """Arguments of `PartScorer`, as jobs/score.py gives them."""
-    shelf = ModelShelf.open(options.model)
+    model_set = ModelSet.open(options.model)
     return {
         "shards": shards,
         "selection": Selection(),
-        "shelf": shelf,
-        "digests": dict(zip(shelf.folders, (model["digest"] for model in shelf.descriptions()), strict=True)),
+        "model_set": model_set,
+        "digests": dict(zip(model_set.folders, (model["digest"] for model in model_set.descriptions()), strict=True)),
         "output": output,
         "plan": files.digest_of(to_plain(options)),
         "maps": options.maps,
@@ -142,7 +142,7 @@ def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> d
 
 
 def span(results: Sequence[dict[str, Any]]) -> float:
-    """Seconds from the start of the first unit to the end of the last."""
+    """Seconds from the start of the first task to the end of the last."""
     return max(result[ENDED] for result in results) - min(result[STARTED] for result in results)
 
 
@@ -151,10 +151,10 @@ def _units(shards: ShardSet) -> list[dict[str, Any]]:
 
 
 def memory_model(folder: str) -> Model:
-    shelf = ModelShelf.open(folder)
-    if shelf.by_category:
+    model_set = ModelSet.open(folder)
+    if model_set.by_category:
         raise OptionError(f"{folder} holds a model for each category; give the folder of one of them")
-    model = load_model(shelf.uri, "cpu")
+    model = load_model(model_set.uri, "cpu")
     if not isinstance(model.method, MemoryMethod):
         raise OptionError(f"{folder} holds a {model.method.name}; this benchmark takes models with a memory bank")
     return model
@@ -180,11 +180,11 @@ class StagedScorer(PartScorer):
         super().__init__(**arguments)
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Score a part; the record has the CPU seconds of each stage as "stages"."""
         self._seconds.clear()
         start = time.process_time()
-        record = super().run(unit)
+        record = super().run(task)
         # what is neither: reading and writing Parquet, packing maps, Ray's own threads
         rest = time.process_time() - start - sum(self._seconds.values())
         return {**record, "stages": {**self._seconds, "read, write, rest": rest}}
@@ -198,7 +198,7 @@ class StagedScorer(PartScorer):
         if new:
             method: Any = model.method
             method.embed = self._clocked("forward", method.embed)
-            for name in ("find_patches", "read_maps", "read_scores"):
+            for name in ("search_bank", "anomaly_maps", "image_scores"):
                 setattr(method, name, self._clocked("search, map", getattr(method, name)))
         return model
 
@@ -215,14 +215,14 @@ class StagedScorer(PartScorer):
 
 def stage_split(options: PipeBenchmark, shards: ShardSet, folder: str) -> dict[str, dict[str, float]]:
     """CPU milliseconds an image of each stage of one worker, and its share."""
-    units = _units(shards)
+    tasks = _units(shards)
     entries = shards.manifest["files"]
-    enough = next((n for n in range(1, len(units)) if sum(e["rows"] for e in entries[:n]) >= STAGE_IMAGES), len(units))
+    enough = next((n for n in range(1, len(tasks)) if sum(e["rows"] for e in entries[:n]) >= STAGE_IMAGES), len(tasks))
     seconds: dict[str, float] = {}
     images = 0
     with TemporaryDirectory(dir=folder) as output:
         arguments = scorer_arguments(options, shards, output)
-        for result in run_units(StagedScorer, arguments, units[:enough], RuntimeOptions(workers=1)):
+        for result in run_tasks(StagedScorer, arguments, tasks[:enough], RuntimeOptions(workers=1)):
             for stage, spent in result["stages"].items():
                 seconds[stage] = seconds.get(stage, 0.0) + spent
             images += result["rows"]

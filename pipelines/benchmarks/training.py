@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from pipelines.benchmarks.harness import Side, Turn, _report, check_positive, clocked, fixed_threads, interleave
+from pipelines.benchmarks.harness import Side, Timing, _report, check_positive, clocked, fixed_threads, interleave
 from pipelines.benchmarks.metrics import resident_peak
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, array_name, learnable
 from pipelines.runtime.models import load_model
 from pipelines.training.dataset import PreparedImages, TrainingSet
 from pipelines.training.job import synthesiser_of, wants_pixels
-from pipelines.training.loader import Batches
-from pipelines.training.sampler import Companions, Order
+from pipelines.training.loader import BatchLoader
+from pipelines.training.sampler import ReferenceSampler, StepSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer
 from unianom.data.image import ImageLimits
@@ -51,7 +51,7 @@ class TrainingBenchmark:
         shards: shard set with normal training images of the model's categories; path or URI.
         output: JSON file to write; path or URI.
         images: images to train on, at least; whole parts are taken.
-        steps: of a turn.
+        steps: of a timing.
         rounds: turns of each side.
         threads: threads of each side.
         device: "cpu" or "cuda".
@@ -77,7 +77,11 @@ def measure_training(options: TrainingBenchmark) -> dict[str, Any]:
     shards = ShardSet.open(options.shards)
     model = load_model(options.model, options.device)
     method = model.method
-    if not isinstance(method, TrainedMethod) or method.needs.prompts == "nearest" or method.needs.augmentation.active:
+    if (
+        not isinstance(method, TrainedMethod)
+        or method.batch_spec.prompts == "nearest"
+        or method.batch_spec.augmentation.active
+    ):
         raise OptionError(f"{options.model}: needs a trained method without augmentation or prompts by features")
     waiting: dict[str, list[float]] = defaultdict(list)
     with TemporaryDirectory(prefix="unianom-benchmark-") as folder, fixed_threads(options.threads):
@@ -86,15 +90,15 @@ def measure_training(options: TrainingBenchmark) -> dict[str, Any]:
         def side(name: str) -> Side:
             trainer = _trainer(method, sources[name], images, options)
 
-            def turn() -> Turn:
+            def timing() -> Timing:
                 start = time.perf_counter()
                 told = list(trainer.steps(trainer.step + options.steps))
                 if options.device == "cuda":
                     torch.cuda.synchronize()
                 waiting[name] += [step["data"] / step["all"] for step in told]
-                return Turn(options.steps, time.perf_counter() - start)
+                return Timing(options.steps, time.perf_counter() - start)
 
-            return turn
+            return timing
 
         measured = interleave({name: side(name) for name in sources}, options.rounds, warm_up=True)
     for name, shares in waiting.items():
@@ -117,7 +121,7 @@ def _sources(
     features, pixels = folder / "features", folder / PIXELS
     common: dict[str, Any] = {
         "shards": shards,
-        "selection": learnable(model.categories, method.needs.labels),
+        "selection": learnable(model.categories, method.batch_spec.labels),
         "policy": method.input,
         "limits": ImageLimits(),
         "half": True,
@@ -127,7 +131,7 @@ def _sources(
     }
     preparers = {
         KEPT: PartPreparer(model=options.model, output=str(features), **common),
-        ENCODED: PartPreparer(model=None, output=str(pixels), masks=method.needs.masks, **common),
+        ENCODED: PartPreparer(model=None, output=str(pixels), masks=method.batch_spec.masks, **common),
     }
     table: dict[str, dict[str, Any]] = {}
     names: tuple[str, ...] = ()
@@ -141,14 +145,14 @@ def _sources(
                 break
         seconds = time.perf_counter() - start
         table[name] = {"kB kept an image": size / rows / 1000, "prepared, images/s": rows / seconds}
-    everything = TrainingImages.choose(shards, model.categories, None, method.needs.labels)
+    everything = TrainingImages.choose(shards, model.categories, None, method.batch_spec.labels)
     images = everything.of_parts(
         {n for n, part in enumerate(shards.parts) if (pixels / array_name(part, PIXELS)).exists()}
     )
     prepared = PreparedImages(Arrays(str(pixels), shards.parts, (PIXELS, MASKS), folder), images)
     kept = Arrays(str(features), shards.parts, names, folder)
-    needs = method.needs
-    companions = Companions(images, False, None) if needs.prompts or needs.synthetic else None
+    needs = method.batch_spec
+    references = ReferenceSampler(images, False, None) if needs.prompts or needs.synthetic else None
     sources = {
         name: TrainingSet(
             images,
@@ -156,7 +160,7 @@ def _sources(
             needs,
             prepared if wants_pixels(needs, name == KEPT) else None,
             kept if name == KEPT else None,
-            companions,
+            references,
             synthesiser_of(method),
             seed=0,
         )
@@ -166,8 +170,8 @@ def _sources(
 
 
 def _trainer(method: TrainedMethod, data: TrainingSet, images: TrainingImages, options: TrainingBenchmark) -> Trainer:
-    order = Order(len(images), 0, method.config.training.batch_size)
-    batches = Batches(data, order, 0, pin=options.device == "cuda", repeats=method.needs.repeats)
+    order = StepSampler(len(images), 0, method.config.training.batch_size)
+    batches = BatchLoader(data, order, 0, pin=options.device == "cuda", repeats=method.batch_spec.repeats)
     return Trainer(method, batches, (options.rounds + 1) * options.steps, order.share, options.precision)
 
 
@@ -181,7 +185,7 @@ class InferenceBenchmark:
     Args:
         model: model folder of a trained method; path or URI.
         output: JSON file to write; path or URI.
-        images: random ones, predicted in a turn.
+        images: random ones, predicted in a timing.
         batch_size: images in one forward pass.
         rounds: turns of each side.
         threads: threads of each side.

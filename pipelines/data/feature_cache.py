@@ -144,8 +144,8 @@ def prepare(
             "masks": masks,
         }
         progress = Progress("frozen features" if model else "prepare images", shards.count(selection))
-        units = {part: {"part": part} for part in shards.parts}
-        records, rate = run_unfinished(PartPreparer, arguments, units, uri, runtime, progress, "rows")
+        tasks = {part: {"part": part} for part in shards.parts}
+        records, rate = run_unfinished(PartPreparer, arguments, tasks, uri, runtime, progress, "rows")
         size = sum(record["bytes"] for record in records.values())
         names: list[str] = next((record["names"] for record in records.values() if record["rows"]), [])
         if model:
@@ -160,7 +160,7 @@ def array_name(part: str, name: str) -> str:
 
 
 class PartPreparer:
-    """Writes the arrays of one part. A `UnitWorker`; arguments as of `prepare`."""
+    """Writes the arrays of one part. A `PartTask`; arguments as of `prepare`."""
 
     def __init__(
         self,
@@ -186,9 +186,9 @@ class PartPreparer:
         self._pool = ThreadPoolExecutor(threads)
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write the arrays of a part and their record."""
-        part = unit["part"]
+        part = task["part"]
         rows = sum(batch.num_rows for batch in self._shards.read(part, self._selection, ["sample_id"]))
         size = 0
         with ExitStack() as stack:

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, connect, run_units
+from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
 from pipelines.runtime.cli import AS_WRITTEN
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
@@ -91,7 +91,7 @@ class IngestOptions:
             all 16. Null takes what each file states, else 16.
         resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
         part_bytes: aimed size of a part.
-        min_parts: parts at least, where there are so many samples; a part is the unit of work of later jobs.
+        min_parts: parts at least, where there are so many samples; a part is the task of later jobs.
         max_reject_fraction: above this share of rejected samples the job fails, after finishing the rest.
         overwrite: replace what another ingest left in the output.
         limits: what an image may cost.
@@ -280,22 +280,22 @@ def _digest_of_refs(refs: Sequence[SampleRef]) -> str:
 
 
 def _write_parts(parts: list[list[SampleRef]], output: str, digest: str, options: IngestOptions) -> float:
-    units: list[dict[str, Any]] = []
+    tasks: list[dict[str, Any]] = []
     done = 0
     for number, refs in enumerate(parts):
         record = outputs.part_record(output, part_name(number))
         if record is not None and record["plan"] == digest:
             done += len(refs)
         else:
-            units.append({"number": number, "refs": [dataclasses.asdict(ref) for ref in refs]})
+            tasks.append({"number": number, "refs": [dataclasses.asdict(ref) for ref in refs]})
     if done:
         print(f"continuing: {done} samples are stored already")
     connect(options.runtime)
     arguments = {"output": output, "plan": digest, "limits": options.limits, "resize": options.resize}
     arguments |= options.reading
     arguments["threads"] = 2 * options.runtime.cpus_per_worker  # one reads while another decodes
-    progress = Progress("ingest", sum(len(unit["refs"]) for unit in units))
-    for record in run_units(PartIngester, arguments, units, options.runtime):
+    progress = Progress("ingest", sum(len(task["refs"]) for task in tasks))
+    for record in run_tasks(PartIngester, arguments, tasks, options.runtime):
         progress.advance(record["rows"] + len(record["rejected"]))
     return progress.close()
 
@@ -306,7 +306,7 @@ def part_name(number: int) -> str:
 
 
 class PartIngester:
-    """Reads, checks and packs the samples of one part. A `UnitWorker`.
+    """Reads, checks and packs the samples of one part. A `PartTask`.
 
     Args:
         output: folder of the shard set.
@@ -336,9 +336,9 @@ class PartIngester:
         self._pool = ThreadPoolExecutor(threads)
         self._threads = threads
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write one part and its record."""
-        name = part_name(unit["number"])
+        name = part_name(task["number"])
         rejected: list[dict[str, Any]] = []
         masks: dict[str, list[str]] = {problem: [] for problem in MASK_PROBLEMS}
         doubts: dict[str, list[str]] = {}
@@ -347,7 +347,7 @@ class PartIngester:
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SAMPLE_SCHEMA)
-            refs = (SampleRef.from_plain(ref) for ref in unit["refs"])
+            refs = (SampleRef.from_plain(ref) for ref in task["refs"])
             for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads):
                 if "status" in row:
                     rejected.append(row)

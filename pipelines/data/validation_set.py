@@ -57,7 +57,7 @@ ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
-class ProxyOptions:
+class ValidationOptions:
     """The images that settings are compared on.
 
     Args:
@@ -99,12 +99,12 @@ def check_objective(objective: Mapping[str, float]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- building
-def build_proxy(
+def build_validation_set(
     shards: ShardSet,
     categories: Sequence[str],
     held_out: frozenset[str],
     policy: InputPolicy,
-    options: ProxyOptions,
+    options: ValidationOptions,
     limits: ImageLimits,
     folder: str,
 ) -> str:
@@ -119,7 +119,7 @@ def build_proxy(
         folder: below which they are kept.
 
     Returns:
-        URI of the set, for `ProxySet`.
+        URI of the set, for `ValidationSet`.
 
     Raises:
         DataError: there is nothing to compare on, an image cannot be read, or textures are missing.
@@ -174,7 +174,7 @@ def build_tests(
 
     Args:
         shards, categories: the corpus.
-        policy, limits, folder: as of `build_proxy`.
+        policy, limits, folder: as of `build_validation_set`.
 
     Raises:
         DataError: there are not both normal and anomalous test images.
@@ -246,7 +246,7 @@ def _read(
     return images
 
 
-def _synthetic(normals: Sequence[_Image], options: ProxyOptions, policy: InputPolicy) -> list[_Image]:
+def _synthetic(normals: Sequence[_Image], options: ValidationOptions, policy: InputPolicy) -> list[_Image]:
     try:
         textures = None if options.textures is None else TextureSource(options.textures, policy.side)
     except DataError as error:
@@ -311,12 +311,12 @@ Table = dict[tuple[str, str], dict[str, float]]
 """Metrics by category and recipe; the category of unions is ""."""
 
 
-class ProxySet:
+class ValidationSet:
     """A finished set of images.
 
     Args:
-        uri: from `build_proxy`.
-        stride: see `ProxyOptions.pixel_stride`.
+        uri: from `build_validation_set`.
+        stride: see `ValidationOptions.pixel_stride`.
 
     Attributes:
         category, recipe: N text each.
@@ -418,7 +418,7 @@ class ProxySet:
                 groups[category, recipe] = (normal, np.flatnonzero(mine & (self.recipe == recipe)))
         return groups
 
-    def resampled(self, rng: np.random.Generator) -> ProxySet:
+    def resampled(self, rng: np.random.Generator) -> ValidationSet:
         """The same images, of which each kind of each category is drawn anew, with replacement; for the tables."""
         drawn = copy.copy(self)
         groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}

@@ -2,7 +2,7 @@
 
     embeddings ─▶ actors: a bank for each task or draw, scores of the test split, metrics ─▶ tables, figure, section
 
-The network sees every image once. A unit of work is one bank; it leaves a Parquet file of scores and a record, so a
+The network sees every image once. A task is one bank; it leaves a Parquet file of scores and a record, so a
 killed run continues.
 """
 

@@ -33,7 +33,7 @@ from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import RuntimeOptions, run_unfinished
 from pipelines.runtime.cli import console, print_table
-from pipelines.runtime.models import ModelShelf, load_model
+from pipelines.runtime.models import ModelSet, load_model
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import TrackingOptions, scope, track
 from unianom import __version__, files, visual
@@ -43,7 +43,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import Embedding
+from unianom.methods.base import MaskedPatches
 from unianom.methods.layers.maps import grid_to_map
 from unianom.metrics.clustering import clustering_metrics, contingency, match_clusters
 from unianom.serialise import from_plain, to_plain
@@ -150,13 +150,15 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
     labels = (ANOMALOUS,) if options.anomalous_only else ()
     selection = Selection(options.splits, options.categories, labels)
     shards.check(selection)
-    shelf = ModelShelf.open(options.model)
-    models = shelf.descriptions()
+    model_set = ModelSet.open(options.model)
+    models = model_set.descriptions()
     for category in options.categories or shards.categories:
-        shelf.folder_of(category)
+        model_set.folder_of(category)
     for model in models:
         if not issubclass(METHODS[model["method"]], MemoryMethod):
-            raise ModelError(f"{shelf.uri} is a {model['method']} model, which has no memory bank of patches to search")
+            raise ModelError(
+                f"{model_set.uri} is a {model['method']} model, which has no memory bank of patches to search"
+            )
         _k_ratio(options, model)
     own = (
         "splits",
@@ -185,8 +187,8 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
     ):
         fresh = not outputs.is_complete(output)
         if fresh:
-            folder = keep_features(options, shards, shelf, models)
-            _write(options, output, shards, shelf, models, folder, selection)
+            folder = keep_features(options, shards, model_set, models)
+            _write(options, output, shards, model_set, models, folder, selection)
         content = files.read_json(files.join(output, "clustering.json"))
         for row in content["categories"]:
             run.metrics({f"{scope(row['category'])}/{key}": value for key, value in row.items() if key in SHOWN})
@@ -211,7 +213,7 @@ def _k_ratio(options: ClusterOptions, model: Mapping[str, Any]) -> float:
 
 
 def keep_features(
-    options: ClusterOptions, shards: ShardSet, shelf: ModelShelf, models: Sequence[Mapping[str, Any]]
+    options: ClusterOptions, shards: ShardSet, model_set: ModelSet, models: Sequence[Mapping[str, Any]]
 ) -> str:
     """Compute the features of all images of the splits, or find them computed; returns their folder.
 
@@ -235,7 +237,7 @@ def keep_features(
             return uri
         arguments = {
             "shards": shards,
-            "shelf": shelf,
+            "model_set": model_set,
             "splits": options.splits,
             "output": uri,
             "keep_ratio": options.keep_ratio,
@@ -244,9 +246,9 @@ def keep_features(
             "device": options.runtime.device,
             "threads": options.runtime.cpus_per_worker,
         }
-        units = {feature_part(p, n): {"part": p, "model": n} for p in shards.parts for n in range(len(models))}
+        tasks = {feature_part(p, n): {"part": p, "model": n} for p in shards.parts for n in range(len(models))}
         progress = Progress("features", shards.count(Selection(options.splits)))
-        run_unfinished(PartFeatures, arguments, units, uri, options.runtime, progress, "images")
+        run_unfinished(PartFeatures, arguments, tasks, uri, options.runtime, progress, "images")
         outputs.finish(uri, {"kind": "cluster features", "images": shards.count(Selection(options.splits))})
         return uri
 
@@ -256,20 +258,20 @@ def feature_part(part: str, model: int) -> str:
     return f"{part.removesuffix('.parquet')}-{model}"
 
 
-def categories_of(shelf: ModelShelf, folder: str) -> tuple[str, ...]:
-    """Categories that a model folder of a shelf scores; empty for all."""
-    return tuple(sorted(name for name, own in shelf.by_category.items() if own == folder))
+def categories_of(model_set: ModelSet, folder: str) -> tuple[str, ...]:
+    """Categories that a model folder of a model_set scores; empty for all."""
+    return tuple(sorted(name for name, own in model_set.by_category.items() if own == folder))
 
 
 class PartFeatures:
-    """Writes what describes the images of one part by one model. A `UnitWorker`.
+    """Writes what describes the images of one part by one model. A `PartTask`.
 
     Files: `-distances.npy` n×N, `-top.npy` n×T×D (patches of largest distance, the largest first; equal ones by
     place) and `-mean.npy` n×D (of all patches, masked ones included), float32.
 
     Args:
         shards: the shard set.
-        shelf: models.
+        model_set: models.
         splits: which images.
         output: folder of the features.
         keep_ratio: T as a share of N.
@@ -282,7 +284,7 @@ class PartFeatures:
     def __init__(
         self,
         shards: ShardSet,
-        shelf: ModelShelf,
+        model_set: ModelSet,
         splits: tuple[str, ...],
         output: str,
         keep_ratio: float,
@@ -291,15 +293,15 @@ class PartFeatures:
         device: str,
         threads: int,
     ) -> None:
-        self._shards, self._shelf, self._splits, self._output = shards, shelf, splits, output
+        self._shards, self._shelf, self._splits, self._output = shards, model_set, splits, output
         self._keep_ratio, self._batch_size, self._limits = keep_ratio, batch_size, limits
         self._device, self._threads = device, threads
         self._methods: dict[int, MemoryMethod] = {}
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write the features of a part by a model, and their record."""
-        part, number = unit["part"], unit["model"]
+        part, number = task["part"], task["model"]
         folder = self._shelf.folders[number]
         selection = Selection(self._splits, categories_of(self._shelf, folder))
         ids = [i for b in self._shards.read(part, selection, ["sample_id"]) for i in b["sample_id"].to_pylist()]
@@ -317,7 +319,7 @@ class PartFeatures:
         outputs.commit_part(self._output, name, record)
         return record
 
-    def _describe(self, method: MemoryMethod, embedding: Embedding) -> dict[str, np.ndarray]:
+    def _describe(self, method: MemoryMethod, embedding: MaskedPatches) -> dict[str, np.ndarray]:
         distances = method.patch_distances(embedding).cpu().numpy()  # B N
         patches = embedding.patches.float().cpu().numpy()  # B N D
         top = max(1, round(self._keep_ratio * distances.shape[1]))
@@ -413,15 +415,15 @@ def type_of(row: Mapping[str, Any]) -> str | None:
 def _described(
     options: ClusterOptions,
     shards: ShardSet,
-    shelf: ModelShelf,
+    model_set: ModelSet,
     models: Sequence[Mapping[str, Any]],
     folder: str,
     category: str,
 ) -> Described:
     """Read the features of a category."""
-    model_folder = shelf.folder_of(category)
-    number = shelf.folders.index(model_folder)
-    selection = Selection(options.splits, categories_of(shelf, model_folder))
+    model_folder = model_set.folder_of(category)
+    number = model_set.folders.index(model_folder)
+    selection = Selection(options.splits, categories_of(model_set, model_folder))
     rows: list[dict[str, Any]] = []
     found: dict[str, list[np.ndarray]] = {"distances": [], "top": [], "mean": []}
     with TemporaryDirectory(prefix="unianom-clustering-") as copies:
@@ -457,7 +459,7 @@ def _write(
     options: ClusterOptions,
     output: str,
     shards: ShardSet,
-    shelf: ModelShelf,
+    model_set: ModelSet,
     models: Sequence[Mapping[str, Any]],
     folder: str,
     selection: Selection,
@@ -470,7 +472,7 @@ def _write(
     for category in options.categories or tuple(shards.categories):
         if not shards.count(Selection(selection.splits, (category,), selection.labels)):
             continue
-        described = _described(options, shards, shelf, models, folder, category)
+        described = _described(options, shards, model_set, models, folder, category)
         types = sorted({row["type"] for row in described.rows if row["type"] is not None})
         count = options.clusters or len(types)
         if count > len(described.rows):

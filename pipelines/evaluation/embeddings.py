@@ -32,7 +32,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import Embedding
+from unianom.methods.base import MaskedPatches
 from unianom.model import Model, is_model
 from unianom.serialise import to_plain
 
@@ -139,9 +139,9 @@ def embed_once(
             "device": options.runtime.device,
             "threads": options.runtime.cpus_per_worker,
         }
-        units = {patch_file(part, side): {"part": part, "side": side} for part in shards.parts for side in selections}
+        tasks = {patch_file(part, side): {"part": part, "side": side} for part in shards.parts for side in selections}
         progress = Progress("embed", sum(shards.count(selection) for selection in selections.values()))
-        run_unfinished(PartEmbedder, arguments, units, uri, options.runtime, progress, "images")
+        run_unfinished(PartEmbedder, arguments, tasks, uri, options.runtime, progress, "images")
         outputs.finish(uri, {"images": {side: shards.count(selection) for side, selection in selections.items()}})
         return made
 
@@ -165,7 +165,7 @@ def keep_file(part: str, side: str) -> str:
 
 
 class PartEmbedder:
-    """Writes the kept patches (M×D float32) of one part and side, and which they are (n×N bool). A `UnitWorker`.
+    """Writes the kept patches (M×D float32) of one part and side, and which they are (n×N bool). A `PartTask`.
 
     Args:
         embedded: the set to write to.
@@ -182,9 +182,9 @@ class PartEmbedder:
         self._batch_size, self._limits, self._threads = batch_size, limits, threads
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write both files of a part and side, and their record."""
-        part, side = unit["part"], unit["side"]
+        part, side = task["part"], task["side"]
         shards, selection = self._embedded.shards, self._embedded.selections[side]
         chosen = frozenset(row["sample_id"] for row in _rows(shards, part, selection))
         reader = SampleReader(shards, selection, chosen, self._batch_size, self._limits, self._threads)
@@ -253,7 +253,7 @@ class EmbeddingReader:
 
     def batches(
         self, batch_size: int, categories: tuple[str, ...] = ()
-    ) -> Iterator[tuple[list[dict[str, Any]], Embedding]]:
+    ) -> Iterator[tuple[list[dict[str, Any]], MaskedPatches]]:
         """Test images and their embeddings, at most `batch_size` at once, in the order of the parts.
 
         Args:
@@ -274,7 +274,7 @@ class EmbeddingReader:
                 own = keep[numbers]  # B N
                 filled = np.zeros((*own.shape, patches.shape[1]), np.float32)
                 filled[own] = np.concatenate([patches[ends[number] : ends[number + 1]] for number in numbers])
-                yield [rows[n] for n in numbers], Embedding(torch.from_numpy(filled), torch.from_numpy(own))
+                yield [rows[n] for n in numbers], MaskedPatches(torch.from_numpy(filled), torch.from_numpy(own))
 
     def _patches(self, part: str, side: Side) -> tuple[np.ndarray, np.ndarray]:
         """Patches of a part, and where those of each image begin, with the end of the last."""

@@ -1,6 +1,6 @@
 """Scores and the labels and masks of their shards → every table the labels allow.
 
-    maps and masks ─▶ workers: one unit a score part, each map decoded once ─▶ counts of pixels of every group
+    maps and masks ─▶ workers: one task a score part, each map decoded once ─▶ counts of pixels of every group
     scores and labels ────────────────────────────────────────────────────────┴─▶ tables, curves, intervals
 
 Raw and calibrated scores are evaluated side by side; for each, categories by themselves and their mean

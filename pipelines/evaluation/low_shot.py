@@ -149,7 +149,7 @@ def plan_draws(shards: ShardSet, options: LowShotOptions) -> tuple[list[dict[str
 
 
 class DrawScorer(BankScorer):
-    """A bank of one draw, and metrics of its categories. A `UnitWorker`."""
+    """A bank of one draw, and metrics of its categories. A `PartTask`."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.runtime.actors import RuntimeOptions, connect, run_units
+from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
 from pipelines.runtime.progress import Progress
 from unianom import files
 from unianom.data.image import InputPolicy, decode_map, decode_mask, prepare_mask
@@ -136,13 +136,13 @@ class Counted:
 def count_pixels(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, runtime: RuntimeOptions) -> None:
     """Write a file for each score part into a folder; files that are there already are kept."""
     present = set(files.list_names(folder))
-    units = [{"part": part} for part in scores.parts if shard_part(part) in shards.parts]
-    left = [unit for unit in units if part_file(unit["part"]) not in present]
+    tasks = [{"part": part} for part in scores.parts if shard_part(part) in shards.parts]
+    left = [task for task in tasks if part_file(task["part"]) not in present]
     if not left:
         return
-    progress = Progress("read maps", sum(_rows(scores, unit["part"]) for unit in left))
+    progress = Progress("read maps", sum(_rows(scores, task["part"]) for task in left))
     connect(runtime)
-    for result in run_units(
+    for result in run_tasks(
         MapReader, {"scores": scores, "shards": shards, "plan": plan, "folder": folder}, left, runtime
     ):
         progress.advance(result["rows"])
@@ -164,7 +164,7 @@ def part_file(score_part: str) -> str:
 
 
 class MapReader:
-    """Reads the maps and masks of one score part. A `UnitWorker`.
+    """Reads the maps and masks of one score part. A `PartTask`.
 
     Args:
         scores, shards: what was scored, and its labels and masks.
@@ -177,9 +177,9 @@ class MapReader:
         models = scores.manifest["models"]
         self._policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in models}
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write one part's file."""
-        part = unit["part"]
+        part = task["part"]
         arrays = self._binned(part) if self._plan.binned else self._exact(part)
         with files.open_atomic(files.join(self._folder, part_file(part))) as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]

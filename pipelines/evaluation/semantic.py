@@ -168,7 +168,7 @@ def _classes(shards: ShardSet) -> list[str]:
 
 
 class TaskScorer(BankScorer):
-    """A bank of a task's normal classes, and scores of the whole test split. A `UnitWorker`."""
+    """A bank of a task's normal classes, and scores of the whole test split. A `PartTask`."""
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Fit, score and measure one task."""

@@ -1,6 +1,6 @@
-"""Stored scores → thresholds from unseen normal images → pass, review or fail for every image. No network runs.
+"""Stored scores → thresholds from held-out normal images → pass, review or fail for every image. No network runs.
 
-    scores of unseen normals ─▶ decision rule ─┐
+    scores of held-out normals ─▶ decision rule ─┐
                      scores to judge ──────────┴▶ actors: one decision part per score part ─▶ summary, review queue
 
 Thresholds are fitted to normal images that no part of the model has learned from and that are not of the test split:
@@ -28,7 +28,7 @@ from pipelines.runtime import outputs
 from pipelines.runtime.actors import RuntimeOptions, run_unfinished
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.locks import exclusive
-from pipelines.runtime.models import ModelShelf
+from pipelines.runtime.models import ModelSet
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import TrackingOptions, scope, track
 from unianom import __version__, files
@@ -75,13 +75,13 @@ class DecisionSet(PartSet):
 
 @dataclass(frozen=True)
 class DecideOptions:
-    """Judge stored scores: thresholds from unseen normal images, a decision for every image, and a review queue.
+    """Judge stored scores: thresholds from held-out normal images, a decision for every image, and a review queue.
 
     Args:
         scores: score set to judge; path or URI.
         output: folder to write; path or URI.
-        normals: score set of the unseen normal images, by the same models: of the "val" split, or of "train", of which
-            only what the training held out is taken; null looks for them among `scores`.
+        normals: score set of the held-out normal images, by the same models: of the "val" split, or of "train", of
+            which only what the training held out is taken; null looks for them among `scores`.
         shards: the shard set of `scores`, for pictures of the queue, and to tell what was held out where only some
             categories were scored; path or URI, null for neither.
         scores_kind: judge "raw" or "calibrated" scores.
@@ -159,7 +159,7 @@ def decide(options: DecideOptions) -> DecideResult:
     """Fit the rule, judge all scores, and write decisions, summary and review queue; or find that done.
 
     Raises:
-        DataError: wrong inputs, no unseen normal images, or an output that is another's.
+        DataError: wrong inputs, no held-out normal images, or an output that is another's.
         OptionError: too few of them for the rates asked for.
         ModelError: the rule cannot be stored in the model.
     """
@@ -171,8 +171,8 @@ def decide(options: DecideOptions) -> DecideResult:
     judged = sorted({row["category"] for row in scores.manifest["counts"]})
     if options.scores_kind == "calibrated":
         _check_calibration(normals)
-    unseen = [row for row in unseen_normals(normals, shards, options.held_out_fraction) if row["category"] in judged]
-    rule = _fit(unseen, judged, options)
+    held_out = [row for row in held_out_scores(normals, shards, options.held_out_fraction) if row["category"] in judged]
+    rule = _fit(held_out, judged, options)
     plan = {
         "scores": scores.digest,
         "normals": normals.digest,
@@ -198,7 +198,7 @@ def decide(options: DecideOptions) -> DecideResult:
         fresh = not outputs.is_complete(output)
         if fresh:
             records = _write_parts(scores, rule, output, digest, options)
-            _finish(records, scores, shards, unseen, rule, output, digest, options)
+            _finish(records, scores, shards, held_out, rule, output, digest, options)
         summary = files.read_json(files.join(output, "summary.json"))
         for row in summary["categories"]:
             run.metrics({f"{scope(row['category'])}/{key}": row[key] for key in RATES})
@@ -212,7 +212,7 @@ KEPT = ("thresholds.json", "summary.json", "queue.csv")
 """Files of the output that MLflow gets, beside the pictures."""
 
 
-# -- unseen normal images ----------------------------------------------------------------------------------------------
+# -- held-out normal images --------------------------------------------------------------------------------------------
 
 
 def _check_inputs(scores: ScoreSet, normals: ScoreSet, shards: ShardSet | None) -> None:
@@ -237,7 +237,7 @@ def _check_calibration(normals: ScoreSet) -> None:
             )
 
 
-def unseen_normals(normals: ScoreSet, shards: ShardSet | None, fraction: float | None) -> list[dict[str, Any]]:
+def held_out_scores(normals: ScoreSet, shards: ShardSet | None, fraction: float | None) -> list[dict[str, Any]]:
     """Scored normal images that no part of their model has learned from; never any of the test split.
 
     Args:
@@ -264,7 +264,7 @@ def unseen_normals(normals: ScoreSet, shards: ShardSet | None, fraction: float |
         scored = [row for row in chosen if row["status"] == "ok"]
         if not scored:
             raise DataError(
-                f"{normals.uri} holds no unseen normal image of the model for {some(model['categories'])}; score the "
+                f"{normals.uri} holds no held-out normal image of the model for {some(model['categories'])}; score the "
                 f"split they are in with jobs/score.py --splits val (or train, of which the held-out images are taken) "
                 f"and give that as --normals"
             )
@@ -310,15 +310,15 @@ def _held_out_ids(
     return held_out_normals(made, own, name, fraction)
 
 
-def _fit(unseen: list[dict[str, Any]], categories: list[str], options: DecideOptions) -> DecisionRule:
+def _fit(held_out: list[dict[str, Any]], categories: list[str], options: DecideOptions) -> DecisionRule:
     key = "score" if options.scores_kind == "raw" else "calibrated_score"
-    if any(row[key] is None for row in unseen):
+    if any(row[key] is None for row in held_out):
         raise DataError(
             "the scores are not calibrated; fit a calibrator to the model and score again, or leave out --scores_kind "
             "calibrated"
         )
     groups: dict[str, list[float]] = {category: [] for category in categories}
-    for row in unseen:
+    for row in held_out:
         groups[row["category"]].append(row[key])
     return fit_rule(
         groups,
@@ -338,10 +338,10 @@ def _write_parts(
     scores: ScoreSet, rule: DecisionRule, output: str, plan: str, options: DecideOptions
 ) -> list[dict[str, Any]]:
     """Write the decision parts that are not there yet; the records of all, in the order of the parts."""
-    units = {decision_part(part, plan): {"part": part} for part in scores.parts}
+    tasks = {decision_part(part, plan): {"part": part} for part in scores.parts}
     arguments = {"scores": scores, "rule": rule, "output": output, "plan": plan, "queue": options.queue}
     progress = Progress("decide", sum(entry["rows"] for entry in scores.manifest["files"]))
-    return list(run_unfinished(PartJudge, arguments, units, output, options.runtime, progress, "rows")[0].values())
+    return list(run_unfinished(PartDecider, arguments, tasks, output, options.runtime, progress, "rows")[0].values())
 
 
 def decision_part(part: str, plan: str) -> str:
@@ -349,8 +349,8 @@ def decision_part(part: str, plan: str) -> str:
     return f"{part.rsplit('-', 1)[0]}-{plan[:12]}.parquet"
 
 
-class PartJudge:
-    """Judges the samples of one score part. A `UnitWorker`.
+class PartDecider:
+    """Judges the samples of one score part. A `PartTask`.
 
     Args:
         scores: the score set.
@@ -363,11 +363,11 @@ class PartJudge:
     def __init__(self, scores: ScoreSet, rule: DecisionRule, output: str, plan: str, queue: int) -> None:
         self._scores, self._rule, self._output, self._plan, self._queue = scores, rule, output, plan, queue
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write one decision part and its record, which sums up its images of the test split."""
-        name = decision_part(unit["part"], self._plan)
+        name = decision_part(task["part"], self._plan)
         path = files.join(self._output, name)
-        rows = list(self._judged(unit["part"]))
+        rows = list(self._judged(task["part"]))
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, DECISION_SCHEMA)
             for row in rows:
@@ -411,7 +411,7 @@ def _finish(
     records: list[dict[str, Any]],
     scores: ScoreSet,
     shards: ShardSet | None,
-    unseen: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
     rule: DecisionRule,
     output: str,
     plan: str,
@@ -421,7 +421,7 @@ def _finish(
     counts: Counter[tuple[Any, ...]] = Counter()
     for record in records:
         counts.update({tuple(key): count for *key, count in record["counts"]})
-    summary = summarise(counts, Counter(row["category"] for row in unseen), rule, options)
+    summary = summarise(counts, Counter(row["category"] for row in held_out), rule, options)
     merged = [row for record in records for queue in record["queues"].values() for row in queue]
     queues = review_queues(list({row["sample_id"]: row for row in merged}.values()), options.queue)
     files.write_json(files.join(output, "thresholds.json"), rule.to_dict())
@@ -455,21 +455,21 @@ RATES = ("false_positive_rate", "normal_review_rate", "detection_rate", "anomalo
 
 
 def summarise(
-    counts: Mapping[tuple[Any, ...], int], unseen: Mapping[str, int], rule: DecisionRule, options: DecideOptions
+    counts: Mapping[tuple[Any, ...], int], held_out: Mapping[str, int], rule: DecisionRule, options: DecideOptions
 ) -> dict[str, Any]:
     """What the rule does to the images of the test split, by category and over all.
 
     Args:
         counts: test images by category, label and decision.
-        unseen: by category, how many normal images the thresholds were fitted to.
+        held_out: by category, how many normal images the thresholds were fitted to.
         rule, options: how it was decided.
     """
     rows = []
     for name in sorted({category for category, _, _ in counts}):
         own = {key: count for key, count in counts.items() if key[0] == name}
-        rows.append(_summary_row(name, own, unseen.get(name, 0), rule, own_bands=name in rule.categories))
+        rows.append(_summary_row(name, own, held_out.get(name, 0), rule, own_bands=name in rule.categories))
     if len(rows) > 1:
-        rows.append(_summary_row(ALL, counts, sum(unseen.values()), rule, own_bands=False))
+        rows.append(_summary_row(ALL, counts, sum(held_out.values()), rule, own_bands=False))
     return {
         "scores_kind": rule.kind,
         "target_fpr": options.target_fpr,
@@ -481,7 +481,7 @@ def summarise(
 
 
 def _summary_row(
-    name: str, counts: Mapping[tuple[Any, ...], int], unseen: int, rule: DecisionRule, own_bands: bool
+    name: str, counts: Mapping[tuple[Any, ...], int], held_out: int, rule: DecisionRule, own_bands: bool
 ) -> dict[str, Any]:
     """Counts of images, and shares of those with a score."""
 
@@ -500,7 +500,7 @@ def _summary_row(
     return {
         "category": name,
         "thresholds": UNDEFINED if differing else "own" if own_bands else "common",
-        "unseen_normals": unseen,
+        "unseen_normals": held_out,
         "review_above": None if differing or bands is None else bands.review.value,
         "fail_above": None if differing or bands is None else bands.fail.value,
         "images": sum(counts.values()),
@@ -562,7 +562,7 @@ def _queue_csv(queues: Mapping[str, list[dict[str, Any]]]) -> bytes:
 COLUMNS = {
     "category": "category",
     "thresholds": "thresholds",
-    "unseen_normals": "unseen normals",
+    "unseen_normals": "held-out normals",
     "review_above": "review above",
     "fail_above": "fail above",
     "normal": "normal",
@@ -619,7 +619,7 @@ def print_decisions(result: DecideResult) -> None:
         rows,
         footer=int(len(rows) > 1),
     )
-    console.print(f"promised of unseen normal images: {_promise(summary)}")
+    console.print(f"promised for normal images: {_promise(summary)}")
     for note in summary["notes"]:
         console.print(f"note: {note}")
     unscored = summary["categories"][-1]["not_scored"]
@@ -681,7 +681,7 @@ def _find_models(uri: str, scores: ScoreSet) -> list[RuleTarget]:
         ModelError: no model there, or not the ones that made the scores.
     """
     known: dict[str, str] = {}
-    for folder in ModelShelf.open(uri).folders:
+    for folder in ModelSet.open(uri).folders:
         path = files.join(folder, "model.json")
         description = files.read_json(path)
         bare, entry = _digest_without_rule(description), description["provenance"].get("decision_rule")

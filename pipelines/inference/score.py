@@ -17,8 +17,8 @@ import numpy as np
 
 from pipelines.data.ingest import map_ahead
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, connect, run_units
-from pipelines.runtime.models import ModelShelf, load_model
+from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
+from pipelines.runtime.models import ModelSet, load_model
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, decode_prepared, encode_map
@@ -98,10 +98,10 @@ def score(options: ScoreOptions) -> ScoreResult:
     shards = ShardSet.open(options.shards)
     selection = Selection(options.splits, options.categories)
     shards.check(selection)
-    shelf = ModelShelf.open(options.model)
-    models = shelf.descriptions()
+    model_set = ModelSet.open(options.model)
+    models = model_set.descriptions()
     for category in options.categories or shards.categories:
-        shelf.folder_of(category)
+        model_set.folder_of(category)
     masks_missing = shards.manifest["summary"]["masks"]["missing"]["count"]
     anomalous = shards.count(Selection(options.splits, options.categories, (1,)))
     maps = anomalous > masks_missing if options.maps is None else options.maps
@@ -126,8 +126,8 @@ def score(options: ScoreOptions) -> ScoreResult:
             arguments = {
                 "shards": shards,
                 "selection": selection,
-                "shelf": shelf,
-                "digests": dict(zip(shelf.folders, plan["models"], strict=True)),
+                "model_set": model_set,
+                "digests": dict(zip(model_set.folders, plan["models"], strict=True)),
                 "output": output,
                 "plan": digest,
                 "maps": maps,
@@ -146,19 +146,19 @@ def score(options: ScoreOptions) -> ScoreResult:
 
 def _write_parts(arguments: dict[str, Any], shards: ShardSet, selection: Selection, runtime: RuntimeOptions) -> float:
     output, digest = arguments["output"], arguments["plan"]
-    units, done = [], 0
+    tasks, done = [], 0
     for part in shards.parts:
         record = outputs.part_record(output, score_part(part, digest))
         if record is None:
-            units.append({"part": part})
+            tasks.append({"part": part})
         else:
             done += record["rows"]
     if done:
         print(f"continuing: {done} samples are scored already")
     progress = Progress("score", shards.count(selection) - done)
-    if units:
+    if tasks:
         connect(runtime)
-    for record in run_units(PartScorer, arguments, units, runtime):
+    for record in run_tasks(PartScorer, arguments, tasks, runtime):
         progress.advance(record["rows"])
     return progress.close()
 
@@ -169,12 +169,12 @@ def score_part(part: str, plan: str) -> str:
 
 
 class PartScorer:
-    """Scores the samples of one shard part. A `UnitWorker`.
+    """Scores the samples of one shard part. A `PartTask`.
 
     Args:
         shards: the shard set.
         selection: which samples.
-        shelf: which model for which category.
+        model_set: which model for which category.
         digests: model folder to model digest.
         output: folder of the score set.
         plan: digest of the scoring plan.
@@ -190,7 +190,7 @@ class PartScorer:
         self,
         shards: ShardSet,
         selection: Selection,
-        shelf: ModelShelf,
+        model_set: ModelSet,
         digests: dict[str, str],
         output: str,
         plan: str,
@@ -201,23 +201,23 @@ class PartScorer:
         threads: int,
         fold: bool = False,
     ) -> None:
-        self._shards, self._selection, self._shelf, self._digests = shards, selection, shelf, digests
+        self._shards, self._selection, self._shelf, self._digests = shards, selection, model_set, digests
         self._output, self._plan, self._maps = output, plan, maps
         self._batch_size, self._limits, self._device, self._fold = batch_size, limits, device, fold
         self._pool = ThreadPoolExecutor(threads)
         self._ahead = 2 * batch_size
         self._models: dict[str, Model] = {}
-        if not shelf.by_category:
-            self._model(shelf.uri)
+        if not model_set.by_category:
+            self._model(model_set.uri)
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write one score part and its record."""
-        name = score_part(unit["part"], self._plan)
+        name = score_part(task["part"], self._plan)
         statuses: Counter[str] = Counter()
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SCORE_SCHEMA)
-            for row in self._scored(unit["part"]):
+            for row in self._scored(task["part"]):
                 writer.write(row)
                 statuses[row["status"]] += 1
             writer.close()

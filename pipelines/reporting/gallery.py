@@ -26,7 +26,7 @@ SCALE_MAPS = 64
 
 
 @dataclass(frozen=True)
-class Choice:
+class GallerySample:
     """A sample chosen for the gallery.
 
     Attributes:
@@ -39,7 +39,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Choices:
+class GallerySamples:
     """The samples of a gallery, in the order they are shown.
 
     Attributes:
@@ -48,9 +48,9 @@ class Choices:
         typical: anomalous and not among `missed`, those next to the median of their defect type.
     """
 
-    missed: list[Choice]
-    alarms: list[Choice]
-    typical: list[Choice]
+    missed: list[GallerySample]
+    alarms: list[GallerySample]
+    typical: list[GallerySample]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards of `Choices`, and the scale of their heat maps; no scale if the scores hold no maps."""
+    """Cards of `GallerySamples`, and the scale of their heat maps; no scale if the scores hold no maps."""
 
     missed: list[Card]
     alarms: list[Card]
@@ -103,7 +103,7 @@ def margins(table: pa.Table, models: Iterable[Mapping[str, Any]]) -> np.ndarray:
     return found
 
 
-def choose(table: pa.Table, margin: np.ndarray, count: int) -> Choices:
+def choose(table: pa.Table, margin: np.ndarray, count: int) -> GallerySamples:
     """Choose the samples of a gallery.
 
     Args:
@@ -113,7 +113,7 @@ def choose(table: pa.Table, margin: np.ndarray, count: int) -> Choices:
             as many, at least one, of each defect type.
     """
     if count == 0:
-        return Choices([], [], [])
+        return GallerySamples([], [], [])
     label, category, defect = table["label"].to_numpy(), _texts(table, "category"), _texts(table, "defect")
     rising = np.argsort(margin, kind="stable")
     falling = np.argsort(-margin, kind="stable")
@@ -129,17 +129,17 @@ def choose(table: pa.Table, margin: np.ndarray, count: int) -> Choices:
     for _, rows in sorted(kinds.items()):
         middle = np.median(margin[rows])
         rows.sort(key=lambda row: abs(margin[row] - middle))
-        typical += [Choice(row, number == 0) for number, row in enumerate(rows[: max(1, count // 4)])]
-    return Choices(missed, alarms, typical)
+        typical += [GallerySample(row, number == 0) for number, row in enumerate(rows[: max(1, count // 4)])]
+    return GallerySamples(missed, alarms, typical)
 
 
-def _first(order: np.ndarray, category: np.ndarray, count: int) -> list[Choice]:
+def _first(order: np.ndarray, category: np.ndarray, count: int) -> list[GallerySample]:
     """The first `count` of an order of rows, and the first of each category in it."""
     overall = set(order[:count].tolist())
     chosen = set(overall)
     for name in set(category[order]):
         chosen.update(order[category[order] == name][: (count + 1) // 2].tolist())
-    return [Choice(row, row in overall) for row in order.tolist() if row in chosen]
+    return [GallerySample(row, row in overall) for row in order.tolist() if row in chosen]
 
 
 def make_gallery(
@@ -171,7 +171,7 @@ def make_gallery(
         sample_id = stored["sample_id"]
         drawn[sample_id] = _draw(stored, maps.get(sample_id), scale, policies[of_id[sample_id]["model"]])
 
-    def cards(group: Iterable[Choice]) -> list[Card]:
+    def cards(group: Iterable[GallerySample]) -> list[Card]:
         found = []
         for choice in group:
             sample = samples[choice.row]

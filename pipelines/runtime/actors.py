@@ -1,4 +1,4 @@
-"""Ray: connecting, spreading units of work over actors, and progress."""
+"""Ray: connecting, spreading tasks over actors, and progress."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from pipelines.runtime.progress import Progress
 from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
 
 STARTED, ENDED = "_started", "_ended"
-"""Keys of a unit's result: when its actor began and ended it, in seconds since 1970."""
+"""Keys of a task's result: when its actor began and ended it, in seconds since 1970."""
 
 ERROR = "_error"
-"""Key of the result of a unit that failed: class and message of an error for the user; of any other `UNEXPECTED`, its
+"""Key of the result of a task that failed: class and message of an error for the user; of any other `UNEXPECTED`, its
 reason and its traceback."""
 
 UNEXPECTED = "_unexpected"
@@ -64,8 +64,8 @@ class RuntimeOptions:
         """Where networks run."""
         return "cuda" if self.gpus_per_worker else "cpu"
 
-    def pool_size(self, units: int) -> int:
-        """How many actors for so many units of work; needs a connected Ray.
+    def pool_size(self, tasks: int) -> int:
+        """How many actors for so many tasks; needs a connected Ray.
 
         Raises:
             OptionError: the cluster cannot hold a single one.
@@ -79,7 +79,7 @@ class RuntimeOptions:
                 f"a worker needs {self.cpus_per_worker} CPUs and {self.gpus_per_worker} GPUs; this Ray has "
                 f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
             )
-        return max(1, min(self.workers or fit, fit, units))
+        return max(1, min(self.workers or fit, fit, tasks))
 
 
 def connect(options: RuntimeOptions, dashboard: bool = False) -> None:
@@ -171,33 +171,33 @@ def _stderr_kept_back(said: list[str]) -> Iterator[None]:
             os.close(kept)
 
 
-class UnitWorker(Protocol):
-    """Does one unit of work at a time; made once per actor."""
+class PartTask(Protocol):
+    """Does one task at a time; made once per actor."""
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """Do a unit, commit its output, and tell what came of it as plain data."""
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Do a task, commit its output, and tell what came of it as plain data."""
 
 
 class _Actor:
-    """What Ray Data runs: a batch of one unit, as JSON, to a batch of one result, as JSON."""
+    """What Ray Data runs: a batch of one task, as JSON, to a batch of one result, as JSON."""
 
     def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
         # the worker is not made here: what fails in an actor's constructor is told as the actor's death
         self._make = partial(worker, **arguments)
         self._threads = threads
-        self._worker: UnitWorker | None = None
+        self._worker: PartTask | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self._told(unit)) for unit in batch["item"]]}
+        return {"result": [json.dumps(self._told(task)) for task in batch["item"]]}
 
-    def _told(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """A unit's result, or the user's error as a result: Ray Data replaces exceptions by its own on their way."""
+    def _told(self, task: dict[str, Any]) -> dict[str, Any]:
+        """A task's result, or the user's error as a result: Ray Data replaces exceptions by its own on their way."""
         try:
             if self._worker is None:
                 set_threads(self._threads)
                 self._worker = self._make()
             start = time.time()
-            return {**self._worker.run(unit), STARTED: start, ENDED: time.time()}
+            return {**self._worker.run(task), STARTED: start, ENDED: time.time()}
         except Exception as error:
             return {ERROR: told_error(error)}
 
@@ -230,18 +230,18 @@ def set_threads(threads: int) -> None:
         pass  # jobs that need FAISS say so themselves
 
 
-def run_units(
-    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], options: RuntimeOptions
+def run_tasks(
+    worker: type, arguments: dict[str, Any], tasks: Sequence[dict[str, Any]], options: RuntimeOptions
 ) -> Iterator[dict[str, Any]]:
-    """Spread units of work over a pool of actors; give results as they come, in any order.
+    """Spread tasks over a pool of actors; give results as they come, in any order.
 
-    A unit whose actor dies is run again by Ray, so `worker.run` must be idempotent: its output appears whole, under
-    a name that depends on the unit alone.
+    A task whose actor dies is run again by Ray, so `worker.run` must be idempotent: its output appears whole, under
+    a name that depends on the task alone.
 
     Args:
-        worker: a `UnitWorker` class.
+        worker: a `PartTask` class.
         arguments: of its constructor.
-        units: plain data, one dict a unit.
+        tasks: plain data, one dict a task.
         options: size of the pool.
 
     Raises:
@@ -249,7 +249,7 @@ def run_units(
         MachineError: Ray lost what it cannot restore.
         WorkerError: what a worker raised else.
     """
-    if not units:
+    if not tasks:
         return
     from ray.data import ActorPoolStrategy, DataContext  # a second that jobs with nothing to do are spared
 
@@ -257,8 +257,8 @@ def run_units(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = options.pool_size(len(units))
-    dataset = ray.data.from_items([{"item": unit} for unit in units], override_num_blocks=len(units)).map_batches(
+    size = options.pool_size(len(tasks))
+    dataset = ray.data.from_items([{"item": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(
         _Actor,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": options.cpus_per_worker},
         batch_size=1,
@@ -301,34 +301,34 @@ def lost_error(error: BaseException) -> Exception:
 def run_unfinished(
     worker: type,
     arguments: dict[str, Any],
-    units: Mapping[str, dict[str, Any]],
+    tasks: Mapping[str, dict[str, Any]],
     output: str,
     options: RuntimeOptions,
     progress: Progress,
     count: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], float]:
-    """Run those units of work whose record is not in an output folder yet.
+    """Run those tasks whose record is not in an output folder yet.
 
     Args:
-        worker, arguments, options: see `run_units`.
-        units: by the name under which each is committed with `outputs.commit_part`.
+        worker, arguments, options: see `run_tasks`.
+        tasks: by the name under which each is committed with `outputs.commit_part`.
         output: that folder.
         progress: shown; closed at the end.
-        count: entry of a record that it advances by; null counts units.
+        count: entry of a record that it advances by; null counts tasks.
 
     Returns:
-        The records of all units by name, in the order of `units`, and the rate of this run.
+        The records of all tasks by name, in the order of `tasks`, and the rate of this run.
 
     Raises:
-        UnianomError: see `run_units`.
+        UnianomError: see `run_tasks`.
     """
-    records = {name: outputs.part_record(output, name) for name in units}
+    records = {name: outputs.part_record(output, name) for name in tasks}
     done = [record for record in records.values() if record is not None]
     progress.advance(sum(record[count] for record in done) if count else len(done))
-    left = [units[name] for name, record in records.items() if record is None]
+    left = [tasks[name] for name, record in records.items() if record is None]
     if left:
         connect(options)
-    for result in run_units(worker, arguments, left, options):
+    for result in run_tasks(worker, arguments, left, options):
         progress.advance(result[count] if count else 1)
     rate = progress.close()
     return {name: record or outputs.part_record(output, name) or {} for name, record in records.items()}, rate

@@ -13,7 +13,7 @@ INDEX = "models.json"
 
 
 @dataclass(frozen=True)
-class ModelShelf:
+class ModelSet:
     """Which model scores which category.
 
     Attributes:
@@ -25,7 +25,7 @@ class ModelShelf:
     by_category: dict[str, str]
 
     @staticmethod
-    def open(uri: str) -> ModelShelf:
+    def open(uri: str) -> ModelSet:
         """Find out what lies there.
 
         Raises:
@@ -33,7 +33,7 @@ class ModelShelf:
         """
         folder = files.full_uri(uri)
         if is_model(folder):
-            return ModelShelf(folder, {})
+            return ModelSet(folder, {})
         index = files.join(folder, INDEX)
         if files.exists(index):
             try:
@@ -47,7 +47,7 @@ class ModelShelf:
                     f"{index} names {strange[0]}, which is no folder beside it; a model is read from nowhere else, so "
                     f"copy the whole folder again"
                 )
-            return ModelShelf(folder, {category: files.join(folder, name) for category, name in names.items()})
+            return ModelSet(folder, {category: files.join(folder, name) for category, name in names.items()})
         found = ", ".join(files.list_names(folder)[:5]) or "nothing"
         raise ModelError(f"no model in {folder} (found: {found}); give a folder that jobs/train.py wrote")
 

@@ -27,7 +27,7 @@ from pipelines.runtime import outputs
 from pipelines.runtime.actors import RuntimeOptions, connect, run_unfinished, set_threads
 from pipelines.runtime.errors import user_error
 from pipelines.runtime.locks import exclusive
-from pipelines.runtime.models import ModelShelf, load_model, write_index
+from pipelines.runtime.models import ModelSet, load_model, write_index
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import TrackingOptions, scope, track
 from unianom import __version__, files
@@ -116,28 +116,30 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
         DataError: no normal training image, another calibrator is there already, or constant maps.
         ModelError: no usable model.
     """
-    shards, shelf = ShardSet.open(options.shards), ModelShelf.open(options.model)
-    shelf.descriptions()  # a missing or damaged model shows now
-    output = shelf.uri if options.output is None else files.full_uri(options.output)
+    shards, model_set = ShardSet.open(options.shards), ModelSet.open(options.model)
+    model_set.descriptions()  # a missing or damaged model shows now
+    output = model_set.uri if options.output is None else files.full_uri(options.output)
     tasks = []
-    for folder in shelf.folders:
-        own = output if not shelf.by_category else files.join(output, folder.rsplit("/", 1)[-1])
-        tasks.append((Kept.of(folder, shards, options), own))
-    anew = shelf.by_category and not files.same_place(output, shelf.uri)
+    for folder in model_set.folders:
+        own = output if not model_set.by_category else files.join(output, folder.rsplit("/", 1)[-1])
+        tasks.append((EmbeddingCache.of(folder, shards, options), own))
+    anew = model_set.by_category and not files.same_place(output, model_set.uri)
     with ExitStack() as stack:
         if anew:
             stack.enter_context(_opened_for_all(tasks, output, options))
-        elif not shelf.by_category:
+        elif not model_set.by_category:
             stack.enter_context(_opened(*tasks[0], options))
         run = stack.enter_context(track(options.tracking, "calibrate", output, to_plain(options)))
         results = []
         for kept, own in tasks:
             result = _calibrate_planned(kept, own, options)
-            prefix = f"{scope(result.categories[0])}/" if shelf.by_category else ""
+            prefix = f"{scope(result.categories[0])}/" if model_set.by_category else ""
             run.metrics({prefix + name: value for name, value in result.metrics.items()})
             results.append(result)
         if anew:
-            write_index(output, {category: folder.rsplit("/", 1)[-1] for category, folder in shelf.by_category.items()})
+            write_index(
+                output, {category: folder.rsplit("/", 1)[-1] for category, folder in model_set.by_category.items()}
+            )
     return results
 
 
@@ -149,11 +151,11 @@ def calibrate_model(folder: str, output: str, shards: ShardSet, options: Calibra
         output: the same, or another one.
         shards, options: images, and how.
     """
-    return _calibrate_planned(Kept.of(folder, shards, options), output, options)
+    return _calibrate_planned(EmbeddingCache.of(folder, shards, options), output, options)
 
 
 def _opened_for_all(
-    tasks: list[tuple[Kept, str]], output: str, options: CalibrateOptions
+    tasks: list[tuple[EmbeddingCache, str]], output: str, options: CalibrateOptions
 ) -> AbstractContextManager[str]:
     """Claim the folder that the calibrated models of single categories are written to; none is refused later."""
     plan = {"models": [files.digest_of(_plan(kept, options)) for kept, _ in tasks]}
@@ -163,17 +165,17 @@ def _opened_for_all(
     return outputs.open_output(output, "calibrated models", plan, inputs=inputs, overwrite=options.overwrite)
 
 
-def _plan(kept: Kept, options: CalibrateOptions) -> dict[str, Any]:
+def _plan(kept: EmbeddingCache, options: CalibrateOptions) -> dict[str, Any]:
     """What a calibrated model depends on."""
     return {"model": kept.model, **_found_plan(kept, options)}
 
 
-def _found_plan(kept: Kept, options: CalibrateOptions) -> dict[str, Any]:
+def _found_plan(kept: EmbeddingCache, options: CalibrateOptions) -> dict[str, Any]:
     """What a calibrator depends on."""
     return {"found_by": files.digest_of(kept.plan), "calibration": to_plain(options.calibration)}
 
 
-def _opened(kept: Kept, output: str, options: CalibrateOptions) -> AbstractContextManager[Any]:
+def _opened(kept: EmbeddingCache, output: str, options: CalibrateOptions) -> AbstractContextManager[Any]:
     """Claim the folder that the calibrator is written to, the model's own or another one."""
     if files.same_place(kept.model, output):
         return exclusive(files.join(output, outputs.LOCK), output)
@@ -183,7 +185,7 @@ def _opened(kept: Kept, output: str, options: CalibrateOptions) -> AbstractConte
     )
 
 
-def _calibrate_planned(kept: Kept, output: str, options: CalibrateOptions) -> CalibrateResult:
+def _calibrate_planned(kept: EmbeddingCache, output: str, options: CalibrateOptions) -> CalibrateResult:
     """Calibrate one model, or find it calibrated."""
     plan = _found_plan(kept, options)
     with _opened(kept, output, options):
@@ -193,7 +195,7 @@ def _calibrate_planned(kept: Kept, output: str, options: CalibrateOptions) -> Ca
         return _calibrate(output, kept, plan, options)
 
 
-def _calibrate(output: str, kept: Kept, plan: dict[str, Any], options: CalibrateOptions) -> CalibrateResult:
+def _calibrate(output: str, kept: EmbeddingCache, plan: dict[str, Any], options: CalibrateOptions) -> CalibrateResult:
     """Fit a calibrator and write it; the output is claimed."""
     connect(options.runtime)
     kept.fill(options)
@@ -267,7 +269,7 @@ def _choose(
 
 # ------------------------------------------------------------------------------------------- what the network finds
 @dataclass(frozen=True)
-class Kept:
+class EmbeddingCache:
     """Where what a model finds in normal images is kept for all calibrators, and of which images it is.
 
     Attributes:
@@ -288,7 +290,7 @@ class Kept:
     held_out: frozenset[str]
 
     @staticmethod
-    def of(model: str, shards: ShardSet, options: CalibrateOptions) -> Kept:
+    def of(model: str, shards: ShardSet, options: CalibrateOptions) -> EmbeddingCache:
         """Which images, and where.
 
         Raises:
@@ -310,7 +312,7 @@ class Kept:
             "threads": options.runtime.cpus_per_worker,
         }
         uri = files.join(options.folder or files.beside(model, "prepared"), files.digest_of(plan)[:20])
-        return Kept(uri, plan, model, shards, categories, chosen, held_out)
+        return EmbeddingCache(uri, plan, model, shards, categories, chosen, held_out)
 
     def fill(self, options: CalibrateOptions) -> None:
         """Compute embeddings and statistics of all these images, or find them computed."""
@@ -331,8 +333,8 @@ class Kept:
                 "threads": options.runtime.cpus_per_worker,
             }
             progress = Progress("inspect normals", len(self.chosen))
-            units = {part: {"part": part} for part in self.shards.parts}
-            records, _ = run_unfinished(PartInspector, arguments, units, self.uri, options.runtime, progress, "rows")
+            tasks = {part: {"part": part} for part in self.shards.parts}
+            records, _ = run_unfinished(PartInspector, arguments, tasks, self.uri, options.runtime, progress, "rows")
             shape = next(record["shape"] for record in records.values() if record["rows"])
             outputs.finish(self.uri, {"rows": {part: r["rows"] for part, r in records.items()}, "shape": shape})
 
@@ -343,7 +345,7 @@ class Kept:
 
 
 class PartInspector:
-    """Keeps what a method finds in one part's chosen images. A `UnitWorker`."""
+    """Keeps what a method finds in one part's chosen images. A `PartTask`."""
 
     def __init__(
         self,
@@ -365,9 +367,9 @@ class PartInspector:
         self._categories, self._output, self._half = categories, output, half
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write the arrays of one part and their record."""
-        part = unit["part"]
+        part = task["part"]
         category = self._category(part)
         statistics: list[np.ndarray] = []
         moments: np.ndarray | None = None
@@ -418,7 +420,7 @@ class PartInspector:
 
 
 class KeptRows:
-    """Kept embeddings by the number of their image, through all parts.
+    """EmbeddingCache embeddings by the number of their image, through all parts.
 
     Args:
         arrays: of the parts, in order, n×C×h×w each.
@@ -435,7 +437,7 @@ class KeptRows:
 
 
 # ------------------------------------------------------------------------------------------------------- the head
-def _fit(kept: Kept, checkpoint: str, options: CalibrateOptions) -> tuple[Calibrator, dict[str, float]]:
+def _fit(kept: EmbeddingCache, checkpoint: str, options: CalibrateOptions) -> tuple[Calibrator, dict[str, float]]:
     """Statistics from the kept arrays, and the head trained by one actor."""
     config, runtime = options.calibration, options.runtime
     trainer: Any = ray.remote(
@@ -472,7 +474,7 @@ class HeadActor:
     """
 
     def __init__(
-        self, kept: Kept, config: CalibrationConfig, checkpoint: str | None, device: str, threads: int
+        self, kept: EmbeddingCache, config: CalibrationConfig, checkpoint: str | None, device: str, threads: int
     ) -> None:
         set_threads(threads)
         self._kept, self._config, self._checkpoint, self._device = kept, config, checkpoint, device

@@ -21,12 +21,12 @@ from torch.utils.data import Dataset
 from pipelines.data.feature_cache import DESCRIPTOR, MASKS, PIXELS, Arrays, learnable
 from pipelines.data.reader import decode_row_mask
 from pipelines.training.augment import flip_and_turn
-from pipelines.training.sampler import Companions, Place
+from pipelines.training.sampler import EpochIndex, ReferenceSampler
 from pipelines.training.samples import TrainingImages
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import Synthesiser
-from unianom.methods.trained import BatchNeeds, TrainingBatch
+from unianom.methods.trained import BatchSpec, TrainingBatch
 
 # One for all shard images, so that they can be pickled: a batch is made ahead while validation asks for others.
 _groups_lock = threading.Lock()
@@ -119,7 +119,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         needs: what the method's batches hold besides images.
         pixels: where prepared images come from; None where frozen features stand for them all.
         features: frozen features; None where they are not kept.
-        companions: for prompts and textures; None where no image needs one.
+        references: for prompts and textures; None where no image needs one.
         synthesiser: makes synthetic anomalies; None for none.
         seed: of all that is random in making an image.
 
@@ -131,10 +131,10 @@ class TrainingSet(Dataset[TrainingBatch]):
         self,
         images: TrainingImages,
         categories: list[str],
-        needs: BatchNeeds,
+        needs: BatchSpec,
         pixels: ShardImages | PreparedImages | None,
         features: Arrays | None,
-        companions: Companions | None,
+        references: ReferenceSampler | None,
         synthesiser: Synthesiser | None,
         seed: int,
     ) -> None:
@@ -142,12 +142,12 @@ class TrainingSet(Dataset[TrainingBatch]):
             raise ValueError("a method that needs labels can have neither prompts nor synthetic anomalies")
         self._images, self._categories, self._needs = images, categories, needs
         self._pixels, self._features = pixels, features
-        self._companions, self._synthesiser, self._seed = companions, synthesiser, seed
+        self._references, self._synthesiser, self._seed = references, synthesiser, seed
 
-    def __getitem__(self, places: Sequence[Place]) -> TrainingBatch:
+    def __getitem__(self, places: Sequence[EpochIndex]) -> TrainingBatch:
         return self.batch(places)
 
-    def batch(self, places: Sequence[Place], augment: bool = True) -> TrainingBatch:
+    def batch(self, places: Sequence[EpochIndex], augment: bool = True) -> TrainingBatch:
         """The images at these places, with all that belongs to them; images are uint8 until `to_input`."""
         columns: dict[str, list[Any]] = defaultdict(list)
         for epoch, index in places:
@@ -182,14 +182,14 @@ class TrainingSet(Dataset[TrainingBatch]):
             sample["images"] = _channels_first(pixels)
         if mask is not None:
             sample["mask"] = mask[None].astype(np.float32)
-        if self._companions is not None and self._needs.prompts is not None:
-            prompt = self._companions.prompt(index, rng)
+        if self._references is not None and self._needs.prompts is not None:
+            prompt = self._references.prompt(index, rng)
             if self._features is not None:
                 sample["prompt_features"] = self._row(prompt)
             elif self._pixels is not None:
                 sample["prompt_images"] = _channels_first(self._pixels.pixels(prompt))
-        if self._synthesiser is not None and self._companions is not None and self._pixels is not None:
-            other = self._pixels.pixels(self._companions.other(index, rng))
+        if self._synthesiser is not None and self._references is not None and self._pixels is not None:
+            other = self._pixels.pixels(self._references.other(index, rng))
             assert pixels is not None
             made = self._synthesiser(np.ascontiguousarray(pixels), rng, other)
             sample["synthetic_images"] = _channels_first(made.image)

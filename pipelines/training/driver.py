@@ -36,8 +36,8 @@ from pipelines.training.options import WORK, FitResult
 from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
 from pipelines.training.samples import TrainingImages
 from pipelines.training.threshold import held_out_threshold
-from pipelines.training.trainer import undisturbed
-from pipelines.training.worker import Events, train_worker
+from pipelines.training.trainer import evaluation_mode
+from pipelines.training.worker import MetricsChannel, train_worker
 from unianom import files
 from unianom.data.schema import ANOMALOUS
 from unianom.data.shards import Selection, ShardSet
@@ -70,11 +70,11 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
 
 def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[FitTask]:
     """Plan what `train_networks` trains; arguments and errors are the same."""
-    needs = make_method(name, config).needs
+    needs = make_method(name, config).batch_spec
     weights = cache(weights_digest)
 
     def describe(own: Any, shards: ShardSet, categories: list[str]) -> tuple[TrainValSplit, str, dict[str, Any]]:
-        own_needs = needs if own == config else make_method(name, own).needs
+        own_needs = needs if own == config else make_method(name, own).batch_spec
         chosen, notice = choose_samples(shards, categories, options.split, validate=True, labels=own_needs.labels)
         if own_needs.masks:
             check_masks(shards, categories)
@@ -112,7 +112,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
     chosen, notice = task.chosen, task.notice
     if is_model(output):
         return _result(load_model(output, "cpu"), output, fresh=False)
-    needs = make_method(name, config).needs
+    needs = make_method(name, config).batch_spec
     prefix = f"{scope(categories[0])}/" if options.per_category else ""
     connect(options.runtime)
     work = files.join(output, WORK)
@@ -174,7 +174,7 @@ def plan_job(
 ) -> Job:
     """Prepare what is computed once, and write down which images are learned from."""
     method = make_method(name, config)
-    needs = method.needs
+    needs = method.batch_spec
     images = TrainingImages.choose(shards, categories, chosen.learn, needs.labels)
     places = files.join(work, "images.parquet")
     images.save(places)
@@ -249,7 +249,7 @@ def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> boo
     Raises:
         OptionError: they are asked for where augmentation makes that impossible, or not, where prompts need them.
     """
-    augmented = method.needs.augmentation.active
+    augmented = method.batch_spec.augmentation.active
     if data.frozen_features and augmented:
         raise OptionError(
             "data.frozen_features needs images that do not change; empty method.augmentation, or leave it out"
@@ -257,7 +257,7 @@ def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> boo
     features = data.frozen_features
     if features is None:
         features = not augmented and images * feature_bytes(method, data) <= ALL_PREPARED_BYTES
-    if method.needs.prompts == "nearest" and not features:
+    if method.batch_spec.prompts == "nearest" and not features:
         raise OptionError("prompts by nearest features need --data.frozen_features true")
     return features
 
@@ -265,7 +265,7 @@ def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> boo
 def feature_bytes(method: TrainedMethod, data: DataOptions) -> int:
     """What the frozen features of an image take, from a forward pass of one."""
     side = method.input.side
-    with undisturbed(method), torch.inference_mode():
+    with evaluation_mode(method), torch.inference_mode():
         features = method.frozen_features(torch.zeros(1, 3, side, side, device=method.device))
     return sum(value.numel() for value in features.values()) * (2 if data.feature_precision == "half" else 4)
 
@@ -279,7 +279,7 @@ def run_job(
         resources["GPU"] = options.runtime.gpus_per_worker
     _check_resources(options)
     workers = options.workers
-    events: Any = ray.remote(num_cpus=0)(Events).remote()
+    events: Any = ray.remote(num_cpus=0)(MetricsChannel).remote()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "events": events},

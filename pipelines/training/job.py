@@ -11,7 +11,7 @@ import torch
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays
 from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors
 from pipelines.training.network_options import TrainingOptions
-from pipelines.training.sampler import Companions
+from pipelines.training.sampler import ReferenceSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import phase_configs
 from pipelines.training.validation import ValidatorConfig
@@ -20,7 +20,7 @@ from unianom.data.synthesis import Synthesiser, TextureSource
 from unianom.errors import DataError
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS
-from unianom.methods.trained import BatchNeeds, TrainedMethod
+from unianom.methods.trained import BatchSpec, TrainedMethod
 from unianom.serialise import from_plain
 
 
@@ -91,12 +91,12 @@ class Job:
 
     def streams(self, method: TrainedMethod) -> bool:
         """Whether images are decoded anew in every epoch."""
-        return self.pixels is None and wants_pixels(method.needs, self.features is not None)
+        return self.pixels is None and wants_pixels(method.batch_spec, self.features is not None)
 
     def data(self, method: TrainedMethod, copies: Path) -> tuple[TrainingSet, TrainingImages]:
         """What makes the batches."""
         images = TrainingImages.load(self.images)
-        needs, options, parts = method.needs, self.options, self.shards.parts
+        needs, options, parts = method.batch_spec, self.options, self.shards.parts
         pixels: ShardImages | PreparedImages | None = None
         if self.pixels is not None:
             names = (PIXELS, MASKS) if needs.masks else (PIXELS,)
@@ -113,17 +113,17 @@ class Job:
                 needs.masks,
             )
         features = None if self.features is None else Arrays(self.features, parts, self.feature_names, copies)
-        companions = None
+        references = None
         if needs.prompts or needs.synthetic:
             near = None
             if needs.prompts == "nearest":
                 assert self.features is not None
                 near = descriptors(self.features, parts, images, copies)
-            companions = Companions(images, isinstance(pixels, ShardImages), near)
+            references = ReferenceSampler(images, isinstance(pixels, ShardImages), near)
         synthesiser = synthesiser_of(method)
         seed = method.config.training.seed
         return (
-            TrainingSet(images, self.categories, needs, pixels, features, companions, synthesiser, seed),
+            TrainingSet(images, self.categories, needs, pixels, features, references, synthesiser, seed),
             images,
         )
 
@@ -139,7 +139,7 @@ def make_method(name: str, config: Any) -> TrainedMethod:
     return method
 
 
-def wants_pixels(needs: BatchNeeds, features: bool) -> bool:
+def wants_pixels(needs: BatchSpec, features: bool) -> bool:
     """Whether batches take more than frozen features, if these are kept, to make."""
     return not features or needs.images or needs.masks or needs.synthetic is not None
 
@@ -150,7 +150,7 @@ def synthesiser_of(method: TrainedMethod) -> Synthesiser | None:
     Raises:
         DataError: the folder of textures is missing or holds no image.
     """
-    config = method.needs.synthetic
+    config = method.batch_spec.synthetic
     if config is None or config.textures is None:
         return None if config is None else Synthesiser(config)
     try:

@@ -1,4 +1,4 @@
-"""Batches made ahead of the steps that take them."""
+"""BatchLoader made ahead of the steps that take them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipelines.training.dataset import TrainingSet
-from pipelines.training.sampler import Order, Place
+from pipelines.training.sampler import EpochIndex, StepSampler
 from unianom.methods.trained import TrainingBatch
 
 
-class Batches:
+class BatchLoader:
     """A worker's batches from a given step on, made ahead of their use.
 
     Args:
@@ -24,7 +24,7 @@ class Batches:
         repeats: successive steps that take the same batch.
     """
 
-    def __init__(self, data: TrainingSet, order: Order, processes: int, pin: bool, repeats: int = 1) -> None:
+    def __init__(self, data: TrainingSet, order: StepSampler, processes: int, pin: bool, repeats: int = 1) -> None:
         self._data, self._order, self._processes, self._pin = data, order, processes, pin
         self._repeats = repeats
 
@@ -58,18 +58,18 @@ class Batches:
 class _Steps:
     """The places of every batch, for a data loader."""
 
-    def __init__(self, order: Order, start: int, end: int) -> None:
+    def __init__(self, order: StepSampler, start: int, end: int) -> None:
         self._order, self._start, self._end = order, start, end
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[EpochIndex]]:
         return (self._order.step(number) for number in range(self._start, self._end))
 
     def __len__(self) -> int:
         return self._end - self._start
 
 
-def _one_ahead(data: TrainingSet, places: Iterator[list[Place]], pin: bool) -> Iterator[TrainingBatch]:
-    def make(where: list[Place]) -> TrainingBatch:
+def _one_ahead(data: TrainingSet, places: Iterator[list[EpochIndex]], pin: bool) -> Iterator[TrainingBatch]:
+    def make(where: list[EpochIndex]) -> TrainingBatch:
         batch = data.batch(where)
         return batch.pin_memory() if pin else batch
 

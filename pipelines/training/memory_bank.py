@@ -160,9 +160,9 @@ def _embed(
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    units = {patch_part(part): {"part": part} for part in shards.parts}
+    tasks = {patch_part(part): {"part": part} for part in shards.parts}
     progress = Progress("embed", len(chosen))
-    return run_unfinished(PartEmbedder, arguments, units, work, options.runtime, progress, "images")[1]
+    return run_unfinished(PartEmbedder, arguments, tasks, work, options.runtime, progress, "images")[1]
 
 
 def patch_part(part: str) -> str:
@@ -171,7 +171,7 @@ def patch_part(part: str) -> str:
 
 
 class PartEmbedder:
-    """Writes the kept patches of one part's chosen images as a .npy file of M×D float32. A `UnitWorker`."""
+    """Writes the kept patches of one part's chosen images as a .npy file of M×D float32. A `PartTask`."""
 
     def __init__(
         self,
@@ -190,20 +190,20 @@ class PartEmbedder:
         self._work = work
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write one patch file and its record."""
         method = self._model.method
         assert isinstance(method, MemoryMethod)
         kept: list[np.ndarray] = []
         images = 0
-        for batch in self._reader.batches(unit["part"], method):
+        for batch in self._reader.batches(task["part"], method):
             embedding = method.embed_for_bank(batch)
             kept.append(embedding.patches[embedding.keep].float().cpu().numpy())
             images += len(batch)
         patches = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
         if not np.isfinite(patches).all():
-            raise DataError(f"patches of {unit['part']} hold NaN or infinite values; use backbone.precision=fp32")
-        name = patch_part(unit["part"])
+            raise DataError(f"patches of {task['part']} hold NaN or infinite values; use backbone.precision=fp32")
+        name = patch_part(task["part"])
         files.write_array(files.join(self._work, name), patches)
         record = {"name": name, "images": images, "rows": len(patches)}
         outputs.commit_part(self._work, name, record)

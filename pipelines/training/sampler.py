@@ -13,11 +13,11 @@ from unianom.errors import OptionError
 NEAREST_PROMPTS = 10
 """How many images with the nearest descriptors are an image's possible prompts where categories are not known."""
 
-Place = tuple[int, int]
+EpochIndex = tuple[int, int]
 """Epoch, and index of an image."""
 
 
-class Order:
+class StepSampler:
     """Endless sequence of images for one worker, epoch after epoch, each in a new order.
 
     With `groups`, images of a few row groups are shuffled among each other, and row groups among all, so that a
@@ -63,14 +63,14 @@ class Order:
         """Images of a step that are this worker's."""
         return self._end - self._start
 
-    def step(self, number: int) -> list[Place]:
+    def step(self, number: int) -> list[EpochIndex]:
         """This worker's images of a step."""
         if self._groups is None:
             first = number * self._batch_size
             return [self._at(place) for place in range(first + self._start, first + self._end)]
         return [self._at(place) for place in range(number * self.share, (number + 1) * self.share)]
 
-    def _at(self, place: int) -> Place:
+    def _at(self, place: int) -> EpochIndex:
         length = len(self._epoch(0))
         epoch, offset = divmod(place, length)
         return epoch, int(self._epoch(epoch)[offset])
@@ -95,12 +95,12 @@ class Order:
         return np.concatenate([rng.permutation(mine[windows == number]) for number in np.unique(windows)])
 
 
-class Companions:
+class ReferenceSampler:
     """Which images may stand beside an image: as its prompt, or as the texture of its synthetic anomaly.
 
     Args:
         images: all of them.
-        near_only: whether companions must come from the image's own row group, because others are costly to reach.
+        near_only: whether references must come from the image's own row group, because others are costly to reach.
         descriptors: N×D, where prompts are the nearest images and not those of the same category.
     """
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.data.reader import SampleReader
 from pipelines.data.splits import USUAL_FPR
-from pipelines.runtime.actors import run_units
+from pipelines.runtime.actors import run_tasks
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
 from pipelines.training.options import FitOptions
@@ -18,7 +18,7 @@ from unianom.thresholds import Threshold, fit_threshold
 
 
 class HeldOutScorer:
-    """Scores the held-out normals of one part. A `UnitWorker`."""
+    """Scores the held-out normals of one part. A `PartTask`."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class HeldOutScorer:
         self._model = load_model(model, device)
         self._reader = SampleReader(shards, selection, chosen, batch_size, limits, threads)
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Scores of one part's held-out images."""
         scores: list[float] = []
-        for batch in self._reader.batches(unit["part"], self._model.method):
+        for batch in self._reader.batches(task["part"], self._model.method):
             scores += self._model.method.predict(batch).score.float().cpu().tolist()
         return {"scores": scores}
 
@@ -58,7 +58,7 @@ def score_held_out(
     }
     progress = Progress("score held-out normals", len(held_out))
     scores: list[float] = []
-    for result in run_units(HeldOutScorer, arguments, [{"part": part} for part in shards.parts], options.runtime):
+    for result in run_tasks(HeldOutScorer, arguments, [{"part": part} for part in shards.parts], options.runtime):
         scores += result["scores"]
         progress.advance(len(result["scores"]))
     progress.close()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.training.dataset import to_input
-from pipelines.training.loader import Batches
+from pipelines.training.loader import BatchLoader
 from pipelines.training.network_options import Phase
 from unianom.errors import OptionError
 from unianom.methods.trained import LOSS, TrainedMethod, TrainingBatch
@@ -52,7 +52,7 @@ class Trainer:
     def __init__(
         self,
         method: TrainedMethod,
-        batches: Batches,
+        batches: BatchLoader,
         iterations: int,
         share: int,
         precision: str = "fp32",
@@ -74,7 +74,7 @@ class Trainer:
             )
         self._accumulate = accumulate
         self._autocast = precision == "bf16"
-        self._optimisations = method.optimisers(iterations)
+        self._optimisations = method.optimizers(iterations)
         self._parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
         module: nn.Module = _Step(method)
         if self._world > 1:
@@ -92,7 +92,7 @@ class Trainer:
         started = time.perf_counter()
         for batch in self._batches(self.step, end):
             ready = time.perf_counter()
-            losses = self._take(to_input(batch, self.method.device, self.method.input))
+            losses = self._train_step(to_input(batch, self.method.device, self.method.input))
             self.step += 1
             now = time.perf_counter()
             yield {"losses": losses, "data": ready - started, "all": now - started}
@@ -103,7 +103,7 @@ class Trainer:
         while self._phase < len(self._phases) and self._phases[self._phase][0] <= self.step:
             self.method.config = self._phases[self._phase][1]
             self._phase += 1
-            for mine, fresh in zip(self._optimisations, self.method.optimisers(self.iterations), strict=True):
+            for mine, fresh in zip(self._optimisations, self.method.optimizers(self.iterations), strict=True):
                 rates = zip(mine.schedule.base_lrs, fresh.schedule.base_lrs, strict=True)
                 for group, new, (before, after) in zip(
                     mine.optimiser.param_groups, fresh.optimiser.param_groups, rates, strict=True
@@ -114,9 +114,9 @@ class Trainer:
                     group["lr"] = now
                 mine.schedule.base_lrs = fresh.schedule.base_lrs
 
-    def _take(self, batch: TrainingBatch) -> dict[str, Tensor]:
+    def _train_step(self, batch: TrainingBatch) -> dict[str, Tensor]:
         self._adopt_phases()
-        self.method.begin_step(self.step, self.iterations)
+        self.method.on_step_start(self.step, self.iterations)
         for optimisation in self._optimisations:
             optimisation.optimiser.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ class Trainer:
 
 
 @contextmanager
-def undisturbed(method: TrainedMethod) -> Iterator[None]:
+def evaluation_mode(method: TrainedMethod) -> Iterator[None]:
     """Evaluation mode in between; neither random state nor mode of training is changed by what happens inside."""
     devices = [method.device] if method.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -200,9 +200,9 @@ def phase_configs(config: Any, phases: Sequence[Phase], method: type, iterations
     """
     found = []
     for phase in phases:
-        fixed = [name for name in phase.method if name not in method.changing_options]  # type: ignore[attr-defined]
+        fixed = [name for name in phase.method if name not in method.schedulable_options]  # type: ignore[attr-defined]
         if fixed:
-            known = ", ".join(method.changing_options)  # type: ignore[attr-defined]
+            known = ", ".join(method.schedulable_options)  # type: ignore[attr-defined]
             raise OptionError(f"phases: {fixed[0]} cannot change while the method is trained; these can: {known}")
         config = with_values(config, phase.method)
         found.append((round(phase.start * iterations), config))

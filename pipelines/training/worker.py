@@ -20,10 +20,10 @@ from ray.train import Checkpoint
 from pipelines.runtime.actors import UNEXPECTED, set_threads, told_error
 from pipelines.training.dataset import TrainingSet, to_input
 from pipelines.training.job import Job, synthesiser_of
-from pipelines.training.loader import Batches
+from pipelines.training.loader import BatchLoader
 from pipelines.training.network_options import TrainingOptions
-from pipelines.training.sampler import Order, Place
-from pipelines.training.trainer import STATE, Trainer, undisturbed
+from pipelines.training.sampler import EpochIndex, StepSampler
+from pipelines.training.trainer import STATE, Trainer, evaluation_mode
 from pipelines.training.validation import PROGRESS, WORKERS, Validation, Validator
 from unianom import files
 from unianom.errors import DataError
@@ -31,8 +31,8 @@ from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 
 
-class Events:
-    """Passes what the workers tell to the driver. A Ray actor."""
+class MetricsChannel:
+    """Passes what the workers report to the driver. A Ray actor."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def train_worker(given: dict[str, Any]) -> None:
         raise
 
 
-def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
+def _work(job: Job, report: Callable[[dict[str, Any]], Any]) -> None:
     context = ray.train.get_context()
     options = job.options
     set_threads(options.runtime.cpus_per_worker)
@@ -94,7 +94,7 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
         groups = None
         if job.streams(method):
             groups = np.unique(np.stack([images.part, images.group], axis=1), axis=0, return_inverse=True)[1].ravel()
-        order = Order(
+        order = StepSampler(
             len(images),
             training.seed,
             training.batch_size,
@@ -103,8 +103,8 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
             groups,
             options.data.window,
         )
-        processes, repeats = _processes(method, options, job), method.needs.repeats
-        batches = Batches(data, order, processes, pin=device.type == "cuda", repeats=repeats)
+        processes, repeats = _processes(method, options, job), method.batch_spec.repeats
+        batches = BatchLoader(data, order, processes, pin=device.type == "cuda", repeats=repeats)
         trainer = Trainer(
             method,
             batches,
@@ -124,7 +124,7 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
             trainer.restore(torch.load(content, map_location="cpu", weights_only=True))
         first = context.get_world_rank() == 0
         if first and trainer.step:
-            tell({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
+            report({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
         fixed = fixed_places(images.category, method.finish_images)
         validation: Validator
         if job.validator is not None:
@@ -141,7 +141,7 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
                 options.limits,
                 options.seed,
             )
-        _loop(trainer, data, fixed, validation, job, tell if first else None)
+        _loop(trainer, data, fixed, validation, job, report if first else None)
         if job.end < job.iterations:
             state = trainer.state()  # of every worker
             if first:
@@ -152,7 +152,7 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
         elif first:
             method.config = job.make().config  # as asked for, whatever phases made of it
             finish(method, data, fixed, job.categories)
-            with undisturbed(method):
+            with evaluation_mode(method):
                 validation.cache_outputs()
             Model(method, job.categories).save(job.output)
         ray.train.report({"step": trainer.step})  # nobody leaves before the model is written
@@ -161,10 +161,10 @@ def _work(job: Job, tell: Callable[[dict[str, Any]], Any]) -> None:
 def _loop(
     trainer: Trainer,
     data: TrainingSet,
-    fixed: list[Place],
+    fixed: list[EpochIndex],
     validation: Validator,
     job: Job,
-    tell: Callable[[dict[str, Any]], Any] | None,
+    report: Callable[[dict[str, Any]], Any] | None,
 ) -> None:
     """Steps with what happens between them: telling, validating, checkpoints."""
     options, method = job.options, trainer.method
@@ -187,29 +187,29 @@ def _loop(
                     f"the loss is not finite at step {step} ({losses}); lower --method.training.learning_rate, or "
                     f"take --precision fp32"
                 )
-            if tell is not None:
+            if report is not None:
                 images = count * method.config.training.batch_size
                 rates = {
                     "images_per_second": images / seconds["all"],
                     "step_seconds": seconds["all"] / count,
                     "data_share": seconds["data"] / seconds["all"],
                 }
-                tell({"step": step, "losses": losses, "rates": rates})
+                report({"step": step, "losses": losses, "rates": rates})
             seconds, count = {"data": 0.0, "all": 0.0}, 0
         if validate_every and (step % validate_every == 0 or step == job.end):
             figures: dict[str, float] = {}
-            if tell is not None:
+            if report is not None:
                 finish(method, data, fixed, job.categories)
-                with undisturbed(method):
+                with evaluation_mode(method):
                     figures = validation.run()
                 if figures:
-                    tell({"step": step, "validation": figures})
+                    report({"step": step, "validation": figures})
             if job.validator is not None:  # every worker must, or none goes on
                 ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations), WORKERS: _workers()})
         preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
         warned = warned or preempted
         if step % options.checkpoint_every == 0 or step == job.end or preempted:
-            save_checkpoint(trainer, first=tell is not None)
+            save_checkpoint(trainer, first=report is not None)
 
 
 def _workers() -> str:
@@ -228,7 +228,7 @@ def save_checkpoint(trainer: Trainer, first: bool) -> None:
         ray.train.report({"step": trainer.step}, checkpoint=checkpoint)
 
 
-def fixed_places(category: np.ndarray, count: int) -> list[Place]:
+def fixed_places(category: np.ndarray, count: int) -> list[EpochIndex]:
     """The images that `TrainedMethod.finish` sees: the first of every category in turn, up to `count`."""
     nth = np.zeros(len(category), np.int64)
     for number in np.unique(category):
@@ -237,21 +237,21 @@ def fixed_places(category: np.ndarray, count: int) -> list[Place]:
     return [(-1, int(index)) for index in np.lexsort((category, nth))[:count]]
 
 
-def finish(method: TrainedMethod, data: TrainingSet, fixed: list[Place], categories: list[str]) -> None:
+def finish(method: TrainedMethod, data: TrainingSet, fixed: list[EpochIndex], categories: list[str]) -> None:
     """Call the method's own `finish` with its images, if it wants any."""
     if not fixed:
         return
     size = 16
-    with undisturbed(method), torch.inference_mode():
+    with evaluation_mode(method), torch.inference_mode():
         batches = (
             to_input(data.batch(fixed[start : start + size], augment=False), method.device, method.input)
             for start in range(0, len(fixed), size)
         )
-        method.finish(batches, categories)
+        method.finalize(batches, categories)
 
 
 def _processes(method: TrainedMethod, options: TrainingOptions, job: Job) -> int:
     if options.data.processes is not None:
         return options.data.processes
-    busy = method.needs.synthetic is not None or method.needs.augmentation.active or job.streams(method)
+    busy = method.batch_spec.synthetic is not None or method.batch_spec.augmentation.active or job.streams(method)
     return options.runtime.cpus_per_worker - 1 if busy else 0

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.validation_set import ProxySet
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import Run
 from pipelines.tuning import figures as shown
-from pipelines.tuning.objective import search_readings
+from pipelines.tuning.objective import score_settings
 from pipelines.tuning.space import key_of
 from pipelines.tuning.trial import DONE, Campaign, read_record
 from unianom import files, visual
@@ -83,10 +83,10 @@ def _test_settings(campaign: Campaign, folder: str, options: Any) -> dict[tuple[
             records.append(record)
     tests = {record["trial"]: (record["values"], campaign.tests(record["values"], folder)) for record in records}
     arguments = {"campaign": campaign, "tests": tests, "folder": folder, "device": options.runtime.device}
-    units = {record["trial"]: {"trial": record["trial"]} for record in records}
+    tasks = {record["trial"]: {"trial": record["trial"]} for record in records}
     runtime = dataclasses.replace(options.runtime, workers=None)
-    progress = Progress("diagnose", len(units), "trials")
-    found, _ = run_unfinished(Diagnoser, arguments, units, folder, runtime, progress)
+    progress = Progress("diagnose", len(tasks), "trials")
+    found, _ = run_unfinished(Diagnoser, arguments, tasks, folder, runtime, progress)
     return {
         (trial, key): value
         for trial, record in found.items()
@@ -96,36 +96,38 @@ def _test_settings(campaign: Campaign, folder: str, options: Any) -> dict[tuple[
 
 
 class Diagnoser:
-    """Measures all settings of a trial on the test split. A `UnitWorker`."""
+    """Measures all settings of a trial on the test split. A `PartTask`."""
 
     def __init__(
         self, campaign: Campaign, tests: dict[str, tuple[dict[str, Any], Any]], folder: str, device: str
     ) -> None:
         self._campaign, self._tests, self._folder, self._device = campaign, tests, folder, device
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Measure one trial and commit what came of it."""
         campaign = self._campaign
-        own, tests = self._tests[unit["trial"]]
+        own, tests = self._tests[task["trial"]]
         fitted = campaign.find_in_tests(own, tests, self._device)
-        proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
-        objective = available(campaign.objective, proxy)
+        validation_set = ValidationSet(fitted.validation_set, campaign.validation.pixel_stride)
+        objective = available(campaign.objective, validation_set)
         config = campaign.config_of(own)
-        found = search_readings(fitted.reader, fitted.readings, config, campaign.settings, proxy, objective)
+        found = score_settings(
+            fitted.postprocessor, fitted.raw_outputs, config, campaign.settings, validation_set, objective
+        )
         values = [None if one.measured is None else one.measured.objective for one in found]
         keys = [key_of(one.values) for one in found]
-        record = {"name": unit["trial"], "keys": keys, "objectives": values, "metrics": sorted(objective)}
-        outputs.commit_part(self._folder, unit["trial"], record)
-        return {"name": unit["trial"]}
+        record = {"name": task["trial"], "keys": keys, "objectives": values, "metrics": sorted(objective)}
+        outputs.commit_part(self._folder, task["trial"], record)
+        return {"name": task["trial"]}
 
 
-def available(objective: Mapping[str, float], proxy: ProxySet) -> dict[str, float]:
+def available(objective: Mapping[str, float], validation_set: ValidationSet) -> dict[str, float]:
     """The part of an objective that these images can tell: pixel metrics need masks.
 
     Raises:
         DataError: nothing is left of it.
     """
-    left = {name: weight for name, weight in objective.items() if proxy.tells_pixels or "pixel" not in name}
+    left = {name: weight for name, weight in objective.items() if validation_set.tells_pixels or "pixel" not in name}
     if not left:
         raise DataError("the test split has no masks, so an objective of pixel metrics cannot be diagnosed")
     return left
@@ -136,7 +138,7 @@ def _verdict(
     settings: Sequence[Mapping[str, Any]],
     tested: Mapping[tuple[str, str], float],
 ) -> dict[str, Any]:
-    proxy, test = _pairs(settings, tested)
+    validation_set, test = _pairs(settings, tested)
     trials: dict[str, int] = {}
     for number, setting in enumerate(settings):
         best = trials.get(setting["trial"])
@@ -145,8 +147,10 @@ def _verdict(
     kinds = list(dict.fromkeys(kind for setting in settings for kind in setting["by_recipe"]))
     at = {word: _place(content[word], settings) for word in ("default", "best")}
     return {
-        "settings": shown.rank_correlation(proxy, test),
-        "trials": shown.rank_correlation([proxy[n] for n in trials.values()], [test[n] for n in trials.values()]),
+        "settings": shown.rank_correlation(validation_set, test),
+        "trials": shown.rank_correlation(
+            [validation_set[n] for n in trials.values()], [test[n] for n in trials.values()]
+        ),
         "by_kind": {
             kind: shown.rank_correlation([setting["by_recipe"].get(kind, np.nan) for setting in settings], test)
             for kind in kinds
@@ -164,8 +168,8 @@ def _pairs(
     settings: Sequence[Mapping[str, Any]], tested: Mapping[tuple[str, str], float]
 ) -> tuple[list[float], list[float]]:
     """Objectives of the settings on validation and test images, NaN where there is none."""
-    proxy = [np.nan if setting["objective"] is None else setting["objective"] for setting in settings]
-    return proxy, [tested.get((setting["trial"], setting["reading"]), np.nan) for setting in settings]
+    validation_set = [np.nan if setting["objective"] is None else setting["objective"] for setting in settings]
+    return validation_set, [tested.get((setting["trial"], setting["reading"]), np.nan) for setting in settings]
 
 
 def _place(wanted: Mapping[str, Any] | None, settings: Sequence[Mapping[str, Any]]) -> int | None:
@@ -182,10 +186,10 @@ def _draw(
     tested: Mapping[tuple[str, str], float],
     content: Mapping[str, Any],
 ) -> None:
-    proxy, test = _pairs(settings, tested)
+    validation_set, test = _pairs(settings, tested)
     names = [setting["trial"] for setting in settings]
     default, chosen = (_place(content[word], settings) for word in ("default", "best"))
-    figure = shown.proxy_figure(proxy, test, default, chosen, names)
+    figure = shown.agreement_figure(validation_set, test, default, chosen, names)
     files.write_bytes(files.join(folder, "proxy.png"), visual.png(figure))
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.validation_set import ProxySet
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
-from pipelines.training.calibrate import CalibrateOptions, HeadActor, Kept
-from pipelines.tuning.objective import READINGS, load_readings, save_readings
-from pipelines.tuning.trial import Campaign, Fitted, Inside
+from pipelines.training.calibrate import CalibrateOptions, EmbeddingCache, HeadActor
+from pipelines.tuning.objective import RAW_OUTPUTS, load_readings, save_readings
+from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.calibration import CalibrationConfig, Calibrator
 from unianom.errors import DataError
@@ -32,7 +32,7 @@ CADA = "cada"
 """Name of calibrating on the command line of jobs/tune.py."""
 
 IMAGES_PER_UNIT = 64
-"""Validation images that one unit of work looks at."""
+"""Validation images that one task looks at."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class CadaCampaign(Campaign):
         model: its folder.
         kept: what it finds in the normal images that heads learn from.
         seen: folder of what it finds in the validation images; empty until `see`.
-        proxy: URI of these.
+        validation_set: URI of these.
     """
 
     model: str = ""
-    kept: Kept | None = None
+    kept: EmbeddingCache | None = None
     seen: str = ""
-    proxy: str = ""
+    validation_set: str = ""
 
     @property
     def config_class(self) -> type:
         return CalibrationConfig
 
-    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
-        return self._found(values, self.seen, self.proxy)
+    def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
+        return self._found(values, self.seen, self.validation_set)
 
     def tests(self, values: Mapping[str, Any], folder: str) -> tuple[str, str]:
         uri = self.tests_for(load_model(self.model, "cpu").method, folder)
@@ -64,36 +64,36 @@ class CadaCampaign(Campaign):
         see(self, uri, seen)
         return seen, uri
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: tuple[str, str], device: str) -> Fitted:
+    def find_in_tests(self, values: Mapping[str, Any], tests: tuple[str, str], device: str) -> FittedTrial:
         return self._found(values, *tests)
 
-    def _found(self, values: Mapping[str, Any], seen: str, proxy: str) -> Fitted:
+    def _found(self, values: Mapping[str, Any], seen: str, validation_set: str) -> FittedTrial:
         calibrator = train_head(self, self.config_of(values))
         size = sum(tensor.numel() * tensor.element_size() for tensor in calibrator.state_dict().values())
-        return Fitted(CalibratedReader(calibrator), load_seen(seen), proxy, 0.0, size / 1e6)
+        return FittedTrial(CalibratedPostprocessor(calibrator), load_seen(seen), validation_set, 0.0, size / 1e6)
 
 
-class CalibratedReader:
+class CalibratedPostprocessor:
     """Reads maps as a calibrator leaves them; see `Method`.
 
     Args:
         calibrator: with its trained head.
     """
 
-    reading_options: ClassVar[tuple[str, ...]] = ("score_share",)
+    postprocess_options: ClassVar[tuple[str, ...]] = ("score_share",)
     map_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, calibrator: Calibrator) -> None:
         self._calibrator = calibrator
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
         """Calibrated maps, B×S×S."""
-        raw = readings["anomaly_map"]
-        found = Inspection(raw, raw.new_zeros(len(raw)), raw, readings["features"])
+        raw = raw_outputs["anomaly_map"]
+        found = Inspection(raw, raw.new_zeros(len(raw)), raw, raw_outputs["features"])
         calibrated = self._calibrator.calibrate(found).maps(raw)
         return Maps(calibrated, calibrated)
 
-    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
         """Calibrated scores, B: an affine map of an image leaves the order of its pixels as it is."""
         config = self._calibrator.config if config is None else config
         return top_mean(anomaly_map, config.score_share)
@@ -109,22 +109,22 @@ def train_head(campaign: CadaCampaign, config: CalibrationConfig) -> Calibrator:
 
 
 # ------------------------------------------------------------------------------------------------- what the model finds
-def see(campaign: CadaCampaign, proxy: str, folder: str) -> None:
-    """Keep what the model finds in the images of a proxy set, by units over actors, or find it kept."""
-    if files.exists(files.join(folder, READINGS)):
+def see(campaign: CadaCampaign, validation_set: str, folder: str) -> None:
+    """Keep what the model finds in the images of a validation set, by tasks over actors, or find it kept."""
+    if files.exists(files.join(folder, RAW_OUTPUTS)):
         return
     options = campaign.options
     arguments = {
         "model": campaign.model,
-        "proxy": proxy,
+        "validation_set": validation_set,
         "folder": folder,
         "batch_size": options.batch_size,
         "device": options.runtime.device,
     }
-    count = len(ProxySet(proxy))
-    units = {f"seen-{start}": {"start": start} for start in range(0, count, IMAGES_PER_UNIT)}
+    count = len(ValidationSet(validation_set))
+    tasks = {f"seen-{start}": {"start": start} for start in range(0, count, IMAGES_PER_UNIT)}
     records, _ = run_unfinished(
-        ProxyInspector, arguments, units, folder, options.runtime, Progress("inspect", count), "images"
+        ValidationInspector, arguments, tasks, folder, options.runtime, Progress("inspect", count), "images"
     )
     found: dict[str, list[np.ndarray]] = {}
     for name in records:
@@ -138,19 +138,19 @@ def load_seen(folder: str) -> dict[str, Tensor]:
     return load_readings(folder)[0]
 
 
-class ProxyInspector:
-    """Keeps what a model finds in some images of a proxy set. A `UnitWorker`."""
+class ValidationInspector:
+    """Keeps what a model finds in some images of a validation set. A `PartTask`."""
 
-    def __init__(self, model: str, proxy: str, folder: str, batch_size: int, device: str) -> None:
+    def __init__(self, model: str, validation_set: str, folder: str, batch_size: int, device: str) -> None:
         self._method = load_model(model, device).method
-        self._proxy, self._folder, self._batch_size = ProxySet(proxy), folder, batch_size
+        self._validation_set, self._folder, self._batch_size = ValidationSet(validation_set), folder, batch_size
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """Write maps and embeddings of one unit, and commit it."""
-        start, method = int(unit["start"]), self._method
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Write maps and embeddings of one task, and commit it."""
+        start, method = int(task["start"]), self._method
         maps, features = [], []
-        for images in self._proxy.batches(
+        for images in self._validation_set.batches(
             self._batch_size, method.input, method.device, start, start + IMAGES_PER_UNIT
         ):
             found = method.inspect(images)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipelines.data.reader import SampleReader
-from pipelines.data.validation_set import ProxySet
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
@@ -32,7 +32,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import Embedding, Encoded
+from unianom.methods.base import MaskedPatches, PatchFeatures
 from unianom.model import Model, is_model
 from unianom.serialise import to_plain
 
@@ -40,7 +40,7 @@ LEARNED, COMPARED = "learned", "compared"
 """Kinds of encoded images: those that banks are made of, and those that settings are compared on."""
 
 IMAGES_PER_UNIT = 128
-"""Validation images encoded by one unit of work."""
+"""Validation images encoded by one task."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class EncodingSet:
         uri: their folder.
         shards, categories: the corpus.
         learn: sample_ids of the images that banks are made of.
-        proxy: URI of the images that settings are compared on.
+        validation_set: URI of the images that settings are compared on.
     """
 
     uri: str
     shards: ShardSet
     categories: tuple[str, ...]
     learn: frozenset[str]
-    proxy: str
+    validation_set: str
 
     @property
     def encoder(self) -> str:
@@ -73,7 +73,7 @@ def encode_once(
     shards: ShardSet,
     categories: list[str],
     learn: frozenset[str],
-    proxy: str,
+    validation_set: str,
     folder: str,
 ) -> EncodingSet:
     """Encode the images that banks are made of and those that they are compared on, or find them encoded.
@@ -82,7 +82,7 @@ def encode_once(
         name, config: a memory method and its options; those of masking, bank and reading play no part.
         options: batches, limits and actors.
         shards, categories, learn: images of the bank.
-        proxy: from `build_proxy`.
+        validation_set: from `build_validation_set`.
         folder: below which encoded images are kept.
 
     Raises:
@@ -97,27 +97,27 @@ def encode_once(
         "shards": shards.digest,
         "categories": categories,
         "learn": sorted(learn),
-        "proxy": proxy.rsplit("/", 1)[-1],
+        "proxy": validation_set.rsplit("/", 1)[-1],
         "batch_size": options.batch_size,
         "limits": to_plain(options.limits),
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
     uri = files.join(folder, files.digest_of(plan)[:20])
-    made = EncodingSet(uri, shards, tuple(categories), learn, proxy)
+    made = EncodingSet(uri, shards, tuple(categories), learn, validation_set)
     with outputs.open_cache(uri, "encodings", plan) as complete:
         if complete:
             return made
         if not is_model(made.encoder):
             with memory_limit(f"--method: {name}"):
                 Model(METHODS[name](config), categories).save(made.encoder)
-        compared = len(ProxySet(proxy))
-        units: dict[str, dict[str, Any]] = {}
+        compared = len(ValidationSet(validation_set))
+        tasks: dict[str, dict[str, Any]] = {}
         for part in shards.parts:
-            units[patch_name(LEARNED, part)] = {"kind": LEARNED, "part": part}
+            tasks[patch_name(LEARNED, part)] = {"kind": LEARNED, "part": part}
         for start in range(0, compared, IMAGES_PER_UNIT):
-            units[patch_name(COMPARED, str(start))] = {"kind": COMPARED, "part": str(start)}
-        _encode(made, options, units, len(learn) + compared)
+            tasks[patch_name(COMPARED, str(start))] = {"kind": COMPARED, "part": str(start)}
+        _encode(made, options, tasks, len(learn) + compared)
         outputs.finish(uri, {"learned": len(learn), "compared": compared})
         return made
 
@@ -127,12 +127,12 @@ def network_part(name: str, config: Any) -> dict[str, Any]:
     method = METHODS[name]
     assert issubclass(method, MemoryMethod)
     plain = to_plain(config)
-    for option in [*method.bank_options, *method.reading_options]:
+    for option in [*method.bank_options, *method.postprocess_options]:
         plain.pop(option, None)
     return plain
 
 
-def _encode(made: EncodingSet, options: FitOptions, units: dict[str, dict[str, Any]], images: int) -> None:
+def _encode(made: EncodingSet, options: FitOptions, tasks: dict[str, dict[str, Any]], images: int) -> None:
     arguments = {
         "made": made,
         "batch_size": options.batch_size,
@@ -140,7 +140,7 @@ def _encode(made: EncodingSet, options: FitOptions, units: dict[str, dict[str, A
         "device": options.runtime.device,
         "threads": options.runtime.cpus_per_worker,
     }
-    run_unfinished(PartEncoder, arguments, units, made.uri, options.runtime, Progress("encode", images), "images")
+    run_unfinished(PartEncoder, arguments, tasks, made.uri, options.runtime, Progress("encode", images), "images")
 
 
 def patch_name(kind: str, part: str) -> str:
@@ -154,7 +154,7 @@ def attention_name(kind: str, part: str) -> str:
 
 
 class PartEncoder:
-    """Writes patches n×N×D float32, and attention n×h×w float32 where there is one, of a part. A `UnitWorker`."""
+    """Writes patches n×N×D float32, and attention n×h×w float32 where there is one, of a part. A `PartTask`."""
 
     def __init__(self, made: EncodingSet, batch_size: int, limits: ImageLimits, device: str, threads: int) -> None:
         method = load_model(made.encoder, device).method
@@ -163,9 +163,9 @@ class PartEncoder:
         self._batch_size, self._limits, self._threads = batch_size, limits, threads
 
     @torch.inference_mode()
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Encode a part and commit it."""
-        kind, part = unit["kind"], unit["part"]
+        kind, part = task["kind"], task["part"]
         patches, attention = [], []
         for images in self._batches(kind, part):
             encoded = self._method.encode(images)
@@ -186,9 +186,11 @@ class PartEncoder:
     def _batches(self, kind: str, part: str) -> Iterator[torch.Tensor]:
         method, made = self._method, self._made
         if kind == COMPARED:
-            proxy = ProxySet(made.proxy)
+            validation_set = ValidationSet(made.validation_set)
             first = int(part)
-            yield from proxy.batches(self._batch_size, method.input, method.device, first, first + IMAGES_PER_UNIT)
+            yield from validation_set.batches(
+                self._batch_size, method.input, method.device, first, first + IMAGES_PER_UNIT
+            )
             return
         selection = Selection(("train",), made.categories, (NORMAL,))
         reader = SampleReader(made.shards, selection, made.learn, self._batch_size, self._limits, self._threads)
@@ -225,20 +227,20 @@ class EncodingReader:
                 arrays.append(np.concatenate(kept))
         return PatchMatrix(arrays)
 
-    def compared(self, config: Any) -> Iterator[Embedding]:
+    def compared(self, config: Any) -> Iterator[MaskedPatches]:
         """Embeddings of the images that settings are compared on, in order."""
-        for start in range(0, len(ProxySet(self._made.proxy)), IMAGES_PER_UNIT):
+        for start in range(0, len(ValidationSet(self._made.validation_set)), IMAGES_PER_UNIT):
             yield from self._embeddings(COMPARED, str(start), config)
 
-    def _embeddings(self, kind: str, part: str, config: Any) -> Iterator[Embedding]:
+    def _embeddings(self, kind: str, part: str, config: Any) -> Iterator[MaskedPatches]:
         patches = self._open(patch_name(kind, part))
         name = attention_name(kind, part)
         attention = self._open(name) if files.exists(files.join(self._made.uri, name)) else None
-        keep = self.method.keep_for_bank if kind == LEARNED else self.method.keep_patches
+        keep = self.method.mask_bank_patches if kind == LEARNED else self.method.mask_patches
         for start in range(0, len(patches), 32):
             some = slice(start, start + 32)
             own = None if attention is None else torch.from_numpy(np.array(attention[some]))
-            yield keep(Encoded(torch.from_numpy(np.array(patches[some])), own), config)
+            yield keep(PatchFeatures(torch.from_numpy(np.array(patches[some])), own), config)
 
     def _open(self, name: str) -> np.ndarray:
         return files.map_array(files.join(self._made.uri, name), Path(self._copies.name))

@@ -252,11 +252,11 @@ def pareto_front(values: ArrayLike, larger_is_better: Sequence[bool]) -> Flags:
     return front
 
 
-def rank_correlation(proxy: ArrayLike, test: ArrayLike, seed: int = 0) -> dict[str, Any]:
-    """How far a proxy ranks settings as the test set does.
+def rank_correlation(validation_set: ArrayLike, test: ArrayLike, seed: int = 0) -> dict[str, Any]:
+    """How far validation images rank settings as the test set does.
 
     Args:
-        proxy: (N,) objective of each setting without test data; None and NaN are left out.
+        validation_set: (N,) objective of each setting without test data; None and NaN are left out.
         test: (N,) its objective on the test set.
         seed: of the bootstrap.
 
@@ -264,7 +264,7 @@ def rank_correlation(proxy: ArrayLike, test: ArrayLike, seed: int = 0) -> dict[s
         n (pairs), spearman (ρ), kendall (τ-b), both None where undefined, and spearman_interval: low and high of the
         percentile bootstrap at 95 % over 1,000 resamples of the pairs, None below 4 pairs.
     """
-    pairs = np.stack([np.asarray(proxy, np.float64), np.asarray(test, np.float64)])
+    pairs = np.stack([np.asarray(validation_set, np.float64), np.asarray(test, np.float64)])
     pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
     n = pairs.shape[1]
     found: dict[str, Any] = {"n": n, "spearman": None, "kendall": None, "spearman_interval": None}
@@ -837,24 +837,24 @@ def _strips(column: Column, y: Floats) -> tuple[list[str], NDArray[np.int64]]:
     return [*(levels[n] for n in kept), f"{len(levels) - _STRIPS} others"], places[index]
 
 
-def proxy_figure(
-    proxy: Sequence[float | None],
+def agreement_figure(
+    validation_set: Sequence[float | None],
     test: Sequence[float | None],
     default_index: int | None,
     chosen_index: int | None,
     names: Sequence[str],
 ) -> Figure:
-    """What settings reach on the test set against what the proxy said of them, with their rank correlation.
+    """What settings reach on the test set against what the validation images said of them, with their rank correlation.
 
     Args:
-        proxy: objective of each setting without test data, from left to right.
+        validation_set: objective of each setting without test data, from left to right.
         test: its objective on the test set, upwards.
         default_index: which is the default setting, if any is.
         chosen_index: which the campaign chose.
         names: of the settings; those of the two are written in the key.
     """
     title = "TrainValSplit without test data, measured on it"
-    x, y = (np.array([math.nan if v is None else v for v in side], np.float64) for side in (proxy, test))
+    x, y = (np.array([math.nan if v is None else v for v in side], np.float64) for side in (validation_set, test))
     known = np.isfinite(x) & np.isfinite(y)
     if not known.any():
         return _nothing(title, "no setting has both objectives")
@@ -877,7 +877,7 @@ def proxy_figure(
         axes.scatter(drawn[0][others], drawn[1][others], color=_PLAIN, linewidths=0, label="other settings", **small)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    visual.quiet(axes, title, "proxy objective", "test objective")
+    visual.quiet(axes, title, "validation objective", "test objective")
     _legend(axes)
     edge = f"; {_count(int(low.sum()), 'lower setting')} at the lower edges" if low.any() else ""
     _caption(figure, _correlation_words(rank_correlation(x, y)) + edge)

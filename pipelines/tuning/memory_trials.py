@@ -13,10 +13,10 @@ from pipelines.training.memory_bank import build_bank
 from pipelines.tuning.encodings import EncodingReader, EncodingSet, encode_once
 from pipelines.tuning.objective import latency, memory
 from pipelines.tuning.space import key_of
-from pipelines.tuning.trial import Campaign, Fitted, Inside
+from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import Embedding
+from unianom.methods.base import MaskedPatches
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MemoryCampaign(Campaign):
         """The encoded images of a trial."""
         return self.encodings[encoding_key(values, self.name)]
 
-    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
+    def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
         return self._found(values, self.encoding_of(values))
 
     def tests(self, values: Mapping[str, Any], folder: str) -> EncodingSet:
@@ -50,13 +50,13 @@ class MemoryCampaign(Campaign):
             encodings,
         )
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: EncodingSet, device: str) -> Fitted:
+    def find_in_tests(self, values: Mapping[str, Any], tests: EncodingSet, device: str) -> FittedTrial:
         return self._found(values, tests)
 
-    def _found(self, values: Mapping[str, Any], seen: EncodingSet) -> Fitted:
+    def _found(self, values: Mapping[str, Any], seen: EncodingSet) -> FittedTrial:
         method = fit_bank(self, values)
-        readings = find_distances(self, method, EncodingReader(seen).compared(self.config_of(values)))
-        return Fitted(method, readings, seen.proxy, latency(method), memory(method))
+        raw_outputs = find_distances(self, method, EncodingReader(seen).compared(self.config_of(values)))
+        return FittedTrial(method, raw_outputs, seen.validation_set, latency(method), memory(method))
 
 
 def encoding_key(values: Mapping[str, Any], name: str) -> str:
@@ -81,10 +81,10 @@ def fit_bank(campaign: MemoryCampaign, values: Mapping[str, Any]) -> MemoryMetho
 
 @torch.inference_mode()
 def find_distances(
-    campaign: MemoryCampaign, method: MemoryMethod, embeddings: Iterable[Embedding]
+    campaign: MemoryCampaign, method: MemoryMethod, embeddings: Iterable[MaskedPatches]
 ) -> dict[str, torch.Tensor]:
-    """Readings of embedded images, with as many neighbours as any setting asks for."""
+    """Raw outputs of embedded images, with as many neighbours as any setting asks for."""
     plain = {"neighbours": campaign.config["neighbours"]}
     neighbours = max(setting.get("neighbours", plain["neighbours"]) for setting in campaign.settings)
-    found = [method.find_patches(embedding, neighbours).readings for embedding in embeddings]
-    return {name: torch.cat([readings[name] for readings in found]) for name in found[0]}
+    found = [method.search_bank(embedding, neighbours).raw_outputs for embedding in embeddings]
+    return {name: torch.cat([raw_outputs[name] for raw_outputs in found]) for name in found[0]}

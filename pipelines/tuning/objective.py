@@ -1,4 +1,4 @@
-"""The search over options that act after the network: many settings, one set of kept readings, no network run."""
+"""The search over options that act after the network: many settings, one set of kept raw_outputs, no network run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.validation_set import Measured, ProxySet, Table
+from pipelines.data.validation_set import Measured, Table, ValidationSet
 from pipelines.tuning.space import key_of
 from unianom import files
 from unianom.errors import DataError
@@ -25,25 +25,25 @@ IMAGES_AT_ONCE = 32
 OBJECTIVE = "objective"
 """What a trial reports: how well it does."""
 
-READINGS = "_readings.json"
-"""Names the arrays of kept readings, once all are written, and tells the latency."""
+RAW_OUTPUTS = "_readings.json"
+"""Names the arrays of kept raw_outputs, once all are written, and tells the latency."""
 
 TIMED_PREDICTIONS = 9
 """Predictions of one image each whose median time is the latency."""
 
 
-class Reader(Protocol):
-    """What search_readings needs of a method; see `Method`."""
+class Postprocessor(Protocol):
+    """What score_settings needs of a method; see `Method`."""
 
     map_options: ClassVar[tuple[str, ...]]
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps: ...
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps: ...
 
-    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor: ...
+    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScoredSetting:
     """One setting of the reading options and what came of it.
 
     Attributes:
@@ -56,34 +56,34 @@ class Reading:
 
 
 @torch.inference_mode()
-def find_readings(method: Method, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Readings of all images, N×… by name, where the method lies."""
+def compute_raw_outputs(method: Method, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Raw outputs of all images, N×… by name, where the method lies."""
     found = []
     for images in batches:
         method.check_images(images)
-        found.append(method.find(images).readings)
-    return {name: torch.cat([readings[name] for readings in found]) for name in found[0]}
+        found.append(method.forward(images).raw_outputs)
+    return {name: torch.cat([raw_outputs[name] for raw_outputs in found]) for name in found[0]}
 
 
 @torch.inference_mode()
-def search_readings(
-    method: Reader,
-    readings: Mapping[str, Tensor],
+def score_settings(
+    method: Postprocessor,
+    raw_outputs: Mapping[str, Tensor],
     config: Any,
     settings: Sequence[Mapping[str, Any]],
-    proxy: ProxySet,
+    validation_set: ValidationSet,
     objective: Mapping[str, float],
-) -> list[Reading]:
+) -> list[ScoredSetting]:
     """Compare settings of the reading options.
 
     Settings that share the options of the map share its making and its pixel metrics.
 
     Args:
-        method: on the CPU, or where the readings lie.
-        readings: N×… each.
+        method: on the CPU, or where the raw outputs lie.
+        raw_outputs: N×… each.
         config: the method's options where a setting says nothing.
         settings: reading options by name.
-        proxy: the N images.
+        validation_set: the N images.
         objective: weights of the metrics.
 
     Returns:
@@ -93,23 +93,27 @@ def search_readings(
     for number, values in enumerate(settings):
         shared = {name: value for name, value in values.items() if name in method.map_options}
         groups.setdefault(key_of(shared), []).append(number)
-    results: dict[int, Reading] = {}
+    results: dict[int, ScoredSetting] = {}
     for numbers in groups.values():
         configs = [with_values(config, settings[number]) for number in numbers]
-        scores, maps = read(method, readings, configs, proxy)
-        pixel = _pixels(proxy, maps, objective)
+        scores, maps = read(method, raw_outputs, configs, validation_set)
+        pixel = _pixels(validation_set, maps, objective)
         for number, own in zip(numbers, scores, strict=True):
-            results[number] = Reading(dict(settings[number]), _measured(proxy, own, pixel, objective))
+            results[number] = ScoredSetting(dict(settings[number]), _measured(validation_set, own, pixel, objective))
     return [results[number] for number in range(len(settings))]
 
 
-def measure(proxy: ProxySet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]) -> Measured:
+def measure(
+    validation_set: ValidationSet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]
+) -> Measured:
     """The verdict on N scores and N×s×s thinned maps."""
-    return proxy.measured(proxy.image_table(scores), _pixels(proxy, maps, objective), objective)
+    return validation_set.measured(
+        validation_set.image_table(scores), _pixels(validation_set, maps, objective), objective
+    )
 
 
 def gain_interval(
-    proxy: ProxySet,
+    validation_set: ValidationSet,
     better: tuple[np.ndarray, np.ndarray],
     worse: tuple[np.ndarray, np.ndarray],
     objective: Mapping[str, float],
@@ -122,7 +126,7 @@ def gain_interval(
     that is not beyond chance by this is none.
 
     Args:
-        proxy: the N images.
+        validation_set: the N images.
         better, worse: scores N and thinned maps N×s×s of either setting.
         objective: weights of the metrics.
         resamples, seed: of the bootstrap.
@@ -130,33 +134,35 @@ def gain_interval(
     rng = np.random.default_rng(seed)
     gains = []
     for _ in range(resamples):
-        drawn = proxy.resampled(rng)
+        drawn = validation_set.resampled(rng)
         first, second = (measure(drawn, *setting, objective).objective for setting in (better, worse))
         gains.append(first - second)
     low, high = np.quantile(gains, [0.025, 0.975])
     return float(low), float(high)
 
 
-def _pixels(proxy: ProxySet, maps: np.ndarray, objective: Mapping[str, float]) -> Table:
+def _pixels(validation_set: ValidationSet, maps: np.ndarray, objective: Mapping[str, float]) -> Table:
     """Pixel metrics, where the objective has any."""
     if not any("pixel" in name for name in objective):
         return {}
-    return proxy.pixel_table(maps, union=any(name.startswith("union_pixel") for name in objective))
+    return validation_set.pixel_table(maps, union=any(name.startswith("union_pixel") for name in objective))
 
 
-def _measured(proxy: ProxySet, scores: np.ndarray, pixel: Table, objective: Mapping[str, float]) -> Measured | None:
+def _measured(
+    validation_set: ValidationSet, scores: np.ndarray, pixel: Table, objective: Mapping[str, float]
+) -> Measured | None:
     if not np.isfinite(scores).all():
         return None  # this setting is no good; the others may be
-    return proxy.measured(proxy.image_table(scores), pixel, objective)
+    return validation_set.measured(validation_set.image_table(scores), pixel, objective)
 
 
 def read(
-    method: Reader, readings: Mapping[str, Tensor], configs: Sequence[Any], proxy: ProxySet
+    method: Postprocessor, raw_outputs: Mapping[str, Tensor], configs: Sequence[Any], validation_set: ValidationSet
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Scores of all images for each config, and the maps N×s×s that all these configs share, thinned.
 
     Args:
-        method, readings, proxy: as of `search_readings`.
+        method, raw_outputs, validation_set: as of `score_settings`.
         configs: options that differ in others than those of the map.
 
     Raises:
@@ -164,25 +170,25 @@ def read(
     """
     scores: list[list[Tensor]] = [[] for _ in configs]
     maps = []
-    for start in range(0, len(proxy), IMAGES_AT_ONCE):
-        part = {name: value[start : start + IMAGES_AT_ONCE] for name, value in readings.items()}
-        anomaly_map = method.read_maps(part, configs[0]).anomaly_map
-        maps.append(proxy.thinned(anomaly_map.cpu().numpy()))
+    for start in range(0, len(validation_set), IMAGES_AT_ONCE):
+        part = {name: value[start : start + IMAGES_AT_ONCE] for name, value in raw_outputs.items()}
+        anomaly_map = method.anomaly_maps(part, configs[0]).anomaly_map
+        maps.append(validation_set.thinned(anomaly_map.cpu().numpy()))
         for own, config in zip(scores, configs, strict=True):
-            own.append(method.read_scores(part, anomaly_map, config).float().cpu())
+            own.append(method.image_scores(part, anomaly_map, config).float().cpu())
     thinned = np.concatenate(maps)
     if not np.isfinite(thinned).all():
         raise DataError("anomaly maps of validation images hold NaN or infinite values")
     return [torch.cat(own).numpy() for own in scores], thinned
 
 
-def best_of(readings: Sequence[Reading]) -> Reading:
+def best_of(raw_outputs: Sequence[ScoredSetting]) -> ScoredSetting:
     """The one with the largest objective; of equals the first.
 
     Raises:
         DataError: none has finite scores.
     """
-    good = [(one.measured.objective, one) for one in readings if one.measured is not None]
+    good = [(one.measured.objective, one) for one in raw_outputs if one.measured is not None]
     if not good:
         raise DataError("no setting gives finite scores on the validation images")
     return max(good, key=lambda pair: pair[0])[1]
@@ -194,16 +200,16 @@ class ObjectiveValidation:
     """What a trained trial is compared on with others.
 
     Attributes:
-        proxy: URI of the validation images.
-        stride: see `ProxyOptions.pixel_stride`.
+        validation_set: URI of the validation images.
+        stride: see `ValidationOptions.pixel_stride`.
         objective: weights of the metrics.
-        readings: folder for the readings of the trained model.
+        raw_outputs: folder for the raw outputs of the trained model.
     """
 
-    proxy: str
+    validation_set: str
     stride: int
     objective: dict[str, float]
-    readings: str
+    raw_outputs: str
 
     def make(self, method: Method, batch_size: int) -> ObjectiveValidator:
         """Return the validator of a method; see `ValidatorConfig`."""
@@ -221,7 +227,7 @@ class ObjectiveValidator:
 
     def __init__(self, config: ObjectiveValidation, method: Method, batch_size: int) -> None:
         self._config, self._method, self._batch_size = config, method, batch_size
-        self._proxy: ProxySet | None = None
+        self._validation_set: ValidationSet | None = None
 
     def run(self) -> dict[str, float]:
         """The objective, by the method's own reading options, and the metrics it is made of.
@@ -229,35 +235,37 @@ class ObjectiveValidator:
         Raises:
             DataError: scores are not finite.
         """
-        proxy, readings = self._find()
+        validation_set, raw_outputs = self._find()
         objective = self._config.objective
-        measured = search_readings(self._method, readings, self._method.config, [{}], proxy, objective)[0].measured
+        measured = score_settings(self._method, raw_outputs, self._method.config, [{}], validation_set, objective)[
+            0
+        ].measured
         if measured is None:
             raise DataError("scores of validation images hold NaN or infinite values; lower the learning rate")
         return {OBJECTIVE: measured.objective, **measured.metrics}
 
     def cache_outputs(self) -> None:
-        """Write down the readings, so that the search over them needs no network."""
-        _, readings = self._find()
-        save_readings(self._config.readings, readings, latency(self._method))
+        """Write down the raw_outputs, so that the search over them needs no network."""
+        _, raw_outputs = self._find()
+        save_readings(self._config.raw_outputs, raw_outputs, latency(self._method))
 
-    def _find(self) -> tuple[ProxySet, dict[str, Tensor]]:
-        if self._proxy is None:
-            self._proxy = ProxySet(self._config.proxy, self._config.stride)
-        batches = self._proxy.batches(self._batch_size, self._method.input, self._method.device)
-        return self._proxy, find_readings(self._method, batches)
+    def _find(self) -> tuple[ValidationSet, dict[str, Tensor]]:
+        if self._validation_set is None:
+            self._validation_set = ValidationSet(self._config.validation_set, self._config.stride)
+        batches = self._validation_set.batches(self._batch_size, self._method.input, self._method.device)
+        return self._validation_set, compute_raw_outputs(self._method, batches)
 
 
-def save_readings(folder: str, readings: Mapping[str, Tensor], milliseconds: float) -> None:
-    """Write readings, N×… by name, and the latency of whom they are from."""
-    for name, value in readings.items():
+def save_readings(folder: str, raw_outputs: Mapping[str, Tensor], milliseconds: float) -> None:
+    """Write raw_outputs, N×… by name, and the latency of whom they are from."""
+    for name, value in raw_outputs.items():
         files.write_array(files.join(folder, f"{name}.npy"), value.cpu().numpy())
-    files.write_json(files.join(folder, READINGS), {"names": list(readings), "latency_ms": milliseconds})
+    files.write_json(files.join(folder, RAW_OUTPUTS), {"names": list(raw_outputs), "latency_ms": milliseconds})
 
 
 def load_readings(folder: str) -> tuple[dict[str, Tensor], float]:
     """What `save_readings` wrote."""
-    told = files.read_json(files.join(folder, READINGS))
+    told = files.read_json(files.join(folder, RAW_OUTPUTS))
     arrays = {name: files.read_array(files.join(folder, f"{name}.npy")) for name in told["names"]}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}, told["latency_ms"]
 

@@ -23,7 +23,7 @@ from pipelines.training.options import WORK
 from pipelines.tuning.objective import OBJECTIVE
 from pipelines.tuning.space import Choice, Dimension
 from pipelines.tuning.trained_trials import TrainedCampaign
-from pipelines.tuning.trial import CARRIED, LATENCY, MEMORY, RECORD, Inside, read_reports, seconds_since, trial_id
+from pipelines.tuning.trial import CARRIED, LATENCY, MEMORY, RECORD, TrialContext, read_reports, seconds_since, trial_id
 from unianom import files
 from unianom.errors import OptionError
 from unianom.serialise import to_plain
@@ -61,7 +61,7 @@ class PopulationCampaign(TrainedCampaign):
     """A campaign of population-based training.
 
     Attributes:
-        repeats: steps that take the same batch, see `BatchNeeds`.
+        repeats: steps that take the same batch, see `BatchSpec`.
     """
 
     repeats: int = field(default=1, kw_only=True)
@@ -76,7 +76,7 @@ class PopulationCampaign(TrainedCampaign):
     def shown_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return current(values)
 
-    def run(self, values: Mapping[str, Any], folder: str, inside: Inside) -> dict[str, Any]:
+    def run(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> dict[str, Any]:
         parent = None
         if values[PARENT] is not None:
             parent = files.join(self.folder, "trials", values[PARENT])
@@ -84,16 +84,16 @@ class PopulationCampaign(TrainedCampaign):
         start = None if parent is None else files.join(parent, STATE)
         end = steps if values[UNTIL] == 1 else round(values[UNTIL] * steps)
         segment = Segment(start, end, files.join(folder, STATE))
-        self.train(values, folder, inside, segment)
+        self.train(values, folder, context, segment)
         if values[UNTIL] < 1 and not read_reports(folder):
             # its driver died when the segment had ended and before it heard how well it did
             files.remove(files.join(folder, WORK))
             files.remove(segment.state)
-            self.train(values, folder, inside, segment)
+            self.train(values, folder, context, segment)
         reports = [*([] if parent is None else files.read_json(files.join(parent, RECORD))["reports"])]
         reports += [told for told in read_reports(folder) if told not in reports]
         if values[UNTIL] == 1:
-            record = {**super().run(values, folder, inside), "reports": reports}
+            record = {**super().run(values, folder, context), "reports": reports}
             files.write_json(files.join(folder, RECORD), record)
             return record
         record = {

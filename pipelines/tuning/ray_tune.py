@@ -35,8 +35,8 @@ from pipelines.tuning.trial import (
     RECORD,
     STOPPED,
     Campaign,
-    Inside,
-    in_turn,
+    TrialContext,
+    hold_lock,
     read_record,
     run_trial,
     write_end,
@@ -197,8 +197,8 @@ class PassOn(TuneReportCallback):
 def tune_trial(campaign: Campaign, values: TrialValues, turn: Any, config: dict[str, Any]) -> None:
     """What Tune runs for every trial."""
     set_threads(campaign.options.runtime.cpus_per_worker)
-    inside = Inside(lambda: [PassOn()], partial(in_turn, turn))
-    run_trial(campaign, values.of(config), tune.report, inside)
+    context = TrialContext(lambda: [PassOn()], partial(hold_lock, turn))
+    run_trial(campaign, values.of(config), tune.report, context)
 
 
 class Budget(Stopper):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines.data.validation_set import ProxySet
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
 from pipelines.runtime.tracking import Run, scope
 from pipelines.tuning import figures as shown
@@ -47,7 +47,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Ran:
+class CampaignRun:
     """A campaign and what came of its trials.
 
     Attributes:
@@ -84,7 +84,7 @@ class TuneResult:
     diagnosis: dict[str, Any] | None
 
 
-def write_results(options: Any, output: str, ran: Mapping[str, Ran], run: Run) -> TuneResult:
+def write_results(options: Any, output: str, ran: Mapping[str, CampaignRun], run: Run) -> TuneResult:
     """Choose, write and record.
 
     Args:
@@ -116,7 +116,7 @@ def per_category(options: Any) -> bool:
     return bool(getattr(options, "per_category", False))
 
 
-def read_settings(ran: Ran) -> list[dict[str, Any]]:
+def read_settings(ran: CampaignRun) -> list[dict[str, Any]]:
     """All settings of all trials that came to their end: trial, values (those of the reading options also as
     text), objective, metrics and by_category."""
     settings = []
@@ -141,7 +141,7 @@ def read_settings(ran: Ran) -> list[dict[str, Any]]:
     return settings
 
 
-def choose(records: Sequence[Mapping[str, Any]], prefer: str, tolerance: float) -> Mapping[str, Any]:
+def select_trial(records: Sequence[Mapping[str, Any]], prefer: str, tolerance: float) -> Mapping[str, Any]:
     """The best trial: of the largest objective, or, of those within `tolerance` of it, the fastest or smallest."""
     done = [record for record in records if record["status"] == DONE]
     most = max(record["objective"] for record in done)
@@ -162,9 +162,9 @@ def _setting(campaign: Campaign, record: Mapping[str, Any], reading: Mapping[str
     }
 
 
-def _content(ran: Ran, settings: list[dict[str, Any]], options: Any) -> dict[str, Any]:
+def _content(ran: CampaignRun, settings: list[dict[str, Any]], options: Any) -> dict[str, Any]:
     records, campaign = ran.records, ran.campaign
-    best = choose(records, options.prefer, options.tolerance)
+    best = select_trial(records, options.prefer, options.tolerance)
     done = [record for record in records if record["status"] == DONE]
     points = np.array([[record["objective"], record[LATENCY], record[MEMORY]] for record in done])
     front = shown.pareto_front(points, [True, False, False])
@@ -213,14 +213,14 @@ def _gain(
     were not measured, or on other images."""
     if default is None or default["proxy"] != best["proxy"]:
         return None
-    proxy = ProxySet(best["proxy"], campaign.validation.pixel_stride)
+    validation_set = ValidationSet(best["proxy"], campaign.validation.pixel_stride)
 
     def seen(record: Mapping[str, Any], which: str) -> tuple[np.ndarray, np.ndarray]:
         folder = campaign.trial_folder(record["values"])
         scores, maps = (files.read_array(files.join(folder, f"{which}-{name}")) for name in (SCORES, MAPS))
         return scores, maps
 
-    low, high = gain_interval(proxy, seen(best, BEST), seen(default, GIVEN), campaign.objective, seed=seed)
+    low, high = gain_interval(validation_set, seen(best, BEST), seen(default, GIVEN), campaign.objective, seed=seed)
     gain = best["objective"] - default["default"]["objective"]
     return {"objective": gain, "interval": [low, high], "beyond_chance": low > 0}
 
@@ -242,8 +242,8 @@ def _rates(campaign: Campaign, best: Mapping[str, Any], options: Any) -> list[di
     if not options.threshold_rates:
         return []
     scores = files.read_array(files.join(campaign.trial_folder(best["values"]), f"{BEST}-{SCORES}"))
-    proxy = ProxySet(best["proxy"])
-    normal, anomalous = np.flatnonzero(proxy.label == NORMAL), np.flatnonzero(proxy.label != NORMAL)
+    validation_set = ValidationSet(best["proxy"])
+    normal, anomalous = np.flatnonzero(validation_set.label == NORMAL), np.flatnonzero(validation_set.label != NORMAL)
     order = hash_order([str(number) for number in normal], options.seed)
     halves = [np.array([int(name) for name in order[part::2]]) for part in range(2)]
     rows = []
@@ -337,7 +337,7 @@ def _head(content: Mapping[str, Any], where: str) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-def _write_campaign(ran: Ran, content: dict[str, Any], settings: list[dict[str, Any]], options: Any) -> None:
+def _write_campaign(ran: CampaignRun, content: dict[str, Any], settings: list[dict[str, Any]], options: Any) -> None:
     folder, records = ran.campaign.folder, ran.records
     files.write_json(files.join(folder, RESULT), content)
     table = pa.Table.from_pylist(_one_kind(shown.setting_rows(settings)))
@@ -404,7 +404,7 @@ def _record(run: Run, folder: str, content: Mapping[str, Any], prefix: str) -> N
 
 def _write_common(
     output: str,
-    ran: Mapping[str, Ran],
+    ran: Mapping[str, CampaignRun],
     contents: Mapping[str, dict[str, Any]],
     settings: Mapping[str, list[dict[str, Any]]],
     options: Any,

@@ -1,7 +1,7 @@
 """What a campaign searches: for every method a documented space of options, to be changed from YAML or command line.
 
 Options are of two kinds. *Reading options* act after the network (k-ratio, weights of a decision, smoothing of maps),
-so thousands of their settings are compared on kept readings of a few images. *Trial options* change the network, its
+so thousands of their settings are compared on kept raw outputs of a few images. *Trial options* change the network, its
 training or the memory bank; each choice of them is a trial, finished by a search over the reading options.
 """
 
@@ -299,10 +299,10 @@ def read_value(config: Any, name: str) -> Any:
 
 
 def split_space(
-    space: Sequence[Dimension], reading_options: Sequence[str]
+    space: Sequence[Dimension], postprocess_options: Sequence[str]
 ) -> tuple[tuple[Dimension, ...], tuple[Dimension, ...]]:
     """Trial options and reading options of a space."""
-    reading = tuple(dimension for dimension in space if dimension.name in reading_options)
+    reading = tuple(dimension for dimension in space if dimension.name in postprocess_options)
     return tuple(dimension for dimension in space if dimension not in reading), reading
 
 

@@ -7,48 +7,55 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, SupportsFloat
 
-from pipelines.data.validation_set import ProxySet
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.tracking import Run
 from pipelines.training.driver import plan_job, run_job
 from pipelines.training.job import Segment, make_method
 from pipelines.training.options import WORK
 from pipelines.training.validation import PROGRESS
-from pipelines.tuning.objective import OBJECTIVE, READINGS, ObjectiveValidation, find_readings, load_readings, memory
-from pipelines.tuning.trial import REPORTS, Campaign, Fitted, Inside, read_reports
+from pipelines.tuning.objective import (
+    OBJECTIVE,
+    RAW_OUTPUTS,
+    ObjectiveValidation,
+    compute_raw_outputs,
+    load_readings,
+    memory,
+)
+from pipelines.tuning.trial import REPORTS, Campaign, FittedTrial, TrialContext, read_reports
 from unianom import files
 from unianom.errors import DataError
 from unianom.model import is_model
 
 KEPT = "readings"
-"""Folder of a trial for the readings of its trained model, until its record is written."""
+"""Folder of a trial for the raw outputs of its trained model, until its record is written."""
 
 
 class TrainedCampaign(Campaign):
     """A campaign of a method that is trained."""
 
-    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
-        proxy = self.train(values, folder, inside, None)
-        readings, milliseconds = load_readings(files.join(folder, KEPT))
+    def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
+        validation_set = self.train(values, folder, context, None)
+        raw_outputs, milliseconds = load_readings(files.join(folder, KEPT))
         method = load_model(trained_model(folder), "cpu").method
-        return Fitted(method, readings, proxy, milliseconds, memory(method))
+        return FittedTrial(method, raw_outputs, validation_set, milliseconds, memory(method))
 
-    def train(self, values: Mapping[str, Any], folder: str, inside: Inside, segment: Segment | None) -> str:
+    def train(self, values: Mapping[str, Any], folder: str, context: TrialContext, segment: Segment | None) -> str:
         """Train a trial, or a segment of it, unless that was done; URI of the validation images."""
         config, options = self.config_of(values), self.fit_options(values)
         work, kept = files.join(folder, WORK), files.join(folder, KEPT)
-        with inside.alone():
-            proxy = self.proxy_of(make_method(self.name, config))
-        ended = is_model(trained_model(folder)) and files.exists(files.join(kept, READINGS))
+        with context.exclusive():
+            validation_set = self.validation_set_of(make_method(self.name, config))
+        ended = is_model(trained_model(folder)) and files.exists(files.join(kept, RAW_OUTPUTS))
         if ended or (segment is not None and files.exists(segment.state)):
-            return proxy
-        with inside.alone():
+            return validation_set
+        with context.exclusive():
             job = plan_job(self.name, config, options, self.shards, self.categories, self.chosen, work)
-        comparison = ObjectiveValidation(proxy, self.validation.pixel_stride, self.objective, kept)
+        comparison = ObjectiveValidation(validation_set, self.validation.pixel_stride, self.objective, kept)
         reports = Reports(folder, job.iterations)
-        run_job(replace(job, validator=comparison, segment=segment), options, work, reports, "", inside.callbacks())
+        run_job(replace(job, validator=comparison, segment=segment), options, work, reports, "", context.callbacks())
         files.remove(files.join(work, "checkpoints"))
-        return proxy
+        return validation_set
 
     def tests(self, values: Mapping[str, Any], folder: str) -> str:
         model = trained_model(self.trial_folder(values))
@@ -59,11 +66,11 @@ class TrainedCampaign(Campaign):
             )
         return self.tests_for(load_model(model, "cpu").method, folder)
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: str, device: str) -> Fitted:
+    def find_in_tests(self, values: Mapping[str, Any], tests: str, device: str) -> FittedTrial:
         method = load_model(trained_model(self.trial_folder(values)), device).method
-        batches = ProxySet(tests).batches(self.options.batch_size, method.input, method.device)
-        readings = {name: value.cpu() for name, value in find_readings(method, batches).items()}
-        return Fitted(method.to("cpu"), readings, tests, 0.0, memory(method))
+        batches = ValidationSet(tests).batches(self.options.batch_size, method.input, method.device)
+        raw_outputs = {name: value.cpu() for name, value in compute_raw_outputs(method, batches).items()}
+        return FittedTrial(method.to("cpu"), raw_outputs, tests, 0.0, memory(method))
 
 
 class Reports(Run):

@@ -22,12 +22,12 @@ import torch
 from ray.train import UserCallback
 
 from pipelines.data.splits import TrainValSplit
-from pipelines.data.validation_set import ProxyOptions, ProxySet, build_proxy, build_tests
+from pipelines.data.validation_set import ValidationOptions, ValidationSet, build_tests, build_validation_set
 from pipelines.runtime.errors import reason, user_error
 from pipelines.training.driver import WorkersLostError
 from pipelines.training.options import WORK
 from pipelines.training.validation import PROGRESS
-from pipelines.tuning.objective import OBJECTIVE, Reader, Reading, best_of, read, search_readings
+from pipelines.tuning.objective import OBJECTIVE, Postprocessor, ScoredSetting, best_of, read, score_settings
 from pipelines.tuning.space import key_of
 from unianom import files
 from unianom.data.shards import ShardSet
@@ -76,7 +76,7 @@ class Campaign:
     categories: list[str]
     chosen: TrainValSplit
     settings: list[dict[str, Any]]
-    validation: ProxyOptions
+    validation: ValidationOptions
     objective: dict[str, float]
     folder: str
     keep_models: bool
@@ -102,9 +102,9 @@ class Campaign:
         """Where a trial lies."""
         return files.join(self.folder, "trials", trial_id(values))
 
-    def proxy_of(self, method: Method) -> str:
+    def validation_set_of(self, method: Method) -> str:
         """URI of the validation images as input of a method."""
-        return build_proxy(
+        return build_validation_set(
             self.shards,
             self.categories,
             self.chosen.held_out,
@@ -119,11 +119,11 @@ class Campaign:
         images = files.join(folder, "images")
         return build_tests(self.shards, self.categories, method.input, self.options.limits, images)
 
-    def run(self, values: Mapping[str, Any], folder: str, inside: Inside) -> dict[str, Any]:
+    def run(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> dict[str, Any]:
         """Run a trial in its folder; its record, written."""
-        return finish_trial(self, values, folder, self.fit(values, folder, inside))
+        return finish_trial(self, values, folder, self.fit(values, folder, context))
 
-    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
+    def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
         """Fit a trial in its folder and find what it sees in the validation images."""
         raise NotImplementedError
 
@@ -135,39 +135,39 @@ class Campaign:
         """
         raise NotImplementedError
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: Any, device: str) -> Fitted:
+    def find_in_tests(self, values: Mapping[str, Any], tests: Any, device: str) -> FittedTrial:
         """Find what a trial sees in the test split."""
         raise NotImplementedError
 
 
-class Fitted(NamedTuple):
+class FittedTrial(NamedTuple):
     """A fitted trial, on the CPU, and what it finds in the images at a URI.
 
     Attributes:
         reader: the method, or what reads like one.
-        readings: N×… by name.
-        proxy: URI of the N images.
+        raw_outputs: N×… by name.
+        validation_set: URI of the N images.
         latency_ms, memory_mb: of a prediction of one image, and of weights and bank.
     """
 
-    reader: Reader
-    readings: dict[str, torch.Tensor]
-    proxy: str
+    postprocessor: Postprocessor
+    raw_outputs: dict[str, torch.Tensor]
+    validation_set: str
     latency_ms: float
     memory_mb: float
 
 
 @dataclass(frozen=True)
-class Inside:
+class TrialContext:
     """What a trial has of Tune and Ray Train while it is fitted.
 
     Attributes:
         callbacks: makes what Ray Train calls with the reports of its workers.
-        alone: entered while images are prepared that other trials need, too.
+        exclusive: entered while images are prepared that other trials need, too.
     """
 
     callbacks: Callable[[], Sequence[UserCallback]] = tuple
-    alone: Callable[[], AbstractContextManager[None]] = nullcontext
+    exclusive: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def trial_id(values: Mapping[str, Any]) -> str:
@@ -223,7 +223,7 @@ def seconds_since(folder: str) -> float:
     return time.time() - files.read_json(path)["begun"] if files.exists(path) else 0.0
 
 
-class Turn:
+class PreparationLock:
     """Who may prepare what trials share, so that no two write it at a time. A Ray actor."""
 
     def __init__(self) -> None:
@@ -249,8 +249,8 @@ PATIENCE = 20.0
 
 
 @contextmanager
-def in_turn(turn: Any) -> Iterator[None]:
-    """Wait for a turn, a handle to the actor `Turn`, and keep it for the length of the block."""
+def hold_lock(turn: Any) -> Iterator[None]:
+    """Wait for a turn, a handle to the actor `PreparationLock`, and keep it for the length of the block."""
     name = f"{os.getpid()}-{uuid.uuid4().hex}"
     while not ray.get(turn.take.remote(name)):
         time.sleep(0.5)
@@ -280,7 +280,7 @@ def run_trial(
     campaign: Campaign,
     values: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
-    inside: Inside | None = None,
+    context: TrialContext | None = None,
 ) -> dict[str, Any]:
     """Run a trial, or tell again what came of it.
 
@@ -288,7 +288,7 @@ def run_trial(
         campaign: what it belongs to.
         values: of its options, by name.
         report: told the objective at the end, and before it what the trial told when it ran before.
-        inside: what it has of Tune and Ray Train; None for nothing.
+        context: what it has of Tune and Ray Train; None for nothing.
 
     Returns:
         Its record.
@@ -304,7 +304,7 @@ def run_trial(
         for told in read_reports(folder):
             report(told)
         try:
-            record = campaign.run(values, folder, inside or Inside())
+            record = campaign.run(values, folder, context or TrialContext())
         except Exception as error:
             known = user_error(error)
             # a full disk, a lost connection and missing weights are no fault of the values, either
@@ -326,16 +326,18 @@ def run_trial(
     return record
 
 
-def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fitted: Fitted) -> dict[str, Any]:
+def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fitted: FittedTrial) -> dict[str, Any]:
     """Search the reading options of a fitted trial, and write its record."""
     config = campaign.config_of(values)
-    proxy = ProxySet(fitted.proxy, campaign.validation.pixel_stride)
-    found = search_readings(fitted.reader, fitted.readings, config, campaign.settings, proxy, campaign.objective)
+    validation_set = ValidationSet(fitted.validation_set, campaign.validation.pixel_stride)
+    found = score_settings(
+        fitted.postprocessor, fitted.raw_outputs, config, campaign.settings, validation_set, campaign.objective
+    )
     best = best_of(found)
     _write_settings(folder, found)
     kept = {BEST: best.values, **({GIVEN: found[0].values} if config == campaign.config_of({}) else {})}
     for name, reading in kept.items():
-        (scores,), maps = read(fitted.reader, fitted.readings, [with_values(config, reading)], proxy)
+        (scores,), maps = read(fitted.postprocessor, fitted.raw_outputs, [with_values(config, reading)], validation_set)
         files.write_array(files.join(folder, f"{name}-{SCORES}"), scores)
         files.write_array(files.join(folder, f"{name}-{MAPS}"), maps)
     assert best.measured is not None
@@ -351,7 +353,7 @@ def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fit
         MEMORY: fitted.memory_mb,
         "best": _plain_reading(best),
         "default": _plain_reading(found[0]),
-        "proxy": fitted.proxy,
+        "proxy": fitted.validation_set,
     }
     files.write_json(files.join(folder, RECORD), record)
     if not campaign.keep_models:
@@ -360,13 +362,13 @@ def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fit
     return record
 
 
-def _plain_reading(reading: Reading) -> dict[str, Any] | None:
+def _plain_reading(reading: ScoredSetting) -> dict[str, Any] | None:
     if reading.measured is None:
         return None
     return {"values": to_plain(reading.values), **to_plain(reading.measured)}
 
 
-def _write_settings(folder: str, found: Sequence[Reading]) -> None:
+def _write_settings(folder: str, found: Sequence[ScoredSetting]) -> None:
     """All settings as a table; values and verdicts are JSON text, since columns differ by method."""
     rows = []
     for reading in found:

@@ -1,7 +1,7 @@
 """A campaign: the options of a method searched with Ray Tune, without test data.
 
     shards ─▶ held-out normals + synthetic anomalies ─▶ trials on Ray Tune: fit, then thousands of reading options on
-    kept readings ─▶ best setting as a recipe ─▶ tables, figures, MLflow ─▶ (all chosen) a diagnosis on test images
+    kept raw outputs ─▶ best setting as a recipe ─▶ tables, figures, MLflow ─▶ (all chosen) a diagnosis on test images
 
 Everything a trial finds lies in a folder named by its values, so a campaign whose driver died goes on with the same
 command: trials with a record tell Tune again what they once told it, in no time, and those that had not ended continue.
@@ -23,21 +23,21 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 
 from pipelines.data.splits import TrainValSplit, choose_samples
-from pipelines.data.validation_set import ProxyOptions, ProxySet, check_objective
+from pipelines.data.validation_set import ValidationOptions, ValidationSet, check_objective
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect
 from pipelines.runtime.cli import AS_WRITTEN, documented_arguments, own_signals
-from pipelines.runtime.models import ModelShelf, load_model
+from pipelines.runtime.models import ModelSet, load_model
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import Run, TrackingOptions, track
-from pipelines.training.calibrate import CalibrateOptions, Kept
+from pipelines.training.calibrate import CalibrateOptions, EmbeddingCache
 from pipelines.training.driver import check_masks
 from pipelines.training.job import make_method
 from pipelines.training.network_options import TrainingOptions
 from pipelines.training.options import WORK, FitOptions
 from pipelines.training.per_category import inputs_of, weights_digest
 from pipelines.training.validation import PROGRESS
-from pipelines.tuning.calibration_trials import CADA, CadaCampaign, CalibratedReader, recipe_options, see
+from pipelines.tuning.calibration_trials import CADA, CadaCampaign, CalibratedPostprocessor, recipe_options, see
 from pipelines.tuning.encodings import encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, is_bank_option
 from pipelines.tuning.objective import OBJECTIVE
@@ -52,7 +52,7 @@ from pipelines.tuning.ray_tune import (
     tree_parzen,
     tune_trial,
 )
-from pipelines.tuning.results import Ran, TuneResult, per_category, write_results
+from pipelines.tuning.results import CampaignRun, TuneResult, per_category, write_results
 from pipelines.tuning.space import (
     SPACES,
     Choice,
@@ -68,13 +68,23 @@ from pipelines.tuning.space import (
     split_space,
 )
 from pipelines.tuning.trained_trials import TrainedCampaign
-from pipelines.tuning.trial import CARRIED, CRASHED, DONE, PLAN, RECORD, Campaign, Turn, read_record, trial_id
+from pipelines.tuning.trial import (
+    CARRIED,
+    CRASHED,
+    DONE,
+    PLAN,
+    RECORD,
+    Campaign,
+    PreparationLock,
+    read_record,
+    trial_id,
+)
 from unianom import __version__, files
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.trained import BatchNeeds
+from unianom.methods.trained import BatchSpec
 from unianom.serialise import to_plain
 from unianom.thresholds import smallest_supported_rate
 from unianom.written import plain_options
@@ -143,7 +153,7 @@ class SearchOptions:
     trials: int | None = None
     settings: int = 1000
     objective: dict[str, float] = field(default_factory=lambda: {"image_auroc": 1.0, "pixel_ap": 1.0})
-    validation: ProxyOptions = field(default_factory=ProxyOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     population: PopulationOptions = field(default_factory=PopulationOptions)
     hours: float | None = None
@@ -301,28 +311,30 @@ def tune(options: Any) -> TuneResult:
         campaigns = {}
         for group in groups:
             folder = files.join(output, "categories", files.safe_name(group[0])) if per_category(options) else output
-            campaigns["+".join(group)] = make_driver(name, options, shards, group, folder, space, needs, run).go()
+            campaigns["+".join(group)] = make_driver(name, options, shards, group, folder, space, needs, run).run()
         return write_results(options, output, campaigns, run)
 
 
 def _groups(name: str, options: Any, shards: ShardSet) -> list[list[str]]:
     """The categories of each campaign."""
     if name == CADA:
-        shelf = ModelShelf.open(options.model)
-        if shelf.by_category:
-            raise OptionError(f"{shelf.uri} holds a model for each category; give the folder of one of them as --model")
-        return [shelf.descriptions()[0]["categories"]]
+        model_set = ModelSet.open(options.model)
+        if model_set.by_category:
+            raise OptionError(
+                f"{model_set.uri} holds a model for each category; give the folder of one of them as --model"
+            )
+        return [model_set.descriptions()[0]["categories"]]
     categories = list(options.categories) or shards.categories
     return [[category] for category in categories] if options.per_category else [categories]
 
 
-def _prepare(name: str, options: Any, shards: ShardSet) -> BatchNeeds:
+def _prepare(name: str, options: Any, shards: ShardSet) -> BatchSpec:
     """Refuse what no trial could be made of; what the training of the method needs, if it is trained."""
-    needs = BatchNeeds()
+    needs = BatchSpec()
     if name == CADA:
         return needs
     if not issubclass(METHODS[name], MemoryMethod):
-        needs = make_method(name, options.method).needs
+        needs = make_method(name, options.method).batch_spec
         if needs.masks:
             check_masks(shards, list(options.categories) or shards.categories)
     elif getattr(options.method, "mask_scope", "image") == "batch":
@@ -372,7 +384,7 @@ class Driver:
     """
 
     def __init__(self, campaign: Campaign, trial_space: Sequence[Dimension], options: Any, run: Run) -> None:
-        self.campaign, self.trial_space, self.options, self.run = campaign, trial_space, options, run
+        self.campaign, self.trial_space, self.options, self.tracking_run = campaign, trial_space, options, run
 
     @property
     def trains(self) -> bool:
@@ -382,9 +394,11 @@ class Driver:
     def prepare(self) -> None:
         """Compute what all trials share, before the first; Ray is connected."""
         campaign = self.campaign
-        ProxySet(campaign.proxy_of(make_method(campaign.name, campaign.config_of({})))).check(campaign.objective)
+        ValidationSet(campaign.validation_set_of(make_method(campaign.name, campaign.config_of({})))).check(
+            campaign.objective
+        )
 
-    def go(self) -> Ran:
+    def run(self) -> CampaignRun:
         """Run what is missing; give every record."""
         planned = self._planned()
         before = self._records()
@@ -407,7 +421,7 @@ class Driver:
             self.prepare()
         return self._ran(wanted, fresh)
 
-    def _ran(self, wanted: int, fresh: bool) -> Ran:
+    def _ran(self, wanted: int, fresh: bool) -> CampaignRun:
         """All records, once there is one of a trial that came to its end."""
         records = self._records(crashed=True)
         if not any(record["status"] == DONE for record in records):
@@ -415,7 +429,7 @@ class Driver:
             raise DataError(
                 f"no trial came to its end ({told or 'none was begun'}); mend the options, or raise the budget"
             )
-        return Ran(self.campaign, records, wanted, self._budget().spent()["seconds"], fresh)
+        return CampaignRun(self.campaign, records, wanted, self._budget().spent()["seconds"], fresh)
 
     def _count(self) -> int:
         return self.options.trials or (8 if self.options.search == "pbt" else 24)
@@ -487,7 +501,7 @@ class Driver:
         progress = Progress("tune", count, "trials")
         best = max((record["objective"] for record in before if record["status"] == DONE), default=None)
         store = files.beside(options.output, "").rstrip("/")
-        recorder = Recorder(self.campaign, values, options.tracking, store, self.run, budget, progress, best)
+        recorder = Recorder(self.campaign, values, options.tracking, store, self.tracking_run, budget, progress, best)
         search: SearchAlgorithm | Searcher | None = None
         if planned is None:
             search = tree_parzen(values, points, options.seed, options.pareto)
@@ -502,7 +516,7 @@ class Driver:
                 reduction_factor=stopping.reduction,
             )
         goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
-        turn: Any = ray.remote(num_cpus=0)(Turn).remote()
+        turn: Any = ray.remote(num_cpus=0)(PreparationLock).remote()
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(partial(tune_trial, self.campaign, values, turn), resources),
             param_space=values.space(),
@@ -576,8 +590,8 @@ class MemoryDriver(Driver):
         masks = any(dimension.name == "mask" for dimension in self.trial_space)
         for values in combinations:
             config = campaign.config_of({**values, "mask": "binary"} if masks else values)
-            proxy = campaign.proxy_of(method(config))
-            ProxySet(proxy).check(campaign.objective)
+            validation_set = campaign.validation_set_of(method(config))
+            ValidationSet(validation_set).check(campaign.objective)
             campaign.encodings[encoding_key(values, campaign.name)] = encode_once(
                 campaign.name,
                 config,
@@ -585,7 +599,7 @@ class MemoryDriver(Driver):
                 campaign.shards,
                 campaign.categories,
                 campaign.chosen.learn,
-                proxy,
+                validation_set,
                 files.join(campaign.folder, "encodings"),
             )
 
@@ -593,7 +607,7 @@ class MemoryDriver(Driver):
 class PopulationDriver(Driver):
     """Trains a population segment by segment."""
 
-    def go(self) -> Ran:
+    def run(self) -> CampaignRun:
         options, campaign = self.options, self.campaign
         default = self._default()
         drawn = draw(self.trial_space, self._count(), options.seed)
@@ -620,7 +634,7 @@ class PopulationDriver(Driver):
                 break  # there is none to go on from
             if done < options.population.segments:
                 objectives = [record["objective"] for record in before]
-                changing = METHODS[campaign.name].changing_options  # type: ignore[attr-defined]
+                changing = METHODS[campaign.name].schedulable_options  # type: ignore[attr-defined]
                 members = next_segments(
                     members, objectives, done, self.trial_space, changing, options.population, options.seed
                 )
@@ -636,11 +650,11 @@ class CadaDriver(Driver):
         assert isinstance(campaign, CadaCampaign)
         assert campaign.kept is not None
         campaign.kept.fill(campaign.options)
-        proxy = campaign.proxy_of(load_model(campaign.model, "cpu").method)
-        ProxySet(proxy).check(campaign.objective)
+        validation_set = campaign.validation_set_of(load_model(campaign.model, "cpu").method)
+        ValidationSet(validation_set).check(campaign.objective)
         seen = files.join(campaign.folder, "seen")
-        see(campaign, proxy, seen)
-        self.campaign = dataclasses.replace(campaign, proxy=proxy, seen=seen)
+        see(campaign, validation_set, seen)
+        self.campaign = dataclasses.replace(campaign, validation_set=validation_set, seen=seen)
 
     def _trial_gpus(self) -> float:
         return self.options.runtime.gpus_per_worker
@@ -662,7 +676,7 @@ def make_driver(
     categories: list[str],
     folder: str,
     space: Sequence[Dimension],
-    needs: BatchNeeds,
+    needs: BatchSpec,
     run: Run,
 ) -> Driver:
     """The driver of one campaign.
@@ -677,8 +691,8 @@ def make_driver(
     Raises:
         DataError: there is no normal image to compare settings on.
     """
-    reader: Any = CalibratedReader if name == CADA else METHODS[name]
-    trial_space, reading_space = split_space(space, reader.reading_options)
+    reader: Any = CalibratedPostprocessor if name == CADA else METHODS[name]
+    trial_space, reading_space = split_space(space, reader.postprocess_options)
     config = searched(options)
     own: dict[str, Any] = {}
     kind: type[Campaign]
@@ -686,7 +700,7 @@ def make_driver(
     fit: Any
     if name == CADA:
         kind, driver, fit = CadaCampaign, CadaDriver, recipe_options(options)
-        kept = Kept.of(files.full_uri(options.model), shards, fit)
+        kept = EmbeddingCache.of(files.full_uri(options.model), shards, fit)
         own = {"model": kept.model, "kept": kept}
         chosen, categories = TrainValSplit(kept.chosen, kept.held_out - kept.chosen), kept.categories
     else:

@@ -60,12 +60,12 @@ class Tiny:
 def training_batch(method: TrainedMethod, count: int = 4, seed: int = 2) -> TrainingBatch:
     """What the method's `training_loss` takes: images of two categories in turn, with all that it `needs`."""
     batch = TrainingBatch(torch.arange(count) % 2, images=random_images(count, seed))
-    if method.needs.synthetic is not None:
+    if method.batch_spec.synthetic is not None:
         mask = torch.zeros(count, 1, SIDE, SIDE)
         mask[:, :, 8:24, 16:40] = 1
         batch.synthetic_mask = mask
         batch.synthetic_images = torch.where(mask > 0, random_images(count, seed + 1), random_images(count, seed))
-    if method.needs.prompts is not None:
+    if method.batch_spec.prompts is not None:
         batch.prompt_images = random_images(count, seed + 2)
     return batch
 
@@ -96,7 +96,7 @@ DISTANCE_READING: list[dict[str, Any]] = [
     {"map.blur": "none", "map.score_share": 1.0},
     {"map.score_share": 0.01},
 ]
-"""Readings of RevDist and ReContrast."""
+"""Raw outputs of RevDist and ReContrast."""
 
 TINY = {
     "uniformaly": Tiny(
@@ -293,7 +293,7 @@ def fit(method: Method, rows: int = 40, seed: int = 1) -> Method:
         chosen = np.random.default_rng(seed).permutation(len(patches))[:rows]
         method.bank = MemoryBank.build(patches[chosen])
     elif isinstance(method, TrainedMethod):
-        method.finish([TINY[method.name].training_batch(method)], ["a", "b"])
+        method.finalize([TINY[method.name].training_batch(method)], ["a", "b"])
     return method
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.methods.conftest import INVALID_BANKS, SIDE, TINY, Tiny, fit, random_images, remade
 from unianom.backbones import CnnBackbone, VitBackbone
 from unianom.errors import OptionError
-from unianom.methods import METHODS, Embedding, Found, Inspection, MemoryMethod, Method, Prediction
+from unianom.methods import METHODS, Inspection, MaskedPatches, MemoryMethod, Method, Prediction, RawOutputs
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model, load
 from unianom.serialise import from_plain, to_plain
@@ -27,7 +27,7 @@ BATCH_TOLERANCE = 1e-5
 cut a batch into blocks by its size, and float32 sums round by their order."""
 
 MOST_NEIGHBOURS = 5
-"""Bank vectors found for each patch, enough for all readings that are tried."""
+"""Bank vectors found for each patch, enough for all raw outputs that are tried."""
 
 DEVICE_TOLERANCE = 1e-3
 """Relative to the largest value, between CPU and GPU kernels in float32."""
@@ -173,18 +173,18 @@ def check_saving(method: Method, folder: Path) -> None:
 def check_reading(method: Method, tiny: Tiny) -> list[dict[str, Any]]:
     """An inspection is what the network finds, then what is read from it; reading by other options is what a method
     made with these options finds. Gives the changes that make no difference."""
-    check_names(method.config, method.reading_options, tiny.reading)
-    assert set(method.map_options) <= set(method.reading_options)
+    check_names(method.config, method.postprocess_options, tiny.reading)
+    assert set(method.map_options) <= set(method.postprocess_options)
     images = random_images(3)
     inert = []
     with torch.inference_mode():
-        own, found = method.inspect(images), method.find(images)
-        for value in found.readings.values():
+        own, found = method.inspect(images), method.forward(images)
+        for value in found.raw_outputs.values():
             assert len(value) == 3
             assert value.dtype in (torch.float32, torch.int64)
         assert same(read(method, found, None), own), "an inspection is not what is read from what is found"
         if isinstance(method, MemoryMethod):
-            found = method.find_patches(method.embed(images), neighbours=MOST_NEIGHBOURS)
+            found = method.search_bank(method.embed(images), neighbours=MOST_NEIGHBOURS)
             assert same(read(method, found, None), own), "more neighbours found than needed change the result"
         for changes in tiny.reading:
             config = changed(method.config, changes)
@@ -210,17 +210,17 @@ def check_masking(method: MemoryMethod, tiny: Tiny) -> None:
         for changes in tiny.masking:
             config = changed(method.config, changes)
             other = remade(method, config)
-            kept.append(method.keep_patches(encoded, config))
-            assert same(kept[-1], other.embed(images)), f"{changes} act elsewhere than in keep_patches"
-            for_bank = method.keep_for_bank(encoded, config)
-            assert same(for_bank, other.embed_for_bank(images)), f"{changes} act elsewhere than in keep_for_bank"
+            kept.append(method.mask_patches(encoded, config))
+            assert same(kept[-1], other.embed(images)), f"{changes} act elsewhere than in mask_patches"
+            for_bank = method.mask_bank_patches(encoded, config)
+            assert same(for_bank, other.embed_for_bank(images)), f"{changes} act elsewhere than in mask_bank_patches"
         assert not kept or any(not same(each, own) for each in kept)
-        few = method.find_patches(own, neighbours=1).readings
+        few = method.search_bank(own, neighbours=1).raw_outputs
     more = dataclasses.replace(method.config, neighbours=2)
     with pytest.raises(OptionError, match="neighbours=2"):
-        method.read_maps(few, more)
+        method.anomaly_maps(few, more)
     with pytest.raises(OptionError, match="neighbours=2"):
-        method.read_scores(few, torch.zeros(3, SIDE, SIDE), more)
+        method.image_scores(few, torch.zeros(3, SIDE, SIDE), more)
 
 
 def check_names(config: Any, names: Sequence[str], changes: Sequence[dict[str, Any]]) -> None:
@@ -241,7 +241,7 @@ def check_embedding(method: MemoryMethod) -> None:
         embedding, for_bank = method.embed(images), method.embed_for_bank(images)
         assert same(method.score_patches(embedding), method.inspect(images))
     for made in (embedding, for_bank):
-        assert isinstance(made, Embedding)
+        assert isinstance(made, MaskedPatches)
         assert made.patches.dtype == torch.float32
         assert made.keep.dtype == torch.bool
         assert made.patches.ndim == 3
@@ -288,10 +288,10 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-def read(method: Method, found: Found, config: Any) -> Inspection:
+def read(method: Method, found: RawOutputs, config: Any) -> Inspection:
     """What is read from what was found."""
-    maps = method.read_maps(found.readings, config)
-    score = method.read_scores(found.readings, maps.anomaly_map, config)
+    maps = method.anomaly_maps(found.raw_outputs, config)
+    score = method.image_scores(found.raw_outputs, maps.anomaly_map, config)
     return Inspection(maps.anomaly_map, score, maps.unsmoothed, found.features)
 
 
@@ -441,9 +441,11 @@ class ForgetsItsScale(UniFormaly):
 
 
 class FindsByItsRatio(UniFormaly):
-    def find_patches(self, embedding, neighbours=None):
-        found = super().find_patches(embedding, neighbours)
-        return found._replace(readings={name: value * self.config.k_ratio for name, value in found.readings.items()})
+    def search_bank(self, embedding, neighbours=None):
+        found = super().search_bank(embedding, neighbours)
+        return found._replace(
+            raw_outputs={name: value * self.config.k_ratio for name, value in found.raw_outputs.items()}
+        )
 
 
 class BlursUnsaid(UniFormaly):
@@ -451,7 +453,7 @@ class BlursUnsaid(UniFormaly):
 
 
 class MisnamesAnOption(UniFormaly):
-    reading_options = ("neighbours", "k_ratio", "blur")
+    postprocess_options = ("neighbours", "k_ratio", "blur")
 
 
 class MasksInItsNetwork(UniFormaly):
@@ -483,7 +485,7 @@ BROKEN = {
     FindsByItsRatio: "act before the reading, too",
     BlursUnsaid: "change the map",
     MisnamesAnOption: "there is no option blur",
-    MasksInItsNetwork: "act elsewhere than in keep_patches",
+    MasksInItsNetwork: "act elsewhere than in mask_patches",
     HalfPrecision: "predictions are float32",
 }
 

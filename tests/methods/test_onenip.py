@@ -37,7 +37,7 @@ def make(**changes) -> OneNIP:
 
 def finished(**changes) -> OneNIP:
     method = shaken(make(**changes))
-    method.finish([training_batch(method, 6)], CATEGORIES)
+    method.finalize([training_batch(method, 6)], CATEGORIES)
     return method
 
 
@@ -67,7 +67,7 @@ def test_published_shapes(published):
         assert restored.shape == (2, 272, 14, 14)
         assert published.refiner(features).shape == (2, 56, 56)
     batch = TrainingBatch(torch.tensor([0, 1]), features={"neck": features})
-    published.finish([batch], CATEGORIES)
+    published.finalize([batch], CATEGORIES)
     assert published.prompt_pool.shape == (2, 272, 14, 14)
     assert published.predict(random_images(1, side=224)).anomaly_map.shape == (1, 224, 224)
 
@@ -328,9 +328,9 @@ def test_needs(prompt, sampling, restoration, refiner):
     method = make(
         prompt=prompt, prompt_sampling=sampling, restoration=restoration, refiner=refiner, synthesis=synthesis
     )
-    assert method.needs.prompts == (None if prompt == "none" else sampling)
-    assert method.needs.synthetic == (synthesis if restoration or refiner else None)
-    assert not method.needs.augmentation.active
+    assert method.batch_spec.prompts == (None if prompt == "none" else sampling)
+    assert method.batch_spec.synthetic == (synthesis if restoration or refiner else None)
+    assert not method.batch_spec.augmentation.active
 
 
 # ----------------------------------------------------------------------------------------------------- finishing
@@ -347,7 +347,7 @@ def test_the_pool_has_one_random_image_of_each_category():
     picked = set()
     for seed in range(12):
         method = make(refiner=False, training=TrainingConfig(seed=seed))
-        method.finish(iter(batches), ["a", "b", "c"])
+        method.finalize(iter(batches), ["a", "b", "c"])
         assert method.prompt_category.tolist() == [0, 1, 2]
         for category in range(3):
             rows = [row for row in range(8) if torch.equal(features[row], method.prompt_pool[category])]
@@ -356,7 +356,7 @@ def test_the_pool_has_one_random_image_of_each_category():
             picked.add(rows[0])
         torch.testing.assert_close(method.prompt_means, method.prompt_pool.mean((2, 3)))
         first = method.prompt_pool
-        method.finish(iter(batches), ["a", "b", "c"])
+        method.finalize(iter(batches), ["a", "b", "c"])
         assert torch.equal(method.prompt_pool, first)
     assert picked == set(range(8))  # by some seed or other
 
@@ -365,7 +365,7 @@ def test_a_category_without_an_image_is_named():
     method = make(refiner=False)
     batch = TrainingBatch(torch.tensor([0, 2]), features={"neck": random_features(method, 2)})
     with pytest.raises(DataError, match="'bolt'"):
-        method.finish([batch], ["nut", "bolt", "screw"])
+        method.finalize([batch], ["nut", "bolt", "screw"])
 
 
 def test_without_categories_the_pool_covers_the_training_images():
@@ -373,13 +373,13 @@ def test_without_categories_the_pool_covers_the_training_images():
     kinds = random_features(method, 3) * 10
     own = torch.tensor([0, 0, 0, 0, 0, 1, 0, 2, 0, 0])  # two of the three are rare
     features = kinds[own] + 0.01 * random_features(method, 10, seed=1)
-    method.finish([TrainingBatch(torch.arange(10), features={"neck": features})], [str(n) for n in range(10)])
+    method.finalize([TrainingBatch(torch.arange(10), features={"neck": features})], [str(n) for n in range(10)])
     assert sorted(own[method.prompt_category].tolist()) == [0, 1, 2]
     for entry, row in zip(method.prompt_pool, method.prompt_category):
         assert torch.equal(entry, features[row])
     assert torch.equal(own[method.prompt_category][method.choose_prompts(features)], own)
     few = make(refiner=False, prompt_sampling="nearest", pool_size=30)
-    few.finish([TrainingBatch(torch.arange(10), features={"neck": features})], [str(n) for n in range(10)])
+    few.finalize([TrainingBatch(torch.arange(10), features={"neck": features})], [str(n) for n in range(10)])
     assert len(few.prompt_pool) == 10
 
 
@@ -389,7 +389,7 @@ def test_the_fusion_scale_is_half_of_largest_and_smallest_error(copies):
     batch = training_batch(method, 4)
     if not copies:
         batch = dataclasses.replace(batch, synthetic_images=None, synthetic_mask=None)
-    method.finish(batch.split(2), CATEGORIES)
+    method.finalize(batch.split(2), CATEGORIES)
     errors = []
     for images in [batch.images, batch.synthetic_images] if copies else [batch.images]:
         for neck in method.frozen_features(images)["neck"].double().numpy():
@@ -404,7 +404,7 @@ def test_the_fusion_scale_is_half_of_largest_and_smallest_error(copies):
 def test_finishing_leaves_ordinary_tensors_without_gradients(inference):
     method = shaken(make())
     with torch.inference_mode(inference):
-        method.finish([training_batch(method)], CATEGORIES)
+        method.finalize([training_batch(method)], CATEGORIES)
     for name in ("prompt_pool", "prompt_means", "prompt_category", "fusion_scale"):
         buffer = getattr(method, name)
         assert not buffer.is_inference()
@@ -422,7 +422,7 @@ def test_an_unfinished_method_says_what_to_do(changes):
 def test_without_prompt_and_refiner_there_is_nothing_to_finish():
     method = make(prompt="none", refiner=False).eval()
     before = method.predict(random_images(1)).score
-    method.finish([training_batch(method)], CATEGORIES)
+    method.finalize([training_batch(method)], CATEGORIES)
     assert torch.equal(method.predict(random_images(1)).score, before)
     assert len(method.prompt_pool) == 0
 

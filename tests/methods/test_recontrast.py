@@ -189,7 +189,7 @@ def test_mining_gets_stricter(ramp, steps):
     tensor = method.a
     assert method.a.item() == -3
     for step in (0, 1, 57, 199, 200, 300, 400, 1999):
-        method.begin_step(step, 2000)
+        method.on_step_start(step, 2000)
         expected = min(-3 + 4 * step / steps, 1) if steps else 1
         assert method.a.item() == pytest.approx(expected, abs=1e-6)
     assert method.a is tensor  # filled, not replaced, so that a compiled step goes on
@@ -204,7 +204,7 @@ def test_a_compiled_step_is_compiled_once():
     losses = []
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in (0, 1, 2, 100):
-            method.begin_step(number, 100)
+            method.on_step_start(number, 100)
             losses.append(step(batch)["loss"].item())
     assert np.isfinite(losses).all()
 
@@ -215,7 +215,7 @@ def test_mining_reaches_the_loss():
     batch = training_batch(method)
     gradients = []
     for step in (0, 100):
-        method.begin_step(step, 100)
+        method.on_step_start(step, 100)
         loss = method.training_loss(batch)["loss"]
         gradients.append(torch.autograd.grad(loss, method.decoder.heads[0].bias)[0])
     assert (gradients[0] - gradients[1]).abs().max() > 1e-6
@@ -264,7 +264,7 @@ def test_batch_norm_of_the_trained_encoder(norm):
 
 def test_images_come_along_with_kept_features():
     method = make().eval()
-    assert method.needs.images
+    assert method.batch_spec.images
     batch = training_batch(method)
     features = method.frozen_features(batch.images)
     assert list(features) == ["level_0", "level_1", "level_2"]
@@ -288,10 +288,10 @@ def test_losses_are_float32_under_autocast():
 def test_one_batch_can_be_learned(changes):
     method = make(activation="gelu", **changes).train()
     batch = training_batch(method)
-    optimisations = method.optimisers(12)
+    optimisations = method.optimizers(12)
     losses = []
     for step in range(12):
-        method.begin_step(step, 12)
+        method.on_step_start(step, 12)
         total = method.training_loss(batch)["loss"]
         method.zero_grad()
         total.backward()
@@ -305,7 +305,7 @@ def test_one_batch_can_be_learned(changes):
 def test_encoder_and_the_rest_have_learning_rates_of_their_own():
     training = ReContrastTraining(eps=1e-10, amsgrad=True, decay_at=(0.5,), decay=0.2)
     method = make(training=training)
-    others, encoder = (optimisation.optimiser for optimisation in method.optimisers(4))
+    others, encoder = (optimisation.optimiser for optimisation in method.optimizers(4))
     assert type(others) is type(encoder) is torch.optim.AdamW
     held = [{id(p) for group in o.param_groups for p in group["params"]} for o in (others, encoder)]
     assert held[0] == {id(p) for part in (method.bottleneck, method.decoder) for p in part.parameters()}
@@ -315,7 +315,7 @@ def test_encoder_and_the_rest_have_learning_rates_of_their_own():
         settings = [group[key] for key in ("lr", "betas", "weight_decay", "eps", "amsgrad")]
         assert settings == [rate, (0.9, 0.999), 1e-5, 1e-10, True]
     rates = []
-    optimisations = method.optimisers(4)
+    optimisations = method.optimizers(4)
     for step in range(4):
         rates.append([o.optimiser.param_groups[0]["lr"] for o in optimisations])
         for optimisation in optimisations:
@@ -326,7 +326,7 @@ def test_encoder_and_the_rest_have_learning_rates_of_their_own():
 def test_stable_variant_resets_and_rests():
     """Moments of bottleneck and decoder begin anew at every fourth step, after which the encoder rests for two."""
     method = make(training=ReContrastTraining(reset_every=4, encoder_rest=2), norm_guard=5e-4).train()
-    optimisations = method.optimisers(12)
+    optimisations = method.optimizers(12)
     batch = training_batch(method)
     method.training_loss(batch)["loss"].backward()
     encoder, other = method.encoders.target.encoder.conv1[0].weight, method.decoder.heads[0].weight
@@ -344,7 +344,7 @@ def test_stable_variant_resets_and_rests():
 
 
 def test_without_resets_nothing_rests():
-    for optimisation in make().optimisers(10):
+    for optimisation in make().optimizers(10):
         assert (optimisation.period, optimisation.forget, optimisation.rest) == (None, False, 0)
 
 

@@ -52,7 +52,7 @@ def test_published_size():
 def test_published_training():
     config = RevDistConfig()
     assert config.training.steps(209) == round(200 * 209 / 16)  # bottle
-    ((optimiser, schedule),) = ((o.optimiser, o.schedule) for o in make().optimisers(100))
+    ((optimiser, schedule),) = ((o.optimiser, o.schedule) for o in make().optimizers(100))
     assert type(optimiser) is torch.optim.Adam
     (group,) = optimiser.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (5e-3, (0.5, 0.999), 0, 1e-8)
@@ -145,7 +145,7 @@ def test_bottleneck_and_decoder_learn_and_the_encoder_does_not():
     method.training_loss(training_batch(method))["loss"].backward()
     learned = {name.split(".")[0] for name, parameter in method.named_parameters() if parameter.grad is not None}
     assert learned == {"bottleneck", "decoder"}
-    (optimisation,) = method.optimisers(10)
+    (optimisation,) = method.optimizers(10)
     held = {id(parameter) for group in optimisation.optimiser.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for part in (method.bottleneck, method.decoder) for parameter in part.parameters()}
 
@@ -163,7 +163,7 @@ def test_losses_are_float32_under_autocast():
 def test_one_batch_can_be_learned(loss):
     method = make(loss=loss).train()
     batch = TrainingBatch(torch.zeros(4), features=method.frozen_features(random_images(4)))
-    (optimisation,) = method.optimisers(20)
+    (optimisation,) = method.optimizers(20)
     losses = []
     for step in range(20):
         total = method.training_loss(batch)["loss"]

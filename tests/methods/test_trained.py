@@ -15,7 +15,7 @@ from unianom.errors import OptionError
 from unianom.methods import METHODS
 from unianom.methods.trained import (
     Augmentation,
-    BatchNeeds,
+    BatchSpec,
     TrainedMethod,
     TrainingBatch,
     TrainingConfig,
@@ -127,7 +127,7 @@ def test_training_without_decay_or_clipping_is_possible():
 def test_augmentation_is_active_as_soon_as_one_category_is_changed():
     assert not Augmentation().active
     assert not Augmentation(probability=1.0).active
-    assert not BatchNeeds().augmentation.active
+    assert not BatchSpec().augmentation.active
     for name in ("horizontal", "vertical", "turns"):
         assert Augmentation(**{name: ("screw",)}).active
         assert Augmentation(**{name: ("*",)}).active
@@ -157,7 +157,7 @@ def uniad(**training: Any) -> TrainedMethod:
 )
 def test_the_learning_rate_decays_after_its_shares_of_the_run(decay_at, iterations, rates):
     method = uniad(learning_rate=2.0, decay_at=decay_at, decay=0.1)
-    (optimisation,) = method.optimisers(iterations)
+    (optimisation,) = method.optimizers(iterations)
     seen = []
     for _ in range(iterations):
         seen += {group["lr"] for group in optimisation.optimiser.param_groups}
@@ -168,7 +168,7 @@ def test_the_learning_rate_decays_after_its_shares_of_the_run(decay_at, iteratio
 
 def test_adamw_learns_what_is_not_frozen_and_nothing_else():
     method = uniad(learning_rate=0.5, weight_decay=0.25, betas=(0.7, 0.8))
-    (optimisation,) = method.optimisers(10)
+    (optimisation,) = method.optimizers(10)
     optimiser = optimisation.optimiser
     assert type(optimiser) is torch.optim.AdamW
     (group,) = optimiser.param_groups
@@ -180,11 +180,11 @@ def test_adamw_learns_what_is_not_frozen_and_nothing_else():
 
 def test_every_call_makes_fresh_optimisers():
     method = uniad(learning_rate=0.5, decay_at=(0.5,))
-    (first,) = method.optimisers(2)
+    (first,) = method.optimizers(2)
     for _ in range(2):
         first.optimiser.step()
         first.schedule.step()
-    (second,) = method.optimisers(2)
+    (second,) = method.optimizers(2)
     assert first.optimiser.param_groups[0]["lr"] == pytest.approx(0.05)
     assert second.optimiser.param_groups[0]["lr"] == 0.5
 

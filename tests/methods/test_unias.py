@@ -100,7 +100,7 @@ def test_published_training():
         clip_norm=0.1,
         seed=133,
     )
-    (optimisation,) = tiny().optimisers(100)
+    (optimisation,) = tiny().optimizers(100)
     rates = []
     for _ in range(100):
         rates.append(optimisation.optimiser.param_groups[0]["lr"])
@@ -531,9 +531,9 @@ def test_a_larger_input_that_divides_is_taken():
 
 
 def test_needs_its_augmentation():
-    assert tiny().needs.augmentation == Augmentation()
+    assert tiny().batch_spec.augmentation == Augmentation()
     flips = Augmentation(horizontal=("screw",))
-    needs = tiny(augmentation=flips).needs
+    needs = tiny(augmentation=flips).batch_spec
     assert needs.augmentation == flips
     assert needs.synthetic is None
     assert needs.prompts is None

@@ -105,7 +105,7 @@ def test_presets_differ_where_the_register_says():
 def test_published_training():
     training = UniNetConfig(**TINY_OPTIONS).training
     assert (training.batch_size, training.learning_rate, training.weight_decay, training.seed) == (8, 5e-3, 1e-5, 1203)
-    student, teacher = make().optimisers(10)
+    student, teacher = make().optimizers(10)
     assert student.optimiser.param_groups[0]["lr"] == 5e-3
     assert teacher.optimiser.param_groups[0]["lr"] == 1e-6
     assert len(teacher.optimiser.param_groups) == 1
@@ -395,7 +395,7 @@ def test_a_small_batch_is_learned():
             logs = log_similarity(level, level, 0.1)
             similarity, margin = similarity_losses(logs, torch.ones_like(logs, dtype=torch.bool), 1.0)
             floor += 0.3 * similarity.item() + margin.item()
-    steps = method.optimisers(40)
+    steps = method.optimizers(40)
     for number in range(40):
         loss = method.training_loss(made)["loss"]
         for step in steps:
@@ -412,7 +412,7 @@ def test_supervision_is_learned(task):
     training = UniNetTraining(learning_rate=5e-3, encoder_learning_rate=1e-6)
     method = make(task=task, training=training, similarity_loss=False, margin_loss=False).train()
     made = batch(labels=[0, 1, 1], masks=task == "segmentation")
-    steps = method.optimisers(15)
+    steps = method.optimizers(15)
     first = last = 0.0
     for number in range(15):
         losses = method.training_loss(made)
@@ -449,13 +449,13 @@ def test_sizes_take_turns():
     method = make(
         task="segmentation", training_sizes=(32, 64, 96), augmentation=Augmentation(horizontal=("*",))
     ).train()
-    assert method.needs.repeats == 3
-    assert method.needs.labels
-    assert method.needs.masks
+    assert method.batch_spec.repeats == 3
+    assert method.batch_spec.labels
+    assert method.batch_spec.masks
     sides = []
     method.teachers.target.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
     for step in range(4):
-        method.begin_step(step, 4)
+        method.on_step_start(step, 4)
         losses = method.training_loss(batch(labels=[0, 1, 1], masks=True))
         assert torch.isfinite(losses["loss"])
     assert sides == [32, 64, 96, 32]
@@ -469,7 +469,7 @@ def test_kept_features_serve_the_input_size_alone():
         made.category, images=made.images, features={k: torch.zeros_like(v) for k, v in features.items()}
     )
     for step, same in ((0, True), (1, False)):
-        method.begin_step(step, 2)
+        method.on_step_start(step, 2)
         with torch.no_grad():
             values = [method.training_loss(each)["distillation"].item() for each in (made, kept)]
         assert (values[0] == values[1]) == same

@@ -40,7 +40,7 @@ MODULES = tuple(
     for found in pkgutil.walk_packages(pipelines.__path__, "pipelines.")
     if not found.name.endswith(".mlflow_model")  # which runs inside MLflow alone
 )
-"""Where units of work may be spread from."""
+"""Where tasks may be spread from."""
 
 UNTRACKED = TrackingOptions(enabled=False)
 ONE = RuntimeOptions(workers=1)
@@ -85,19 +85,19 @@ def kill_job(process: subprocess.Popen[Any]) -> None:
 
 
 def run_inline(
-    worker: type, arguments: dict[str, Any], units: Sequence[dict[str, Any]], options: RuntimeOptions | None
+    worker: type, arguments: dict[str, Any], tasks: Sequence[dict[str, Any]], options: RuntimeOptions | None
 ) -> Iterator[dict[str, Any]]:
-    """`run_units` in this process: what goes to workers and comes back is copied as on its way through Ray.
+    """`run_tasks` in this process: what goes to workers and comes back is copied as on its way through Ray.
 
-    One worker takes the units in their order; of several, each has its own, and the last one ends first.
+    One worker takes the tasks in their order; of several, each has its own, and the last one ends first.
     """
-    count = min((options and options.workers) or 1, len(units))
-    dealt = [units[number::count] for number in range(count)]
+    count = min((options and options.workers) or 1, len(tasks))
+    dealt = [tasks[number::count] for number in range(count)]
     for own in reversed(dealt):
         made = worker(**cloudpickle.loads(cloudpickle.dumps(arguments)))
-        for unit in own:
-            # lists of a unit become arrays on their way through Ray Data
-            arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in unit.items()}
+        for task in own:
+            # lists of a task become arrays on their way through Ray Data
+            arrived = {key: np.array(value) if isinstance(value, list) else value for key, value in task.items()}
             yield json.loads(json.dumps(made.run(arrived)))
 
 
@@ -108,7 +108,7 @@ def run_job_inline(job: Job, *_: Any) -> None:
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All units of work and all training run in this process."""
+    """All tasks and all training run in this process."""
     _replace_ray(monkeypatch)
 
 
@@ -122,7 +122,7 @@ def without_ray() -> Iterator[None]:
 
 def _replace_ray(patch: pytest.MonkeyPatch) -> None:
     for module in MODULES:
-        for name, stand_in in (("run_units", run_inline), ("connect", lambda *_, **__: None)):
+        for name, stand_in in (("run_tasks", run_inline), ("connect", lambda *_, **__: None)):
             if hasattr(module, name):
                 patch.setattr(module, name, stand_in)
     patch.setattr(driver, "run_job", run_job_inline)

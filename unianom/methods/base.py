@@ -44,16 +44,16 @@ class Inspection(NamedTuple):
     features: Tensor
 
 
-class Found(NamedTuple):
+class RawOutputs(NamedTuple):
     """What a network finds in B images, before any option comes in that is cheap to choose otherwise.
 
     Attributes:
-        readings: by name, each B×… float32 or int64; small, grids and levels rather than maps of the input's size. Each
-            method says which.
+        raw_outputs: by name, each B×… float32 or int64; small, grids and levels rather than maps of the input's size.
+            Each method says which.
         features: B×C×h×w, as in `Inspection`.
     """
 
-    readings: dict[str, Tensor]
+    raw_outputs: dict[str, Tensor]
     features: Tensor
 
 
@@ -64,7 +64,7 @@ class Maps(NamedTuple):
     unsmoothed: Tensor
 
 
-class Encoded(NamedTuple):
+class PatchFeatures(NamedTuple):
     """What the network of a memory method makes of B images, before any patch is masked.
 
     Attributes:
@@ -76,7 +76,7 @@ class Encoded(NamedTuple):
     attention: Tensor | None
 
 
-class Embedding(NamedTuple):
+class MaskedPatches(NamedTuple):
     """What a memory method makes of B images.
 
     Attributes:
@@ -93,18 +93,18 @@ class Method(nn.Module):
 
     Subclasses set `name` and `Config`, and take one `Config` in their constructor.
 
-    What comes after the network is apart from it, so that these options can be varied without running it again: `find`
-    runs it, `read_maps` and `read_scores` make maps and scores of what it finds.
+    What comes after the network is apart from it, so that these options can be varied without running it again:
+    `forward` runs it, `anomaly_maps` and `image_scores` make maps and scores of what it finds.
 
     Attributes:
         config: the frozen options, all resolved (no value left to a preset or a backbone).
-        reading_options: dotted names of the options that act in `read_maps` and `read_scores` and nowhere else.
+        postprocess_options: dotted names of the options that act in `anomaly_maps` and `image_scores` and nowhere else.
         map_options: those of them that change the maps, and so maybe the score; the others change the score alone.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    reading_options: ClassVar[tuple[str, ...]] = ()
+    postprocess_options: ClassVar[tuple[str, ...]] = ()
     map_options: ClassVar[tuple[str, ...]] = ()
     config: Any
 
@@ -118,43 +118,43 @@ class Method(nn.Module):
         """Where the method's parameters lie."""
         return next(self.parameters()).device
 
-    def find(self, images: Tensor) -> Found:
+    def forward(self, images: Tensor) -> RawOutputs:
         """What the network finds in B×3×S×S normalised images that were checked."""
         raise NotImplementedError
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
         """Anomaly maps from what was found, on the device it lies on.
 
         Args:
-            readings: of `find`.
-            config: options that differ from the method's own in `reading_options` only; None takes its own.
+            raw_outputs: of `forward`.
+            config: options that differ from the method's own in `postprocess_options` only; None takes its own.
 
         Raises:
             OptionError: what was found does not suffice for these options.
         """
         raise NotImplementedError
 
-    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
         """Image scores, B.
 
         Args:
-            readings, config: as of `read_maps`.
-            anomaly_map: B×S×S, what `read_maps` makes of them; the same for all options that are no `map_options`.
+            raw_outputs, config: as of `anomaly_maps`.
+            anomaly_map: B×S×S, what `anomaly_maps` makes of them; the same for all options that are no `map_options`.
 
         Raises:
-            OptionError: as `read_maps`.
+            OptionError: as `anomaly_maps`.
         """
         raise NotImplementedError
 
     def inspect(self, images: Tensor) -> Inspection:
         """Maps, scores and embeddings of B×3×S×S normalised images that were checked. The result does not depend on
         which images share a batch."""
-        return self.read(self.find(images))
+        return self.read(self.forward(images))
 
-    def read(self, found: Found, config: Any = None) -> Inspection:
-        """All that is to be known of the images in which this was found; `config` as of `read_maps`."""
-        anomaly_map, unsmoothed = self.read_maps(found.readings, config)
-        score = self.read_scores(found.readings, anomaly_map, config)
+    def read(self, found: RawOutputs, config: Any = None) -> Inspection:
+        """All that is to be known of the images in which this was found; `config` as of `anomaly_maps`."""
+        anomaly_map, unsmoothed = self.anomaly_maps(found.raw_outputs, config)
+        score = self.image_scores(found.raw_outputs, anomaly_map, config)
         return Inspection(anomaly_map, score, unsmoothed, found.features)
 
     @torch.inference_mode()
@@ -195,8 +195,8 @@ class MemoryMethod(Method):
     Attributes:
         bank: once fitted.
         grid: h and w of the patch grid.
-        bank_options: dotted names of the options that act between network and bank: those of `keep_patches` and
-            `keep_for_bank`, and "bank", which stands for all of that group.
+        bank_options: dotted names of the options that act between network and bank: those of `mask_patches` and
+            `mask_bank_patches`, and "bank", which stands for all of that group.
     """
 
     bank_options: ClassVar[tuple[str, ...]] = ("bank",)
@@ -204,11 +204,11 @@ class MemoryMethod(Method):
     bank: MemoryBank | None = None
     grid: tuple[int, int]
 
-    def encode(self, images: Tensor) -> Encoded:
+    def encode(self, images: Tensor) -> PatchFeatures:
         """What the network alone makes of B×3×H×W normalised images."""
         raise NotImplementedError
 
-    def keep_patches(self, encoded: Encoded, config: Any = None) -> Embedding:
+    def mask_patches(self, encoded: PatchFeatures, config: Any = None) -> MaskedPatches:
         """Patches, and which of them count: all, unless a method masks some.
 
         Args:
@@ -216,43 +216,43 @@ class MemoryMethod(Method):
             config: options that differ from the method's own in `bank_options` only; None takes its own.
         """
         patches = encoded.patches
-        return Embedding(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
+        return MaskedPatches(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
 
-    def keep_for_bank(self, encoded: Encoded, config: Any = None) -> Embedding:
-        """As `keep_patches`, for images that go into the bank; methods whose published code treats them otherwise
+    def mask_bank_patches(self, encoded: PatchFeatures, config: Any = None) -> MaskedPatches:
+        """As `mask_patches`, for images that go into the bank; methods whose published code treats them otherwise
         override."""
-        return self.keep_patches(encoded, config)
+        return self.mask_patches(encoded, config)
 
-    def embed(self, images: Tensor) -> Embedding:
+    def embed(self, images: Tensor) -> MaskedPatches:
         """Patches of B×3×H×W normalised images, and which of them count."""
-        return self.keep_patches(self.encode(images))
+        return self.mask_patches(self.encode(images))
 
-    def embed_for_bank(self, images: Tensor) -> Embedding:
+    def embed_for_bank(self, images: Tensor) -> MaskedPatches:
         """As `embed`, for images that go into the bank."""
-        return self.keep_for_bank(self.encode(images))
+        return self.mask_bank_patches(self.encode(images))
 
-    def find(self, images: Tensor) -> Found:
-        return self.find_patches(self.embed(images))
+    def forward(self, images: Tensor) -> RawOutputs:
+        return self.search_bank(self.embed(images))
 
-    def find_patches(self, embedding: Embedding, neighbours: int | None = None) -> Found:
+    def search_bank(self, embedding: MaskedPatches, neighbours: int | None = None) -> RawOutputs:
         """Search in the bank.
 
         Args:
-            embedding: of `keep_patches`.
-            neighbours: K, how many vectors to find for each patch; None takes those of the config. Readings serve all
-                configs with that many or fewer.
+            embedding: of `mask_patches`.
+            neighbours: K, how many vectors to find for each patch; None takes those of the config. Raw outputs serve
+                all configs with that many or fewer.
 
         Returns:
-            Readings "distances", B×N×K squared distances to the K nearest vectors, ascending, 0 where a patch is not
+            Raw outputs "distances", B×N×K squared distances to the K nearest vectors, ascending, 0 where a patch is not
             kept. Features are the patches, masked or not, on at most 8 × 8 cells.
 
         Raises:
             ModelError: there is no bank.
         """
         distances, _ = self._search(embedding, neighbours)
-        return Found({"distances": distances}, pooled_embedding(embedding.patches, self.grid))
+        return RawOutputs({"distances": distances}, pooled_embedding(embedding.patches, self.grid))
 
-    def _search(self, embedding: Embedding, neighbours: int | None) -> tuple[Tensor, Tensor]:
+    def _search(self, embedding: MaskedPatches, neighbours: int | None) -> tuple[Tensor, Tensor]:
         """Squared distances of patches to their K nearest vectors of the bank, and the rows of these; both B×N×K, and 0
         where a patch is not kept."""
         count = neighbours or self.config.neighbours
@@ -266,19 +266,19 @@ class MemoryMethod(Method):
             distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
         return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
         """The patches' mean distances as maps."""
         config = config or self.config
-        distances = mean_distances(readings["distances"], config.neighbours)  # B N
+        distances = mean_distances(raw_outputs["distances"], config.neighbours)  # B N
         cells = distances.unflatten(1, self.grid)
         side = self.config.input.side
         return Maps(grid_to_map(cells, side, config.blur_sigma), upsampled_grid(cells, side))
 
-    def score_patches(self, embedding: Embedding) -> Inspection:
+    def score_patches(self, embedding: MaskedPatches) -> Inspection:
         """Maps and scores from patches: search in the bank, then the method's own scoring."""
-        return self.read(self.find_patches(embedding))
+        return self.read(self.search_bank(embedding))
 
-    def patch_distances(self, embedding: Embedding) -> Tensor:
+    def patch_distances(self, embedding: MaskedPatches) -> Tensor:
         """Mean squared distance of each patch to its `neighbours` nearest vectors of the bank, B×N float32; 0 where the
         patch is not kept.
 

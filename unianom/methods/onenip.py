@@ -21,7 +21,7 @@ from unianom.data.image import InputPolicy
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Found, Maps, Prediction, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, Prediction, RawOutputs, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
     QueryDecoder,
@@ -35,7 +35,7 @@ from unianom.methods.layers.reconstruction import (
 from unianom.methods.layers.tokens import AttentionBlock, FeedForward
 from unianom.methods.trained import (
     LOSS,
-    BatchNeeds,
+    BatchSpec,
     FeatureMaps,
     TrainedMethod,
     TrainingBatch,
@@ -229,8 +229,8 @@ class OneNIP(TrainedMethod):
     """
 
     Config = OneNIPConfig
-    changing_options = ("training.learning_rate", "training.weight_decay", "segmentation_weight")
-    reading_options = ("alpha", "score_pool")
+    schedulable_options = ("training.learning_rate", "training.weight_decay", "segmentation_weight")
+    postprocess_options = ("alpha", "score_pool")
     map_options = ("alpha",)
     finish_images: ClassVar[int] = 256
 
@@ -262,9 +262,9 @@ class OneNIP(TrainedMethod):
         self.register_buffer("fusion_scale", torch.zeros(()))
 
     @property
-    def needs(self) -> BatchNeeds:
+    def batch_spec(self) -> BatchSpec:
         config = self.config
-        return BatchNeeds(
+        return BatchSpec(
             synthetic=config.synthesis if config.restoration or config.refiner else None,
             prompts=None if config.prompt == "none" else config.prompt_sampling,
         )
@@ -286,7 +286,7 @@ class OneNIP(TrainedMethod):
         config = self.config
         normal = self.features_of(batch)["neck"]  # B C h w
         features = normal
-        if self.needs.synthetic is not None:
+        if self.batch_spec.synthetic is not None:
             assert batch.synthetic_images is not None
             features = torch.cat([normal, self.neck(batch.synthetic_images)])  # 2B C h w
         reconstruction = self._reconstruct_with_prompts(features, batch)
@@ -328,7 +328,7 @@ class OneNIP(TrainedMethod):
     # ------------------------------------------------------------------------------------------------ finishing
     @torch.inference_mode(False)  # what it keeps must be ordinary tensors, also if the caller is in inference mode
     @torch.no_grad()
-    def finish(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
+    def finalize(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
         """Choose the prompt pool, and measure the fusion scale on these images and on their copies if they come along.
 
         Raises:
@@ -383,9 +383,9 @@ class OneNIP(TrainedMethod):
         similarity = cosine_similarity(neck.mean((2, 3))[:, None], self.prompt_means, dim=2)  # B P
         return similarity.argmax(1)
 
-    def find(self, images: Tensor) -> Found:
-        """Readings "error", B×h×w, of the reconstruction with the prompt that is nearest to an image, and, where there
-        is a refiner, its "logits" B×4h×4w. Features are the output of the transformer's encoder, 256×14×14 as
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Raw outputs "error", B×h×w, of the reconstruction with the prompt that is nearest to an image, and, where
+        there is a refiner, its "logits" B×4h×4w. Features are the output of the transformer's encoder, 256×14×14 as
         published.
 
         Raises:
@@ -395,17 +395,17 @@ class OneNIP(TrainedMethod):
         neck = self.neck(images)
         return self._find(neck, self._entries(neck))
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: OneNIPConfig | None = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: OneNIPConfig | None = None) -> Maps:
         """Maps (eq. 10); without a refiner, those of the reconstruction error alone."""
         alpha = (config or self.config).alpha
-        anomaly_map = upsample(readings["error"], self.input.side)  # B S S
+        anomaly_map = upsample(raw_outputs["error"], self.input.side)  # B S S
         if self.refiner is not None:
             scale = self.fusion_scale.to(anomaly_map.device)
-            anomaly_map = (1 - alpha) * anomaly_map + alpha * scale * self._probability(readings["logits"])
+            anomaly_map = (1 - alpha) * anomaly_map + alpha * scale * self._probability(raw_outputs["logits"])
         return Maps(anomaly_map, anomaly_map)
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: OneNIPConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: OneNIPConfig | None = None
     ) -> Tensor:
         """The maximum after a mean filter."""
         config = config or self.config
@@ -439,7 +439,7 @@ class OneNIP(TrainedMethod):
             self.refiner is not None and self.fusion_scale == 0
         ):
             raise ModelError(
-                "onenip has no prompts and no fusion scale yet; train it with jobs/train.py onenip, or call finish() "
+                "onenip has no prompts and no fusion scale yet; train it with jobs/train.py onenip, or call finalize() "
                 "with training images"
             )
 
@@ -460,10 +460,10 @@ class OneNIP(TrainedMethod):
         difference = self._difference(neck, self.transformer.encode(neck), entries)
         return upsample(difference.norm(dim=1), self.input.side)
 
-    def _find(self, neck: Tensor, entries: Tensor | None) -> Found:
+    def _find(self, neck: Tensor, entries: Tensor | None) -> RawOutputs:
         tokens = self.transformer.encode(neck)  # B N D
         difference = self._difference(neck, tokens, entries)
-        readings = {"error": difference.norm(dim=1)}
+        raw_outputs = {"error": difference.norm(dim=1)}
         if self.refiner is not None:
-            readings["logits"] = self._refine(difference)
-        return Found(readings, tokens.transpose(1, 2).unflatten(2, self.neck.grid))
+            raw_outputs["logits"] = self._refine(difference)
+        return RawOutputs(raw_outputs, tokens.transpose(1, 2).unflatten(2, self.neck.grid))

@@ -16,10 +16,10 @@ from unianom.data.image import MAX_SIDE, InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import (
-    Embedding,
-    Encoded,
-    Found,
+    MaskedPatches,
     MemoryMethod,
+    PatchFeatures,
+    RawOutputs,
     mean_distances,
     register_method,
     resolve_preset,
@@ -85,7 +85,7 @@ class PatchCore(MemoryMethod):
     """
 
     Config = PatchCoreConfig
-    reading_options = ("neighbours", "reweight", "reweight_neighbours", "blur_sigma")
+    postprocess_options = ("neighbours", "reweight", "reweight_neighbours", "blur_sigma")
 
     def __init__(self, config: PatchCoreConfig, bank: MemoryBank | None = None) -> None:
         super().__init__()
@@ -97,11 +97,11 @@ class PatchCore(MemoryMethod):
             finest = self.encoder(torch.zeros(1, 3, side, side))[0]
         self.grid = (finest.shape[2], finest.shape[3])
 
-    def encode(self, images: Tensor) -> Encoded:
+    def encode(self, images: Tensor) -> PatchFeatures:
         """Patches B×N×dimension of B×3×S×S normalised images."""
         pooled = [self._pool(feature_map) for feature_map in self.encoder(images)]  # each B N dimension
         patches = adaptive_avg_pool1d(torch.cat(pooled, dim=-1), self.config.dimension)  # B N dimension
-        return Encoded(patches, None)
+        return PatchFeatures(patches, None)
 
     def _pool(self, feature_map: Tensor) -> Tensor:
         """Neighbourhoods of B×C×h×w, on the finest grid, pooled to B×N×dimension."""
@@ -115,22 +115,22 @@ class PatchCore(MemoryMethod):
         finest = interpolate(coarse, size=self.grid, mode="bilinear", align_corners=False)
         return finest.flatten(2).transpose(1, 2)
 
-    def find_patches(self, embedding: Embedding, neighbours: int | None = None) -> Found:
-        """Besides "distances", readings have what eq. 7 needs of an image's peak, its patch of largest mean distance to
-        the k nearest vectors, for k = 1…K: "peak" B×K×D, the patch; "peak_distance" B×K, squared, to its nearest
+    def search_bank(self, embedding: MaskedPatches, neighbours: int | None = None) -> RawOutputs:
+        """Besides "distances", raw_outputs have what eq. 7 needs of an image's peak, its patch of largest mean distance
+        to the k nearest vectors, for k = 1…K: "peak" B×K×D, the patch; "peak_distance" B×K, squared, to its nearest
         vector m*; "peak_row" B×K, the bank's row of m*."""
         distances, rows = self._search(embedding, neighbours)  # B N K
         batch, _, count = distances.shape
         peaks = [mean_distances(distances, k + 1).cpu().argmax(1) for k in range(count)]
         peak = torch.stack(peaks, dim=1).to(distances.device)  # B K
         image = torch.arange(batch, device=distances.device)[:, None]
-        readings = {
+        raw_outputs = {
             "distances": distances,
             "peak": embedding.patches[image, peak],
             "peak_distance": distances[image, peak, 0],
             "peak_row": rows[image, peak, 0],
         }
-        return Found(readings, pooled_embedding(embedding.patches, self.grid))
+        return RawOutputs(raw_outputs, pooled_embedding(embedding.patches, self.grid))
 
     def check_bank(self, config: PatchCoreConfig | None = None) -> None:
         super().check_bank(config)
@@ -143,16 +143,16 @@ class PatchCore(MemoryMethod):
                 f"reweight=false"
             )
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
     ) -> Tensor:
         """The largest squared distance of a patch, re-weighted if so configured."""
         config = config or self.config
-        distances = mean_distances(readings["distances"], config.neighbours)  # B N
+        distances = mean_distances(raw_outputs["distances"], config.neighbours)  # B N
         if not config.reweight:
             return distances.amax(1)
         queries, nearest, ids = (
-            readings[name][:, config.neighbours - 1].cpu().numpy() for name in ("peak", "peak_distance", "peak_row")
+            raw_outputs[name][:, config.neighbours - 1].cpu().numpy() for name in ("peak", "peak_distance", "peak_row")
         )
         score = self._reweighted(queries, nearest, ids, config.reweight_neighbours)
         return torch.from_numpy(score).to(distances.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     DistanceMapConfig,
     OneClassBottleneck,
@@ -39,9 +39,9 @@ from unianom.methods.layers.distillation import (
 )
 from unianom.methods.trained import (
     LOSS,
-    BatchNeeds,
+    BatchSpec,
     FeatureMaps,
-    Optimisation,
+    ScheduledOptimizer,
     TrainedMethod,
     TrainingBatch,
     TrainingConfig,
@@ -244,8 +244,8 @@ class ReContrast(TrainedMethod):
     """
 
     Config = ReContrastConfig
-    changing_options = ("training.learning_rate", "training.encoder_learning_rate", "training.weight_decay")
-    reading_options = ("map.fuse", "map.blur", "map.score_share")
+    schedulable_options = ("training.learning_rate", "training.encoder_learning_rate", "training.weight_decay")
+    postprocess_options = ("map.fuse", "map.blur", "map.score_share")
     map_options = ("map.fuse", "map.blur")
 
     def __init__(self, config: ReContrastConfig) -> None:
@@ -266,8 +266,8 @@ class ReContrast(TrainedMethod):
 
     # ------------------------------------------------------------------------------------------------------- training
     @property
-    def needs(self) -> BatchNeeds:
-        return BatchNeeds(images=True)  # for the trained encoder, also where the frozen one's levels are kept
+    def batch_spec(self) -> BatchSpec:
+        return BatchSpec(images=True)  # for the trained encoder, also where the frozen one's levels are kept
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
@@ -278,7 +278,7 @@ class ReContrast(TrainedMethod):
         """The same for all methods whose frozen encoder gives this pyramid."""
         return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
 
-    def optimisers(self, iterations: int) -> list[Optimisation]:
+    def optimizers(self, iterations: int) -> list[ScheduledOptimizer]:
         """One for bottleneck and decoder, one for the trained encoder."""
         training = self.config.training
         period = training.reset_every or None
@@ -289,7 +289,7 @@ class ReContrast(TrainedMethod):
             self.optimisation([encoder], iterations, period=period, rest=training.encoder_rest),
         ]
 
-    def begin_step(self, step: int, iterations: int) -> None:
+    def on_step_start(self, step: int, iterations: int) -> None:
         start, end = self.config.mining
         ramp = self.config.mining_ramp * iterations
         self.a.fill_(start + (end - start) * (min(step / ramp, 1.0) if ramp else 1.0))
@@ -315,21 +315,21 @@ class ReContrast(TrainedMethod):
         return self.bottleneck([torch.cat(pair) for pair in zip(target, source)])
 
     # ----------------------------------------------------------------------------------------------------- prediction
-    def find(self, images: Tensor) -> Found:
-        """Readings "distance_0" to "distance_5", B×h×w, of the frozen and the trained encoder's levels and what was
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Raw outputs "distance_0" to "distance_5", B×h×w, of the frozen and the trained encoder's levels and what was
         grown for them. Features are what the bottleneck makes of the trained encoder's levels, 2048×8×8 as
         published."""
         source, target = self.encoders.source(images), self.encoders.target(images)
         embedded = self._embed(target, source)
         pairs = zip([*source, *target], self.decoder(embedded))
-        return Found(numbered(distance_map(*pair) for pair in pairs), embedded[: len(images)])
+        return RawOutputs(numbered(distance_map(*pair) for pair in pairs), embedded[: len(images)])
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: ReContrastConfig | None = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: ReContrastConfig | None = None) -> Maps:
         """The distances, fused and blurred."""
-        return Maps(*fused_map(in_order(readings), (config or self.config).map, self.input.side))
+        return Maps(*fused_map(in_order(raw_outputs), (config or self.config).map, self.input.side))
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: ReContrastConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: ReContrastConfig | None = None
     ) -> Tensor:
         """Mean of the map's largest pixels."""
         return top_mean(anomaly_map, (config or self.config).map.score_share)

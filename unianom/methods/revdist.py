@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unianom.backbones import BackboneConfig, CnnBackbone
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     TAPS,
     DistanceMapConfig,
@@ -101,7 +101,7 @@ class RevDist(TrainedMethod):
     """
 
     Config = RevDistConfig
-    reading_options = ("map.fuse", "map.blur", "map.score_share")
+    postprocess_options = ("map.fuse", "map.blur", "map.score_share")
     map_options = ("map.fuse", "map.blur")
 
     def __init__(self, config: RevDistConfig) -> None:
@@ -133,20 +133,20 @@ class RevDist(TrainedMethod):
             return flattened_distance(teacher, student)
         return distance_map(teacher, student).mean()
 
-    def find(self, images: Tensor) -> Found:
-        """Readings "distance_0" to "distance_2", B×h×w, of the three levels and their copies. Features are what the
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Raw outputs "distance_0" to "distance_2", B×h×w, of the three levels and their copies. Features are what the
         bottleneck makes, 2048×8×8 as published."""
         teacher = self.encoder(images)
         features = self.bottleneck(teacher)
         student = self.decoder(features)
-        return Found(numbered(distance_map(*pair) for pair in zip(teacher, student)), features)
+        return RawOutputs(numbered(distance_map(*pair) for pair in zip(teacher, student)), features)
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: RevDistConfig | None = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: RevDistConfig | None = None) -> Maps:
         """The distances, fused and blurred."""
-        return Maps(*fused_map(in_order(readings), (config or self.config).map, self.input.side))
+        return Maps(*fused_map(in_order(raw_outputs), (config or self.config).map, self.input.side))
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: RevDistConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: RevDistConfig | None = None
     ) -> Tensor:
         """Mean of the map's largest pixels."""
         return top_mean(anomaly_map, (config or self.config).map.score_share)

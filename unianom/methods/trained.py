@@ -117,7 +117,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class BatchNeeds:
+class BatchSpec:
     """What the training pipeline has to put into a method's batches besides its images.
 
     Attributes:
@@ -195,7 +195,7 @@ def _slice(start: int, end: int, tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Optimisation:
+class ScheduledOptimizer:
     """An optimiser with its schedule, stepped together once per iteration.
 
     Attributes:
@@ -228,7 +228,7 @@ class TrainedMethod(Method):
     Subclasses have a `training: TrainingConfig` in their config.
     """
 
-    changing_options: ClassVar[tuple[str, ...]] = ("training.learning_rate", "training.weight_decay")
+    schedulable_options: ClassVar[tuple[str, ...]] = ("training.learning_rate", "training.weight_decay")
     """Dotted names of the options that may change while it is trained: what optimisers and losses read at every
     step."""
 
@@ -236,9 +236,9 @@ class TrainedMethod(Method):
     """How many training images `finish` wants to see; 0 where it is not needed."""
 
     @property
-    def needs(self) -> BatchNeeds:
+    def batch_spec(self) -> BatchSpec:
         """What its batches hold."""
-        return BatchNeeds()
+        return BatchSpec()
 
     def frozen_features(self, images: Tensor) -> FeatureMaps:
         """What does not change during training: the frozen encoder's features of B×3×S×S normalised images, float32,
@@ -255,21 +255,21 @@ class TrainedMethod(Method):
         """Scalar losses of a batch, each a mean over its images; the one to minimise under "loss"."""
         raise NotImplementedError
 
-    def begin_step(self, step: int, iterations: int) -> None:
+    def on_step_start(self, step: int, iterations: int) -> None:
         """Told before every training step which it is, counted from 0, and of how many; for what follows a schedule
         besides the learning rate."""
 
-    def optimisers(self, iterations: int) -> list[Optimisation]:
+    def optimizers(self, iterations: int) -> list[ScheduledOptimizer]:
         """Fresh optimisers for a run of so many iterations: one over all that learns, with stepped decay."""
         return [self.optimisation([p for p in self.parameters() if p.requires_grad], iterations)]
 
-    def optimisation(self, parameters: Iterable[Any], iterations: int, **periods: Any) -> Optimisation:
+    def optimisation(self, parameters: Iterable[Any], iterations: int, **periods: Any) -> ScheduledOptimizer:
         """An optimiser as `config.training` has it, with stepped decay.
 
         Args:
             parameters: parameters, or groups of them with learning rates of their own.
             iterations: of the whole run.
-            periods: see `Optimisation`.
+            periods: see `ScheduledOptimizer`.
         """
         training: TrainingConfig = self.config.training
         kind = AdamW if training.optimiser == "adamw" else Adam
@@ -282,9 +282,9 @@ class TrainedMethod(Method):
             amsgrad=training.amsgrad,
         )
         milestones = [round(share * iterations) for share in training.decay_at]
-        return Optimisation(optimiser, MultiStepLR(optimiser, milestones, training.decay), **periods)
+        return ScheduledOptimizer(optimiser, MultiStepLR(optimiser, milestones, training.decay), **periods)
 
-    def finish(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
+    def finalize(self, batches: Iterable[TrainingBatch], categories: Sequence[str]) -> None:
         """Fix what prediction needs besides weights, from `finish_images` training images, as many of every category
         as can be; called before each validation and after the last step, in evaluation mode.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unianom.backbones import BackboneConfig, with_preset_padding
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.maps import upsampled_grid
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
@@ -89,7 +89,7 @@ class UniAD(TrainedMethod):
     """
 
     Config = UniADConfig
-    reading_options = ("map_form", "reduce", "score_pool")
+    postprocess_options = ("map_form", "reduce", "score_pool")
     map_options = ("map_form",)
 
     def __init__(self, config: UniADConfig) -> None:
@@ -119,25 +119,25 @@ class UniAD(TrainedMethod):
         reconstruction = self.transformer.decode(self.transformer.encode(neck))
         return {LOSS: (reconstruction.float() - neck).square().mean()}
 
-    def find(self, images: Tensor) -> Found:
-        """Readings are the reconstruction's error B×h×w in both forms, "norm" and "squared". Features are the output of
-        the transformer's encoder, 256×14×14 as published."""
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Raw outputs are the reconstruction's error B×h×w in both forms, "norm" and "squared". Features are the output
+        of the transformer's encoder, 256×14×14 as published."""
         neck = self.neck(images)
         tokens = self.transformer.encode(neck)  # B N D
         difference = self.transformer.decode(tokens) - neck  # B C h w
-        readings = {"norm": difference.norm(dim=1), "squared": difference.square().mean(1)}
-        return Found(readings, tokens.transpose(1, 2).unflatten(2, self.neck.grid))
+        raw_outputs = {"norm": difference.norm(dim=1), "squared": difference.square().mean(1)}
+        return RawOutputs(raw_outputs, tokens.transpose(1, 2).unflatten(2, self.neck.grid))
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: UniADConfig | None = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: UniADConfig | None = None) -> Maps:
         """The error in the form that is asked for, upsampled."""
         if (config or self.config).map_form == "norm":
-            anomaly_map = upsample(readings["norm"], self.input.side)
+            anomaly_map = upsample(raw_outputs["norm"], self.input.side)
         else:
-            anomaly_map = upsampled_grid(readings["squared"], self.input.side)
+            anomaly_map = upsampled_grid(raw_outputs["squared"], self.input.side)
         return Maps(anomaly_map, anomaly_map)
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniADConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniADConfig | None = None
     ) -> Tensor:
         """Maximum, mean or standard deviation of the map."""
         config = config or self.config

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 from unianom.backbones import BackboneConfig, CnnBackbone, check_taps, with_preset_padding
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import in_order, numbered
 from unianom.methods.layers.gated_cnn import MultiGranularityCnn
 from unianom.methods.layers.pixel_decoder import NORM_GROUPS, PixelDecoder
@@ -28,7 +28,7 @@ from unianom.methods.layers.tokens import AttentionBlock, FeedForward, feature_j
 from unianom.methods.trained import (
     LOSS,
     Augmentation,
-    BatchNeeds,
+    BatchSpec,
     FeatureMaps,
     TrainedMethod,
     TrainingBatch,
@@ -230,8 +230,8 @@ class UniAS(TrainedMethod):
     """
 
     Config = UniASConfig
-    changing_options = ("training.learning_rate", "training.weight_decay", "loss_weight")
-    reading_options = ("levels", "fuse_at", "level_blur", "reduce")
+    schedulable_options = ("training.learning_rate", "training.weight_decay", "loss_weight")
+    postprocess_options = ("levels", "fuse_at", "level_blur", "reduce")
     map_options = ("levels", "fuse_at", "level_blur")
 
     def __init__(self, config: UniASConfig) -> None:
@@ -269,8 +269,8 @@ class UniAS(TrainedMethod):
         self.register_buffer("mask", hidden, persistent=False)  # N N
 
     @property
-    def needs(self) -> BatchNeeds:
-        return BatchNeeds(augmentation=self.config.augmentation)
+    def batch_spec(self) -> BatchSpec:
+        return BatchSpec(augmentation=self.config.augmentation)
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
@@ -289,22 +289,22 @@ class UniAS(TrainedMethod):
         error, cosine = torch.stack([torch.stack(pair) for pair in terms]).sum(0)
         return {LOSS: self.config.loss_weight * (error + cosine), "squared_error": error, "cosine": cosine}
 
-    def find(self, images: Tensor) -> Found:
-        """Readings "distance_0", …, B×h_l×w_l, of every level, the finest first. Features are the coarsest level of the
-        pixel decoder, 512×7×7 as published."""
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Raw outputs "distance_0", …, B×h_l×w_l, of every level, the finest first. Features are the coarsest level of
+        the pixel decoder, 512×7×7 as published."""
         targets, inputs = self._filtered(self.frozen_features(images))
         decoded = self.pixel_decoder(inputs)
         levels = zip(self._restore(decoded), targets)
-        readings = numbered(1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels)
-        return Found(readings, decoded[-1])
+        raw_outputs = numbered(1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels)
+        return RawOutputs(raw_outputs, decoded[-1])
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: UniASConfig | None = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: UniASConfig | None = None) -> Maps:
         """Levels are blurred before they are multiplied, which belongs to the map; nothing smooths it afterwards."""
-        anomaly_map = self.fuse(in_order(readings), config)
+        anomaly_map = self.fuse(in_order(raw_outputs), config)
         return Maps(anomaly_map, anomaly_map)
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniASConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniASConfig | None = None
     ) -> Tensor:
         """Maximum or standard deviation of the map."""
         if (config or self.config).reduce == "std":

@@ -19,9 +19,9 @@ from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
 from unianom.methods.base import (
-    Embedding,
-    Encoded,
+    MaskedPatches,
     MemoryMethod,
+    PatchFeatures,
     mean_distances,
     register_method,
     resolve_preset,
@@ -99,7 +99,7 @@ class UniFormaly(MemoryMethod):
     """
 
     Config = UniFormalyConfig
-    reading_options = ("neighbours", "k_ratio", "blur_sigma")
+    postprocess_options = ("neighbours", "k_ratio", "blur_sigma")
     bank_options = ("bank", "mask", "mask_kernel", "mask_threshold", "mask_scope")
 
     def __init__(self, config: UniFormalyConfig, bank: MemoryBank | None = None) -> None:
@@ -115,16 +115,16 @@ class UniFormaly(MemoryMethod):
         )
         self.grid = self.encoder.grid
 
-    def encode(self, images: Tensor) -> Encoded:
+    def encode(self, images: Tensor) -> PatchFeatures:
         """Patches B×N×D and the attention B×h×w of B×3×S×S normalised images."""
         features = self.encoder(images)
         if self.config.aggregation == "mean":
             patches = torch.stack(features.tokens).mean(0)  # B N D
         else:
             patches = torch.cat(features.tokens, dim=-1)  # B N L·D
-        return Encoded(patches, features.attention)
+        return PatchFeatures(patches, features.attention)
 
-    def keep_patches(self, encoded: Encoded, config: UniFormalyConfig | None = None) -> Embedding:
+    def mask_patches(self, encoded: PatchFeatures, config: UniFormalyConfig | None = None) -> MaskedPatches:
         """Patches B×N×D and the back-patch mask B×N.
 
         Raises:
@@ -132,31 +132,31 @@ class UniFormaly(MemoryMethod):
         """
         config = config or self.config
         if config.mask == "off":
-            return super().keep_patches(encoded)
+            return super().mask_patches(encoded)
         if encoded.attention is None:
             raise OptionError(f"mask={config.mask} needs the attention, which uniformaly made with mask=off has not")
         scope = config.mask_scope or "image"
         if config.mask == "soft":
             weights = soft_mask(encoded.attention, config.mask_kernel, scope)  # B h w
-            return super().keep_patches(encoded._replace(patches=encoded.patches * weights.flatten(1).unsqueeze(-1)))
+            return super().mask_patches(encoded._replace(patches=encoded.patches * weights.flatten(1).unsqueeze(-1)))
         mask = back_patch_mask(encoded.attention, config.mask_kernel, config.mask_threshold, scope)  # B h w
-        return Embedding(encoded.patches, mask.flatten(1))
+        return MaskedPatches(encoded.patches, mask.flatten(1))
 
-    def keep_for_bank(self, encoded: Encoded, config: UniFormalyConfig | None = None) -> Embedding:
+    def mask_bank_patches(self, encoded: PatchFeatures, config: UniFormalyConfig | None = None) -> MaskedPatches:
         """Patches for the bank. In batch scope, as the released code has it, every position that survives in any
         image of the batch is kept in all of them, and patches masked in their own image enter as zeros."""
         config = config or self.config
-        embedding = self.keep_patches(encoded, config)
+        embedding = self.mask_patches(encoded, config)
         if config.mask_scope != "batch" or config.mask != "binary":
             return embedding
         patches = embedding.patches * embedding.keep.unsqueeze(-1)
-        return Embedding(patches, embedding.keep.any(0).expand_as(embedding.keep))
+        return MaskedPatches(patches, embedding.keep.any(0).expand_as(embedding.keep))
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
     ) -> Tensor:
         """Top-k-ratio mean of the patches' distances (eq. 2), masked ones zero."""
         config = config or self.config
-        distances = mean_distances(readings["distances"], config.neighbours)  # B N
+        distances = mean_distances(raw_outputs["distances"], config.neighbours)  # B N
         top = max(1, round(config.k_ratio * distances.shape[1]))  # masked patches count in N
         return distances.topk(top, dim=1).values.mean(1)

@@ -24,7 +24,7 @@ from torch.nn.functional import (
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Found, Maps, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
 from unianom.methods.layers.distillation import (
     OneClassBottleneck,
     PyramidFusion,
@@ -46,9 +46,9 @@ from unianom.methods.layers.similarity import EPSILON, log_similarity
 from unianom.methods.trained import (
     LOSS,
     Augmentation,
-    BatchNeeds,
+    BatchSpec,
     FeatureMaps,
-    Optimisation,
+    ScheduledOptimizer,
     TrainedMethod,
     TrainingBatch,
     TrainingConfig,
@@ -412,7 +412,7 @@ class UniNet(TrainedMethod):
     """
 
     Config = UniNetConfig
-    changing_options = (
+    schedulable_options = (
         "training.learning_rate",
         "training.encoder_learning_rate",
         "training.weight_decay",
@@ -421,7 +421,7 @@ class UniNet(TrainedMethod):
         "balance",
         "supervision",
     )
-    reading_options = ("decision", "alpha", "beta", "decision_share", "score_blur")
+    postprocess_options = ("decision", "alpha", "beta", "decision_share", "score_blur")
 
     def __init__(self, config: UniNetConfig) -> None:
         super().__init__()
@@ -448,9 +448,9 @@ class UniNet(TrainedMethod):
 
     # ------------------------------------------------------------------------------------------------------- training
     @property
-    def needs(self) -> BatchNeeds:
+    def batch_spec(self) -> BatchSpec:
         task = self.config.task
-        return BatchNeeds(
+        return BatchSpec(
             augmentation=self.config.augmentation,
             images=True,
             labels=task in ("classification", "segmentation"),
@@ -467,7 +467,7 @@ class UniNet(TrainedMethod):
         """The same for all methods whose frozen encoder gives this pyramid."""
         return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
 
-    def optimisers(self, iterations: int) -> list[Optimisation]:
+    def optimizers(self, iterations: int) -> list[ScheduledOptimizer]:
         """One for the target teacher, one for all else that learns."""
         encoder = [p for p in self.teachers.parameters() if p.requires_grad]
         known = {id(p) for p in encoder}
@@ -478,7 +478,7 @@ class UniNet(TrainedMethod):
             self.optimisation([{"params": encoder, "lr": rate}], iterations),
         ]
 
-    def begin_step(self, step: int, iterations: int) -> None:
+    def on_step_start(self, step: int, iterations: int) -> None:
         sizes = self.config.training_sizes
         self._side = sizes[step % len(sizes)] if sizes else self.input.side
 
@@ -561,51 +561,51 @@ class UniNet(TrainedMethod):
         return torch.stack([(self.head(half).float() - images).square().mean() for half in halves]).sum()
 
     # ----------------------------------------------------------------------------------------------------- prediction
-    def find(self, images: Tensor) -> Found:
-        """Readings "distance_0" to "distance_5", B×h×w, of the six pairs of maps, and for "video" "frame_error" B×2, of
-        the frame from either teacher; for "segmentation" "logits" B×h×w alone. Features are what the bottleneck makes
-        of the target teacher's levels, 2048×8×8 as published."""
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Raw outputs "distance_0" to "distance_5", B×h×w, of the six pairs of maps, and for "video" "frame_error" B×2,
+        of the frame from either teacher; for "segmentation" "logits" B×h×w alone. Features are what the bottleneck
+        makes of the target teacher's levels, 2048×8×8 as published."""
         source, target = self.teachers.source(images), self.teachers.target(images)
         students, embedded = self._students(source, target)
         features = embedded[: len(images)]
         if self.config.task == "segmentation":
             assert self.head is not None
             logits = torch.stack(self.head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
-            return Found({"logits": logits[:, 0]}, features)
-        readings = numbered(distance_map(*pair) for pair in _pairs(source, target, students))
+            return RawOutputs({"logits": logits[:, 0]}, features)
+        raw_outputs = numbered(distance_map(*pair) for pair in _pairs(source, target, students))
         if self.config.task == "video":
             assert self.head is not None
             errors = [(self.head(half).float() - images).square().mean((1, 2, 3)) for half in students[0].chunk(2)]
-            readings["frame_error"] = torch.stack(errors, dim=1)
-        return Found(readings, features)
+            raw_outputs["frame_error"] = torch.stack(errors, dim=1)
+        return RawOutputs(raw_outputs, features)
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: UniNetConfig | None = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: UniNetConfig | None = None) -> Maps:
         """Sum of the six upsampled distances, or the masks' probability. The map is never smoothed, only what the score
         is taken from, so no option changes it."""
         if self.config.task == "segmentation":
-            anomaly_map = _input_sized(readings["logits"]).sigmoid()
+            anomaly_map = _input_sized(raw_outputs["logits"]).sigmoid()
         else:
-            anomaly_map = upsampled(in_order(readings), self.input.side).sum(0)
+            anomaly_map = upsampled(in_order(raw_outputs), self.input.side).sum(0)
         return Maps(anomaly_map, anomaly_map)
 
-    def read_scores(
-        self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: UniNetConfig | None = None
+    def image_scores(
+        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniNetConfig | None = None
     ) -> Tensor:
         """As Algorithm 1 has it; the largest logit of a segmentation, whatever the options."""
         config = config or self.config
         if self.config.task == "segmentation":
-            return _input_sized(readings["logits"]).amax((1, 2))
+            return _input_sized(raw_outputs["logits"]).amax((1, 2))
         assert config.beta is not None
         assert config.score_blur is not None
         blurred = gaussian_blur(anomaly_map, config.score_blur) if config.score_blur else anomaly_map
         if config.decision in ("max", "share"):
             score = top_mean(blurred, config.decision_share if config.decision == "share" else 0.0)
         else:
-            maxima = torch.stack([m.amax((1, 2)) for m in in_order(readings)], dim=1)  # B 6
+            maxima = torch.stack([m.amax((1, 2)) for m in in_order(raw_outputs)], dim=1)  # B 6
             share = decision_weights(maxima, config.alpha, config.beta, literal=config.decision == "literal")
             score = largest_mean(blurred, share)
         if self.config.task == "video":
-            for error in readings["frame_error"].unbind(1):
+            for error in raw_outputs["frame_error"].unbind(1):
                 score = score + error
         return score
 

@@ -13,7 +13,7 @@ import torch
 
 import unianom
 from pipelines.benchmarks import metrics
-from pipelines.benchmarks.harness import Measured, Turn, interleave, print_report
+from pipelines.benchmarks.harness import Measured, Timing, interleave, print_report
 from pipelines.benchmarks.memory_bank import CoresetBenchmark, cover_radius
 from pipelines.benchmarks.metrics import MetricsBenchmark, PixelsBenchmark
 from pipelines.benchmarks.references import bare_network, plain_coreset, scikit_learn_metrics, swept_aupro
@@ -40,7 +40,7 @@ NEEDS_PEAK = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    turns = {"a": [Turn(10, 1), Turn(10, 4)], "b": [Turn(5, 1), Turn(5, 1)]}
+    turns = {"a": [Timing(10, 1), Timing(10, 4)], "b": [Timing(5, 1), Timing(5, 1)]}
     ratio = Measured(turns, [0.0, 0.0]).ratio("a", "b", times=2)
     assert ratio["rounds"] == [1.0, 0.25]
     assert (ratio["median"], ratio["min"], ratio["max"]) == (0.625, 0.25, 1.0)
@@ -49,9 +49,9 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_sides_take_turns() -> None:
     seen: list[str] = []
 
-    def side(name: str) -> Turn:
+    def side(name: str) -> Timing:
         seen.append(name)
-        return Turn(1, 1, name)
+        return Timing(1, 1, name)
 
     measured = interleave({"a": lambda: side("a"), "b": lambda: side("b")}, rounds=2, warm_up=True)
     assert seen == ["a", "b"] * 3

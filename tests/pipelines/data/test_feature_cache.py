@@ -191,11 +191,11 @@ def test_sets_with_and_without_anomalous_images_and_masks_are_told_apart(tmp_pat
     monkeypatch.setattr("pipelines.runtime.actors.connect", lambda runtime: None)
     made: list[str] = []
 
-    def run_here(worker: Any, arguments: dict[str, Any], units: list[Any], runtime: Any) -> list[Any]:
+    def run_here(worker: Any, arguments: dict[str, Any], tasks: list[Any], runtime: Any) -> list[Any]:
         made.append(arguments["output"])
-        return [worker(**arguments).run(unit) for unit in units]
+        return [worker(**arguments).run(task) for task in tasks]
 
-    monkeypatch.setattr("pipelines.runtime.actors.run_units", run_here)
+    monkeypatch.setattr("pipelines.runtime.actors.run_tasks", run_here)
     sets = {
         flags: prepare(
             shards,

@@ -70,16 +70,16 @@ def run_part(output, refs, threads=2, number=0, **arguments):
 
 
 @pytest.fixture
-def units(monkeypatch):
+def tasks(monkeypatch):
     """Units of work done here, one after another, in place of Ray; gives the numbers of the parts that were written."""
     done = []
 
-    def run_units(worker, arguments, units, _):
-        for unit in units:
-            done.append(unit["number"])
-            yield json.loads(json.dumps(worker(**arguments).run(unit)))
+    def run_tasks(worker, arguments, tasks, _):
+        for task in tasks:
+            done.append(task["number"])
+            yield json.loads(json.dumps(worker(**arguments).run(task)))
 
-    monkeypatch.setattr(module, "run_units", run_units)
+    monkeypatch.setattr(module, "run_tasks", run_tasks)
     monkeypatch.setattr(module, "connect", lambda _: None)
     return done
 
@@ -695,10 +695,10 @@ def test_map_ahead_raises_what_the_function_does():
 # ---- the whole job ------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_becomes_a_shard_set(corpus, tmp_path, units):
+def test_a_corpus_becomes_a_shard_set(corpus, tmp_path, tasks):
     result = ingest(options(corpus, tmp_path))
     assert result.fresh
-    assert sorted(units) == [0, 1, 2, 3]
+    assert sorted(tasks) == [0, 1, 2, 3]
     shards = result.shards
     rows = shards.table().to_pylist()
     found = sorted(path for path in corpus.rglob("*.png") if "ground_truth" not in path.parts)
@@ -720,7 +720,7 @@ def test_a_corpus_becomes_a_shard_set(corpus, tmp_path, units):
     )
 
 
-def test_the_manifest_tells_what_is_there(corpus, tmp_path, units):
+def test_the_manifest_tells_what_is_there(corpus, tmp_path, tasks):
     write(corpus / "nut" / "train" / "good" / "broken.png", b"")
     given = options(corpus, tmp_path, max_reject_fraction=0.5)
     shards = ingest(given).shards
@@ -748,18 +748,18 @@ def test_the_manifest_tells_what_is_there(corpus, tmp_path, units):
     assert manifest["summary"]["height"] == [12, 12]
 
 
-def test_the_same_command_again_changes_nothing(corpus, tmp_path, units):
+def test_the_same_command_again_changes_nothing(corpus, tmp_path, tasks):
     first = ingest(options(corpus, tmp_path))
     before = contents(tmp_path / "shards")
-    units.clear()
+    tasks.clear()
     again = ingest(options(corpus, tmp_path))
     assert not again.fresh
-    assert units == []
+    assert tasks == []
     assert contents(tmp_path / "shards") == before
     assert again.shards == first.shards
 
 
-def test_an_interrupted_job_continues_to_the_same_bytes(corpus, tmp_path, units, capsys):
+def test_an_interrupted_job_continues_to_the_same_bytes(corpus, tmp_path, tasks, capsys):
     ingest(options(corpus, tmp_path))
     whole = contents(tmp_path / "shards")
     for left in range(5):
@@ -769,39 +769,39 @@ def test_an_interrupted_job_continues_to_the_same_bytes(corpus, tmp_path, units,
         (output / "part-00003.parquet.0a1b2c3d.tmp").write_bytes(b"half")
         for number in range(left, 4):
             (output / f"_part-{number:05d}.json").unlink()
-        units.clear()
+        tasks.clear()
         assert ingest(options(corpus, tmp_path, output=str(output))).fresh
-        assert units == list(range(left, 4))
+        assert tasks == list(range(left, 4))
         assert contents(output) == whole
     assert "continuing: 24 samples are stored already" in capsys.readouterr().out
 
 
-def test_the_record_of_another_plan_is_not_trusted(corpus, tmp_path, units):
+def test_the_record_of_another_plan_is_not_trusted(corpus, tmp_path, tasks):
     ingest(options(corpus, tmp_path))
     whole = contents(tmp_path / "shards")
     (tmp_path / "shards" / MANIFEST).unlink()
     record = json.loads(whole["_part-00002.json"])
     (tmp_path / "shards" / "_part-00002.json").write_text(json.dumps({**record, "plan": "another"}))
-    units.clear()
+    tasks.clear()
     ingest(options(corpus, tmp_path))
-    assert units == [2]
+    assert tasks == [2]
     assert contents(tmp_path / "shards") == whole
 
 
 @pytest.mark.parametrize("changes", [{"resize": 64}, {"limits": ImageLimits(max_pixels=5000)}, {"min_parts": 5}])
-def test_another_plan_does_not_touch_what_is_there(corpus, tmp_path, units, changes):
+def test_another_plan_does_not_touch_what_is_there(corpus, tmp_path, tasks, changes):
     ingest(options(corpus, tmp_path))
     before = contents(tmp_path / "shards")
     with pytest.raises(DataError, match=r"a shard set of another run .*--overwrite true"):
         ingest(options(corpus, tmp_path, **changes))
     assert contents(tmp_path / "shards") == before
-    units.clear()
+    tasks.clear()
     assert ingest(options(corpus, tmp_path, overwrite=True, **changes)).fresh
-    assert units
+    assert tasks
     assert contents(tmp_path / "shards") != before
 
 
-def test_a_source_that_changed_is_another_plan(corpus, tmp_path, units):
+def test_a_source_that_changed_is_another_plan(corpus, tmp_path, tasks):
     ingest(options(corpus, tmp_path))
     write(corpus / "nut" / "train" / "good" / "new.png", encoded(picture(99)))
     with pytest.raises(DataError, match=r"differing in: samples"):
@@ -817,13 +817,13 @@ def test_crops_are_part_of_the_plan_and_plans_from_before_there_were_any_still_h
     assert len({digest(refs), digest(cropped), digest(wider)}) == 3
 
 
-def test_workers_and_threads_are_no_part_of_the_plan(corpus, tmp_path, units):
+def test_workers_and_threads_are_no_part_of_the_plan(corpus, tmp_path, tasks):
     ingest(options(corpus, tmp_path))
     runtime = module.RuntimeOptions(workers=3, cpus_per_worker=2)
     assert not ingest(options(corpus, tmp_path, runtime=runtime, max_reject_fraction=1.0)).fresh
 
 
-def test_too_many_rejected_samples_fail_the_job_after_the_rest_is_done(corpus, tmp_path, units):
+def test_too_many_rejected_samples_fail_the_job_after_the_rest_is_done(corpus, tmp_path, tasks):
     for number in range(3):
         write(corpus / "nut" / "train" / "good" / f"broken{number}.png", b"no image")
     write(corpus / "nut" / "train" / "good" / "gone.png", encoded(picture(1), "GIF"))
@@ -833,14 +833,14 @@ def test_too_many_rejected_samples_fail_the_job_after_the_rest_is_done(corpus, t
     for _ in range(2):  # the second time from the finished set
         with pytest.raises(DataError, match=message):
             ingest(options(corpus, tmp_path))
-    assert sorted(units) == [0, 1, 2, 3]
+    assert sorted(tasks) == [0, 1, 2, 3]
     shards = ShardSet.open(tmp_path / "shards")
     assert shards.count(Selection()) == 23
     assert shards.rejected().num_rows == 5
     assert not ingest(options(corpus, tmp_path, max_reject_fraction=5 / 28)).fresh
 
 
-def test_a_source_of_which_nothing_can_be_read_never_gets_a_manifest(tmp_path, units):
+def test_a_source_of_which_nothing_can_be_read_never_gets_a_manifest(tmp_path, tasks):
     write(tmp_path / "corpus/nut/train/good/0.png", b"no image")
     write(tmp_path / "corpus/nut/test/good/0.png", b"no image")
     with pytest.raises(DataError, match=r"not one of 2 samples could be read; the reasons are in .*_rejected.parquet"):
@@ -848,22 +848,22 @@ def test_a_source_of_which_nothing_can_be_read_never_gets_a_manifest(tmp_path, u
     assert not outputs.is_complete(str(tmp_path / "shards"))
 
 
-def test_a_part_that_was_not_written_ends_the_job(corpus, tmp_path, units, monkeypatch):
-    monkeypatch.setattr(module, "run_units", lambda *_: iter(()))
+def test_a_part_that_was_not_written_ends_the_job(corpus, tmp_path, tasks, monkeypatch):
+    monkeypatch.setattr(module, "run_tasks", lambda *_: iter(()))
     with pytest.raises(DataError, match=r"part-00000.parquet was not written; run the same command again"):
         ingest(options(corpus, tmp_path))
     assert not outputs.is_complete(str(tmp_path / "shards"))
 
 
-def test_names_that_clash_are_told_before_any_image_is_read(corpus, tmp_path, units, monkeypatch):
+def test_names_that_clash_are_told_before_any_image_is_read(corpus, tmp_path, tasks, monkeypatch):
     monkeypatch.setattr(module, "iter_samples", lambda *_: [ref("a", uri="/x/a"), ref("a", uri="/y/a")])
     with pytest.raises(DataError, match=r"/x/a and /y/a are both named set/a"):
         ingest(options(corpus, tmp_path))
-    assert units == []
+    assert tasks == []
     assert not (tmp_path / "shards").exists()
 
 
-def test_an_object_store_as_source_and_output(units):
+def test_an_object_store_as_source_and_output(tasks):
     try:
         for split in ("train", "test"):
             for number in range(3):
@@ -884,7 +884,7 @@ def test_an_object_store_as_source_and_output(units):
         files.remove("memory://test-ingest")
 
 
-def test_a_layout_that_crops(tmp_path, units):
+def test_a_layout_that_crops(tmp_path, tasks):
     """MVTec 3D-AD's crops of 256 pixels, of images too small for one and of whole ones."""
     root = tmp_path / "corpus" / "dowel"
     mask = np.zeros((300, 280), np.uint8)
@@ -916,7 +916,7 @@ def test_a_layout_that_crops(tmp_path, units):
         ({"layout_options": {"datset": "x"}}, "datset.*dataset"),
     ],
 )
-def test_wrong_layouts(corpus, tmp_path, units, changes, words):
+def test_wrong_layouts(corpus, tmp_path, tasks, changes, words):
     with pytest.raises(OptionError, match=words):
         ingest(options(corpus, tmp_path, **changes))
 
@@ -971,7 +971,7 @@ def test_the_summary_by_hand():
     assert summary["masks"]["wrong_size"] == {"count": 0, "examples": []}
 
 
-def test_a_test_image_that_is_also_a_training_image_is_found(corpus, tmp_path, units):
+def test_a_test_image_that_is_also_a_training_image_is_found(corpus, tmp_path, tasks):
     shutil.copy(corpus / "nut/train/good/003.png", corpus / "nut/test/good/100.png")
     shutil.copy(corpus / "nut/train/good/004.png", corpus / "bolt/train/good/100.png")
     summary = ingest(options(corpus, tmp_path)).shards.manifest["summary"]
@@ -1170,7 +1170,7 @@ def printed(result, capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_the_summary_says_what_was_left_out_and_what_looks_wrong(corpus, tmp_path, units, capsys):
+def test_the_summary_says_what_was_left_out_and_what_looks_wrong(corpus, tmp_path, tasks, capsys):
     dents = corpus / "nut" / "ground_truth" / "dent"
     with Image.open(dents / "000_mask.png") as mask:
         write(dents / "000_mask.png", encoded(255 - np.asarray(mask)))
@@ -1207,7 +1207,7 @@ def test_the_summary_says_what_was_left_out_and_what_looks_wrong(corpus, tmp_pat
         assert sentence in text
 
 
-def test_the_manifest_of_a_set_without_oddities_is_what_it_was(corpus, tmp_path, units):
+def test_the_manifest_of_a_set_without_oddities_is_what_it_was(corpus, tmp_path, tasks):
     """Its checksum names the data to scores and models; nothing is added where there is nothing to tell."""
     manifest = ingest(options(corpus, tmp_path)).shards.manifest
     assert set(manifest["summary"]) == {
@@ -1218,7 +1218,7 @@ def test_the_manifest_of_a_set_without_oddities_is_what_it_was(corpus, tmp_path,
     assert "reading" not in manifest
 
 
-def test_how_files_are_read_is_part_of_the_plan_where_it_is_not_the_default(corpus, tmp_path, units):
+def test_how_files_are_read_is_part_of_the_plan_where_it_is_not_the_default(corpus, tmp_path, tasks):
     ingest(options(corpus, tmp_path))
     assert not ingest(options(corpus, tmp_path, mask_orientation="auto", invert_masks=False, bits=None)).fresh
     for change in ({"invert_masks": True}, {"mask_threshold": 9}, {"mask_orientation": "stored"}, {"bits": 12}):
@@ -1242,7 +1242,7 @@ def test_reading_options_that_cannot_be(corpus, tmp_path, change, words):
         options(corpus, tmp_path, **change)
 
 
-def test_a_palette_of_red_on_black_whose_first_entry_is_red(tmp_path, units):
+def test_a_palette_of_red_on_black_whose_first_entry_is_red(tmp_path, tasks):
     """As an editor's indexed colours have it: by its numbers, black would be class 1."""
     mask = np.zeros((64, 64), bool)
     mask[20:30, 30:40] = mask[40:43, 10:13] = True

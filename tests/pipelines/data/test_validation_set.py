@@ -17,10 +17,10 @@ from pipelines.data import validation_set as module
 from pipelines.data.validation_set import (
     METRICS,
     Measured,
-    ProxyOptions,
-    ProxySet,
-    build_proxy,
+    ValidationOptions,
+    ValidationSet,
     build_tests,
+    build_validation_set,
     check_objective,
 )
 from pipelines.tuning.objective import gain_interval
@@ -48,7 +48,7 @@ RECIPES = ("cutpaste_patch", "cutpaste_scar", "texture", "shade")
 OBJECTIVE = {"image_auroc": 1.0, "pixel_ap": 1.0}
 
 
-DEFAULT = ProxyOptions()
+DEFAULT = ValidationOptions()
 
 
 def drawn(category: str, split: str, count: int) -> list[Row]:
@@ -73,7 +73,7 @@ def held_out(shards: ShardSet) -> dict[str, list[str]]:
     return names
 
 
-def build(shards: ShardSet, folder: Path, options: ProxyOptions = DEFAULT, **changes: Any) -> str:
+def build(shards: ShardSet, folder: Path, options: ValidationOptions = DEFAULT, **changes: Any) -> str:
     groups = held_out(shards)
     defaults: dict[str, Any] = {
         "categories": sorted(groups),
@@ -81,7 +81,7 @@ def build(shards: ShardSet, folder: Path, options: ProxyOptions = DEFAULT, **cha
         "policy": POLICY,
         "limits": LIMITS,
     }
-    return build_proxy(shards, options=options, folder=str(folder), **{**defaults, **changes})
+    return build_validation_set(shards, options=options, folder=str(folder), **{**defaults, **changes})
 
 
 def rows_of(uri: str) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def test_a_seed_says_every_byte(shards: ShardSet, tmp_path: Path) -> None:
     first, again = build(shards, tmp_path / "a"), build(shards, tmp_path / "b")
     assert bytes_of(first) == bytes_of(again)
     assert len(bytes_of(first)) == 3
-    other = build(shards, tmp_path / "a", ProxyOptions(seed=1))
+    other = build(shards, tmp_path / "a", ValidationOptions(seed=1))
     assert other != first
     assert bytes_of(other)["pixels.npy"] != bytes_of(first)["pixels.npy"]
 
@@ -163,7 +163,7 @@ def test_copies_of_images_without_contrast_are_anomalous_too(tmp_path: Path) -> 
 
 
 def test_fewer_recipes_leave_the_others_as_they_are(shards: ShardSet, tmp_path: Path) -> None:
-    all_of_them, few = build(shards, tmp_path), build(shards, tmp_path, ProxyOptions(recipes=("shade",)))
+    all_of_them, few = build(shards, tmp_path), build(shards, tmp_path, ValidationOptions(recipes=("shade",)))
     rows, (pixels, masks) = rows_of(all_of_them), arrays_of(all_of_them)
     kept = [n for n, row in enumerate(rows) if row["recipe"] in ("normal", "shade")]
     assert rows_of(few) == [rows[n] for n in kept]
@@ -177,8 +177,8 @@ def test_textures_come_from_their_folder(shards: ShardSet, tmp_path: Path) -> No
     flat = np.full((40, 40, 3), (250, 10, 10), np.uint8)
     (textures / "red.png").write_bytes(encode_png(flat))
     recipes: Any = ("texture",)
-    own = build(shards, tmp_path, ProxyOptions(recipes=recipes))
-    red = build(shards, tmp_path, ProxyOptions(recipes=recipes, textures=str(textures)))
+    own = build(shards, tmp_path, ValidationOptions(recipes=recipes))
+    red = build(shards, tmp_path, ValidationOptions(recipes=recipes, textures=str(textures)))
     assert own != red
     pixels, masks = arrays_of(red)
     normals = pixels[:14].astype(int)
@@ -189,12 +189,12 @@ def test_textures_come_from_their_folder(shards: ShardSet, tmp_path: Path) -> No
             slope, level = np.polyfit(before[:, channel], blended[:, channel], 1)
             np.testing.assert_allclose(slope * before[:, channel] + level, blended[:, channel], atol=1.5)
     with pytest.raises(DataError, match=r"--validation.textures: .*missing"):
-        build(shards, tmp_path, ProxyOptions(textures=str(tmp_path / "missing")))
+        build(shards, tmp_path, ValidationOptions(textures=str(tmp_path / "missing")))
 
 
 @pytest.mark.parametrize(("count", "cogs", "weaves"), [(8, 4, 4), (7, 3, 3), (14, 7, 5), (1, 1, 1)])
 def test_categories_have_even_shares(shards: ShardSet, tmp_path: Path, count: int, cogs: int, weaves: int) -> None:
-    uri = build(shards, tmp_path, ProxyOptions(normals=count, seed=5))
+    uri = build(shards, tmp_path, ValidationOptions(normals=count, seed=5))
     chosen = {row["sample_id"] for row in rows_of(uri)}
     groups = held_out(shards)
     assert chosen == {*by_hash(groups["cog"], 5)[:cogs], *by_hash(groups["weave"], 5)[:weaves]}
@@ -213,7 +213,7 @@ def test_no_test_image_is_looked_at(shards: ShardSet, tmp_path: Path, monkeypatc
     groups = held_out(shards)
     forbid_test_rows(monkeypatch)
     every = frozenset(name for names in groups.values() for name in names)
-    uri = build_proxy(shards, sorted(groups), every, POLICY, ProxyOptions(), LIMITS, str(tmp_path))
+    uri = build_validation_set(shards, sorted(groups), every, POLICY, ValidationOptions(), LIMITS, str(tmp_path))
     assert {row["sample_id"] for row in rows_of(uri)} == every
     with pytest.raises(DataError, match="read test rows"):
         build_tests(shards, sorted(groups), POLICY, LIMITS, str(tmp_path))
@@ -229,8 +229,8 @@ def test_what_is_made_is_found_again(shards: ShardSet, tmp_path: Path, monkeypat
     assert bytes_of(uri) == before
     every = frozenset(name for names in groups.values() for name in names)
     monkeypatch.setattr(ShardSet, "read", None)
-    for options in (ProxyOptions(), ProxyOptions(pixel_stride=2), ProxyOptions(labelled=False)):
-        assert build_proxy(shards, sorted(groups), every, POLICY, options, LIMITS, str(tmp_path)) == uri
+    for options in (ValidationOptions(), ValidationOptions(pixel_stride=2), ValidationOptions(labelled=False)):
+        assert build_validation_set(shards, sorted(groups), every, POLICY, options, LIMITS, str(tmp_path)) == uri
 
 
 # ---- labelled images ------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ VAL = [*masked("nut", "val", 3), sample("nut", "val", 9, 1)]
 def test_labelled_images_take_the_place_of_synthetic_ones(
     labelled: ShardSet, tmp_path: Path, wish: bool | None
 ) -> None:
-    uri = build(labelled, tmp_path, ProxyOptions(labelled=wish), categories=["nut"])
+    uri = build(labelled, tmp_path, ValidationOptions(labelled=wish), categories=["nut"])
     rows, (pixels, masks) = rows_of(uri), arrays_of(uri)
     anomalous = {row["sample_id"]: n for n, row in enumerate(rows) if row["label"] == 1}
     assert set(anomalous) == {row["sample_id"] for row in VAL}
@@ -268,14 +268,14 @@ def test_labelled_images_take_the_place_of_synthetic_ones(
 
 
 def test_labelled_images_are_left_out_on_demand(labelled: ShardSet, tmp_path: Path) -> None:
-    uri = build(labelled, tmp_path, ProxyOptions(labelled=False))
+    uri = build(labelled, tmp_path, ValidationOptions(labelled=False))
     assert {row["recipe"] for row in rows_of(uri)} == {"normal", *RECIPES}
     assert {row["sample_id"] for row in rows_of(uri)} == {n for names in held_out(labelled).values() for n in names}
 
 
 def test_labelled_images_that_are_not_there_are_refused(shards: ShardSet, labelled: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'no anomalous image in a "val" split; leave out --validation\.labelled'):
-        build(shards, tmp_path, ProxyOptions(labelled=True))
+        build(shards, tmp_path, ValidationOptions(labelled=True))
     with pytest.raises(DataError, match=r"no anomalous image .* category bolt; .*--validation\.labelled false"):
         build(labelled, tmp_path)
 
@@ -297,7 +297,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 )
 def test_nonsense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="validation"):
-        ProxyOptions(**options)
+        ValidationOptions(**options)
 
 
 def test_the_test_split_in_the_form_of_validation_images(
@@ -319,44 +319,46 @@ def test_the_test_split_in_the_form_of_validation_images(
 
 
 def test_batches_are_the_normalised_pixels_in_order(shards: ShardSet, tmp_path: Path) -> None:
-    uri = build(shards, tmp_path, ProxyOptions(recipes=("shade",)))
+    uri = build(shards, tmp_path, ValidationOptions(recipes=("shade",)))
     pixels, masks = arrays_of(uri)
-    proxy = ProxySet(uri, 4)
-    assert len(proxy) == len(pixels) == 28
-    whole = list(proxy.batches(5, POLICY, torch.device("cpu")))
+    validation_set = ValidationSet(uri, 4)
+    assert len(validation_set) == len(pixels) == 28
+    whole = list(validation_set.batches(5, POLICY, torch.device("cpu")))
     assert [len(batch) for batch in whole] == [5, 5, 5, 5, 5, 3]
     expected = normalise(list(pixels), POLICY)
     torch.testing.assert_close(torch.cat(whole), expected, rtol=0, atol=0)
-    some = torch.cat(list(proxy.batches(4, POLICY, torch.device("cpu"), 10, 19)))
+    some = torch.cat(list(validation_set.batches(4, POLICY, torch.device("cpu"), 10, 19)))
     torch.testing.assert_close(some, expected[10:19], rtol=0, atol=0)
     maps = np.arange(28 * SIDE * SIDE, dtype=np.float32).reshape(28, SIDE, SIDE)
-    thinned = proxy.thinned(maps)
+    thinned = validation_set.thinned(maps)
     assert thinned.shape == (28, 16, 16)
     assert thinned[3, 2, 1] == maps[3, 2 + 4 * 2, 2 + 4 * 1]
-    np.testing.assert_array_equal(ProxySet(uri, 1).thinned(masks), masks)
+    np.testing.assert_array_equal(ValidationSet(uri, 1).thinned(masks), masks)
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 
-def plain_metrics(proxy: ProxySet, masks: np.ndarray, scores: np.ndarray, maps: np.ndarray) -> dict[Any, Any]:
+def plain_metrics(
+    validation_set: ValidationSet, masks: np.ndarray, scores: np.ndarray, maps: np.ndarray
+) -> dict[Any, Any]:
     """Image and pixel metrics by category and recipe, by scikit-learn; the category of unions is None."""
     found: dict[Any, Any] = {}
-    for category in [None, *sorted(set(proxy.category))]:
-        for recipe in sorted(set(proxy.recipe) - {"normal"}):
+    for category in [None, *sorted(set(validation_set.category))]:
+        for recipe in sorted(set(validation_set.recipe) - {"normal"}):
             own = [
                 n
-                for n in range(len(proxy))
-                if category in (None, proxy.category[n]) and proxy.recipe[n] in ("normal", recipe)
+                for n in range(len(validation_set))
+                if category in (None, validation_set.category[n]) and validation_set.recipe[n] in ("normal", recipe)
             ]
-            labels = [int(proxy.label[n]) for n in own]
+            labels = [int(validation_set.label[n]) for n in own]
             if len(set(labels)) < 2:
                 continue
             row = {
                 "image_auroc": roc_auc_score(labels, scores[own]),
                 "image_ap": average_precision_score(labels, scores[own]),
             }
-            marked = [n for n in own if proxy.masked[n]]
+            marked = [n for n in own if validation_set.masked[n]]
             if masks[marked].any():
                 row["pixel_auroc"] = roc_auc_score(masks[marked].ravel(), maps[marked].ravel())
                 row["pixel_ap"] = average_precision_score(masks[marked].ravel(), maps[marked].ravel())
@@ -378,8 +380,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, shards: ShardSet) -> str:
     return build(shards, tmp_path_factory.mktemp("mixed"))
 
 
-def measure(proxy: ProxySet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]) -> Measured:
-    return proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps, union=True), objective)
+def measure(
+    validation_set: ValidationSet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]
+) -> Measured:
+    return validation_set.measured(
+        validation_set.image_table(scores), validation_set.pixel_table(maps, union=True), objective
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -394,13 +400,13 @@ def measure(proxy: ProxySet, scores: np.ndarray, maps: np.ndarray, objective: Ma
     ],
 )
 def test_metrics_are_those_of_a_plain_loop(mixed: str, stride: int, objective: dict[str, float]) -> None:
-    proxy, rng = ProxySet(mixed, stride), np.random.default_rng(7)
+    validation_set, rng = ValidationSet(mixed, stride), np.random.default_rng(7)
     masks = arrays_of(mixed)[1][:, stride // 2 :: stride, stride // 2 :: stride]
     # few levels, so that scores tie
-    scores = rng.integers(0, 6, len(proxy)).astype(np.float32) + proxy.label
+    scores = rng.integers(0, 6, len(validation_set)).astype(np.float32) + validation_set.label
     maps = (rng.integers(0, 9, masks.shape) + 2 * masks).astype(np.float32)
-    measured = measure(proxy, scores, maps, objective)
-    table = plain_metrics(proxy, masks, scores, maps)
+    measured = measure(validation_set, scores, maps, objective)
+    table = plain_metrics(validation_set, masks, scores, maps)
     assert len(table) == 3 * 4
     for name in METRICS:
         assert measured.metrics[name] == pytest.approx(plain_objective(table, {name: 1.0}))
@@ -417,62 +423,68 @@ def test_metrics_are_those_of_a_plain_loop(mixed: str, stride: int, objective: d
 
 
 def test_perfect_and_opposite_scores(mixed: str) -> None:
-    proxy = ProxySet(mixed)
+    validation_set = ValidationSet(mixed)
     masks = arrays_of(mixed)[1].astype(np.float32)
-    best = measure(proxy, proxy.label.astype(np.float32), masks, {name: 1.0 for name in METRICS})
+    best = measure(validation_set, validation_set.label.astype(np.float32), masks, {name: 1.0 for name in METRICS})
     assert best.objective == 1
     assert set(best.metrics.values()) == {1.0}
-    worst = measure(proxy, -proxy.label.astype(np.float32), -masks, {"image_auroc": 1.0, "pixel_auroc": 1.0})
+    worst = measure(
+        validation_set, -validation_set.label.astype(np.float32), -masks, {"image_auroc": 1.0, "pixel_auroc": 1.0}
+    )
     assert worst.objective == 0
 
 
 def test_a_union_asks_for_scores_on_one_scale(mixed: str) -> None:
     """Each category is perfect on its own scale; together they are not."""
-    proxy = ProxySet(mixed)
-    scores = (proxy.label + 10 * (proxy.category == "cog")).astype(np.float32)
-    measured = measure(proxy, scores, arrays_of(mixed)[1].astype(np.float32), OBJECTIVE)
+    validation_set = ValidationSet(mixed)
+    scores = (validation_set.label + 10 * (validation_set.category == "cog")).astype(np.float32)
+    measured = measure(validation_set, scores, arrays_of(mixed)[1].astype(np.float32), OBJECTIVE)
     assert measured.metrics["image_auroc"] == 1
     # of the 9 + 5 normal images 9 lie above all 5 anomalous weaves: 5 · 9 of 14 · 14 pairs are lost for each recipe
     assert measured.metrics["union_image_auroc"] == pytest.approx(1 - 45 / 196)
 
 
 def test_unions_of_pixels_are_measured_on_demand(mixed: str) -> None:
-    proxy = ProxySet(mixed, 4)
+    validation_set = ValidationSet(mixed, 4)
     scores, maps = np.arange(70, dtype=np.float32), np.random.default_rng(1).random((70, 16, 16), np.float32)
-    image, alone, both = proxy.image_table(scores), proxy.pixel_table(maps), proxy.pixel_table(maps, union=True)
+    image, alone, both = (
+        validation_set.image_table(scores),
+        validation_set.pixel_table(maps),
+        validation_set.pixel_table(maps, union=True),
+    )
     assert {key: row for key, row in both.items() if key[0]} == alone
     assert {key for key in both if not key[0]} == {("", recipe) for recipe in RECIPES}
-    assert set(proxy.measured(image, alone, OBJECTIVE).metrics) == set(METRICS) - {
+    assert set(validation_set.measured(image, alone, OBJECTIVE).metrics) == set(METRICS) - {
         "union_pixel_auroc",
         "union_pixel_ap",
     }
     with pytest.raises(DataError, match="the objective needs union_pixel_ap"):
-        proxy.measured(image, alone, {"union_pixel_ap": 1.0})
+        validation_set.measured(image, alone, {"union_pixel_ap": 1.0})
 
 
 def test_images_without_a_mask_count_in_image_metrics_alone(labelled: ShardSet, tmp_path: Path) -> None:
     uri = build(labelled, tmp_path, categories=["nut"])
-    proxy, masks, rng = ProxySet(uri), arrays_of(uri)[1], np.random.default_rng(0)
-    scores, maps = rng.random(len(proxy)).astype(np.float32), rng.random(masks.shape).astype(np.float32)
-    measured = measure(proxy, scores, maps, OBJECTIVE)
-    table = plain_metrics(proxy, masks, scores, maps)
+    validation_set, masks, rng = ValidationSet(uri), arrays_of(uri)[1], np.random.default_rng(0)
+    scores, maps = rng.random(len(validation_set)).astype(np.float32), rng.random(masks.shape).astype(np.float32)
+    measured = measure(validation_set, scores, maps, OBJECTIVE)
+    table = plain_metrics(validation_set, masks, scores, maps)
     assert measured.metrics["pixel_ap"] == pytest.approx(plain_objective(table, {"pixel_ap": 1.0}))
-    assert measured.metrics["image_auroc"] == pytest.approx(roc_auc_score(proxy.label, scores))
-    (without,) = np.flatnonzero(~proxy.masked)
+    assert measured.metrics["image_auroc"] == pytest.approx(roc_auc_score(validation_set.label, scores))
+    (without,) = np.flatnonzero(~validation_set.masked)
     maps[without] = 1e6
-    assert measure(proxy, scores, maps, OBJECTIVE).metrics == measured.metrics
+    assert measure(validation_set, scores, maps, OBJECTIVE).metrics == measured.metrics
     scores[without] = -1
-    assert measure(proxy, scores, maps, OBJECTIVE).metrics["image_auroc"] < measured.metrics["image_auroc"]
+    assert measure(validation_set, scores, maps, OBJECTIVE).metrics["image_auroc"] < measured.metrics["image_auroc"]
 
 
 def test_an_objective_these_images_cannot_tell_is_refused(tmp_path: Path) -> None:
     rows = samples("nut", "val", 2) + samples("nut", "val", 2, label=1, first=5) + samples("nut", "train", 1)
-    proxy = ProxySet(build(write_shards(tmp_path / "shards", [rows]), tmp_path / "made"))
+    validation_set = ValidationSet(build(write_shards(tmp_path / "shards", [rows]), tmp_path / "made"))
     scores, maps = np.arange(5, dtype=np.float32), np.zeros((5, SIDE, SIDE), np.float32)
-    assert proxy.pixel_table(maps) == {}
+    assert validation_set.pixel_table(maps) == {}
     with pytest.raises(DataError, match=r"the objective needs pixel_ap, .*\(no anomalous image has a mask\)"):
-        measure(proxy, scores, maps, OBJECTIVE)
-    assert measure(proxy, scores, maps, {"image_auroc": 1.0}).metrics.keys() == {
+        measure(validation_set, scores, maps, OBJECTIVE)
+    assert measure(validation_set, scores, maps, {"image_auroc": 1.0}).metrics.keys() == {
         "image_auroc",
         "image_ap",
         "union_image_auroc",
@@ -482,11 +494,11 @@ def test_an_objective_these_images_cannot_tell_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_scores_that_are_not_finite_are_refused(mixed: str, value: float) -> None:
-    proxy = ProxySet(mixed)
-    scores = np.zeros(len(proxy), np.float32)
+    validation_set = ValidationSet(mixed)
+    scores = np.zeros(len(validation_set), np.float32)
     scores[[3, 5]] = value
     with pytest.raises(DataError, match="2 of 70 validation scores are not finite"):
-        proxy.image_table(scores)
+        validation_set.image_table(scores)
 
 
 def test_objectives_of_known_metrics_with_weights_are_taken() -> None:
@@ -507,46 +519,46 @@ def test_objectives_of_known_metrics_with_weights_are_taken() -> None:
 
 
 def test_images_drawn_anew_keep_the_size_of_every_kind(mixed: str) -> None:
-    proxy = ProxySet(mixed)
-    drawn = proxy.resampled(np.random.default_rng(0))
+    validation_set = ValidationSet(mixed)
+    drawn = validation_set.resampled(np.random.default_rng(0))
     changed = 0
-    for category in ("", *proxy.categories):
-        for recipe in proxy.recipes:
-            before, after = proxy._groups[category, recipe], drawn._groups[category, recipe]
+    for category in ("", *validation_set.categories):
+        for recipe in validation_set.recipes:
+            before, after = validation_set._groups[category, recipe], drawn._groups[category, recipe]
             for own, again in zip(before, after, strict=True):
                 assert len(own) == len(again)
                 assert set(again) <= set(own)
                 changed += sorted(again) != sorted(own)
     assert changed, "they are drawn with replacement"
-    for category in proxy.categories:
-        normal = {tuple(drawn._groups[category, recipe][0]) for recipe in proxy.recipes}
+    for category in validation_set.categories:
+        normal = {tuple(drawn._groups[category, recipe][0]) for recipe in validation_set.recipes}
         assert len(normal) == 1, "the same normal images for every recipe"
 
 
 def test_the_interval_of_a_gain(mixed: str) -> None:
-    proxy = ProxySet(mixed)
+    validation_set = ValidationSet(mixed)
     objective = {"image_auroc": 1.0}
-    maps = np.zeros((len(proxy), 2, 2), np.float32)
-    right = (proxy.label + np.linspace(0, 0.5, len(proxy))).astype(np.float32)
-    assert gain_interval(proxy, (right, maps), (right, maps), objective) == (0.0, 0.0)
+    maps = np.zeros((len(validation_set), 2, 2), np.float32)
+    right = (validation_set.label + np.linspace(0, 0.5, len(validation_set))).astype(np.float32)
+    assert gain_interval(validation_set, (right, maps), (right, maps), objective) == (0.0, 0.0)
     # every draw tells the two apart wholly
-    assert gain_interval(proxy, (right, maps), (-right, maps), objective) == (1.0, 1.0)
-    noise = np.random.default_rng(5).normal(size=(2, len(proxy))).astype(np.float32)
-    low, high = gain_interval(proxy, (noise[0], maps), (noise[1], maps), objective)
+    assert gain_interval(validation_set, (right, maps), (-right, maps), objective) == (1.0, 1.0)
+    noise = np.random.default_rng(5).normal(size=(2, len(validation_set))).astype(np.float32)
+    low, high = gain_interval(validation_set, (noise[0], maps), (noise[1], maps), objective)
     plain = []
     rng = np.random.default_rng(0)
     for _ in range(100):
-        drawn = proxy.resampled(rng)
+        drawn = validation_set.resampled(rng)
         rows = [
             [
                 roc_auc_score(np.repeat([0, 1], [len(n), len(a)]), np.concatenate([scores[n], scores[a]]))
-                for category in proxy.categories
+                for category in validation_set.categories
                 for n, a in [drawn._groups[category, recipe]]
             ]
             for scores in noise
-            for recipe in proxy.recipes
+            for recipe in validation_set.recipes
         ]
-        half = len(proxy.recipes)
+        half = len(validation_set.recipes)
         plain.append(np.mean(rows[:half]) - np.mean(rows[half:]))
     assert (low, high) == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=1e-9)
     assert low < 0 < high, "noise has no gain over noise"

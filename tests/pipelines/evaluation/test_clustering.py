@@ -38,7 +38,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
-from unianom.methods.base import Embedding
+from unianom.methods.base import MaskedPatches
 from unianom.methods.patchcore import PatchCore, PatchCoreConfig
 from unianom.methods.uniad import UniAD, UniADConfig
 from unianom.methods.uniformaly import UniFormaly
@@ -97,7 +97,7 @@ def test_distances_are_those_of_a_plain_loop() -> None:
     bank = rng.normal(size=(20, 5)).astype(np.float32)
     patches, keep = rng.normal(size=(2, 7, 5)).astype(np.float32), rng.random((2, 7)) < 0.7
     method = UniFormaly(tiny_method(neighbours=3), MemoryBank.build(bank))
-    found = method.patch_distances(Embedding(torch.from_numpy(patches), torch.from_numpy(keep)))
+    found = method.patch_distances(MaskedPatches(torch.from_numpy(patches), torch.from_numpy(keep)))
     for image in range(2):
         for patch in range(7):
             near = sorted(float(((patches[image, patch] - row) ** 2).sum()) for row in bank)[:3]
@@ -131,8 +131,8 @@ def test_what_describes_an_image_is_its_most_anomalous_patches(model: str, shard
 
 
 def _kept(chosen: ClusterOptions) -> tuple[Any, ...]:
-    shelf = clustering.ModelShelf.open(chosen.model)
-    return chosen, ShardSet.open(chosen.shards), shelf, shelf.descriptions()
+    model_set = clustering.ModelSet.open(chosen.model)
+    return chosen, ShardSet.open(chosen.shards), model_set, model_set.descriptions()
 
 
 def test_clusters_are_those_of_scikit_learn_the_largest_first() -> None:
@@ -198,12 +198,12 @@ def test_another_variant_takes_no_network_and_a_second_run_nothing(
 
 
 def test_anomalous_images_only_and_a_model_of_each_category(model: str, shards: str, tmp_path: Path) -> None:
-    shelf = tmp_path / "models"
-    shelf.mkdir()
+    model_set = tmp_path / "models"
+    model_set.mkdir()
     for name in ("bolt", "plate"):
-        (shelf / name).symlink_to(model)
-    write_index(str(shelf), {"bolt": "bolt", "plate": "plate"})
-    result = cluster_anomalies(options(str(shelf), shards, tmp_path / "out", anomalous_only=True))
+        (model_set / name).symlink_to(model)
+    write_index(str(model_set), {"bolt": "bolt", "plate": "plate"})
+    result = cluster_anomalies(options(str(model_set), shards, tmp_path / "out", anomalous_only=True))
     (row,) = result.content["categories"]
     assert (row["images"], row["clusters"], row["accuracy"]) == (12, 2, 1)
     assert ShardSet.open(shards).count(Selection(labels=(1,))) == 12

@@ -325,13 +325,13 @@ def test_a_killed_run_continues_with_the_parts_that_are_left(tmp_path: Path, mon
     content = _write(tmp_path, _samples(), bootstrap=FEW)
     read: list[str] = []
 
-    def in_this_process(worker: type, arguments: dict[str, Any], units: list[dict[str, Any]], runtime: Any) -> Any:
-        for unit in units:
-            read.append(unit["part"])
-            yield worker(**arguments).run(unit)
+    def in_this_process(worker: type, arguments: dict[str, Any], tasks: list[dict[str, Any]], runtime: Any) -> Any:
+        for task in tasks:
+            read.append(task["part"])
+            yield worker(**arguments).run(task)
 
-    def killed(worker: type, arguments: dict[str, Any], units: list[dict[str, Any]], runtime: Any) -> Any:
-        yield from in_this_process(worker, arguments, units[-1:], runtime)  # the last part first
+    def killed(worker: type, arguments: dict[str, Any], tasks: list[dict[str, Any]], runtime: Any) -> Any:
+        yield from in_this_process(worker, arguments, tasks[-1:], runtime)  # the last part first
         raise KeyboardInterrupt
 
     options = EvaluateOptions(
@@ -342,11 +342,11 @@ def test_a_killed_run_continues_with_the_parts_that_are_left(tmp_path: Path, mon
         tracking=TrackingOptions(enabled=False),
     )
     monkeypatch.setattr("pipelines.evaluation.pixel_counts.connect", lambda runtime: None)
-    monkeypatch.setattr("pipelines.evaluation.pixel_counts.run_units", killed)
+    monkeypatch.setattr("pipelines.evaluation.pixel_counts.run_tasks", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options)
     assert not (tmp_path / "again" / "evaluation.json").exists()
-    monkeypatch.setattr("pipelines.evaluation.pixel_counts.run_units", in_this_process)
+    monkeypatch.setattr("pipelines.evaluation.pixel_counts.run_tasks", in_this_process)
     assert evaluate(options) == content
     parts = ScoreSet.open(tmp_path / "scores").parts
     assert read == [parts[-1], *parts[:-1]], "each once"

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from pipelines.runtime import actors
-from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, lost_error, raised_error, run_units, told_error
+from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, lost_error, raised_error, run_tasks, told_error
 from pipelines.runtime.errors import WorkerError, reason, user_error
 from unianom.errors import DataError, MachineError, ModelError
 
@@ -25,65 +25,65 @@ class Doubler:
         if broken:
             raise ModelError("the model is damaged; fit it again")
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        if unit["number"] == 6:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        if task["number"] == 6:
             raise MemoryError("an array of 9 TB\ncannot be made")
-        if unit["number"] == 7:
+        if task["number"] == 7:
             raise DataError("seven is damaged; make it again")
-        return {"number": unit["number"], "double": 2 * unit["number"]}
+        return {"number": task["number"], "double": 2 * task["number"]}
 
 
 @pytest.mark.ray
 def test_every_unit_is_done_once_and_tells_when(ray_cluster: None) -> None:
-    units = [{"number": number} for number in range(6)]
+    tasks = [{"number": number} for number in range(6)]
     before = time.time()
-    results = list(run_units(Doubler, {}, units, RuntimeOptions(workers=3)))
+    results = list(run_tasks(Doubler, {}, tasks, RuntimeOptions(workers=3)))
     assert sorted((r["number"], r["double"]) for r in results) == [(number, 2 * number) for number in range(6)]
     assert all(before <= r[STARTED] <= r[ENDED] <= time.time() for r in results)
-    assert list(run_units(Doubler, {}, [], RuntimeOptions(workers=3))) == []
+    assert list(run_tasks(Doubler, {}, [], RuntimeOptions(workers=3))) == []
 
 
 @pytest.mark.ray
 def test_an_error_in_a_unit_is_told_as_it_was_raised(ray_cluster: None) -> None:
-    units = [{"number": number} for number in range(9) if number != 6]
+    tasks = [{"number": number} for number in range(9) if number != 6]
     with pytest.raises(DataError, match="seven is damaged; make it again"):
-        list(run_units(Doubler, {}, units, RuntimeOptions(workers=2)))
+        list(run_tasks(Doubler, {}, tasks, RuntimeOptions(workers=2)))
 
 
 @pytest.mark.ray
 def test_an_error_in_making_a_worker_is_told_as_it_was_raised(ray_cluster: None) -> None:
     with pytest.raises(ModelError, match="the model is damaged; fit it again"):
-        list(run_units(Doubler, {"broken": True}, [{"number": 1}], RuntimeOptions(workers=1)))
+        list(run_tasks(Doubler, {"broken": True}, [{"number": 1}], RuntimeOptions(workers=1)))
 
 
 @pytest.mark.ray
 def test_an_unexpected_error_in_a_unit_comes_with_its_reason_first(ray_cluster: None) -> None:
     """Ray Data's own exception ends in a hint about retries, and tells only of itself."""
     with pytest.raises(WorkerError) as raised:
-        list(run_units(Doubler, {}, [{"number": 6}], RuntimeOptions(workers=1)))
+        list(run_tasks(Doubler, {}, [{"number": 6}], RuntimeOptions(workers=1)))
     assert reason(raised.value) == "MemoryError: an array of 9 TB cannot be made"
     assert "in run\n" in raised.value.trace
     assert user_error(raised.value) is None
 
 
 class DiesOnce:
-    """A worker that is killed, as by the kernel, in the middle of its first unit."""
+    """A worker that is killed, as by the kernel, in the middle of its first task."""
 
     def __init__(self, marker: str) -> None:
         self._marker = Path(marker)
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        if unit["number"] == 3 and not self._marker.exists():
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        if task["number"] == 3 and not self._marker.exists():
             self._marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"number": unit["number"]}
+        return {"number": task["number"]}
 
 
 @pytest.mark.ray
 def test_a_killed_worker_loses_nothing(ray_cluster: None, tmp_path: Path) -> None:
-    units = [{"number": number} for number in range(12)]
+    tasks = [{"number": number} for number in range(12)]
     arguments = {"marker": str(tmp_path / "died")}
-    done = [r["number"] for r in run_units(DiesOnce, arguments, units, RuntimeOptions(workers=2))]
+    done = [r["number"] for r in run_tasks(DiesOnce, arguments, tasks, RuntimeOptions(workers=2))]
     assert (tmp_path / "died").exists()
     assert sorted(done) == list(range(12))
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.runtime.models import INDEX, ModelShelf, load_model, write_index
+from pipelines.runtime.models import INDEX, ModelSet, load_model, write_index
 from tests.methods.conftest import tiny_method
 from unianom import files
 from unianom.errors import DataError, ModelError
@@ -28,10 +28,10 @@ def write_description(folder, **changes):
 
 def test_one_model_for_all(tmp_path):
     description = write_description(tmp_path)
-    shelf = ModelShelf.open(str(tmp_path))
-    assert shelf.folders == [str(tmp_path)]
-    assert shelf.folder_of("nut") == shelf.folder_of("anything") == str(tmp_path)
-    (found,) = shelf.descriptions()
+    model_set = ModelSet.open(str(tmp_path))
+    assert model_set.folders == [str(tmp_path)]
+    assert model_set.folder_of("nut") == model_set.folder_of("anything") == str(tmp_path)
+    (found,) = model_set.descriptions()
     del description["weights_sha256"]
     digest = hashlib.sha256((tmp_path / "model.json").read_bytes()).hexdigest()
     assert found == {"digest": digest, "calibrator": None, "decision_rule": None, **description}
@@ -44,12 +44,12 @@ def test_one_model_for_each_category(tmp_path, store):
         for category in ("nut", "bolt"):
             write_description(files.join(root, category), categories=[category])
         write_index(root, {"nut": "nut", "bolt": "bolt"})
-        shelf = ModelShelf.open(root)
-        assert [folder.rsplit("/", 1)[1] for folder in shelf.folders] == ["bolt", "nut"]
-        assert files.exists(files.join(shelf.folder_of("nut"), "model.json"))
-        assert [found["categories"] for found in shelf.descriptions()] == [["bolt"], ["nut"]]
+        model_set = ModelSet.open(root)
+        assert [folder.rsplit("/", 1)[1] for folder in model_set.folders] == ["bolt", "nut"]
+        assert files.exists(files.join(model_set.folder_of("nut"), "model.json"))
+        assert [found["categories"] for found in model_set.descriptions()] == [["bolt"], ["nut"]]
         with pytest.raises(DataError, match=r"no model for category 'cog' in .*; it has models for bolt, nut"):
-            shelf.folder_of("cog")
+            model_set.folder_of("cog")
     finally:
         files.remove("memory://test-shelf")
 
@@ -57,16 +57,16 @@ def test_one_model_for_each_category(tmp_path, store):
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/model", "a/b", "..", "", 3, None])
 def test_an_index_names_folders_beside_it_only(tmp_path, name):
     write_description(tmp_path / "elsewhere")
-    write_index(str(tmp_path / "shelf"), {"nut": name})
+    write_index(str(tmp_path / "model_set"), {"nut": name})
     with pytest.raises(ModelError, match=r"models.json names .*, which is no folder beside it"):
-        ModelShelf.open(str(tmp_path / "shelf"))
+        ModelSet.open(str(tmp_path / "model_set"))
 
 
 @pytest.mark.parametrize("content", [[], {}, "nut"])
 def test_an_index_of_another_form_is_damaged(tmp_path, content):
     files.write_json(tmp_path / INDEX, content)
     with pytest.raises(ModelError, match=r"models.json is damaged: it names no folder for a category"):
-        ModelShelf.open(str(tmp_path))
+        ModelSet.open(str(tmp_path))
 
 
 def test_the_index_does_not_depend_on_the_order_of_fitting(tmp_path):
@@ -77,25 +77,25 @@ def test_the_index_does_not_depend_on_the_order_of_fitting(tmp_path):
 
 def test_what_is_no_model_says_what_was_found(tmp_path):
     with pytest.raises(ModelError, match=r"no model in .* \(found: nothing\); give a folder that jobs/train.py wrote"):
-        ModelShelf.open(str(tmp_path))
+        ModelSet.open(str(tmp_path))
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ModelError, match=r"found: notes.txt"):
-        ModelShelf.open(str(tmp_path))
+        ModelSet.open(str(tmp_path))
 
 
 def test_damaged_files_are_named(tmp_path):
     (tmp_path / INDEX).write_text("{")
     with pytest.raises(ModelError, match=r"models.json is damaged"):
-        ModelShelf.open(str(tmp_path))
+        ModelSet.open(str(tmp_path))
     write_index(str(tmp_path), {"nut": "nut"})
-    shelf = ModelShelf.open(str(tmp_path))
+    model_set = ModelSet.open(str(tmp_path))
     with pytest.raises(ModelError, match=r"nut/model.json is missing"):
-        shelf.descriptions()
+        model_set.descriptions()
     (tmp_path / "nut").mkdir()
     for content in ("{", json.dumps({"method": "uniformaly"}), "null", "[]", "[" * 100_000):
         (tmp_path / "nut/model.json").write_text(content)
         with pytest.raises(ModelError, match=r"nut/model.json is damaged"):
-            shelf.descriptions()
+            model_set.descriptions()
 
 
 def test_a_model_loads_from_an_object_store_as_from_disk(tmp_path):
@@ -109,6 +109,6 @@ def test_a_model_loads_from_an_object_store_as_from_disk(tmp_path):
             (result,) = loaded.predict([image])
             assert result.score == expected.score
             np.testing.assert_array_equal(result.anomaly_map, expected.anomaly_map)
-            assert loaded.digest == ModelShelf.open(root).descriptions()[0]["digest"]
+            assert loaded.digest == ModelSet.open(root).descriptions()[0]["digest"]
     finally:
         files.remove("memory://test-model")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, learnable, normals
 from pipelines.training.augment import flip_and_turn
 from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors, to_input
-from pipelines.training.loader import Batches
-from pipelines.training.sampler import NEAREST_PROMPTS, Companions, Order
+from pipelines.training.loader import BatchLoader
+from pipelines.training.sampler import NEAREST_PROMPTS, ReferenceSampler, StepSampler
 from pipelines.training.samples import TrainingImages
 from tests.methods.test_trained import flat
 from tests.pipelines.sharded import (
@@ -39,12 +39,12 @@ from unianom.data.shards import ShardSet
 from unianom.data.synthesis import SynthesisConfig, Synthesiser
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
-from unianom.methods.trained import Augmentation, BatchNeeds, FeatureMaps, TrainedMethod, TrainingBatch
+from unianom.methods.trained import Augmentation, BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
 # ---- order --------------------------------------------------------------------------------------------------------
 
 
-def run_of(order: Order, steps: int) -> list[tuple[int, int]]:
+def run_of(order: StepSampler, steps: int) -> list[tuple[int, int]]:
     return [place for number in range(steps) for place in order.step(number)]
 
 
@@ -58,7 +58,7 @@ def by_epoch(places: list[tuple[int, int]]) -> dict[int, list[int]]:
 @pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (13, 4), (5, 8), (1, 3)])
 def test_every_epoch_holds_every_image_once_and_has_an_order_of_its_own(count, batch_size):
     steps = 4 * count // batch_size + 1
-    places = run_of(Order(count, 7, batch_size), steps)[: 4 * count]
+    places = run_of(StepSampler(count, 7, batch_size), steps)[: 4 * count]
     assert [epoch for epoch, _ in places] == [epoch for epoch in range(4) for _ in range(count)]
     epochs = by_epoch(places)
     assert all(sorted(indices) == list(range(count)) for indices in epochs.values())
@@ -67,15 +67,15 @@ def test_every_epoch_holds_every_image_once_and_has_an_order_of_its_own(count, b
 
 
 def test_the_seed_decides_the_order():
-    first, again, other = (run_of(Order(20, seed, 4), 10) for seed in (1, 1, 2))
+    first, again, other = (run_of(StepSampler(20, seed, 4), 10) for seed in (1, 1, 2))
     assert first == again != other
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 8])
 def test_the_workers_share_out_what_one_worker_would_take(workers):
     """8 images a step on 3 workers are 2 + 3 + 3."""
-    alone = Order(21, 5, 8)
-    together = [Order(21, 5, 8, rank, workers) for rank in range(workers)]
+    alone = StepSampler(21, 5, 8)
+    together = [StepSampler(21, 5, 8, rank, workers) for rank in range(workers)]
     assert sum(order.share for order in together) == 8
     assert max(order.share for order in together) - min(order.share for order in together) <= 1
     for number in range(12):
@@ -88,15 +88,15 @@ GROUPS = np.repeat(np.arange(12), [5, 3, 4, 6, 1, 5, 5, 4, 3, 6, 2, 4])[np.rando
 """Twelve row groups of uneven size, their images in no order."""
 
 
-def grouped(rank: int = 0, workers: int = 1, seed: int = 5, batch_size: int = 4, window: int = 2) -> Order:
-    return Order(len(GROUPS), seed, batch_size, rank, workers, GROUPS, window)
+def grouped(rank: int = 0, workers: int = 1, seed: int = 5, batch_size: int = 4, window: int = 2) -> StepSampler:
+    return StepSampler(len(GROUPS), seed, batch_size, rank, workers, GROUPS, window)
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_run_that_starts_at_a_step_goes_on_as_if_it_had_taken_those_before(groups, rank):
-    def order() -> Order:
-        return Order(48, 5, 6, rank, 2, groups)
+    def order() -> StepSampler:
+        return StepSampler(48, 5, 6, rank, 2, groups)
 
     straight = order()
     steps = [straight.step(number) for number in range(60)]
@@ -152,8 +152,8 @@ def test_workers_of_uneven_share_end_their_epochs_together():
 def test_fewer_images_than_streaming_workers_are_refused():
     three = np.arange(3)
     with pytest.raises(OptionError, match=r"3 training images are too few to stream to 4 workers; lower"):
-        [Order(3, 0, 8, rank, 4, three) for rank in range(4)]
-    assert sorted(Order(3, 0, 9, rank, 3, three).step(0)[0][1] for rank in range(3)) == [0, 1, 2]
+        [StepSampler(3, 0, 8, rank, 4, three) for rank in range(4)]
+    assert sorted(StepSampler(3, 0, 9, rank, 3, three).step(0)[0][1] for rank in range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 50])
@@ -252,7 +252,7 @@ class Pooled(TrainedMethod):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class EmbeddingCache:
     """Folders of prepared sets."""
 
     pixels: str
@@ -261,8 +261,8 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    made = Kept(*(str(tmp_path_factory.mktemp(name)) for name in ("pixels", "features", "full")))
+def kept(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingCache:
+    made = EmbeddingCache(*(str(tmp_path_factory.mktemp(name)) for name in ("pixels", "features", "full")))
     for folder, encoder in ((made.pixels, None), (made.features, Pooled()), (made.full, Pooled())):
         half = folder == made.features
         worker = PartPreparer(shards, normals(CATEGORIES), POLICY, folder, LIMITS, None, half, 4, "cpu", 1)
@@ -276,7 +276,7 @@ def from_shards(shards: ShardSet, images: TrainingImages, keep: int = 2) -> Shar
     return ShardImages(shards, CATEGORIES, images, POLICY, LIMITS, keep)
 
 
-def from_prepared(shards: ShardSet, images: TrainingImages, kept: Kept) -> PreparedImages:
+def from_prepared(shards: ShardSet, images: TrainingImages, kept: EmbeddingCache) -> PreparedImages:
     return PreparedImages(Arrays(kept.pixels, shards.parts, (PIXELS,), Path("nowhere")), images)
 
 
@@ -305,7 +305,7 @@ def test_an_epoch_reads_every_row_group_once(shards, images, monkeypatch):
 
     monkeypatch.setattr(ShardSet, "read_group", counted)
     groups = np.unique(np.stack([images.part, images.group], 1), axis=0, return_inverse=True)[1].ravel()
-    order = Order(len(images), 3, 5, groups=groups, window=2)
+    order = StepSampler(len(images), 3, 5, groups=groups, window=2)
     pixels = from_shards(shards, images, keep=4)
     for _, index in run_of(order, 6):
         pixels.pixels(index)
@@ -453,25 +453,25 @@ class Bench:
 
     shards: ShardSet
     images: TrainingImages
-    kept: Kept
+    kept: EmbeddingCache
 
     def make(
         self,
-        needs: BatchNeeds | None = None,
+        needs: BatchSpec | None = None,
         stream: bool = False,
         features: str | None = None,
         pixels: bool = True,
         seed: int = 4,
     ) -> TrainingSet:
-        needs = needs or BatchNeeds()
+        needs = needs or BatchSpec()
         source: Any = None
         if pixels:
             source = from_shards(self.shards, self.images) if stream else self.prepared()
         arrays = None if features is None else self.arrays(features)
         near = self.descriptors() if needs.prompts == "nearest" else None
         synthesiser = None if needs.synthetic is None else Synthesiser(needs.synthetic)
-        companions = Companions(self.images, stream, near)
-        return TrainingSet(self.images, CATEGORIES, needs, source, arrays, companions, synthesiser, seed)
+        references = ReferenceSampler(self.images, stream, near)
+        return TrainingSet(self.images, CATEGORIES, needs, source, arrays, references, synthesiser, seed)
 
     def prepared(self) -> PreparedImages:
         return from_prepared(self.shards, self.images, self.kept)
@@ -484,7 +484,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(shards: ShardSet, images: TrainingImages, kept: Kept) -> Bench:
+def bench(shards: ShardSet, images: TrainingImages, kept: EmbeddingCache) -> Bench:
     return Bench(shards, images, kept)
 
 
@@ -495,7 +495,7 @@ def same(first: TrainingBatch, second: TrainingBatch) -> bool:
     )
 
 
-ALL = BatchNeeds(
+ALL = BatchSpec(
     synthetic=SynthesisConfig(),
     prompts="category",
     augmentation=Augmentation(horizontal=("nut",), turns=("*",), probability=0.5),
@@ -538,12 +538,12 @@ def test_a_sample_depends_on_seed_epoch_and_image_alone(bench, stream):
 
 
 def test_prepared_and_streamed_images_make_the_same_batches_where_no_companion_is_needed(bench):
-    needs = BatchNeeds(augmentation=ALL.augmentation)
+    needs = BatchSpec(augmentation=ALL.augmentation)
     assert same(bench.make(needs).batch(PLACES_ASKED), bench.make(needs, stream=True).batch(PLACES_ASKED))
 
 
 def test_images_are_changed_where_their_category_allows_but_never_for_fixed_batches(bench):
-    needs = BatchNeeds(augmentation=Augmentation(vertical=("bolt",), probability=1))
+    needs = BatchSpec(augmentation=Augmentation(vertical=("bolt",), probability=1))
     data = bench.make(needs)
     places = [(0, index) for index in range(len(LEARNED))]
     batch = data.batch(places)
@@ -574,7 +574,7 @@ def test_textures_come_from_the_same_row_group_where_images_are_streamed(bench, 
         return real(self, image, rng, other)
 
     monkeypatch.setattr(Synthesiser, "__call__", watched)
-    needs = BatchNeeds(synthetic=SynthesisConfig())
+    needs = BatchSpec(synthetic=SynthesisConfig())
     places = [(epoch, index) for epoch in range(5) for index in range(30)]
     spread = {}
     for stream in (False, True):
@@ -594,7 +594,7 @@ def where(bench: Bench, index: int) -> tuple[int, int]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompts_are_of_the_same_category(bench, stream):
     places = [(epoch, index) for epoch in range(40) for index in (0, 8, 25)]
-    batch = bench.make(BatchNeeds(prompts="category"), stream).batch(places)
+    batch = bench.make(BatchSpec(prompts="category"), stream).batch(places)
     assert (batch.prompt_images.dtype, batch.prompt_images.shape) == (torch.uint8, batch.images.shape)
     found: dict[int, set[int]] = {}
     for (_, index), prompt in zip(places, names_of(batch.prompt_images), strict=True):
@@ -620,7 +620,7 @@ def test_prompts_by_nearness_are_among_the_nearest_descriptors(bench):
         cosines = [v @ vector / np.linalg.norm(v) / np.linalg.norm(vector) for v in vectors]
         nearest[index] = set(np.argsort(cosines)[::-1][:NEAREST_PROMPTS].tolist())
     places = [(epoch, index) for epoch in range(60) for index in (0, 13, 29)]
-    batch = bench.make(BatchNeeds(prompts="nearest")).batch(places)
+    batch = bench.make(BatchSpec(prompts="nearest")).batch(places)
     found: dict[int, set[int]] = {}
     for (_, index), prompt in zip(places, names_of(batch.prompt_images), strict=True):
         found.setdefault(index, set()).add(prompt)
@@ -630,9 +630,9 @@ def test_prompts_by_nearness_are_among_the_nearest_descriptors(bench):
 
 def test_a_corpus_smaller_than_the_number_of_nearest_prompts_is_taken_whole():
     few = TrainingImages(*(np.zeros(3, np.int64) for _ in range(5)))
-    companions = Companions(few, False, np.eye(3, dtype=np.float32))
+    references = ReferenceSampler(few, False, np.eye(3, dtype=np.float32))
     rng = np.random.default_rng(0)
-    assert {companions.prompt(1, rng) for _ in range(50)} == {0, 1, 2}
+    assert {references.prompt(1, rng) for _ in range(50)} == {0, 1, 2}
 
 
 # ---- labels and masks ---------------------------------------------------------------------------------------------
@@ -640,7 +640,7 @@ def test_a_corpus_smaller_than_the_number_of_nearest_prompts_is_taken_whole():
 LEARNED_LABELLED = [row for rows in LABELLED for row in rows if row["sample_id"] != LABELLED[2][3]["sample_id"]]
 """What is learned from; the fourth anomalous nut is left out."""
 
-MARKED = BatchNeeds(labels=True, masks=True)
+MARKED = BatchSpec(labels=True, masks=True)
 
 
 @dataclasses.dataclass
@@ -651,7 +651,7 @@ class Labelled:
     images: TrainingImages
     folder: str
 
-    def make(self, needs: BatchNeeds = MARKED, stream: bool = False, features: str | None = None) -> TrainingSet:
+    def make(self, needs: BatchSpec = MARKED, stream: bool = False, features: str | None = None) -> TrainingSet:
         arrays = Arrays(self.folder, self.shards.parts, (PIXELS, MASKS), Path("nowhere"))
         source: Any = PreparedImages(arrays, self.images)
         if stream:
@@ -711,8 +711,8 @@ def test_labels_and_masks_are_those_of_their_images(labelled, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_labels_come_without_masks_and_images_beside_kept_features(labelled, stream):
     places = [(0, 3), (0, 9), (1, 16)]
-    assert set(flat(labelled.make(BatchNeeds(labels=True), stream).batch(places))) == {"category", "images", "label"}
-    needs = BatchNeeds(labels=True, images=True)
+    assert set(flat(labelled.make(BatchSpec(labels=True), stream).batch(places))) == {"category", "images", "label"}
+    needs = BatchSpec(labels=True, images=True)
     both = labelled.make(needs, stream, labelled.folder).batch(places)
     assert set(flat(both)) == {"category", "images", "label", "features.coarse", "features.fine"}
     with torch.inference_mode():
@@ -752,7 +752,7 @@ def test_a_streamed_anomalous_image_without_mask_is_named(tmp_path):
 @pytest.mark.parametrize("others", [{"prompts": "category"}, {"synthetic": SynthesisConfig()}])
 def test_prompts_and_synthetic_anomalies_of_anomalous_images_are_refused(labelled, others):
     with pytest.raises(ValueError, match="neither prompts nor synthetic"):
-        labelled.make(BatchNeeds(labels=True, **others))
+        labelled.make(BatchSpec(labels=True, **others))
 
 
 # ---- frozen features ----------------------------------------------------------------------------------------------
@@ -761,13 +761,13 @@ def test_prompts_and_synthetic_anomalies_of_anomalous_images_are_refused(labelle
 @pytest.mark.parametrize("half", [True, False])
 def test_kept_features_are_those_that_would_be_computed_now(bench, half):
     folder = bench.kept.features if half else bench.kept.full
-    data = bench.make(BatchNeeds(prompts="category"), features=folder, pixels=False)
+    data = bench.make(BatchSpec(prompts="category"), features=folder, pixels=False)
     raw = data.batch(PLACES_ASKED)
     kinds = {tensor.dtype for tensor in raw.features.values()} | {t.dtype for t in raw.prompt_features.values()}
     assert kinds == {torch.float16 if half else torch.float32}
     batch = to_input(raw, torch.device("cpu"), POLICY)
     assert (batch.images, batch.prompt_images) == (None, None)
-    pictures = bench.make(BatchNeeds(prompts="category")).batch(PLACES_ASKED)
+    pictures = bench.make(BatchSpec(prompts="category")).batch(PLACES_ASKED)
     with torch.inference_mode():
         for features, wanted in ((batch.features, pictures.images), (batch.prompt_features, pictures.prompt_images)):
             indices = names_of(wanted)  # the same prompts are drawn
@@ -780,7 +780,7 @@ def test_kept_features_are_those_that_would_be_computed_now(bench, half):
 
 
 def test_synthetic_copies_stand_beside_kept_features(bench):
-    data = bench.make(BatchNeeds(synthetic=SynthesisConfig()), features=bench.kept.features)
+    data = bench.make(BatchSpec(synthetic=SynthesisConfig()), features=bench.kept.features)
     batch = data.batch(PLACES_ASKED)
     assert set(flat(batch)) == {
         "category",
@@ -789,7 +789,7 @@ def test_synthetic_copies_stand_beside_kept_features(bench):
         "synthetic_images",
         "synthetic_mask",
     }
-    pictures = bench.make(BatchNeeds(synthetic=SynthesisConfig())).batch(PLACES_ASKED)
+    pictures = bench.make(BatchSpec(synthetic=SynthesisConfig())).batch(PLACES_ASKED)
     assert torch.equal(batch.synthetic_images, pictures.synthetic_images)
 
 
@@ -811,9 +811,9 @@ def test_input_is_normalised_as_everywhere_else_to_the_bit(bench):
 
 @pytest.mark.parametrize(("start", "end"), [(0, 9), (5, 9), (8, 9), (4, 4)])
 def test_batches_from_any_step_on_are_those_of_the_steps(bench, start, end):
-    order = Order(len(bench.images), 4, 6, rank=1, workers=2)
+    order = StepSampler(len(bench.images), 4, 6, rank=1, workers=2)
     data = bench.make(ALL, stream=True)
-    made = list(Batches(data, order, processes=0, pin=False)(start, end))
+    made = list(BatchLoader(data, order, processes=0, pin=False)(start, end))
     assert len(made) == end - start
     for number, batch in enumerate(made, start):
         assert same(batch, bench.make(ALL, stream=True).batch(order.step(number)))
@@ -821,7 +821,7 @@ def test_batches_from_any_step_on_are_those_of_the_steps(bench, start, end):
 
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_successive_steps_take_the_same_batch_which_is_made_once(labelled, repeats, monkeypatch):
-    order, data = Order(17, 4, 3), labelled.make()
+    order, data = StepSampler(17, 4, 3), labelled.make()
     straight = [labelled.make().batch(order.step(number // repeats)) for number in range(14)]
     made: list[Any] = []
     real = TrainingSet.batch
@@ -831,7 +831,7 @@ def test_successive_steps_take_the_same_batch_which_is_made_once(labelled, repea
         return real(self, places, augment)
 
     monkeypatch.setattr(TrainingSet, "batch", counted)
-    batches = Batches(data, order, processes=0, pin=False, repeats=repeats)
+    batches = BatchLoader(data, order, processes=0, pin=False, repeats=repeats)
     for start, end in ((0, 14), (1, 14), (5, 8), (6, 7), (4, 4)):
         made.clear()
         found = list(batches(start, end))
@@ -847,15 +847,15 @@ def test_an_error_in_making_a_batch_reaches_the_loop(bench, monkeypatch):
 
     monkeypatch.setattr(TrainingSet, "batch", fail)
     with pytest.raises(ValueError, match="no such image"):
-        list(Batches(bench.make(), Order(30, 4, 6), processes=0, pin=False)(0, 3))
+        list(BatchLoader(bench.make(), StepSampler(30, 4, 6), processes=0, pin=False)(0, 3))
 
 
 def test_another_process_makes_the_same_batches(bench):
-    order = Order(len(bench.images), 4, 5)
+    order = StepSampler(len(bench.images), 4, 5)
     data = bench.make(dataclasses.replace(ALL, prompts="nearest"), stream=True)
     before = torch.get_rng_state()
-    aside = list(Batches(data, order, processes=1, pin=False, repeats=2)(7, 11))
+    aside = list(BatchLoader(data, order, processes=1, pin=False, repeats=2)(7, 11))
     assert torch.equal(torch.get_rng_state(), before), "loading drew from the random state of training"
-    beside = list(Batches(data, order, processes=0, pin=False)(3, 6))
+    beside = list(BatchLoader(data, order, processes=0, pin=False)(3, 6))
     assert len(aside) == 4
     assert all(same(aside[n], beside[m]) for n, m in enumerate((0, 1, 1, 2)))

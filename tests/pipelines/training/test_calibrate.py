@@ -24,8 +24,8 @@ from pipelines.training.calibrate import (
     FEATURES,
     STATISTICS,
     CalibrateOptions,
+    EmbeddingCache,
     HeadActor,
-    Kept,
     PartInspector,
     calibrate,
 )
@@ -218,7 +218,7 @@ def test_a_killed_head_ends_the_same(small: Small, model: Path, tmp_path: Path) 
     shape = next(record["shape"] for record in records if record["rows"])
     made = {"rows": {record["part"]: record["rows"] for record in records}, "shape": shape}
     (tmp_path / "_manifest.json").write_text(json.dumps(made))
-    kept = Kept(str(tmp_path), {}, str(model), shards, loaded.categories, chosen, frozenset())
+    kept = EmbeddingCache(str(tmp_path), {}, str(model), shards, loaded.categories, chosen, frozenset())
 
     def actor(name: str) -> HeadActor:
         checkpoint = str(tmp_path / name)

@@ -29,12 +29,12 @@ from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.tracking import TrackingOptions
 from pipelines.training import driver as module
 from pipelines.training.driver import keeps_features
-from pipelines.training.loader import Batches
+from pipelines.training.loader import BatchLoader
 from pipelines.training.network_options import DataOptions, Phase, TrainingOptions
 from pipelines.training.options import ThresholdOptions
-from pipelines.training.sampler import Order, Place
+from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.train import train, train_options
-from pipelines.training.trainer import Trainer, phase_configs, undisturbed
+from pipelines.training.trainer import Trainer, evaluation_mode, phase_configs
 from pipelines.training.worker import fixed_places
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, without_ray
@@ -61,7 +61,7 @@ class Fixed:
         self.method = method
         self.whole = training_batch(method, 12)
 
-    def batch(self, places: list[Place]) -> TrainingBatch:
+    def batch(self, places: list[EpochIndex]) -> TrainingBatch:
         chosen = torch.tensor([index for _, index in places])
         return self.whole.map(lambda tensor: tensor[chosen])
 
@@ -73,8 +73,8 @@ def make(config: Any, seed: int = 0) -> TrainedMethod:
 
 def trainer(method: TrainedMethod, rank: int = 0, workers: int = 1, **options: Any) -> Trainer:
     training = method.config.training
-    order = Order(12, training.seed, training.batch_size, rank, workers)
-    batches = Batches(Fixed(method), order, 0, pin=False)  # type: ignore[arg-type]
+    order = StepSampler(12, training.seed, training.batch_size, rank, workers)
+    batches = BatchLoader(Fixed(method), order, 0, pin=False)  # type: ignore[arg-type]
     return Trainer(method, batches, 12, order.share, **options)
 
 
@@ -134,7 +134,7 @@ def test_what_happens_in_between_does_not_change_the_run() -> None:
     seen = []
     for told in steps.steps(6):
         seen.append(float(told["losses"]["loss"]))
-        with undisturbed(looked_at):
+        with evaluation_mode(looked_at):
             assert not looked_at.training
             looked_at.predict(random_images(2))
             torch.rand(7)
@@ -229,7 +229,7 @@ def test_phases_that_cannot_be_are_refused() -> None:
     for name, method in METHODS.items():
         if issubclass(method, TrainedMethod):
             plain = flatten(to_plain(TINY[name].config))
-            assert set(method.changing_options) <= set(plain), name
+            assert set(method.schedulable_options) <= set(plain), name
 
 
 def test_bf16_trains_close_to_fp32() -> None:
@@ -261,8 +261,8 @@ def ddp_worker(rank: int, port: int, configs: list[Any], output: str) -> None:
         steps = trainer(method, rank, 2)
         for _ in steps.steps(3):
             if rank == 0:
-                with undisturbed(method):
-                    method.finish([training_batch(method, 4)], ["a", "b"])
+                with evaluation_mode(method):
+                    method.finalize([training_batch(method, 4)], ["a", "b"])
         state = steps.state()
         if rank == 0:
             torch.save({"weights": weights(method), "random": len(state["random"])}, f"{output}{number}")

@@ -23,10 +23,10 @@ from pipelines.training import driver as module
 from pipelines.training import worker
 from pipelines.training.dataset import ShardImages, TrainingSet, to_input
 from pipelines.training.driver import train_networks
-from pipelines.training.loader import Batches
+from pipelines.training.loader import BatchLoader
 from pipelines.training.network_options import DataOptions, TrainingOptions
 from pipelines.training.options import FitResult, ThresholdOptions
-from pipelines.training.sampler import Order, Place
+from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer
 from tests.methods.conftest import TINY
@@ -38,7 +38,7 @@ from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, Prediction
 from unianom.methods.trained import (
     Augmentation,
-    BatchNeeds,
+    BatchSpec,
     FeatureMaps,
     TrainedMethod,
     TrainingBatch,
@@ -76,9 +76,9 @@ class Marked(TrainedMethod):
         self.anomalous = 0
 
     @property
-    def needs(self) -> BatchNeeds:
+    def batch_spec(self) -> BatchSpec:
         config = self.config
-        return BatchNeeds(
+        return BatchSpec(
             augmentation=config.augmentation, images=True, labels=True, masks=config.masks, repeats=config.repeats
         )
 
@@ -125,12 +125,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def training_set(method: Marked, shards: ShardSet) -> TrainingSet:
     images = TrainingImages.choose(shards, shards.categories, None, labels=True)
     pixels = ShardImages(shards, shards.categories, images, POLICY, LIMITS, 8, labels=True, masks=True)
-    return TrainingSet(images, shards.categories, method.needs, pixels, None, None, None, method.config.training.seed)
+    return TrainingSet(
+        images, shards.categories, method.batch_spec, pixels, None, None, None, method.config.training.seed
+    )
 
 
 def trainer(method: Marked, shards: ShardSet, iterations: int = 24) -> Trainer:
-    order = Order(18, method.config.training.seed, 4)
-    batches = Batches(training_set(method, shards), order, 0, pin=False, repeats=method.needs.repeats)
+    order = StepSampler(18, method.config.training.seed, 4)
+    batches = BatchLoader(training_set(method, shards), order, 0, pin=False, repeats=method.batch_spec.repeats)
     return Trainer(method, batches, iterations, order.share)
 
 
@@ -146,7 +148,7 @@ def test_steps_are_those_of_a_plain_loop(shards: ShardSet) -> None:
     config = dataclasses.replace(CHANGED, dropout=0.0)
     method, plain = make(config), make(config)
     losses = run(trainer(method, shards), 24)
-    data, order = training_set(plain, shards), Order(18, config.training.seed, 4)
+    data, order = training_set(plain, shards), StepSampler(18, config.training.seed, 4)
     optimiser = torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=1e-4)
     expected = []
     for step in range(24):
@@ -240,10 +242,10 @@ PLENTY = ThresholdOptions(target_fpr=0.8)
 def test_a_labelled_corpus_is_learned_from_however_images_come(
     here: Here, shards: ShardSet, data: DataOptions, pixels: bool, features: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[list[Place]] = []
+    made: list[list[EpochIndex]] = []
     real = TrainingSet.batch
 
-    def watched(self: TrainingSet, places: list[Place], augment: bool = True) -> TrainingBatch:
+    def watched(self: TrainingSet, places: list[EpochIndex], augment: bool = True) -> TrainingBatch:
         made.append(places)
         return real(self, places, augment)
 

@@ -25,6 +25,7 @@ from scipy import stats
 from pipelines.reporting.sections import read_section
 from pipelines.tuning import figures
 from pipelines.tuning.figures import (
+    agreement_figure,
     category_gain,
     columns_of,
     history_figure,
@@ -34,7 +35,6 @@ from pipelines.tuning.figures import (
     pareto_figure,
     pareto_front,
     print_campaign,
-    proxy_figure,
     rank_correlation,
     section,
     setting_rows,
@@ -262,16 +262,18 @@ def test_the_front_keeps_ties_and_never_holds_nan() -> None:
 
 def test_rank_correlation_is_that_of_scipy() -> None:
     generator = np.random.default_rng(0)
-    proxy = generator.integers(0, 12, 40).astype(float)  # with ties
-    test = proxy + generator.normal(0, 3, 40).round()
-    found = rank_correlation([*proxy, math.nan, 1.0], [*test, 0.5, math.nan])
+    validation_set = generator.integers(0, 12, 40).astype(float)  # with ties
+    test = validation_set + generator.normal(0, 3, 40).round()
+    found = rank_correlation([*validation_set, math.nan, 1.0], [*test, 0.5, math.nan])
     assert found["n"] == 40
-    assert found["spearman"] == pytest.approx(stats.spearmanr(proxy, test).statistic, abs=1e-12)
-    assert found["kendall"] == pytest.approx(stats.kendalltau(proxy, test, variant="b").statistic, abs=1e-12)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(validation_set, test).statistic, abs=1e-12)
+    assert found["kendall"] == pytest.approx(stats.kendalltau(validation_set, test, variant="b").statistic, abs=1e-12)
     resample = np.random.default_rng(0)
-    again = [stats.spearmanr(proxy[drawn], test[drawn]).statistic for drawn in resample.integers(0, 40, (1000, 40))]
+    again = [
+        stats.spearmanr(validation_set[drawn], test[drawn]).statistic for drawn in resample.integers(0, 40, (1000, 40))
+    ]
     assert found["spearman_interval"] == pytest.approx(np.quantile(again, (0.025, 0.975)).tolist(), abs=1e-12)
-    assert found == rank_correlation([*proxy, math.nan, 1.0], [*test, 0.5, math.nan])
+    assert found == rank_correlation([*validation_set, math.nan, 1.0], [*test, 0.5, math.nan])
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -551,20 +553,20 @@ def test_history_of_thousands_of_trials(reports: bool) -> None:
     drawn(history_figure(trials))
 
 
-def test_proxy_figure_marks_the_two() -> None:
-    proxy, test = [0.1, 0.2, 0.3, 0.4, None], [0.5, 0.7, 0.6, 0.8, 0.9]
-    figure = proxy_figure(proxy, test, 0, 3, [f"$s{n}" for n in range(5)])
+def test_agreement_figure_marks_the_two() -> None:
+    validation_set, test = [0.1, 0.2, 0.3, 0.4, None], [0.5, 0.7, 0.6, 0.8, 0.9]
+    figure = agreement_figure(validation_set, test, 0, 3, [f"$s{n}" for n in range(5)])
     axes = figure.axes[0]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("proxy objective", "test objective")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("validation objective", "test objective")
     marks = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert marks == {"default: $s0": [[0.1, 0.5]], "chosen: $s3": [[0.4, 0.8]]}
     assert np.asarray(axes.collections[0].get_offsets()).tolist() == [[0.2, 0.7], [0.3, 0.6]]
     assert caption(figure).startswith("4 settings; Spearman's ρ 0.80 (95 %: ")
     assert caption(figure).endswith("Kendall's τ 0.67")
     drawn(figure)
-    drawn(proxy_figure([0.5], [0.6], 0, 0, ["x"]))
-    drawn(proxy_figure([0.5, 0.5], [0.6, 0.7], None, 4 - 3, ["x", "y"]))
-    assert "no setting has both objectives" in words(proxy_figure([None], [0.6], 0, 0, ["x"]))
+    drawn(agreement_figure([0.5], [0.6], 0, 0, ["x"]))
+    drawn(agreement_figure([0.5, 0.5], [0.6, 0.7], None, 4 - 3, ["x", "y"]))
+    assert "no setting has both objectives" in words(agreement_figure([None], [0.6], 0, 0, ["x"]))
 
 
 def test_best_lines_differ_from_grey() -> None:

@@ -14,22 +14,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.validation_set import Measured, ProxyOptions, ProxySet, build_proxy
+from pipelines.data.validation_set import Measured, ValidationOptions, ValidationSet, build_validation_set
 from pipelines.tuning import objective as module
 from pipelines.tuning.objective import (
     OBJECTIVE,
     TIMED_PREDICTIONS,
     ObjectiveValidation,
     ObjectiveValidator,
-    Reading,
+    ScoredSetting,
     best_of,
-    find_readings,
+    compute_raw_outputs,
     latency,
     load_readings,
     memory,
     read,
     save_readings,
-    search_readings,
+    score_settings,
 )
 from tests.methods.conftest import TINY, fit, remade
 from tests.pipelines.sharded import LIMITS, POLICY, SIDE, sample, write_shards
@@ -61,9 +61,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
         for n in range(count)
     ]
     names = frozenset(row["sample_id"] for row in rows)
-    options = ProxyOptions(recipes=("cutpaste_patch", "shade"))
+    options = ValidationOptions(recipes=("cutpaste_patch", "shade"))
     shards = write_shards(folder / "shards", [rows])
-    return build_proxy(shards, ["cog", "weave"], names, POLICY, options, LIMITS, str(folder / "made"))
+    return build_validation_set(shards, ["cog", "weave"], names, POLICY, options, LIMITS, str(folder / "made"))
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +77,19 @@ def method_of(name: str, fitted: dict[str, Method]) -> Method:
     return fitted[name]
 
 
-def readings_of(method: Method, proxy: ProxySet) -> dict[str, Tensor]:
+def readings_of(method: Method, validation_set: ValidationSet) -> dict[str, Tensor]:
     """What the network finds, of a memory method with more neighbours than its own options need."""
-    batches = list(proxy.batches(4, method.input, method.device))
+    batches = list(validation_set.batches(4, method.input, method.device))
     if not isinstance(method, MemoryMethod):
-        return find_readings(method, batches)
+        return compute_raw_outputs(method, batches)
     with torch.inference_mode():
-        found = [method.find_patches(method.embed(batch), MOST_NEIGHBOURS).readings for batch in batches]
+        found = [method.search_bank(method.embed(batch), MOST_NEIGHBOURS).raw_outputs for batch in batches]
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
-def predicted(method: Method, proxy: ProxySet) -> tuple[np.ndarray, np.ndarray]:
+def predicted(method: Method, validation_set: ValidationSet) -> tuple[np.ndarray, np.ndarray]:
     """Scores and maps of all images, thinned, the ordinary way."""
-    found = [method.predict(batch) for batch in proxy.batches(4, method.input, method.device)]
+    found = [method.predict(batch) for batch in validation_set.batches(4, method.input, method.device)]
     maps = torch.cat([one.anomaly_map for one in found]).numpy()
     return torch.cat([one.score for one in found]).numpy(), maps[:, 2::4, 2::4]
 
@@ -99,18 +99,20 @@ def test_settings_are_measured_as_methods_made_with_them(
     name: str, images: str, fitted: dict[str, Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "IMAGES_AT_ONCE", 6)  # of 15
-    method, proxy = method_of(name, fitted), ProxySet(images, 4)
+    method, validation_set = method_of(name, fitted), ValidationSet(images, 4)
     settings = [{}, *TINY[name].reading]
-    readings = readings_of(method, proxy)
-    found = search_readings(method, readings, method.config, settings, proxy, EVERYTHING)
+    raw_outputs = readings_of(method, validation_set)
+    found = score_settings(method, raw_outputs, method.config, settings, validation_set, EVERYTHING)
     assert [one.values for one in found] == settings
     seen = set()
     for one in found:
         config = with_values(method.config, one.values)
-        scores, maps = predicted(remade(method, config), proxy)
-        (again,), _ = read(method, readings, [config], proxy)
+        scores, maps = predicted(remade(method, config), validation_set)
+        (again,), _ = read(method, raw_outputs, [config], validation_set)
         np.testing.assert_allclose(again, scores, rtol=1e-4, atol=1e-6)
-        expected = proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps, union=True), EVERYTHING)
+        expected = validation_set.measured(
+            validation_set.image_table(scores), validation_set.pixel_table(maps, union=True), EVERYTHING
+        )
         assert one.measured is not None
         assert one.measured.metrics == pytest.approx(expected.metrics, abs=1e-3)
         assert one.measured.objective == pytest.approx(expected.objective, abs=1e-3)
@@ -121,10 +123,15 @@ def test_settings_are_measured_as_methods_made_with_them(
 
 
 def test_more_neighbours_than_were_found_are_refused(images: str, fitted: dict[str, Method]) -> None:
-    method, proxy = method_of("uniformaly", fitted), ProxySet(images, 4)
+    method, validation_set = method_of("uniformaly", fitted), ValidationSet(images, 4)
     with pytest.raises(OptionError, match="neighbours=6, but only 5 were searched"):
-        search_readings(
-            method, readings_of(method, proxy), method.config, [{"neighbours": 6}], proxy, {"image_auroc": 1.0}
+        score_settings(
+            method,
+            readings_of(method, validation_set),
+            method.config,
+            [{"neighbours": 6}],
+            validation_set,
+            {"image_auroc": 1.0},
         )
 
 
@@ -147,12 +154,12 @@ class Shell:
     def __init__(self) -> None:
         self.maps, self.scores = 0, 0
 
-    def read_maps(self, readings: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
         self.maps += 1
-        made = readings["levels"] ** config.power
+        made = raw_outputs["levels"] ** config.power
         return Maps(made, made)
 
-    def read_scores(self, readings: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
         self.scores += 1
         return anomaly_map.amax((1, 2)) * config.factor
 
@@ -167,9 +174,9 @@ def levels(images: str) -> dict[str, Tensor]:
 
 def search(
     images: str, levels: dict[str, Tensor], settings: Sequence[Mapping[str, Any]], objective: Mapping[str, float]
-) -> tuple[list[Reading], Shell]:
+) -> tuple[list[ScoredSetting], Shell]:
     shell = Shell()
-    return search_readings(shell, levels, Powers(), settings, ProxySet(images, 4), objective), shell
+    return score_settings(shell, levels, Powers(), settings, ValidationSet(images, 4), objective), shell
 
 
 def test_a_setting_without_finite_scores_spoils_no_other(images: str, levels: dict[str, Tensor]) -> None:
@@ -195,7 +202,7 @@ def test_maps_are_not_measured_where_nobody_asks(
     images: str, levels: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = search(images, levels, [{}], EVERYTHING)
-    monkeypatch.setattr(ProxySet, "pixel_table", None)
+    monkeypatch.setattr(ValidationSet, "pixel_table", None)
     found, _ = search(images, levels, [{}], {"union_image_auroc": 1.0})
     assert found[0].measured is not None
     assert expected[0].measured is not None
@@ -208,9 +215,9 @@ def test_maps_that_are_not_finite_are_refused(images: str, levels: dict[str, Ten
         search(images, levels, [{"power": 1e30}], {"image_auroc": 1.0})
 
 
-def reading(number: int, objective: float | None) -> Reading:
+def reading(number: int, objective: float | None) -> ScoredSetting:
     measured = None if objective is None else Measured(objective, {}, {}, {})
-    return Reading({"number": number}, measured)
+    return ScoredSetting({"number": number}, measured)
 
 
 def test_of_equals_the_first_is_best() -> None:
@@ -220,20 +227,20 @@ def test_of_equals_the_first_is_best() -> None:
         best_of([reading(0, None)])
 
 
-# ---- kept readings --------------------------------------------------------------------------------------------------
+# ---- kept raw outputs ------------------------------------------------------------------------------------------------
 
 
 def test_readings_are_kept(tmp_path: Path) -> None:
-    readings = {
+    raw_outputs = {
         "distances": torch.rand(3, 4, 2),
         "row": torch.arange(6).reshape(3, 2),
         "level.1": torch.rand(3, 1),
     }
-    save_readings(str(tmp_path), readings, 1.5)
+    save_readings(str(tmp_path), raw_outputs, 1.5)
     again, milliseconds = load_readings(str(tmp_path))
     assert milliseconds == 1.5
-    assert list(again) == list(readings)
-    for name, value in readings.items():
+    assert list(again) == list(raw_outputs)
+    for name, value in raw_outputs.items():
         assert again[name].dtype == value.dtype
         assert torch.equal(again[name], value)
 
@@ -249,23 +256,27 @@ def test_a_method_in_training_is_compared_by_its_own_options(
     compared = comparison(images, tmp_path)
     comparer = ObjectiveValidator(compared, method, batch_size=4)
     told = comparer.run()
-    proxy = ProxySet(images, 4)
-    scores, maps = predicted(method, proxy)
-    expected = proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps), compared.objective)
+    validation_set = ValidationSet(images, 4)
+    scores, maps = predicted(method, validation_set)
+    expected = validation_set.measured(
+        validation_set.image_table(scores), validation_set.pixel_table(maps), compared.objective
+    )
     assert told == pytest.approx({OBJECTIVE: expected.objective, **expected.metrics}, abs=1e-3)
     assert told[OBJECTIVE] == pytest.approx((told["image_auroc"] + 3 * told["pixel_ap"]) / 4)
     assert not list(tmp_path.iterdir())
     comparer.cache_outputs()
     kept, milliseconds = load_readings(str(tmp_path))
     assert milliseconds > 0
-    for name, value in find_readings(method, proxy.batches(4, method.input, method.device)).items():
+    for name, value in compute_raw_outputs(method, validation_set.batches(4, method.input, method.device)).items():
         torch.testing.assert_close(kept[name], value)
 
 
 def test_a_method_gone_astray_in_training_is_told(images: str, tmp_path: Path, monkeypatch: Any) -> None:
     method = fit(METHODS["uniad"](TINY["uniad"].config))
     nothing = torch.full((15,), torch.nan)
-    monkeypatch.setattr(method, "read_scores", lambda readings, *rest: nothing[: len(next(iter(readings.values())))])
+    monkeypatch.setattr(
+        method, "image_scores", lambda raw_outputs, *rest: nothing[: len(next(iter(raw_outputs.values())))]
+    )
     with pytest.raises(DataError, match="lower the learning rate"):
         ObjectiveValidator(comparison(images, tmp_path), method, 4).run()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from pipelines.data.validation_set import ProxyOptions
+from pipelines.data.validation_set import ValidationOptions
 from pipelines.runtime.cli import parse
 from pipelines.training import driver as module
 from pipelines.training import worker
@@ -163,7 +163,7 @@ def population(shards: ShardSet, output: Path, **changes: Any) -> Any:
         "trials": 4,
         "population": PopulationOptions(segments=3, share=0.5),
         "settings": 4,
-        "validation": ProxyOptions(normals=4, recipes=("cutpaste_patch", "shade"), pixel_stride=2),
+        "validation": ValidationOptions(normals=4, recipes=("cutpaste_patch", "shade"), pixel_stride=2),
         "threshold": ThresholdOptions(validation_fraction=0.3),
         "validate_every": 3,
         "runtime": ONE,

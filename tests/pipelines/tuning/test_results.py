@@ -20,14 +20,21 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from pipelines.data.splits import TrainValSplit
-from pipelines.data.validation_set import ProxyOptions
+from pipelines.data.validation_set import ValidationOptions
 from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import parse
 from pipelines.training.network_options import TrainingOptions
 from pipelines.training.options import FitOptions, ThresholdOptions
 from pipelines.training.train import train_options
 from pipelines.tuning import results
-from pipelines.tuning.results import choose, chosen_rate, difference, joined_settings, recipe, recipe_text, told_options
+from pipelines.tuning.results import (
+    chosen_rate,
+    difference,
+    joined_settings,
+    recipe,
+    recipe_text,
+    told_options,
+)
 from pipelines.tuning.space import draw, space_of
 from pipelines.tuning.trial import SCORES, Campaign
 from unianom import files
@@ -74,7 +81,7 @@ RECORDS = [
     ],
 )
 def test_the_best_trial_and_the_cheapest_of_the_good(prefer: str, tolerance: float, expected: str) -> None:
-    assert choose(RECORDS, prefer, tolerance)["trial"] == expected
+    assert results.select_trial(RECORDS, prefer, tolerance)["trial"] == expected
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -118,7 +125,7 @@ def campaign(name: str, config: Any, folder: str = "", **fit: Any) -> Campaign:
         categories=["bolt"],
         chosen=TrainValSplit(frozenset(), frozenset(map(str, range(99)))),
         settings=[],
-        validation=ProxyOptions(),
+        validation=ValidationOptions(),
         objective={"image_auroc": 1.0},
         folder=folder,
         keep_models=False,
@@ -245,7 +252,7 @@ def plain_threshold(scores: list[float], rate: float, confidence: float) -> floa
     return sorted(scores)[len(scores) - 1 - above]
 
 
-def write_proxy(folder: Path, label: np.ndarray) -> str:
+def write_validation_set(folder: Path, label: np.ndarray) -> str:
     """The table of a validation set, which is all that is read here."""
     count = len(label)
     columns = {"category": ["bolt"] * count, "recipe": ["normal" if one == 0 else "shade" for one in label]}
@@ -261,7 +268,7 @@ def test_rates_are_tried_on_the_half_they_were_not_fitted_to(tmp_path: Path) -> 
     own = campaign("uniformaly", UniFormalyConfig(), folder=str(tmp_path))
     values = {"bank.coreset_ratio": 0.1}
     files.write_array(files.join(own.trial_folder(values), f"best-{SCORES}"), scores)
-    best = {"values": values, "proxy": write_proxy(tmp_path / "proxy", label)}
+    best = {"values": values, "proxy": write_validation_set(tmp_path / "validation", label)}
     options = SimpleNamespace(threshold_rates=(0.3, 0.02, 0.15), threshold=ThresholdOptions(confidence=0.8), seed=9)
     rows = results._rates(own, best, options)
 
@@ -290,7 +297,7 @@ def test_rates_that_the_model_itself_could_not_promise_are_not_tried(tmp_path: P
     own = campaign("uniformaly", UniFormalyConfig(), folder=str(tmp_path))
     files.write_array(files.join(own.trial_folder({}), f"best-{SCORES}"), np.arange(35, dtype=np.float32))
     options = SimpleNamespace(threshold_rates=(0.3,), threshold=ThresholdOptions(confidence=0.8), seed=0)
-    best = {"values": {}, "proxy": write_proxy(tmp_path / "proxy", np.array([0] * 30 + [1] * 5))}
+    best = {"values": {}, "proxy": write_validation_set(tmp_path / "validation", np.array([0] * 30 + [1] * 5))}
     assert "balanced_accuracy" in results._rates(own, best, options)[0]
     few = dataclasses.replace(own, chosen=TrainValSplit(frozenset(), frozenset("abcd")))
     assert results._rates(few, best, options) == [{"rate": 0.3, "normals_needed": 5}]

@@ -86,7 +86,7 @@ def test_a_default_space_fits_the_default_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read_and_what_is_trained_for(name: str) -> None:
-    trial, reading = split_space(SPACES[name], METHODS[name].reading_options)
+    trial, reading = split_space(SPACES[name], METHODS[name].postprocess_options)
     assert [dimension.name for dimension in reading] == READ[name]
     assert set(trial) | set(reading) == set(SPACES[name])
     assert not set(trial) & set(reading)

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import unianom
 from pipelines.data.splits import choose_samples
-from pipelines.data.validation_set import ProxyOptions, ProxySet
+from pipelines.data.validation_set import ValidationOptions, ValidationSet
 from pipelines.runtime.cli import parse
 from pipelines.training.driver import WorkersLostError
 from pipelines.training.memory_bank import fit_banks
@@ -28,10 +28,18 @@ from pipelines.tuning import encodings, trial
 from pipelines.tuning.encodings import EncodingReader, EncodingSet, encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, fit_bank, is_bank_option
 from pipelines.tuning.objective import save_readings
-from pipelines.tuning.results import Ran, read_settings, recipe, recipe_text
+from pipelines.tuning.results import CampaignRun, read_settings, recipe, recipe_text
 from pipelines.tuning.space import key_of
 from pipelines.tuning.trained_trials import Reports
-from pipelines.tuning.trial import Campaign, Fitted, Inside, Turn, read_record, run_trial, trial_id
+from pipelines.tuning.trial import (
+    Campaign,
+    FittedTrial,
+    PreparationLock,
+    TrialContext,
+    read_record,
+    run_trial,
+    trial_id,
+)
 from tests.methods import conftest as methods
 from tests.methods.conftest import remade
 from tests.pipelines.conftest import MODULES, ONE, UNTRACKED, run_inline, tiny_method
@@ -90,7 +98,7 @@ def in_this_process() -> Iterator[None]:
     """As `inline`, for the fixture below."""
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
-            for name, stand_in in (("run_units", run_inline), ("connect", lambda _: None)):
+            for name, stand_in in (("run_tasks", run_inline), ("connect", lambda _: None)):
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
         patch.setattr(encodings, "IMAGES_PER_UNIT", 7)
@@ -113,19 +121,21 @@ def prepared(
         categories=["cog", "weave"],
         chosen=chosen,
         settings=SETTINGS,
-        validation=ProxyOptions(recipes=("cutpaste_patch", "shade"), pixel_stride=2),
+        validation=ValidationOptions(recipes=("cutpaste_patch", "shade"), pixel_stride=2),
         objective=OBJECTIVE,
         folder=folder,
         keep_models=False,
     )
-    proxy = made.proxy_of(UniFormaly(own))
-    made.encodings[encoding_key({}, "uniformaly")] = encode(made, own, proxy)
+    validation_set = made.validation_set_of(UniFormaly(own))
+    made.encodings[encoding_key({}, "uniformaly")] = encode(made, own, validation_set)
     return made
 
 
-def encode(campaign: MemoryCampaign, own: Any, proxy: str) -> EncodingSet:
+def encode(campaign: MemoryCampaign, own: Any, validation_set: str) -> EncodingSet:
     learn, folder = campaign.chosen.learn, f"{campaign.folder}/encodings"
-    return encode_once(campaign.name, own, campaign.options, campaign.shards, campaign.categories, learn, proxy, folder)
+    return encode_once(
+        campaign.name, own, campaign.options, campaign.shards, campaign.categories, learn, validation_set, folder
+    )
 
 
 @pytest.fixture
@@ -140,7 +150,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("worked again")
 
     monkeypatch.setattr(MemoryCampaign, "fit", never)
-    monkeypatch.setattr(trial, "search_readings", never)
+    monkeypatch.setattr(trial, "score_settings", never)
 
 
 def run(campaign: Campaign, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -170,21 +180,23 @@ def test_a_record_tells_the_best_setting(campaign: MemoryCampaign) -> None:
     assert told == [{"objective": objectives[place], "progress": 100, **cost}]
 
     # the kept scores are those that the objective was measured by
-    proxy, scores = ProxySet(record["proxy"]), np.load(f"{folder}/best-scores.npy")
+    validation_set, scores = ValidationSet(record["proxy"]), np.load(f"{folder}/best-scores.npy")
     aurocs = []
     for category in ("cog", "weave"):
         for kind in ("cutpaste_patch", "shade"):
-            own = (proxy.category == category) & ((proxy.label == 0) | (proxy.recipe == kind))
-            aurocs.append(roc_auc_score(proxy.label[own], scores[own]))
+            own = (validation_set.category == category) & (
+                (validation_set.label == 0) | (validation_set.recipe == kind)
+            )
+            aurocs.append(roc_auc_score(validation_set.label[own], scores[own]))
     assert record["best"]["metrics"]["image_auroc"] == pytest.approx(np.mean(aurocs))
     assert record["best"]["metrics"]["union_image_auroc"] == pytest.approx(
-        np.mean([_union(proxy, scores, kind) for kind in ("cutpaste_patch", "shade")])
+        np.mean([_union(validation_set, scores, kind) for kind in ("cutpaste_patch", "shade")])
     )
 
 
-def _union(proxy: ProxySet, scores: np.ndarray, kind: str) -> float:
-    own = (proxy.label == 0) | (proxy.recipe == kind)
-    return float(roc_auc_score(proxy.label[own], scores[own]))
+def _union(validation_set: ValidationSet, scores: np.ndarray, kind: str) -> float:
+    own = (validation_set.label == 0) | (validation_set.recipe == kind)
+    return float(roc_auc_score(validation_set.label[own], scores[own]))
 
 
 def test_a_trial_run_again_tells_the_same_without_work(
@@ -204,7 +216,7 @@ def test_all_settings_of_finished_trials_are_read(campaign: MemoryCampaign) -> N
     stopped = trial.write_end(
         campaign.trial_folder({"bank.coreset_ratio": 0.3}), {"bank.coreset_ratio": 0.3}, "stopped"
     )
-    ran = Ran(campaign, [*records, stopped], 3, 1.0, True)
+    ran = CampaignRun(campaign, [*records, stopped], 3, 1.0, True)
     settings = read_settings(ran)
     assert [one["trial"] for one in settings] == [record["trial"] for record in records for _ in SETTINGS]
     for place, record in enumerate(records):
@@ -238,8 +250,8 @@ def test_a_recipe_makes_the_bank_of_the_trial(
     assert model.method.bank is not None
     np.testing.assert_array_equal(bank.vectors(), model.method.bank.vectors())
     assert bank.rows > 0
-    proxy = ProxySet(record["proxy"])
-    batches = proxy.batches(5, model.method.input, torch.device("cpu"))
+    validation_set = ValidationSet(record["proxy"])
+    batches = validation_set.batches(5, model.method.input, torch.device("cpu"))
     scores = np.concatenate([model.method.predict(batch).score.numpy() for batch in batches])
     kept = np.load(f"{campaign.trial_folder(values)}/best-scores.npy")
     np.testing.assert_allclose(kept, scores, rtol=1e-4, atol=1e-6)
@@ -277,8 +289,8 @@ def test_encoded_images_are_what_the_method_embeds(campaign: MemoryCampaign, val
     method = remade(reader.method, own)
     assert isinstance(method, MemoryMethod)
     found = list(reader.compared(own))
-    proxy = ProxySet(made.proxy)
-    batches = list(proxy.batches(7, method.input, torch.device("cpu")))
+    validation_set = ValidationSet(made.validation_set)
+    batches = list(validation_set.batches(7, method.input, torch.device("cpu")))
     with torch.inference_mode():
         expected = [method.embed(batch) for batch in batches]
     torch.testing.assert_close(
@@ -299,12 +311,12 @@ def test_images_are_encoded_once_for_all_banks(
 
     monkeypatch.setattr(encodings, "PartEncoder", Never)
     other = {"bank.coreset_ratio": 0.2, "mask_threshold": 0.5, "mask": "soft", "k_ratio": 0.3, "neighbours": 9}
-    assert encode(prepared, prepared.config_of(other), made.proxy) == made
+    assert encode(prepared, prepared.config_of(other), made.validation_set) == made
     with pytest.raises(AssertionError, match="encoded again"):
-        encode(prepared, prepared.config_of({"blocks": [0]}), made.proxy)
+        encode(prepared, prepared.config_of({"blocks": [0]}), made.validation_set)
     # without a mask the network is not asked for its attention
     with pytest.raises(AssertionError, match="encoded again"):
-        encode(prepared, prepared.config_of({"mask": "off"}), made.proxy)
+        encode(prepared, prepared.config_of({"mask": "off"}), made.validation_set)
 
 
 def test_a_killed_encoding_goes_on(
@@ -315,24 +327,24 @@ def test_a_killed_encoding_goes_on(
     encoder, left = encodings.PartEncoder, [4]
 
     class Mortal(encoder):  # type: ignore[misc, valid-type]
-        def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        def run(self, task: dict[str, Any]) -> dict[str, Any]:
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return super().run(unit)
+            return super().run(task)
 
     monkeypatch.setattr(encodings, "PartEncoder", Mortal)
     with pytest.raises(KeyboardInterrupt):
-        encode(elsewhere, own, whole.proxy)
+        encode(elsewhere, own, whole.validation_set)
     left[0] = 10**9
-    again = encode(elsewhere, own, whole.proxy)
+    again = encode(elsewhere, own, whole.validation_set)
     names = [name for name in files.list_names(whole.uri) if name.endswith(".npy")]
     assert len(names) > 8
     assert [name for name in files.list_names(again.uri) if name.endswith(".npy")] == names
     for name in names:
         np.testing.assert_array_equal(np.load(f"{again.uri}/{name}"), np.load(f"{whole.uri}/{name}"))
-    units = [name for name in names if not name.endswith("-attention.npy")]
-    assert 10**9 - left[0] == len(units) - 4, "what was encoded is not encoded again"
+    tasks = [name for name in names if not name.endswith("-attention.npy")]
+    assert 10**9 - left[0] == len(tasks) - 4, "what was encoded is not encoded again"
 
 
 def test_what_acts_behind_the_network_shares_encoded_images() -> None:
@@ -354,35 +366,37 @@ class Levels:
 
     map_options = ("neighbours", "blur_sigma")
 
-    def read_maps(self, readings: Mapping[str, torch.Tensor], config: Any = None) -> Any:
-        return SimpleNamespace(anomaly_map=torch.zeros(len(readings["level"]), 8, 8))
+    def anomaly_maps(self, raw_outputs: Mapping[str, torch.Tensor], config: Any = None) -> Any:
+        return SimpleNamespace(anomaly_map=torch.zeros(len(raw_outputs["level"]), 8, 8))
 
-    def read_scores(self, readings: Mapping[str, torch.Tensor], anomaly_map: torch.Tensor, config: Any = None) -> Any:
-        return readings["level"] * (torch.nan if config.k_ratio > 0.5 else config.k_ratio)
+    def image_scores(
+        self, raw_outputs: Mapping[str, torch.Tensor], anomaly_map: torch.Tensor, config: Any = None
+    ) -> Any:
+        return raw_outputs["level"] * (torch.nan if config.k_ratio > 0.5 else config.k_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
 class Made(Campaign):
     """A campaign whose trials find a level in each image, or fail."""
 
-    proxy: str = ""
+    validation_set: str = ""
     error: BaseException | None = None
     fitted: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def fit(self, values: Mapping[str, Any], folder: str, inside: Inside) -> Fitted:
+    def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
         self.fitted.append(dict(values))
         if self.error is not None:
             raise self.error
-        level = torch.arange(len(ProxySet(self.proxy)), dtype=torch.float32)
+        level = torch.arange(len(ValidationSet(self.validation_set)), dtype=torch.float32)
         reader: Any = Levels()
-        return Fitted(reader, {"level": level}, self.proxy, 2.0, 3.0)
+        return FittedTrial(reader, {"level": level}, self.validation_set, 2.0, 3.0)
 
 
 @pytest.fixture
 def made(prepared: MemoryCampaign, tmp_path: Path) -> Made:
     fields = {field.name: getattr(prepared, field.name) for field in dataclasses.fields(Campaign)}
     changes = {"folder": str(tmp_path), "objective": {"image_auroc": 1.0}, "settings": [{}, {"k_ratio": 0.4}]}
-    return Made(**{**fields, **changes}, proxy=prepared.encoding_of({}).proxy)
+    return Made(**{**fields, **changes}, validation_set=prepared.encoding_of({}).validation_set)
 
 
 def fails(campaign: Campaign, error: type[BaseException], words: str | None) -> list[dict[str, Any]]:
@@ -516,7 +530,7 @@ def test_validations_of_a_training_are_reports(tmp_path: Path) -> None:
 
 def test_one_trial_has_the_turn_until_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    turn = Turn()
+    turn = PreparationLock()
     assert turn.take("a")
     assert not turn.take("b")
     assert turn.take("a"), "who has it may ask again"
@@ -530,7 +544,7 @@ def test_one_trial_has_the_turn_until_it_leaves(monkeypatch: pytest.MonkeyPatch)
 def test_a_turn_passes_on_from_who_asks_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    turn = Turn()
+    turn = PreparationLock()
     assert turn.take("a")
     for now[0] in (trial.PATIENCE - 1, 2 * trial.PATIENCE - 2):
         assert not turn.take("b")
@@ -546,12 +560,12 @@ def test_a_turn_passes_on_from_who_asks_no_more(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_turn_is_kept_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray: calls happen at once."""
-    turn = Turn()
+    turn = PreparationLock()
     remote = {name: SimpleNamespace(remote=getattr(turn, name)) for name in ("take", "leave")}
     monkeypatch.setattr(trial, "ray", SimpleNamespace(get=lambda value: value))
 
     def block() -> None:
-        with trial.in_turn(SimpleNamespace(**remote)):
+        with trial.hold_lock(SimpleNamespace(**remote)):
             assert not turn.take("other")
             raise DataError("inside")
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 import yaml
 
-from pipelines.data.validation_set import ProxyOptions, ProxySet
+from pipelines.data.validation_set import ValidationOptions, ValidationSet
 from pipelines.runtime.cli import parse
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import TrackingOptions
-from pipelines.training.calibrate import CalibrateOptions, HeadActor, Kept
+from pipelines.training.calibrate import CalibrateOptions, EmbeddingCache, HeadActor
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train, train_options
 from pipelines.tuning import tune as tuning
@@ -45,7 +45,7 @@ from unianom.serialise import to_plain
 
 REPOSITORY = Path(__file__).parents[3]
 
-VALIDATION = ProxyOptions(normals=6, recipes=("cutpaste_patch", "shade"), pixel_stride=2)
+VALIDATION = ValidationOptions(normals=6, recipes=("cutpaste_patch", "shade"), pixel_stride=2)
 HELD_OUT = ThresholdOptions(validation_fraction=0.3)
 
 
@@ -153,17 +153,19 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
         parse(CalibrateOptions, [*arguments, "--output", str(tmp_path / "again")]), runtime=ONE, tracking=UNTRACKED
     )
     calibrator, _ = fitted(asked)
-    proxy = ProxySet(next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2)
+    validation_set = ValidationSet(
+        next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2
+    )
     method = load_model(str(tmp_path / "model"), "cpu").method
     scores, maps = [], []
-    for images in proxy.batches(8, method.input, method.device):
+    for images in validation_set.batches(8, method.input, method.device):
         seen = method.inspect(images)
         made = calibrator.calibrate(seen)
         scores.append(made.score.numpy())
-        maps.append(proxy.thinned(made.maps(seen.anomaly_map).numpy()))
-    image = proxy.image_table(np.concatenate(scores))
-    pixel = proxy.pixel_table(np.concatenate(maps), union=True)
-    measured = proxy.measured(image, pixel, options.objective)
+        maps.append(validation_set.thinned(made.maps(seen.anomaly_map).numpy()))
+    image = validation_set.image_table(np.concatenate(scores))
+    pixel = validation_set.pixel_table(np.concatenate(maps), union=True)
+    measured = validation_set.measured(image, pixel, options.objective)
     assert measured.objective == pytest.approx(content["best"]["objective"], abs=1e-9)
     assert result.diagnosis is not None
     assert result.diagnosis["campaigns"]["bolt+nut"]["settings"]["n"] == 24
@@ -171,7 +173,7 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
 
 def fitted(options: CalibrateOptions) -> Any:
     """The calibrator that jobs/calibrate.py would make, in this process."""
-    kept = Kept.of(options.model, ShardSet.open(options.shards), options)
+    kept = EmbeddingCache.of(options.model, ShardSet.open(options.shards), options)
     kept.fill(options)
     actor = HeadActor(kept, options.calibration, None, "cpu", 1)
     actor.run(options.calibration.iterations)
@@ -260,7 +262,7 @@ def test_trials_are_recorded_where_their_job_is(here: list[str], shards: str, tm
         for values in planned:
             record = run_trial(self.campaign, values, lambda report: None)
             progress = Progress("tune", 1, "trials")
-            recorder = Recorder(self.campaign, None, options.tracking, store, self.run, budget, progress)  # type: ignore[arg-type]
+            recorder = Recorder(self.campaign, None, options.tracking, store, self.tracking_run, budget, progress)  # type: ignore[arg-type]
             recorder.tell_again([record])
             told.append(record["trial"])
 
@@ -450,10 +452,14 @@ def test_tpe_learns_again_what_it_knew(ray_cluster: None, small: Small, tmp_path
     )[0]
     method = load_model(model.folder, "cpu").method
     assert method.config.bank.coreset_ratio == best["values"]["bank.coreset_ratio"]
-    proxy = ProxySet(next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2)
+    validation_set = ValidationSet(
+        next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2
+    )
     with torch.inference_mode():
-        found = [method.inspect(images) for images in proxy.batches(8, method.input, method.device)]
+        found = [method.inspect(images) for images in validation_set.batches(8, method.input, method.device)]
     scores = np.concatenate([one.score.numpy() for one in found])
-    maps = proxy.thinned(np.concatenate([one.anomaly_map.numpy() for one in found]))
-    measured = proxy.measured(proxy.image_table(scores), proxy.pixel_table(maps), options.objective)
+    maps = validation_set.thinned(np.concatenate([one.anomaly_map.numpy() for one in found]))
+    measured = validation_set.measured(
+        validation_set.image_table(scores), validation_set.pixel_table(maps), options.objective
+    )
     assert measured.objective == pytest.approx(best["objective"], abs=1e-9)

@@ -295,13 +295,15 @@ def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def numbered(distances: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Distance maps as the readings of a method: "distance_0", "distance_1", …"""
+    """Distance maps as the raw outputs of a method: "distance_0", "distance_1", …"""
     return {f"distance_{index}": each for index, each in enumerate(distances)}
 
 
-def in_order(readings: Mapping[str, Tensor]) -> list[Tensor]:
-    """The distance maps among these readings, in the order in which they were numbered."""
-    return [readings[f"distance_{index}"] for index in range(sum(name.startswith("distance_") for name in readings))]
+def in_order(raw_outputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The distance maps among these raw_outputs, in the order in which they were numbered."""
+    return [
+        raw_outputs[f"distance_{index}"] for index in range(sum(name.startswith("distance_") for name in raw_outputs))
+    ]
 
 
 def upsampled(maps: Sequence[Tensor], side: int) -> Tensor:
