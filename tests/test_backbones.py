@@ -23,7 +23,7 @@ from unianom.backbones import (
 )
 from unianom.errors import OptionError, WeightsError
 from unianom.methods import METHODS
-from unianom.serialise import from_plain, to_plain
+from unianom.options import from_plain, to_plain
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3}

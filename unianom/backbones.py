@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from unianom import files
 from unianom.errors import OptionError, WeightsError
-from unianom.serialise import ADDED_LATER
+from unianom.options import ADDED_LATER, AtLeastZero, Options
 
 THREE_WAYS = (
     "weights take 'pretrained' (downloaded by timm), a file or URI (.safetensors, .pth, .pt), "
@@ -38,7 +38,7 @@ VIT_MODULES = ("vision_transformer", "deit")
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Options):
     """Which encoder, and its weights.
 
     Args:
@@ -61,11 +61,9 @@ class BackboneConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
-    padding_side: int | None = field(default=None, metadata=ADDED_LATER)
+    padding_side: AtLeastZero | None = field(default=None, metadata=ADDED_LATER)
 
-    def __post_init__(self) -> None:
-        if self.padding_side is not None and self.padding_side < 0:
-            raise OptionError(f"backbone.padding_side={self.padding_side} must be a side in pixels, 0 or null")
+    def check(self) -> None:
         if not timm.is_model(self.name):
             near = timm.list_models(f"*{self.name.split('.')[0][:6]}*")[:5]
             raise OptionError(f"backbone.name={self.name}: timm has no such model; near: {', '.join(near) or 'none'}")
@@ -81,12 +79,21 @@ RELEASED_PADDING_SIDE = 380
 "same" padding for it, whatever the input."""
 
 
-def with_preset_padding(config: BackboneConfig, preset: str) -> BackboneConfig:
-    """The backbone with the padding of the released code, where a method's preset is "reference", the backbone the
-    EfficientNet-B4 of that code, and nothing else is said."""
-    if preset != "reference" or config.padding_side is not None or not _is_released(config.name):
-        return config
-    return replace(config, padding_side=RELEASED_PADDING_SIDE)
+def resolve_padding(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a method's config with the padding of the released code in its backbone, where the preset is
+    "reference", the backbone the EfficientNet-B4 of that code, and nothing else is said.
+
+    Args:
+        cls: config class with the options `preset` and `backbone`.
+        given: values it is to be made of.
+    """
+    fields = cls.__dataclass_fields__
+    config = given["backbone"] if "backbone" in given else fields["backbone"].default_factory()
+    if given.get("preset", fields["preset"].default) != "reference" or config.padding_side is not None:
+        return given
+    if not _is_released(config.name):
+        return given
+    return {**given, "backbone": replace(config, padding_side=RELEASED_PADDING_SIDE)}
 
 
 def with_padding_of_old(config: dict[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
-from unianom.errors import DataError, OptionError
-from unianom.methods.base import Inspection, check_values
+from unianom.errors import DataError
+from unianom.methods.base import Inspection
 from unianom.methods.layers.distillation import top_mean
+from unianom.options import AtLeastOne, AtLeastZero, NotNegative, Odd, Options, Positive, Share, ShareBelowOne
 
 Variant = Literal["cada", "classifier", "labels", "none"]
 
@@ -39,7 +40,7 @@ GUARD = 1e-6
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Options):
     """The head on the embedding: convolutions that keep its channels, a pool, linear layers (Sec. 3.3, Table 3).
 
     Args:
@@ -51,24 +52,16 @@ class HeadConfig:
         dropout: probability.
     """
 
-    convolutions: int = 1
-    kernel: int = 3
+    convolutions: AtLeastZero = 1
+    kernel: Odd = 3
     pool: Literal["gap", "flatten"] = "gap"
-    linears: int = 2
-    hidden: int = 256
-    dropout: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.convolutions < 0 or self.linears < 1 or self.hidden < 1:
-            raise OptionError("head: convolutions must be >= 0, linears and hidden >= 1")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise OptionError(f"head.kernel={self.kernel} must be odd and positive")
-        if not 0 <= self.dropout < 1:
-            raise OptionError(f"head.dropout={self.dropout} must be in [0, 1)")
+    linears: AtLeastOne = 2
+    hidden: AtLeastOne = 256
+    dropout: ShareBelowOne = 0.25
 
 
 @dataclass(frozen=True)
-class CalibrationConfig:
+class CalibrationConfig(Options):
     """How scores are calibrated; the defaults are the published ones where they do not depend on the method.
 
     Args:
@@ -94,31 +87,18 @@ class CalibrationConfig:
 
     variant: Variant = "cada"
     statistics: Literal["mean_max", "mean_std"] = "mean_max"
-    alpha: float | None = None
-    score_share: float = 0.01
+    alpha: Positive | None = None
+    score_share: Share = 0.01
     standardise: bool = True
     head: HeadConfig = field(default_factory=HeadConfig)
-    iterations: int = 5000
-    batch_size: int = 16
-    learning_rate: float = 5e-2
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    iterations: AtLeastOne = 5000
+    batch_size: AtLeastOne = 16
+    learning_rate: Positive = 5e-2
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NotNegative = 1e-4
     schedule: Literal["constant", "cosine"] = "cosine"
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise OptionError(f"alpha={self.alpha} must be positive; leave it out to take it from the training images")
-        if not 0 <= self.score_share <= 1:
-            raise OptionError(f"score_share={self.score_share} must be in [0, 1]")
-        if self.iterations < 1 or self.batch_size < 1:
-            raise OptionError("iterations and batch_size must be positive")
-        if not (0 < self.learning_rate < math.inf and 0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
-            raise OptionError("learning_rate must be positive, momentum in [0, 1), weight_decay >= 0")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise OptionError(f"clip_norm={self.clip_norm} must be positive; null for no clipping")
 
     @property
     def has_head(self) -> bool:

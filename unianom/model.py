@@ -32,7 +32,7 @@ from unianom.memory.index import MemoryBank
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
 from unianom.methods.layers.folding import fold_batch_norm
-from unianom.serialise import from_plain, to_plain
+from unianom.options import from_plain, to_plain
 from unianom.thresholds import DecisionRule, Threshold
 
 FORMAT_VERSION = 1

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from unianom.errors import OptionError
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 
 class Unquoted(str):

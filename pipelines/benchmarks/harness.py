@@ -20,7 +20,7 @@ from pipelines.runtime.actors import set_threads
 from pipelines.runtime.cli import console, print_table
 from unianom import files
 from unianom.errors import OptionError
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 OURS = "unianom"
 """Name of the side that is this project's."""

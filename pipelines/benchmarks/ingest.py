@@ -21,7 +21,7 @@ from unianom import files
 from unianom.data.image import ImageLimits
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
 from unianom.errors import OptionError
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 from unianom.written import plain_options
 
 MEANINGFUL_SECONDS = 10

@@ -30,7 +30,7 @@ from unianom.data.tensors import normalise
 from unianom.errors import OptionError
 from unianom.methods import MemoryMethod
 from unianom.model import Model
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 MEANINGFUL_IMAGES = 500
 """Below so many images, the first and last task weigh too much in a throughput."""

@@ -32,7 +32,7 @@ from unianom.data.tensors import normalise
 from unianom.errors import DataError
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 PIXELS = "pixels"
 """Name of the array of prepared images, N×S×S×3 uint8."""

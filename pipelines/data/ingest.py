@@ -50,7 +50,7 @@ from unianom.data.schema import ANOMALOUS, NORMAL, SAMPLE_SCHEMA, SCHEMA_VERSION
 from unianom.data.shards import PartWriter, ShardSet, write_rejected
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError, image_error, storage_error
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 from unianom.written import plain_options
 
 T = TypeVar("T")

@@ -37,7 +37,7 @@ from unianom.data.synthesis import (
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
 from unianom.metrics.curves import auroc, average_precision, operating_points
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 Recipe = Literal["cutpaste_patch", "cutpaste_scar", "texture", "shade"]
 LABELLED, TESTED = "labelled", "test"

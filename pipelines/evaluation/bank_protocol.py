@@ -30,7 +30,7 @@ from unianom import __version__, files
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, MemoryMethod
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 SECTION = "section.json"
 """What a report shows of a protocol."""

@@ -46,7 +46,7 @@ from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import MaskedPatches
 from unianom.methods.layers.maps import grid_to_map
 from unianom.metrics.clustering import clustering_metrics, contingency, match_clusters
-from unianom.serialise import from_plain, to_plain
+from unianom.options import from_plain, to_plain
 
 GOOD = "good"
 """Type of normal images that carry no defect name."""

@@ -22,7 +22,7 @@ from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.tracking import TrackingOptions, track
 from unianom import __version__, files
 from unianom.errors import DataError, OptionError
-from unianom.serialise import flatten, to_plain
+from unianom.options import flatten, to_plain
 from unianom.written import natural, read_yaml, typed
 
 PUBLISHED = Path(__file__).with_name("published.yaml")

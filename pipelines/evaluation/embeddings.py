@@ -34,7 +34,7 @@ from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import MaskedPatches
 from unianom.model import Model, is_model
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 Side = Literal["train", "test"]
 

@@ -42,7 +42,7 @@ from unianom.metrics.bootstrap import (
 from unianom.metrics.curves import Curve
 from unianom.metrics.image import image_curves, image_metrics
 from unianom.metrics.region import AuproVariant, check_aupro_options
-from unianom.serialise import from_plain, to_plain
+from unianom.options import from_plain, to_plain
 
 UNION = "union"
 COUNTED = "_pixel_counts"

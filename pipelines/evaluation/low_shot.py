@@ -37,7 +37,7 @@ from unianom.data.splits import few_shot
 from unianom.errors import DataError, OptionError
 from unianom.metrics.image import image_metrics
 from unianom.metrics.pixel import pixel_metrics
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 LOW_SHOT_METRICS = {
     "image_auroc": "I-AUROC",

@@ -31,7 +31,7 @@ from unianom.metrics.streaming import (
     BinnedPixelAccumulator,
     map_table,
 )
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 
 Group = tuple[str, str]
 """Data set and category."""

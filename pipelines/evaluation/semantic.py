@@ -32,7 +32,7 @@ from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.metrics.image import image_metrics
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 
 @dataclass(frozen=True)

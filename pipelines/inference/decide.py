@@ -37,7 +37,7 @@ from unianom.data.shards import PartSet, PartWriter, ScoreSet, Selection, ShardS
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.model import store_rule, without_rule
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 from unianom.thresholds import FAIL, PASS, REVIEW, DecisionRule, ScoreKind, fit_rule
 
 DECISION_SCHEMA = pa.schema(

@@ -28,7 +28,7 @@ from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 IDENTITY = ("sample_id", "dataset", "category", "split", "label", "defect", "uri", "sha256", "height", "width")
 

@@ -20,7 +20,7 @@ from pipelines.reporting.samples import STORED, as_seen, read_samples
 from unianom import visual
 from unianom.data.image import InputPolicy, decode_map
 from unianom.data.shards import ScoreSet, ShardSet
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 from unianom.thresholds import ScoreKind
 
 SIDE, GAP, LINE, TEXT, COLUMNS = 160, 12, 15, 11, 4

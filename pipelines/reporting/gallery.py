@@ -19,7 +19,7 @@ from unianom.data.image import (
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.data.splits import hash_order
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 
 SCALE_MAPS = 64
 """How many maps of normal images, and as many of anomalous ones, set the scale of the heat maps."""

@@ -49,7 +49,7 @@ from unianom.data.image import (
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.errors import DataError, OptionError
-from unianom.serialise import flatten, from_plain, to_plain
+from unianom.options import flatten, from_plain, to_plain
 
 
 @dataclass(frozen=True)

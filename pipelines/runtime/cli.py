@@ -23,7 +23,7 @@ from rich.table import Table
 from pipelines.runtime.errors import reason, user_error, worker_error
 from unianom import files
 from unianom.errors import OptionError, UnianomError
-from unianom.serialise import to_plain
+from unianom.options import hints_of, in_words, inside_group, merged, open_options, to_plain
 from unianom.written import Argument, dump_yaml, natural, read_yaml, typed
 
 DONE, FAILED, WRONG_OPTIONS = 0, 1, 2
@@ -141,9 +141,8 @@ def own_signals() -> Iterator[None]:
 def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     """Build the options dataclass from command-line arguments and `--config` YAML files.
 
-    Every value is read once, for the type of its option: where that is text, what was typed is the text. (jsonargparse
-    reads values as YAML before it knows their type, and those inside a dict twice, so a name such as 007 is lost; it
-    writes the help.)
+    Every value is read once, for the type of its option: where that is text, what was typed is the text. (Parsers that
+    read values as YAML before they know their type lose a name such as 007.)
 
     Raises:
         OptionError: unknown, missing or refused options; names the nearest known one.
@@ -154,7 +153,7 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     given = _Given(options)
     given.read(arguments)
     if given.asks == "help":
-        _help_parser(options).print_help()
+        _print_help(options)
         sys.exit(DONE)
     if given.asks == "print_config":
         print(dump_yaml(given.printed(), default_flow_style=False), end="")
@@ -162,20 +161,45 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     return given.instance()
 
 
-def _help_parser(options: type) -> Any:
-    import jsonargparse  # takes a while, and nothing else needs it
+def _print_help(options: type) -> None:
+    import argparse  # these two take a while, and nothing else needs them
 
-    parser = jsonargparse.ArgumentParser(
+    import docstring_parser
+
+    parser = argparse.ArgumentParser(
         prog=sys.argv[0],
+        usage="%(prog)s [--config FILE] [--print_config] [--OPTION VALUE ...]",
         description=_summary(options),
-        exit_on_error=False,
-        allow_abbrev=False,
         epilog="Names take '-' or '_' alike; --debug shows tracebacks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", action="config", help="YAML file of these options; later arguments override it")
-    parser.add_class_arguments(options, as_group=False)
-    parser.set_defaults(_left_open(options))
-    return parser
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; later arguments override it")
+    parser.add_argument("--print_config", action="store_true", help="print all options as such a file, and exit")
+
+    def add(target: Any, cls: Any, prefix: str, base: Any) -> None:
+        texts: dict[str, str] = {}
+        for documented in reversed(cls.__mro__):  # a class says of inherited options what differs
+            found = docstring_parser.parse(documented.__doc__ or "").params
+            texts |= {name: p.description or "" for p in found for name in p.arg_name.split(", ")}
+        groups: list[tuple[Any, str, Any]] = []
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            hint, default = hints_of(cls)[field.name], _default(field, base)
+            if dataclasses.is_dataclass(hint):
+                groups.append((hint, f"{prefix}{field.name}.", default))
+                continue
+            if default is dataclasses.MISSING:
+                said = "required"
+            elif field.name in open_options(cls):
+                said = "default: by the preset or other options"
+            else:
+                said = "default: " + dump_yaml(to_plain(default), default_flow_style=True).removesuffix("...\n").strip()
+            text = " ".join(f"{texts.get(field.name, '')} ({in_words(hint)}; {said})".split())
+            target.add_argument(f"--{prefix}{field.name}", metavar="VALUE", help=text.replace("%", "%%"))
+        for hint, name, default in groups:
+            add(parser.add_argument_group(name[:-1], _summary(hint).replace("%", "%%")), hint, name, default)
+
+    add(parser, options, "", None)
+    parser.print_help()
 
 
 AS_WRITTEN = {"as_written": True}
@@ -189,7 +213,7 @@ class _Given:
         options: the dataclass.
 
     Attributes:
-        values: what holds now, nested as the groups are; required options are absent until given.
+        values: what was given so far, nested as the groups are.
         asks: "help" or "print_config" where that is wanted instead, else "".
     """
 
@@ -198,9 +222,7 @@ class _Given:
         self._fields = dict(_fields(options))
         parts = (name.split(".") for name in self._fields)
         self._groups = {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}
-        self.values: dict[str, Any] = _defaults(options)
-        for name, default in _left_open(options).items():
-            self._put(name, default)
+        self.values: dict[str, Any] = {}
         self.asks = ""
 
     def read(self, arguments: Sequence[str]) -> None:
@@ -298,16 +320,25 @@ class _Given:
         self._put(option, value)
 
     def _get(self, name: str) -> Any:
+        """What an option holds now: as given, else its default; None for a required one."""
         inside: Any = self.values
         for part in name.split("."):
-            inside = inside.get(part)
-        return inside
+            if part not in inside:
+                break
+            inside = inside[part]
+        else:
+            return inside
+        cls, base = self._options, None
+        for part in name.split("."):
+            field = next(field for field in dataclasses.fields(cls) if field.name == part)  # type: ignore[arg-type]
+            base, cls = _default(field, base), hints_of(cls)[part]
+        return None if base is dataclasses.MISSING else base
 
     def _put(self, name: str, value: Any) -> None:
         *groups, last = name.split(".")
         inside = self.values
         for group in groups:
-            inside = inside[group]
+            inside = inside.setdefault(group, {})
         inside[last] = value
 
     def instance(self) -> Any:
@@ -316,12 +347,13 @@ class _Given:
         Raises:
             OptionError: a required option is missing, or a value is refused.
         """
-        return _instance(self._options, self.values)
+        return _built(self._options, self.values)
 
     def printed(self) -> dict[str, Any]:
         """Plain data that `--config` takes; null for required options that are not given."""
-        plain = {field.name: None for field in dataclasses.fields(self._options)} | to_plain(self.values)
-        if all(value is not None for name, value in plain.items() if name not in self.values):
+        plain = merged(_plain_defaults(self._options), to_plain(self.values))
+        required = (f.name for f in dataclasses.fields(self._options) if _default(f) is dataclasses.MISSING)  # type: ignore[arg-type]
+        if all(plain[name] is not None for name in required):
             made = to_plain(self.instance())
             own = (name for name, (_, metadata) in self._fields.items() if metadata.get("as_written"))
             plain |= {name: made[name] for name in own if name in made}
@@ -345,60 +377,52 @@ def _fields(options: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, M
     hints = typing.get_type_hints(options)
     for option in dataclasses.fields(options):
         name = f"{prefix}{option.name}"
-        if dataclasses.is_dataclass(hints[option.name]):
-            yield from _fields(hints[option.name], name + ".")
+        hint = hints[option.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(hint, name + ".")  # type: ignore[arg-type]
         else:
-            yield name, (hints[option.name], option.metadata)
+            yield name, (hint | None if option.name in open_options(options) else hint, option.metadata)
 
 
-def _defaults(options: type) -> dict[str, Any]:
-    """Defaults of a dataclass; groups are dicts. Required options are left out."""
+def _default(field: dataclasses.Field[Any], base: Any = None) -> Any:
+    """The default of an option: that of the group it is in, where the group has one, else that of its class; `MISSING`
+    for a required one."""
+    if base is not None and base is not dataclasses.MISSING:
+        return getattr(base, field.name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _plain_defaults(options: type, base: Any = None) -> dict[str, Any]:
+    """Plain defaults; null for required options, and for those that a preset or others fill in."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        hint, default = hints_of(options)[field.name], _default(field, base)
+        if dataclasses.is_dataclass(hint):
+            plain[field.name] = _plain_defaults(hint, default)  # type: ignore[arg-type]
+        elif default is dataclasses.MISSING or field.name in open_options(options):
+            plain[field.name] = None
+        else:
+            plain[field.name] = to_plain(default)
+    return plain
+
+
+def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
+    """An instance with the options that are given; the others are those of `base`, or defaults."""
     values: dict[str, Any] = {}
-    for option in dataclasses.fields(options):
-        if option.default_factory is not dataclasses.MISSING:
-            values[option.name] = _as_dict(option.default_factory())
-        elif option.default is not dataclasses.MISSING:
-            values[option.name] = _as_dict(option.default)
-    return values
-
-
-def _as_dict(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {option.name: _as_dict(getattr(value, option.name)) for option in dataclasses.fields(value)}
-    return value
-
-
-def _instance(options: type, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(options)
-    for option in dataclasses.fields(options):
-        if option.name not in values and option.default is option.default_factory is dataclasses.MISSING:
-            raise OptionError(f"the option --{option.name} is required")
-    return options(**{name: _built(value, hints[name]) for name, value in values.items()})
-
-
-def _built(value: Any, hint: Any) -> Any:
-    """A value with dicts made dataclasses where these are wanted, alone or in a tuple."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _instance(hint, value)  # type: ignore[arg-type]
-    if isinstance(value, tuple) and typing.get_args(hint):
-        return tuple(_built(inner, typing.get_args(hint)[0]) for inner in value)
-    return value
-
-
-def _left_open(options: type) -> dict[str, None]:
-    """Options of groups that are null unless given, by dotted name.
-
-    The defaults of a group are those of an instance of it, in which its preset has filled them in already; so another
-    preset would fill in nothing.
-    """
-    hints = typing.get_type_hints(options)
-    return {
-        f"{group.name}.{option.name}": None
-        for group in dataclasses.fields(options)
-        if dataclasses.is_dataclass(hints[group.name])
-        for option in dataclasses.fields(hints[group.name])
-        if option.default is None
-    }
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        hint, default = hints_of(options)[field.name], _default(field, base)
+        if field.name in given:
+            value = given[field.name]
+            if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+                with inside_group(field.name):
+                    value = _built(hint, value, default)  # type: ignore[arg-type]
+            elif isinstance(value, tuple) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+                value = tuple(_built(typing.get_args(hint)[0], one) for one in value)
+            values[field.name] = value
+        elif default is dataclasses.MISSING:
+            raise OptionError(f"the option --{field.name} is required")
+    # what a preset filled into a default is filled in anew, for another may be given
+    return options(**values) if base is None or open_options(options) else dataclasses.replace(base, **values)
 
 
 def documented_arguments(*classes: type) -> str:

@@ -26,7 +26,7 @@ from unianom import files
 from unianom.data.image import encode_png
 from unianom.errors import ModelError, OptionError, UnianomError
 from unianom.model import is_model, local_copy
-from unianom.serialise import flatten
+from unianom.options import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -474,6 +474,7 @@ def _artifact_folder(uri: str) -> str | None:
 def pinned_requirements() -> list[str]:
     """What a model needs to run, in the versions installed here."""
     names = ["torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pyarrow", "fsspec", "scipy", "pyyaml"]
+    names += ["annotated-types"]
     pins = [f"{name}=={_public_version(name)}" for name in names]
     for name in ("faiss-cpu", "faiss-gpu"):
         try:

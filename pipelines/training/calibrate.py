@@ -37,7 +37,7 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.model import Model, is_model, versions
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 FEATURES, STATISTICS, CATEGORY = "embedding", "statistics", "category"
 """Names of the arrays kept of a part: N×C×h×w; N×3 float64, mean, mean square and maximum of each map; N int32,

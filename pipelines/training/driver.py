@@ -44,7 +44,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods.trained import LOSS, TrainedMethod
 from unianom.model import Model, is_model, versions
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 
 class WorkersLostError(DataError):

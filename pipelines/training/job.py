@@ -21,7 +21,7 @@ from unianom.errors import DataError
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS
 from unianom.methods.trained import BatchSpec, TrainedMethod
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.layers.bank import BankConfig
 from unianom.model import Model, is_model, versions
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 
 def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:

@@ -10,7 +10,7 @@ from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import AS_WRITTEN
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
-from unianom.serialise import from_plain, merged, to_plain
+from unianom.options import from_plain, merged, to_plain
 from unianom.thresholds import Threshold
 from unianom.written import plain_options
 

@@ -19,7 +19,7 @@ from unianom.calibration import CalibrationConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
 from unianom.methods import METHODS, MemoryMethod
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 JOB_ARGUMENTS = """    calibrate: also put a calibrator into the model, as jobs/calibrate.py does by default: "cada", or
         by "classifier" or "labels"; null for none.

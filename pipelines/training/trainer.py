@@ -17,7 +17,7 @@ from pipelines.training.loader import BatchLoader
 from pipelines.training.network_options import Phase
 from unianom.errors import OptionError
 from unianom.methods.trained import LOSS, TrainedMethod, TrainingBatch
-from unianom.serialise import with_values
+from unianom.options import with_values
 
 STATE = "state.pt"
 """The one file of a checkpoint."""

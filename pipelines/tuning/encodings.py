@@ -34,7 +34,7 @@ from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.base import MaskedPatches, PatchFeatures
 from unianom.model import Model, is_model
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 LEARNED, COMPARED = "learned", "compared"
 """Kinds of encoded images: those that banks are made of, and those that settings are compared on."""

@@ -17,7 +17,7 @@ from pipelines.tuning.space import key_of
 from unianom import files
 from unianom.errors import DataError
 from unianom.methods import Maps, MemoryMethod, Method
-from unianom.serialise import with_values
+from unianom.options import with_values
 
 IMAGES_AT_ONCE = 32
 """Maps of the input's size held at a time."""

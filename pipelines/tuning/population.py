@@ -26,7 +26,7 @@ from pipelines.tuning.trained_trials import TrainedCampaign
 from pipelines.tuning.trial import CARRIED, LATENCY, MEMORY, RECORD, TrialContext, read_reports, seconds_since, trial_id
 from unianom import files
 from unianom.errors import OptionError
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 PHASES, UNTIL, PARENT = "_phases", "_until", "_parent"
 """What the values of a segment hold beside options: its phases, the share of the training that it ends at, and the

@@ -42,7 +42,7 @@ from pipelines.tuning.trial import (
     write_end,
 )
 from unianom import files
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 SPENT = "spent.json"
 """Seconds that a campaign and its trials took so far."""

@@ -27,7 +27,7 @@ from unianom import __version__, files, visual
 from unianom.data.schema import NORMAL
 from unianom.data.splits import hash_order
 from unianom.methods import METHODS
-from unianom.serialise import from_plain, merged, to_plain
+from unianom.options import from_plain, merged, to_plain
 from unianom.thresholds import fit_threshold, normals_needed
 
 RESULT, RECIPE = "campaign.json", "best.yaml"

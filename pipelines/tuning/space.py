@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from unianom.errors import OptionError
-from unianom.serialise import to_plain, with_values
+from unianom.options import to_plain, with_values
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from unianom import files
 from unianom.data.shards import ShardSet
 from unianom.errors import MachineError, UnianomError, WeightsError
 from unianom.methods import METHODS, Method
-from unianom.serialise import from_plain, to_plain, with_values
+from unianom.options import from_plain, to_plain, with_values
 
 DONE, STOPPED, FAILED, CRASHED = "done", "stopped", "failed", "crashed"
 """How a trial ended: to its end; early, being worse than others; by a fault of its own values; by one of the machines

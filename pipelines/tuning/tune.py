@@ -85,7 +85,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.trained import BatchSpec
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 from unianom.thresholds import smallest_supported_rate
 from unianom.written import plain_options
 

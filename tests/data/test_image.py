@@ -412,7 +412,7 @@ def test_pillows_own_limit_gives_way_to_ours_and_is_left_as_it_was(monkeypatch):
 
 @pytest.mark.parametrize("limits", [{"max_pixels": 0}, {"max_bytes": -1}])
 def test_limits_must_be_positive(limits):
-    with pytest.raises(OptionError, match="positive"):
+    with pytest.raises(OptionError, match="must be at least 1"):
         ImageLimits(**limits)
 
 

@@ -20,7 +20,7 @@ from unianom.errors import DataError, ModelError, OptionError
 from unianom.methods.onenip import OneNIP, OneNIPConfig, dice_loss
 from unianom.methods.trained import TrainingBatch, TrainingConfig
 from unianom.methods.uniad import UniAD, UniADConfig
-from unianom.serialise import flatten, from_plain
+from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 CATEGORIES = ["a", "b"]

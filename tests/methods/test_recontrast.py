@@ -27,7 +27,7 @@ from unianom.methods.recontrast import (
 )
 from unianom.methods.trained import TrainingBatch
 from unianom.model import Model, load
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 MULTICLASS_MAP = DistanceMapConfig(fuse="mean", blur="box", score_share=0.01)
@@ -456,7 +456,7 @@ def test_published_training():
     ids=str,
 )
 def test_impossible_training_is_refused(changes):
-    with pytest.raises(OptionError, match="training"):
+    with pytest.raises(OptionError, match="must be"):
         ReContrastTraining(**changes)
 
 

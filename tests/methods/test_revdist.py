@@ -21,7 +21,7 @@ from unianom.methods.layers.distillation import DistanceMapConfig
 from unianom.methods.revdist import RevDist, RevDistConfig
 from unianom.methods.trained import TrainingBatch, TrainingConfig
 from unianom.model import Model, load
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 MULTICLASS_MAP = DistanceMapConfig(fuse="mean", blur="box", score_share=0.01)

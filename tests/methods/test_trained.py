@@ -116,7 +116,7 @@ def test_epochs_are_converted_to_iterations_unless_these_are_given(changes, imag
     ids=str,
 )
 def test_impossible_training_is_refused(changes):
-    with pytest.raises(OptionError, match=r"^training.*must"):
+    with pytest.raises(OptionError, match="must be"):
         TrainingConfig(**changes)
 
 
@@ -132,7 +132,7 @@ def test_augmentation_is_active_as_soon_as_one_category_is_changed():
         assert Augmentation(**{name: ("screw",)}).active
         assert Augmentation(**{name: ("*",)}).active
     for probability in (-0.1, 1.1):
-        with pytest.raises(OptionError, match=r"augmentation.probability=.* must be in \[0, 1\]"):
+        with pytest.raises(OptionError, match=r"probability=.* must be in \[0, 1\]"):
             Augmentation(probability=probability)
 
 

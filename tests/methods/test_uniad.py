@@ -18,7 +18,7 @@ from unianom.errors import OptionError
 from unianom.methods.layers.reconstruction import TransformerConfig, pooled_maximum
 from unianom.methods.trained import TrainingBatch, TrainingConfig
 from unianom.methods.uniad import UniAD, UniADConfig
-from unianom.serialise import flatten, from_plain
+from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
@@ -240,7 +240,7 @@ def test_a_window_that_hides_everything_is_refused():
     ids=str,
 )
 def test_wrong_sizes_are_refused(changes):
-    with pytest.raises(OptionError, match="transformer"):
+    with pytest.raises(OptionError, match="must be"):
         TransformerConfig(**changes)
 
 

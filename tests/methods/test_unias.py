@@ -20,7 +20,7 @@ from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.methods.trained import Augmentation, TrainingBatch, TrainingConfig
 from unianom.methods.unias import UniAS, UniASConfig, reconstruction_terms
-from unianom.serialise import flatten, from_plain
+from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 

@@ -36,7 +36,7 @@ from unianom.methods.uninet import (
     similarity_losses,
     structure_loss,
 )
-from unianom.serialise import from_plain
+from unianom.options import from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 TINY_OPTIONS = {"backbone": BackboneConfig("resnet10t", weights="random"), "input": INPUT}

@@ -16,7 +16,7 @@ from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
 from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, ShardSet, write_rejected
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 MODEL = "5e" * 32
 """Digest of the model that scored everything."""

@@ -12,14 +12,16 @@ import math
 import struct
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import scipy.ndimage
+from annotated_types import Interval
 from PIL import Image, ImageOps
 
 from unianom.data.schema import Crop
 from unianom.errors import ImageError, OptionError
+from unianom.options import AtLeastOne, Options, Positive, ValueRefused
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 """What is opened. Vector, scripted and layered formats are not, since their decoders run far more code."""
@@ -35,7 +37,7 @@ _INTERPOLATION = {
 
 
 @dataclass(frozen=True)
-class ImageLimits:
+class ImageLimits(Options):
     """What an image may cost before it is refused unopened.
 
     Args:
@@ -43,12 +45,8 @@ class ImageLimits:
         max_bytes: size of the encoded file.
     """
 
-    max_pixels: int = 100_000_000
-    max_bytes: int = 256 << 20
-
-    def __post_init__(self) -> None:
-        if self.max_pixels < 1 or self.max_bytes < 1:
-            raise OptionError("image limits: max_pixels and max_bytes must be positive")
+    max_pixels: AtLeastOne = 100_000_000
+    max_bytes: AtLeastOne = 256 << 20
 
     def check_bytes(self, size: int) -> None:
         """Raise ImageError "too_large" for an encoded file of more than `max_bytes`."""
@@ -59,9 +57,12 @@ class ImageLimits:
 MAX_SIDE = 4096
 """Pixels of a side of a network's input at most: beyond, one image takes gigabytes in the network."""
 
+Side = Annotated[int, Interval(ge=1, le=MAX_SIDE)]
+"""Pixels of a side of a network's input."""
+
 
 @dataclass(frozen=True)
-class InputPolicy:
+class InputPolicy(Options):
     """How an image becomes the network's input.
 
     Args:
@@ -79,28 +80,21 @@ class InputPolicy:
     """
 
     resize: Literal["short_side", "stretch"] = "short_side"
-    size: int = 256
-    crop: int | None = 224
-    pad: int | None = None
+    size: Side = 256
+    crop: Side | None = 224
+    pad: Side | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     mask_resize: Literal["nearest", "nearest_only", "bilinear_any", "bilinear_half", "bilinear_full"] = "nearest"
     mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
 
-    def __post_init__(self) -> None:
-        if max(self.size, self.crop or 0, self.pad or 0) > MAX_SIDE:
-            raise OptionError(
-                f"input.size={self.size}, input.crop={self.crop}, input.pad={self.pad}: a side has at most {MAX_SIDE} "
-                f"pixels"
-            )
+    def check(self) -> None:
         if self.resize == "short_side" and self.crop is None:
-            raise OptionError("input.resize=short_side needs input.crop, since images of a batch must be of one size")
-        if not 1 <= self._cut <= self.size:
-            raise OptionError(f"input.size={self.size} and input.crop={self.crop}: need 1 <= crop <= size")
+            raise ValueRefused("resize=short_side needs a crop, since images of a batch must be of one size")
+        if self._cut > self.size:
+            raise ValueRefused(f"crop={self.crop} must be at most size={self.size}")
         if self.pad is not None and self.pad < self._cut:
-            raise OptionError(f"input.pad={self.pad} is smaller than the image of {self._cut} pixels it should hold")
-        if self.std is not None and min(self.std) <= 0:
-            raise OptionError("input.std must be positive")
+            raise ValueRefused(f"pad={self.pad} is smaller than the image of {self._cut} pixels it should hold")
 
     @property
     def _cut(self) -> int:

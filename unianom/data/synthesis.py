@@ -21,6 +21,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.layouts.base import Source
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.options import AtLeastZero, Options, Share
 
 MIN_SIDE = 32
 """Pixels of the smallest image: it holds the finest Perlin grid, and any scar."""
@@ -35,7 +36,7 @@ _cache_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Options):
     """How pseudo-anomalous copies of normal images are made.
 
     Args:
@@ -45,13 +46,9 @@ class SynthesisConfig:
         empty_retries: how often a Perlin mask without any pixel is drawn again; 0 keeps it, the copy is then normal.
     """
 
-    cutpaste_share: float = 0.5
+    cutpaste_share: Share = 0.5
     textures: str | None = None
-    empty_retries: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.cutpaste_share <= 1 or self.empty_retries < 0:
-            raise OptionError("synthesis: cutpaste_share must be in [0, 1], empty_retries >= 0")
+    empty_retries: AtLeastZero = 0
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -344,58 +343,6 @@ def register_method(name: str) -> Callable[[M], M]:
         return cls
 
     return register
-
-
-def resolve_preset(config: Any, presets: dict[str, dict[str, Any]]) -> None:
-    """Fill the fields of a frozen config that are None with the values of its preset, once the types and choices of
-    all options are checked; called in `__post_init__`.
-
-    Raises:
-        OptionError: a value of another type than its option's, or not among its choices.
-    """
-    check_values(config)
-    for field in dataclasses.fields(config):
-        if getattr(config, field.name) is None and field.name in presets[config.preset]:
-            object.__setattr__(config, field.name, presets[config.preset][field.name])
-
-
-def check_values(config: Any, prefix: str = "") -> None:
-    """Refuse values that are not of their option's type or among its choices, in nested configs too.
-
-    Raises:
-        OptionError: there is one; names it.
-    """
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if not _fits(value, hint):
-            raise OptionError(f"{prefix}{field.name}={value!r} must be {_in_words(hint)}")
-        if dataclasses.is_dataclass(value):
-            check_values(value, f"{prefix}{field.name}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in inner)
-    if kind is Literal:
-        return value in inner
-    if kind is tuple:
-        each = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, tuple) else inner
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
-    if hint in (int, float):  # a bool is an int to Python, and an int will do for a float
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, kind or hint)
-
-
-def _in_words(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_in_words, get_args(hint)))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if hint is type(None):
-        return "null"
-    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def with_statistics(config: Any) -> Any:

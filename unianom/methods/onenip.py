@@ -7,7 +7,6 @@ resolution where it had to.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from unianom.backbones import BackboneConfig, with_preset_padding
+from unianom.backbones import BackboneConfig, resolve_padding
 from unianom.data.image import InputPolicy
 from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Maps, Prediction, RawOutputs, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, Prediction, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
     QueryDecoder,
@@ -42,6 +41,7 @@ from unianom.methods.trained import (
     TrainingConfig,
     initialise_transformer,
 )
+from unianom.options import AtLeastOne, AtLeastZero, NotNegative, Options, Positive, Share
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"feature_loss": "sum", "dice_factor": 2.0, "dice_smoothing": 0.0, "score_pool": 1},
@@ -54,7 +54,7 @@ known of a test image: prompts by its true category, and a fusion scale from all
 
 
 @dataclass(frozen=True)
-class OneNIPConfig:
+class OneNIPConfig(Options):
     """OneNIP's options; the defaults are the published ones.
 
     The ablation of the paper (table 4a), row by row: `prompt="none", restoration=False, refiner=False` is UniAD;
@@ -88,6 +88,8 @@ class OneNIPConfig:
         score_pool: side of the mean filter, in pixels, before the maximum that is the image score; 1 for none.
     """
 
+    presets = PRESETS
+
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
@@ -95,35 +97,27 @@ class OneNIPConfig:
     taps: tuple[int, ...] = (2, 4, 8, 16)
     grid_reduction: int = 16
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    neighbours: int | Literal["half"] = "half"
+    neighbours: AtLeastZero | Literal["half"] = "half"
     prompt: Literal["dynamic", "static", "none"] = "dynamic"
     prompt_sampling: Literal["category", "nearest"] = "category"
-    pool_size: int = 15
+    pool_size: AtLeastOne = 15
     restoration: bool = True
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     refiner: bool = True
-    refiner_width: int = 128
-    feature_loss: Literal["sum", "mean"] | None = None
-    dice_factor: float | None = None
-    dice_smoothing: float | None = None
-    segmentation_weight: float = 0.5
-    alpha: float = 0.5
-    score_pool: int | None = None
+    refiner_width: AtLeastOne = 128
+    feature_loss: Literal["sum", "mean"] = "sum"
+    dice_factor: Positive = 2.0
+    dice_smoothing: NotNegative = 0.0
+    segmentation_weight: NotNegative = 0.5
+    alpha: Share = 0.5
+    score_pool: AtLeastOne = 1
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
-        object.__setattr__(self, "backbone", with_preset_padding(self.backbone, self.preset))
-        assert self.dice_factor is not None
-        assert self.dice_smoothing is not None
-        assert self.score_pool is not None
-        neighbours = 0 if self.neighbours == "half" else self.neighbours
-        check_reconstruction_options(self.taps, self.grid_reduction, neighbours, self.score_pool, self.input.side)
-        if self.pool_size < 1 or self.refiner_width < 1:
-            raise OptionError("pool_size and refiner_width must be >= 1")
-        if not 0 < self.dice_factor < math.inf or not 0 <= self.dice_smoothing < math.inf:
-            raise OptionError("dice_factor must be positive, dice_smoothing >= 0")
-        if not 0 <= self.segmentation_weight < math.inf or not 0 <= self.alpha <= 1:
-            raise OptionError("segmentation_weight must be >= 0, alpha in [0, 1]")
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return resolve_padding(cls, super().resolve(given))
+
+    def check(self) -> None:
+        check_reconstruction_options(self.taps, self.grid_reduction, self.score_pool, self.input.side)
 
 
 class BidirectionalLayer(nn.Module):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, interpolate, unfold
 
 from unianom.backbones import BackboneConfig, CnnBackbone, check_taps
-from unianom.data.image import MAX_SIDE, InputPolicy
+from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import (
@@ -22,18 +23,18 @@ from unianom.methods.base import (
     RawOutputs,
     mean_distances,
     register_method,
-    resolve_preset,
     with_statistics,
 )
-from unianom.methods.layers.bank import BankConfig
+from unianom.methods.layers.bank import BankConfig, BlurSigma
 from unianom.methods.layers.maps import pooled_embedding
+from unianom.options import AtLeastOne, Odd, Options
 
 PRESETS = {"paper": {"reweight": True}, "reference": {"reweight": False}}
 """The text re-weights the image score by the neighbourhood of the nearest bank vector; the released code does not."""
 
 
 @dataclass(frozen=True)
-class PatchCoreConfig:
+class PatchCoreConfig(Options):
     """PatchCore's options; the defaults are the published ones.
 
     Args:
@@ -52,27 +53,23 @@ class PatchCoreConfig:
         blur_sigma: Gaussian blur of the anomaly map, in pixels.
     """
 
+    presets = PRESETS
+
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
     input: InputPolicy = field(default_factory=InputPolicy)
     bank: BankConfig = field(default_factory=BankConfig)
     taps: tuple[int, ...] = (8, 16)
-    patch_size: int = 3
-    dimension: int = 1024
-    neighbours: int = 1
-    reweight: bool | None = None
-    reweight_neighbours: int = 9
-    blur_sigma: float = 4.0
+    patch_size: Odd = 3
+    dimension: AtLeastOne = 1024
+    neighbours: AtLeastOne = 1
+    reweight: bool = True
+    # m* is its own nearest neighbour, so with b = 1 every weight is zero
+    reweight_neighbours: Annotated[int, Ge(2)] = 9
+    blur_sigma: BlurSigma = 4.0
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
+    def check(self) -> None:
         check_taps(self.taps)
-        if self.patch_size < 1 or self.patch_size % 2 == 0:
-            raise OptionError(f"patch_size={self.patch_size} must be odd and positive")
-        if self.dimension < 1 or self.neighbours < 1 or not 0 <= self.blur_sigma <= MAX_SIDE:
-            raise OptionError(f"dimension and neighbours must be >= 1, blur_sigma >= 0 and <= {MAX_SIDE}")
-        if self.reweight_neighbours < 2:  # m* is its own nearest neighbour, so with b = 1 every weight is zero
-            raise OptionError(f"reweight_neighbours={self.reweight_neighbours} must be >= 2")
 
 
 @register_method("patchcore")

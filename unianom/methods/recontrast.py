@@ -8,7 +8,6 @@ their copies point different ways is an anomaly.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     DistanceMapConfig,
     OneClassBottleneck,
@@ -46,11 +45,17 @@ from unianom.methods.trained import (
     TrainingBatch,
     TrainingConfig,
 )
-from unianom.serialise import to_plain
-
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "reference": {}}
-"""Text and released code agree. What the code has besides, for stability and for a model for all categories, is options
-that the recipes set."""
+from unianom.options import (
+    AtLeastOne,
+    AtLeastZero,
+    NotNegative,
+    OpenShare,
+    Options,
+    Positive,
+    Share,
+    ValueRefused,
+    to_plain,
+)
 
 
 @dataclass(frozen=True)
@@ -69,34 +74,30 @@ class ReContrastTraining(TrainingConfig):
         encoder_rest: iterations after each such reset in which the encoder's weights stay as they are; 100.
     """
 
-    iterations: int | None = 2000
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-5
-    decay_at: tuple[float, ...] = ()
-    clip_norm: float | None = None
+    iterations: AtLeastOne | None = 2000
+    batch_size: AtLeastOne = 16
+    learning_rate: Positive = 2e-3
+    weight_decay: NotNegative = 1e-5
+    decay_at: tuple[OpenShare, ...] = ()
+    clip_norm: Positive | None = None
     seed: int = 111
-    encoder_learning_rate: float = 1e-5
-    reset_every: int = 0
-    encoder_rest: int = 0
+    encoder_learning_rate: NotNegative = 1e-5
+    reset_every: AtLeastZero = 0
+    encoder_rest: AtLeastZero = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.encoder_learning_rate < math.inf:
-            raise OptionError(f"training.encoder_learning_rate={self.encoder_learning_rate} must be >= 0")
-        if self.reset_every < 0 or not 0 <= self.encoder_rest <= self.reset_every:
-            raise OptionError(
-                f"training.reset_every={self.reset_every} must be >= 0, training.encoder_rest={self.encoder_rest} "
-                f"from 0 to that"
-            )
+    def check(self) -> None:
+        super().check()
+        if self.encoder_rest > self.reset_every:
+            raise ValueRefused(f"encoder_rest={self.encoder_rest} must be at most reset_every={self.reset_every}")
 
 
 @dataclass(frozen=True)
-class ReContrastConfig:
+class ReContrastConfig(Options):
     """ReContrast's options; the defaults are the published ones for a model for each category of MVTec AD.
 
     Args:
-        preset: "paper" or "reference" (the released code); the two do not differ.
+        preset: "paper" or "reference" (the released code); text and released code do not differ. What the
+            code has besides, for stability and for a model for all categories, is options that the recipes set.
         backbone: any timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
             torchvision's first weights.
         input: published: stretched to 256 pixels, a multiple of 32; its code has mask_resize "bilinear_any".
@@ -118,22 +119,17 @@ class ReContrastConfig:
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=256, crop=None))
     training: ReContrastTraining = field(default_factory=ReContrastTraining)
     encoder_norm: Literal["train", "eval"] = "train"
-    norm_guard: float = 0.0
-    norm_eps: float = 0.0
+    norm_guard: NotNegative = 0.0
+    norm_eps: NotNegative = 0.0
     activation: Literal["relu", "gelu"] = "relu"
     mining: tuple[float, float] = (-3.0, 1.0)
-    mining_ramp: float = 0.1
+    mining_ramp: Share = 0.1
     map: DistanceMapConfig = field(default_factory=DistanceMapConfig)
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
+    def check(self) -> None:
         check_side(self.input.side)
-        if not (0 <= self.norm_guard < math.inf and 0 <= self.norm_eps < math.inf):
-            raise OptionError(f"norm_guard={self.norm_guard} and norm_eps={self.norm_eps} must be >= 0")
         if self.norm_guard and self.encoder_norm == "eval":
             raise OptionError("norm_guard is for a batch's statistics; set encoder_norm=train, or norm_guard=0")
-        if not all(map(math.isfinite, self.mining)) or not 0 <= self.mining_ramp <= 1:
-            raise OptionError(f"mining={self.mining} must be finite, mining_ramp={self.mining_ramp} in [0, 1]")
 
 
 # ------------------------------------------------------------------------------------------------------------ networks

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unianom.backbones import BackboneConfig, CnnBackbone
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     TAPS,
     DistanceMapConfig,
@@ -31,7 +31,7 @@ from unianom.methods.layers.distillation import (
     top_mean,
 )
 from unianom.methods.trained import LOSS, FeatureMaps, TrainedMethod, TrainingBatch, TrainingConfig
-from unianom.serialise import to_plain
+from unianom.options import Options, to_plain
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {"loss": "positions"}, "reference": {"loss": "flattened"}}
 """Where text and released code differ.
@@ -57,7 +57,7 @@ def one_class_training() -> TrainingConfig:
 
 
 @dataclass(frozen=True)
-class RevDistConfig:
+class RevDistConfig(Options):
     """RevDist's options; the defaults are the published ones for a model for each category.
 
     Args:
@@ -71,16 +71,17 @@ class RevDistConfig:
         map: from distances to map and score; published for a model for all categories: mean, box, 0.01.
     """
 
+    presets = PRESETS
+
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=256, crop=None))
     training: TrainingConfig = field(default_factory=one_class_training)
     activation: Literal["relu", "gelu"] = "relu"
-    loss: Literal["positions", "flattened"] | None = None
+    loss: Literal["positions", "flattened"] = "positions"
     map: DistanceMapConfig = field(default_factory=DistanceMapConfig)
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
+    def check(self) -> None:
         check_side(self.input.side)
 
 

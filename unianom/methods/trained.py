@@ -11,21 +11,31 @@ The training pipeline knows a method only through this file, so a training loop 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from unianom.data.synthesis import SynthesisConfig
-from unianom.errors import OptionError
 from unianom.methods.base import Method
-from unianom.serialise import to_plain
+from unianom.options import (
+    AtLeastOne,
+    NotNegative,
+    OpenShare,
+    Options,
+    Positive,
+    PositiveShare,
+    Share,
+    ShareBelowOne,
+    ValueRefused,
+    to_plain,
+)
 
 LOSS = "loss"
 """Key of the total among the losses of `training_loss`."""
@@ -35,7 +45,7 @@ FeatureMaps = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Options):
     """Random flips and turns of training images and their masks, by category.
 
     Args:
@@ -49,14 +59,8 @@ class Augmentation:
     horizontal: tuple[str, ...] = ()
     vertical: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
-    probability: float = 0.3
-    rotation: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise OptionError(f"augmentation.probability={self.probability} must be in [0, 1]")
-        if not 0 <= self.rotation <= 180:
-            raise OptionError(f"augmentation.rotation={self.rotation} must be in [0, 180] degrees")
+    probability: Share = 0.3
+    rotation: Annotated[float, Interval(ge=0, le=180)] = 0.0
 
     @property
     def active(self) -> bool:
@@ -65,7 +69,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Options):
     """Length, batches and optimiser of a training run.
 
     Args:
@@ -80,36 +84,23 @@ class TrainingConfig:
         seed: of initial weights, order of images, dropout, noise and synthetic anomalies.
     """
 
-    epochs: float = 1000
-    iterations: int | None = None
-    batch_size: int = 64
+    epochs: Positive = 1000
+    iterations: AtLeastOne | None = None
+    batch_size: AtLeastOne = 64
     optimiser: Literal["adamw", "adam"] = "adamw"
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    learning_rate: Positive = 1e-4
+    weight_decay: NotNegative = 1e-4
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    eps: Positive = 1e-8
     amsgrad: bool = False
-    decay_at: tuple[float, ...] = (0.8,)
-    decay: float = 0.1
-    clip_norm: float | None = 0.1
+    decay_at: tuple[OpenShare, ...] = (0.8,)
+    decay: PositiveShare = 0.1
+    clip_norm: Positive | None = 0.1
     seed: int = 133
 
-    def __post_init__(self) -> None:
-        # comparisons with NaN are false, so each is put as what must hold
-        if (
-            not 0 < self.epochs < math.inf
-            or self.batch_size < 1
-            or (self.iterations is not None and self.iterations < 1)
-        ):
-            raise OptionError("training: epochs, iterations and batch_size must be positive")
-        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 < self.decay <= 1):
-            raise OptionError("training: learning_rate must be positive, weight_decay >= 0, decay in (0, 1]")
-        if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < math.inf:
-            raise OptionError(f"training.betas={self.betas} must be in [0, 1), eps={self.eps} positive")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise OptionError(f"training.clip_norm={self.clip_norm} must be positive, or null")
-        if not all(0 < share < 1 for share in self.decay_at) or list(self.decay_at) != sorted(self.decay_at):
-            raise OptionError(f"training.decay_at={self.decay_at} must be ascending shares of the run, in (0, 1)")
+    def check(self) -> None:
+        if list(self.decay_at) != sorted(self.decay_at):
+            raise ValueRefused(f"decay_at={self.decay_at} must be in ascending order")
 
     def steps(self, images: int, repeats: int = 1) -> int:
         """Iterations of the whole run on so many training images, each batch of which serves for `repeats` steps."""

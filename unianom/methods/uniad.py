@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from unianom.backbones import BackboneConfig, with_preset_padding
+from unianom.backbones import BackboneConfig, resolve_padding
 from unianom.data.image import InputPolicy
-from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.maps import upsampled_grid
 from unianom.methods.layers.neck import FeatureNeck
 from unianom.methods.layers.reconstruction import (
@@ -34,13 +34,11 @@ from unianom.methods.trained import (
     TrainingConfig,
     initialise_transformer,
 )
-
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "reference": {}}
-"""Text and released code agree but for the padding in EfficientNet-B4, see `unianom.backbones.with_preset_padding`."""
+from unianom.options import AtLeastOne, AtLeastZero, Options
 
 
 @dataclass(frozen=True)
-class UniADConfig:
+class UniADConfig(Options):
     """UniAD's options; the defaults are the published ones.
 
     Args:
@@ -68,16 +66,18 @@ class UniADConfig:
     taps: tuple[int, ...] = (2, 4, 8, 16)
     grid_reduction: int = 16
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    neighbours: int = 7
+    neighbours: AtLeastZero = 7
     masked: tuple[Literal["encoder", "decoder_1", "decoder_2"], ...] = ("encoder", "decoder_1", "decoder_2")
     map_form: Literal["norm", "squared"] = "norm"
     reduce: Literal["max", "mean", "std"] = "max"
-    score_pool: int = 16
+    score_pool: AtLeastOne = 16
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
-        object.__setattr__(self, "backbone", with_preset_padding(self.backbone, self.preset))
-        check_reconstruction_options(self.taps, self.grid_reduction, self.neighbours, self.score_pool, self.input.side)
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return resolve_padding(cls, super().resolve(given))
+
+    def check(self) -> None:
+        check_reconstruction_options(self.taps, self.grid_reduction, self.score_pool, self.input.side)
 
 
 @register_method("uniad")

@@ -6,19 +6,18 @@ took away. Where reconstruction and smoothed map point different ways, on all le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate, mse_loss
 
-from unianom.backbones import BackboneConfig, CnnBackbone, check_taps, with_preset_padding
+from unianom.backbones import BackboneConfig, CnnBackbone, check_taps, resolve_padding
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import in_order, numbered
 from unianom.methods.layers.gated_cnn import MultiGranularityCnn
 from unianom.methods.layers.pixel_decoder import NORM_GROUPS, PixelDecoder
@@ -35,6 +34,7 @@ from unianom.methods.trained import (
     TrainingConfig,
     initialise_transformer,
 )
+from unianom.options import AtLeastOne, AtLeastZero, NotNegative, Options, Positive, Share, ShareBelowOne
 
 PRESETS = {
     "paper": {
@@ -78,7 +78,7 @@ FILTER_SIZE, FILTER_SIGMA = 3, 1.0
 
 
 @dataclass(frozen=True)
-class UniASConfig:
+class UniASConfig(Options):
     """UniAS's options; the defaults are the published ones.
 
     Args:
@@ -108,47 +108,41 @@ class UniASConfig:
         reduce: a map's "max" or standard deviation ("std") is the image score.
     """
 
+    presets = PRESETS
+
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))
     input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=224, crop=None))
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(decay_at=(0.4, 0.8)))
     augmentation: Augmentation = field(default_factory=Augmentation)
     taps: tuple[int, ...] = (2, 4, 8, 16)
-    dim: int = 256
-    heads: int = 4
-    hidden: int = 2048
-    encoder_layers: int = 3
-    dropout: float = 0.1
-    jitter_scale: float = 20.0
-    jitter_probability: float = 0.5
-    sar: Literal["cbam_product", "lincomb", "off"] | None = None
-    neighbours: int | None = None
+    dim: AtLeastOne = 256
+    heads: AtLeastOne = 4
+    hidden: AtLeastOne = 2048
+    encoder_layers: AtLeastOne = 3
+    dropout: ShareBelowOne = 0.1
+    jitter_scale: NotNegative = 20.0
+    jitter_probability: Share = 0.5
+    sar: Literal["cbam_product", "lincomb", "off"] = "cbam_product"
+    neighbours: AtLeastZero = 0
     channel_attention: bool = False
     cnn: Literal["mgg", "mg", "conv3", "none"] = "mgg"
-    head: Literal["deconvolution", "convolutions"] | None = None
-    cos_sign: Literal["distance", "legacy"] | None = None
-    loss_weight: float = 1.0
-    fuse_at: Literal["input", "finest"] | None = None
-    level_blur: bool | None = None
+    head: Literal["deconvolution", "convolutions"] = "deconvolution"
+    cos_sign: Literal["distance", "legacy"] = "distance"
+    loss_weight: Positive = 1.0
+    fuse_at: Literal["input", "finest"] = "input"
+    level_blur: bool = False
     levels: tuple[int, ...] = ()
     reduce: Literal["max", "std"] = "max"
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
-        object.__setattr__(self, "backbone", with_preset_padding(self.backbone, self.preset))
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return resolve_padding(cls, super().resolve(given))
+
+    def check(self) -> None:
         check_taps(self.taps)
-        if min(self.dim, self.heads) < 1 or self.dim % NORM_GROUPS or self.dim % self.heads:
+        if self.dim % NORM_GROUPS or self.dim % self.heads:
             raise OptionError(f"dim={self.dim} must be a multiple of {NORM_GROUPS} and of heads={self.heads}")
-        if self.hidden < 1 or self.encoder_layers < 1:
-            raise OptionError("hidden and encoder_layers must be >= 1")
-        if not 0 <= self.dropout < 1:
-            raise OptionError(f"dropout={self.dropout} must be in [0, 1)")
-        if not 0 <= self.jitter_scale < math.inf or not 0 <= self.jitter_probability <= 1:
-            raise OptionError("jitter_scale must be >= 0 and jitter_probability in [0, 1]")
-        if self.neighbours is not None and self.neighbours < 0:
-            raise OptionError(f"neighbours={self.neighbours} must be >= 0; 0 is for no mask")
-        if not 0 < self.loss_weight < math.inf:
-            raise OptionError(f"loss_weight={self.loss_weight} must be positive")
         if len(set(self.levels)) != len(self.levels) or not all(1 <= n <= len(self.taps) for n in self.levels):
             raise OptionError(f"levels={self.levels} must be distinct numbers from 1 to {len(self.taps)}, one a tap")
 

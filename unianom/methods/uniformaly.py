@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unianom.backbones import BackboneConfig, VitBackbone
-from unianom.data.image import MAX_SIDE, InputPolicy
+from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
@@ -24,10 +24,10 @@ from unianom.methods.base import (
     PatchFeatures,
     mean_distances,
     register_method,
-    resolve_preset,
     with_statistics,
 )
-from unianom.methods.layers.bank import BankConfig
+from unianom.methods.layers.bank import BankConfig, BlurSigma
+from unianom.options import AtLeastOne, Odd, Options, PositiveShare, ShareBelowOne
 
 PRESETS = {
     "paper": {"attention_block": -1, "mask_scope": "image"},
@@ -39,7 +39,7 @@ image). Batch scope makes a score depend on what shares its batch, so only "refe
 
 
 @dataclass(frozen=True)
-class UniFormalyConfig:
+class UniFormalyConfig(Options):
     """UniFormaly's options; the defaults are the published ones.
 
     Args:
@@ -61,6 +61,8 @@ class UniFormalyConfig:
         blur_sigma: Gaussian blur of the anomaly map, in pixels.
     """
 
+    presets = PRESETS
+
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("vit_base_patch8_224.dino"))
     input: InputPolicy = field(default_factory=InputPolicy)
@@ -68,25 +70,14 @@ class UniFormalyConfig:
     blocks: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
     aggregation: Literal["mean", "concat"] = "mean"
     attention: Literal["cls", "rollout"] = "cls"
-    attention_block: int | None = None
+    attention_block: int = -1
     mask: Literal["binary", "soft", "off"] = "binary"
-    mask_kernel: int = 7
-    mask_threshold: float = 0.1
-    mask_scope: Literal["image", "batch"] | None = None
-    neighbours: int = 1
-    k_ratio: float = 0.05
-    blur_sigma: float = 4.0
-
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
-        if self.mask_kernel < 1 or self.mask_kernel % 2 == 0:
-            raise OptionError(f"mask_kernel={self.mask_kernel} must be odd and positive")
-        if not 0 <= self.mask_threshold < 1:
-            raise OptionError(f"mask_threshold={self.mask_threshold} must be in [0, 1)")
-        if not 0 < self.k_ratio <= 1:
-            raise OptionError(f"k_ratio={self.k_ratio} must be in (0, 1]")
-        if self.neighbours < 1 or not 0 <= self.blur_sigma <= MAX_SIDE:
-            raise OptionError(f"neighbours must be >= 1 and blur_sigma >= 0 and <= {MAX_SIDE}")
+    mask_kernel: Odd = 7
+    mask_threshold: ShareBelowOne = 0.1
+    mask_scope: Literal["image", "batch"] = "image"
+    neighbours: AtLeastOne = 1
+    k_ratio: PositiveShare = 0.05
+    blur_sigma: BlurSigma = 4.0
 
 
 @register_method("uniformaly")

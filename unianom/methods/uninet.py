@@ -24,7 +24,7 @@ from torch.nn.functional import (
 from unianom.backbones import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.base import Maps, RawOutputs, register_method, resolve_preset, with_statistics
+from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     OneClassBottleneck,
     PyramidFusion,
@@ -53,7 +53,18 @@ from unianom.methods.trained import (
     TrainingBatch,
     TrainingConfig,
 )
-from unianom.serialise import to_plain
+from unianom.options import (
+    AtLeastOne,
+    AtLeastZero,
+    NotNegative,
+    Odd,
+    OpenShare,
+    Options,
+    Positive,
+    PositiveShare,
+    Share,
+    to_plain,
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -101,23 +112,18 @@ class UniNetTraining(TrainingConfig):
         encoder_learning_rate: of the target teacher.
     """
 
-    epochs: float = 100
-    batch_size: int = 8
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-5
-    decay_at: tuple[float, ...] = ()
-    clip_norm: float | None = None
+    epochs: Positive = 100
+    batch_size: AtLeastOne = 8
+    learning_rate: Positive = 5e-3
+    weight_decay: NotNegative = 1e-5
+    decay_at: tuple[OpenShare, ...] = ()
+    clip_norm: Positive | None = None
     seed: int = 1203
-    encoder_learning_rate: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.encoder_learning_rate < float("inf"):
-            raise OptionError("training.encoder_learning_rate must be >= 0")
+    encoder_learning_rate: NotNegative = 1e-6
 
 
 @dataclass(frozen=True)
-class UniNetConfig:
+class UniNetConfig(Options):
     """UniNet's options; the defaults are the published ones.
 
     Args:
@@ -158,6 +164,9 @@ class UniNetConfig:
     # Measured on magnetic tiles (ResNet-18, 96 pixels, 80 steps, 3 seeds; README): "reference" has the higher AUPRO
     # with every seed, 58.2 against 55.2 on average; image AUROC and pixel AP are within a standard deviation. Compared
     # on test images, for want of a labelled validation split: a choice to be made anew elsewhere.
+    presets = PRESETS
+    derived = ("contrast", "beta")
+
     preset: Literal["paper", "reference"] = "reference"
     task: Literal["anomaly", "classification", "segmentation", "video"] = "anomaly"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
@@ -169,49 +178,36 @@ class UniNetConfig:
     training_sizes: tuple[int, ...] = ()
     encoder_norm: Literal["train", "eval"] = "train"
     bottleneck: Literal["mem", "ocbe"] = "mem"
-    mem_kernel: int | None = None
+    mem_kernel: Odd = 3
     selection: Literal["representative", "all", "none"] = "representative"
-    dfs_theta: Literal["learned", "one"] | None = None
-    stop_gradient: bool | None = None
+    dfs_theta: Literal["learned", "one"] = "one"
+    stop_gradient: bool = False
     similarity_loss: bool = True
     margin_loss: bool = True
-    temperature: float = 2.0
-    margin: float = 1.0
-    balance: float = 0.7
+    temperature: Positive = 2.0
+    margin: Positive = 1.0
+    balance: Share = 0.7
     kd_normal_only: bool = False
-    contrast: Literal["label", "mask", "none"] | None = None
-    supervision: float = 1.0
-    structure_bce: Literal["weighted", "mean"] | None = None
-    similarity_rows: int = 0
+    contrast: Literal["label", "mask", "none"] = "none"
+    supervision: NotNegative = 1.0
+    structure_bce: Literal["weighted", "mean"] = "mean"
+    similarity_rows: AtLeastZero = 0
     decision: Literal["weighted", "literal", "share", "max"] = "weighted"
-    alpha: float = 0.01
-    beta: float | None = None
-    decision_share: float = 0.03
-    score_blur: float | None = None
+    alpha: NotNegative = 0.01
+    beta: Share = 3e-5
+    decision_share: PositiveShare = 0.03
+    score_blur: NotNegative = 4.0
 
-    def __post_init__(self) -> None:
-        resolve_preset(self, PRESETS)
-        if self.contrast is None:
-            object.__setattr__(self, "contrast", "label" if self.task == "classification" else "none")
-        if self.beta is None:
-            object.__setattr__(self, "beta", 0.03 if self.decision == "literal" else 3e-5)
-        assert self.mem_kernel is not None
-        assert self.score_blur is not None
-        if self.mem_kernel < 1 or self.mem_kernel % 2 == 0:
-            raise OptionError(f"mem_kernel={self.mem_kernel} must be odd")
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        values = super().resolve(given)
+        values.setdefault("contrast", "label" if values.get("task") == "classification" else "none")
+        values.setdefault("beta", 0.03 if values.get("decision") == "literal" else 3e-5)
+        return values
+
+    def check(self) -> None:
         if any(size < 32 or size % 32 for size in (self.input.side, *self.training_sizes)):
             raise OptionError(f"input.size={self.input.side} and training_sizes={self.training_sizes}: multiples of 32")
-        if not (0 < self.temperature < float("inf") and 0 < self.margin < float("inf")):
-            raise OptionError(f"temperature={self.temperature} and margin={self.margin} must be positive")
-        if not 0 <= self.balance <= 1 or not 0 <= self.supervision < float("inf"):
-            raise OptionError(f"balance={self.balance} must be in [0, 1], supervision={self.supervision} >= 0")
-        assert self.beta is not None
-        if not (0 <= self.alpha < float("inf") and 0 <= self.beta <= 1 and 0 < self.decision_share <= 1):
-            raise OptionError("alpha must be >= 0, beta in [0, 1], decision_share in (0, 1]")
-        if not 0 <= self.score_blur < float("inf"):
-            raise OptionError(f"score_blur={self.score_blur} must be >= 0")
-        if self.similarity_rows < 0:
-            raise OptionError(f"similarity_rows={self.similarity_rows} must be >= 0")
         labelled = self.task in ("classification", "segmentation")
         if (self.contrast != "none" or self.kd_normal_only) and not labelled:
             raise OptionError(f"contrast and kd_normal_only need labels; task={self.task} learns from normal images")

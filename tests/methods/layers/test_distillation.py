@@ -383,5 +383,5 @@ def test_top_mean(share, largest):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_impossible_shares_are_refused(share):
-    with pytest.raises(OptionError, match=r"map\.score_share"):
+    with pytest.raises(OptionError, match=r"score_share"):
         DistanceMapConfig(score_share=share)

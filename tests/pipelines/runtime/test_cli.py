@@ -25,7 +25,7 @@ from unianom import files
 from unianom.data.layouts import LAYOUTS, make_options
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import METHODS
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 
 @dataclass(frozen=True)

@@ -529,7 +529,7 @@ def test_the_model_server_takes_base64_and_gives_maps(fresh):
 
 
 def test_the_pinned_packages_cover_what_the_logged_code_imports(fresh):
-    distributions = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml"}
+    distributions = {"PIL": "pillow", "faiss": "faiss-cpu", "yaml": "pyyaml", "annotated_types": "annotated-types"}
     needed = {distributions.get(name, name) for name in fresh[2]["imports"]} - {"unianom"}
     pinned = {pin.split("==")[0].replace("faiss-gpu", "faiss-cpu") for pin in pinned_requirements()}
     assert needed <= pinned

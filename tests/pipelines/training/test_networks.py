@@ -46,7 +46,7 @@ from unianom.methods.trained import Augmentation, TrainedMethod, TrainingBatch, 
 from unianom.methods.uniad import UniAD, UniADConfig
 from unianom.methods.unias import UniAS
 from unianom.methods.uninet import UniNetTraining
-from unianom.serialise import flatten, to_plain
+from unianom.options import flatten, to_plain
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -37,7 +37,7 @@ from unianom.data.drawing import draw_sample
 from unianom.errors import DataError, OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, Maps, MemoryMethod, Method
-from unianom.serialise import with_values
+from unianom.options import with_values
 
 EVERYTHING = {
     "image_auroc": 1.0,

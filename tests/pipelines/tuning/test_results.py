@@ -45,7 +45,7 @@ from unianom.methods.layers.bank import BankConfig
 from unianom.methods.patchcore import PatchCoreConfig
 from unianom.methods.uniformaly import UniFormalyConfig
 from unianom.methods.uninet import UniNetConfig
-from unianom.serialise import from_plain, merged, to_plain, with_values
+from unianom.options import from_plain, merged, to_plain, with_values
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ from unianom.memory.coreset import random_projection
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.layers.bank import BankConfig
 from unianom.methods.uniformaly import UniFormaly, UniFormalyConfig
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 sharp_vit = methods.sharp_vit
 """The fixture of that name."""

@@ -41,7 +41,7 @@ from unianom.calibration import CalibrationConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods.trained import TrainingConfig
-from unianom.serialise import to_plain
+from unianom.options import to_plain
 
 REPOSITORY = Path(__file__).parents[3]
 

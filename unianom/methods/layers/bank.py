@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from unianom.errors import OptionError
+from annotated_types import Interval
+
+from unianom.data.image import MAX_SIDE
 from unianom.memory.index import DEFAULT_NPROBE
+from unianom.options import AtLeastOne, AtLeastZero, Options, PositiveShare, ValueRefused
+
+BlurSigma = Annotated[float, Interval(ge=0, le=MAX_SIDE)]
+"""Standard deviation of a Gaussian blur of an anomaly map, in pixels."""
 
 
 @dataclass(frozen=True)
-class BankConfig:
+class BankConfig(Options):
     """How normal patches become a memory bank.
 
     Args:
@@ -24,19 +30,15 @@ class BankConfig:
         shards: parts of the bank; the search result does not depend on it.
     """
 
-    coreset_ratio: float = 0.1
-    projection: int = 128
-    start_points: int = 10
+    coreset_ratio: PositiveShare = 0.1
+    projection: AtLeastZero = 128
+    start_points: AtLeastOne = 10
     seed: int = 0
     index: Literal["flat", "ivf_flat"] = "flat"
-    nlist: int | None = None
-    nprobe: int = DEFAULT_NPROBE
-    shards: int = 1
+    nlist: AtLeastOne | None = None
+    nprobe: AtLeastOne = DEFAULT_NPROBE
+    shards: AtLeastOne = 1
 
-    def __post_init__(self) -> None:
-        if not 0 < self.coreset_ratio <= 1:
-            raise OptionError(f"bank.coreset_ratio={self.coreset_ratio} must be in (0, 1]")
-        if self.projection < 0 or self.start_points < 1 or self.shards < 1:
-            raise OptionError("bank: projection must be >= 0, start_points and shards >= 1")
-        if self.nprobe < 1 or (self.nlist is not None and self.nlist < self.nprobe):
-            raise OptionError(f"bank: need 1 <= nprobe <= nlist, got nprobe={self.nprobe} and nlist={self.nlist}")
+    def check(self) -> None:
+        if self.nlist is not None and self.nlist < self.nprobe:
+            raise ValueRefused(f"nprobe={self.nprobe} must be at most nlist={self.nlist}")

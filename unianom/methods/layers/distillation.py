@@ -21,6 +21,7 @@ from unianom.backbones import BackboneConfig, CnnBackbone
 from unianom.errors import OptionError, WeightsError
 from unianom.methods.layers.maps import gaussian_blur
 from unianom.methods.layers.smoothing import gaussian_filter
+from unianom.options import Options, Share
 
 TAPS = (4, 8, 16)
 """Reductions of layer1, layer2 and layer3 of a ResNet."""
@@ -312,7 +313,7 @@ def upsampled(maps: Sequence[Tensor], side: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DistanceMapConfig:
+class DistanceMapConfig(Options):
     """From the distances of all levels to one anomaly map and an image score.
 
     Args:
@@ -324,11 +325,7 @@ class DistanceMapConfig:
 
     fuse: Literal["sum", "mean"] = "sum"
     blur: Literal["gaussian", "box", "none"] = "gaussian"
-    score_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.score_share <= 1:
-            raise OptionError(f"map.score_share={self.score_share} must be in [0, 1]")
+    score_share: Share = 0.0
 
 
 def fused_map(distances: Sequence[Tensor], config: DistanceMapConfig, side: int) -> tuple[Tensor, Tensor]:

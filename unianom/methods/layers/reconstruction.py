@@ -5,7 +5,6 @@ Features are B×C×h×w, tokens B×N×D with N = h·w, row-major.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,10 +15,11 @@ from torch.nn.functional import avg_pool2d, interpolate
 from unianom.backbones import check_taps
 from unianom.errors import OptionError
 from unianom.methods.layers.tokens import AttentionBlock, FeedForward, LearnedPosition, feature_jitter, neighbour_mask
+from unianom.options import AtLeastOne, NotNegative, Options, Share, ShareBelowOne, ValueRefused
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Options):
     """Size and regularisation of a reconstruction transformer; the defaults are the published ones.
 
     Args:
@@ -32,29 +32,21 @@ class TransformerConfig:
         jitter_probability: share of training steps that have this noise.
     """
 
-    dim: int = 256
-    heads: int = 8
-    hidden: int = 1024
-    encoder_layers: int = 4
-    decoder_layers: int = 4
-    dropout: float = 0.1
-    jitter_scale: float = 20.0
-    jitter_probability: float = 1.0
+    dim: AtLeastOne = 256
+    heads: AtLeastOne = 8
+    hidden: AtLeastOne = 1024
+    encoder_layers: AtLeastOne = 4
+    decoder_layers: AtLeastOne = 4
+    dropout: ShareBelowOne = 0.1
+    jitter_scale: NotNegative = 20.0
+    jitter_probability: Share = 1.0
 
-    def __post_init__(self) -> None:
-        if min(self.dim, self.heads, self.hidden, self.encoder_layers, self.decoder_layers) < 1:
-            raise OptionError("transformer: dim, heads, hidden, encoder_layers and decoder_layers must be >= 1")
+    def check(self) -> None:
         if self.dim % self.heads or self.dim % 2:
-            raise OptionError(f"transformer.dim={self.dim} must be even and a multiple of heads={self.heads}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.jitter_probability <= 1:
-            raise OptionError("transformer: dropout must be in [0, 1), jitter_probability in [0, 1]")
-        if not 0 <= self.jitter_scale < math.inf:
-            raise OptionError(f"transformer.jitter_scale={self.jitter_scale} must be >= 0")
+            raise ValueRefused(f"dim={self.dim} must be even and a multiple of heads={self.heads}")
 
 
-def check_reconstruction_options(
-    taps: Sequence[int], grid_reduction: int, neighbours: int, score_pool: int, side: int
-) -> None:
+def check_reconstruction_options(taps: Sequence[int], grid_reduction: int, score_pool: int, side: int) -> None:
     """Refuse what no neck, mask or image score can be made of; for the configs that have these options.
 
     Raises:
@@ -63,10 +55,8 @@ def check_reconstruction_options(
     check_taps(taps)
     if grid_reduction not in taps:
         raise OptionError(f"grid_reduction={grid_reduction} must be one of taps={tuple(taps)}")
-    if neighbours < 0:
-        raise OptionError(f"neighbours={neighbours} must be >= 0; 0 is for no mask")
-    if not 1 <= score_pool <= side:
-        raise OptionError(f"score_pool={score_pool} must be between 1 and the input's {side} pixels")
+    if score_pool > side:
+        raise OptionError(f"score_pool={score_pool} must be at most the input's {side} pixels")
 
 
 def grid_mask(grid: tuple[int, int], neighbours: int) -> Tensor | None:

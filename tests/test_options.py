@@ -6,7 +6,7 @@ import yaml
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.methods import METHODS
-from unianom.serialise import flatten, from_plain, to_plain
+from unianom.options import flatten, from_plain, to_plain
 
 
 @dataclass(frozen=True)
