@@ -13,14 +13,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from unianom.backbones import (
-    BackboneConfig,
-    CnnBackbone,
-    VitBackbone,
-    read_state,
-    weight_statistics,
-    with_padding_of_old,
-)
+from unianom.backbones import CnnBackbone, VitBackbone, read_state, weight_statistics
+from unianom.configs.backbone import BackboneConfig, with_padding_of_old
 from unianom.errors import OptionError, WeightsError
 from unianom.methods import METHODS
 from unianom.options import from_plain, to_plain
@@ -331,9 +325,9 @@ def test_a_frozen_encoder_stays_frozen_and_a_trainable_one_trains():
 # ---------------------------------------------------------------------------------------------------- wrong options
 def test_wrong_names_are_refused():
     with pytest.raises(OptionError, match=r"no such model; near: .*resnet"):
-        BackboneConfig("resnet18x")
+        CnnBackbone(BackboneConfig("resnet18x", "random"), (4,))
     with pytest.raises(OptionError, match=r"nonsense.*resnet18\.tv_in1k"):
-        BackboneConfig("resnet18.nonsense")
+        CnnBackbone(BackboneConfig("resnet18.nonsense", "random"), (4,))
     with pytest.raises(OptionError, match="bogus"):
         CnnBackbone(BackboneConfig("resnet10t", "random", {"bogus": 1}), (4,))
 

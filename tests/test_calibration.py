@@ -13,16 +13,8 @@ from torch import nn
 from tests.methods.conftest import TINY, random_images, tiny_method
 from tests.test_model import pictures
 from unianom import files
-from unianom.calibration import (
-    ArrayRows,
-    CalibrationConfig,
-    Calibrator,
-    HeadConfig,
-    HeadTrainer,
-    MapStatistics,
-    fit_calibrator,
-    make_head,
-)
+from unianom.calibration import ArrayRows, Calibrator, HeadTrainer, MapStatistics, fit_calibrator, make_head
+from unianom.configs.calibration import CalibrationConfig, HeadConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.methods.base import Inspection
 from unianom.methods.revdist import RevDist

@@ -20,11 +20,12 @@ from PIL import Image
 import unianom
 from tests.methods.conftest import INPUT, SIDE, TINY, fit, tiny_method
 from unianom import files
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.patchcore import PatchCoreConfig
 from unianom.data.image import ImageLimits, spread_bits
 from unianom.errors import ImageError, ModelError, OptionError
 from unianom.methods import METHODS, Method, Prediction
-from unianom.methods.patchcore import PatchCore, PatchCoreConfig
+from unianom.methods.patchcore import PatchCore
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import ImageResult, Model, is_model, load, local_copy
 from unianom.thresholds import Threshold

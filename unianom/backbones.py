@@ -10,9 +10,8 @@ import copy
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
@@ -24,8 +23,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from unianom import files
+from unianom.configs.backbone import BackboneConfig, check_taps
 from unianom.errors import OptionError, WeightsError
-from unianom.options import ADDED_LATER, AtLeastZero, Options
 
 THREE_WAYS = (
     "weights take 'pretrained' (downloaded by timm), a file or URI (.safetensors, .pth, .pt), "
@@ -35,82 +34,6 @@ THREE_WAYS = (
 
 VIT_MODULES = ("vision_transformer", "deit")
 """timm's modules of plain vision transformers."""
-
-
-@dataclass(frozen=True)
-class BackboneConfig(Options):
-    """Which encoder, and its weights.
-
-    Args:
-        name: timm model, with its weights tag where it matters (e.g. "wide_resnet50_2.tv_in1k").
-        weights: "pretrained", a file or URI, or "random". Nothing is substituted for missing weights.
-        options: further arguments of `timm.create_model` (e.g. {"pad_type": "same"}).
-        random_seed: seed of "random" weights.
-        precision: "fp32", or autocast to "bf16" or "fp16" in the forward pass.
-        channels_last: memory format of images and convolutions; faster for convolutions on GPUs.
-        compile: run the encoder through torch.compile.
-        padding_side: side in pixels of the input for which "same" padding (timm's tf_ models) is computed once, layer
-            by layer, and kept for any other input, as PyTorch ports of EfficientNet do; 0 computes it for the input at
-            hand, as TensorFlow does; null is 0, unless the method's preset says otherwise.
-    """
-
-    name: str
-    weights: str = "pretrained"
-    options: dict[str, Any] = field(default_factory=dict)
-    random_seed: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    padding_side: AtLeastZero | None = field(default=None, metadata=ADDED_LATER)
-
-    def check(self) -> None:
-        if not timm.is_model(self.name):
-            near = timm.list_models(f"*{self.name.split('.')[0][:6]}*")[:5]
-            raise OptionError(f"backbone.name={self.name}: timm has no such model; near: {', '.join(near) or 'none'}")
-        try:
-            timm.get_pretrained_cfg(self.name)
-        except RuntimeError as error:
-            known = timm.list_models(f"{self.name.split('.')[0]}.*", pretrained=True)
-            raise OptionError(f"backbone.name={self.name}: {error} Known: {', '.join(known) or 'none'}") from error
-
-
-RELEASED_PADDING_SIDE = 380
-"""Side of the input that EfficientNet-B4 was published for. The released code of UniAD, UniAS and OneNIP computes
-"same" padding for it, whatever the input."""
-
-
-def resolve_padding(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a method's config with the padding of the released code in its backbone, where the preset is
-    "reference", the backbone the EfficientNet-B4 of that code, and nothing else is said.
-
-    Args:
-        cls: config class with the options `preset` and `backbone`.
-        given: values it is to be made of.
-    """
-    fields = cls.__dataclass_fields__
-    config = given["backbone"] if "backbone" in given else fields["backbone"].default_factory()
-    if given.get("preset", fields["preset"].default) != "reference" or config.padding_side is not None:
-        return given
-    if not _is_released(config.name):
-        return given
-    return {**given, "backbone": replace(config, padding_side=RELEASED_PADDING_SIDE)}
-
-
-def with_padding_of_old(config: dict[str, Any]) -> dict[str, Any]:
-    """A method's plain config as it was meant before there was `padding_side`, for models that were saved then."""
-    backbone = config.get("backbone")
-    if (
-        config.get("preset") == "reference"
-        and isinstance(backbone, dict)
-        and "padding_side" not in backbone
-        and _is_released(str(backbone.get("name")))
-    ):
-        return {**config, "backbone": {**backbone, "padding_side": 0}}
-    return config
-
-
-def _is_released(name: str) -> bool:
-    return name.split(".")[0] == "tf_efficientnet_b4"
 
 
 class FixedSameConv2d(nn.Conv2d):
@@ -171,8 +94,25 @@ def fix_padding(network: nn.Module, side: int, name: str) -> None:
         setattr(holder, last, FixedSameConv2d(getattr(holder, last), padding))
 
 
+def check_name(config: BackboneConfig) -> None:
+    """Refuse a backbone that timm does not know.
+
+    Raises:
+        OptionError: no such model, or no such weights of it; names some that are near.
+    """
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('.')[0][:6]}*")[:5]
+        raise OptionError(f"backbone.name={config.name}: timm has no such model; near: {', '.join(near) or 'none'}")
+    try:
+        timm.get_pretrained_cfg(config.name)
+    except RuntimeError as error:
+        known = timm.list_models(f"{config.name.split('.')[0]}.*", pretrained=True)
+        raise OptionError(f"backbone.name={config.name}: {error} Known: {', '.join(known) or 'none'}") from error
+
+
 def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the images that timm names for this model's weights."""
+    check_name(config)
     settings = timm.get_pretrained_cfg(config.name)
     if settings is None:
         raise OptionError(f"timm names no mean and std for {config.name}; set input.mean and input.std")
@@ -227,6 +167,7 @@ def state_faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> s
 
 def _make(config: BackboneConfig, pretrained: bool, arguments: dict[str, Any]) -> Any:
     """The timm model, with random weights unless `pretrained`."""
+    check_name(config)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.random_seed)
@@ -435,19 +376,6 @@ def _roll_out(rolled: Tensor | None, weights: Tensor) -> Tensor:
     """One step of attention rollout (Abnar and Zuidema 2020): half attention, half identity, after the others."""
     mixed = 0.5 * weights + 0.5 * torch.eye(weights.shape[-1], device=weights.device)
     return mixed if rolled is None else mixed @ rolled
-
-
-def check_taps(taps: Sequence[int]) -> None:
-    """Refuse taps that cannot be those of any pyramid.
-
-    Raises:
-        OptionError: none, or not positive, distinct and ascending.
-    """
-    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1:
-        raise OptionError(
-            f"taps={tuple(taps)} must be reductions of feature maps (their strides), distinct and ascending, "
-            f"such as (4, 8, 16)"
-        )
 
 
 def _feature_indices(config: BackboneConfig, taps: Sequence[int]) -> tuple[int, ...]:

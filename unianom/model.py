@@ -23,8 +23,10 @@ import torch
 from PIL import Image, ImageOps
 
 from unianom import files
-from unianom.backbones import state_faults, with_padding_of_old
-from unianom.calibration import Calibration, CalibrationConfig, Calibrator
+from unianom.backbones import state_faults
+from unianom.calibration import Calibration, Calibrator
+from unianom.configs.backbone import with_padding_of_old
+from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits, check_bits, decode_image, prepare_image, spread_bits
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, ModelError, OptionError, UnianomError, image_error, storage_error

@@ -22,7 +22,8 @@ from timm.models import is_model_in_modules
 
 from pipelines.runtime.actors import set_threads
 from pipelines.runtime.models import load_model
-from unianom.backbones import VIT_MODULES, BackboneConfig
+from unianom.backbones import VIT_MODULES
+from unianom.configs.backbone import BackboneConfig
 from unianom.errors import DataError
 from unianom.model import Model
 

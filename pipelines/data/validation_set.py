@@ -21,19 +21,12 @@ import torch
 from pipelines.data.reader import decode_row
 from pipelines.runtime import outputs
 from unianom import __version__, files
+from unianom.configs.synthesis import SynthesisConfig
 from unianom.data.image import ImageLimits, InputPolicy, decode_mask, prepare_mask
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
-from unianom.data.synthesis import (
-    SynthesisConfig,
-    Synthesiser,
-    Synthetic,
-    TextureSource,
-    cutpaste_patch,
-    cutpaste_scar,
-    shade,
-)
+from unianom.data.synthesis import Synthesiser, Synthetic, TextureSource, cutpaste_patch, cutpaste_scar, shade
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
 from unianom.metrics.curves import auroc, average_precision, operating_points

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from unianom.methods.trained import Augmentation
+from unianom.configs.training import Augmentation
 
 
 def flip_and_turn(

@@ -31,7 +31,8 @@ from pipelines.runtime.models import ModelSet, load_model, write_index
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import TrackingOptions, scope, track
 from unianom import __version__, files
-from unianom.calibration import CalibrationConfig, Calibrator, HeadTrainer, MapStatistics
+from unianom.calibration import Calibrator, HeadTrainer, MapStatistics
+from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet

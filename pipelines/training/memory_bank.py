@@ -28,6 +28,7 @@ from pipelines.training.options import WORK, FitOptions, FitResult
 from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
 from pipelines.training.threshold import held_out_threshold
 from unianom import files
+from unianom.configs.bank import BankConfig
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
@@ -36,7 +37,6 @@ from unianom.memory.coreset import greedy_coreset, random_projection
 from unianom.memory.index import MemoryBank
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.layers.bank import BankConfig
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 

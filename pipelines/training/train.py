@@ -15,7 +15,7 @@ from pipelines.training.network_options import TrainingOptions
 from pipelines.training.options import FitOptions, FitResult
 from pipelines.training.per_category import open_models
 from unianom import files
-from unianom.calibration import CalibrationConfig
+from unianom.configs.calibration import CalibrationConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
 from unianom.methods import METHODS, MemoryMethod

@@ -9,11 +9,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from unianom.configs.synthesis import SynthesisConfig
 from unianom.data.image import ImageLimits, decode_mask, decode_prepared, prepare_mask
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
-from unianom.data.synthesis import SynthesisConfig, Synthesiser
+from unianom.data.synthesis import Synthesiser
 from unianom.data.tensors import normalise
 from unianom.methods import Method
 from unianom.metrics.image import image_metrics

@@ -23,7 +23,8 @@ from pipelines.training.calibrate import CalibrateOptions, EmbeddingCache, HeadA
 from pipelines.tuning.objective import RAW_OUTPUTS, load_readings, save_readings
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
-from unianom.calibration import CalibrationConfig, Calibrator
+from unianom.calibration import Calibrator
+from unianom.configs.calibration import CalibrationConfig
 from unianom.errors import DataError
 from unianom.methods import Inspection, Maps
 from unianom.methods.layers.distillation import top_mean

@@ -27,7 +27,7 @@ from unianom import __version__, files, visual
 from unianom.data.schema import NORMAL
 from unianom.data.splits import hash_order
 from unianom.methods import METHODS
-from unianom.options import from_plain, merged, to_plain
+from unianom.options import from_plain, merged, open_options, to_plain
 from unianom.thresholds import fit_threshold, normals_needed
 
 RESULT, RECIPE = "campaign.json", "best.yaml"
@@ -291,7 +291,10 @@ def told_options(config: Any) -> dict[str, Any]:
     a preset or another option would fill in otherwise."""
     cls = type(config)
     plain = to_plain(config)
-    unsaid = {field.name: to_plain(_default_of(field)) for field in dataclasses.fields(cls)}
+    unsaid = {
+        field.name: None if field.name in open_options(cls) else to_plain(_default_of(field))
+        for field in dataclasses.fields(cls)
+    }
     told = difference(to_plain(cls()), plain)
     while missing := difference(to_plain(from_plain(cls, merged(unsaid, told))), plain):
         told = merged(told, missing)

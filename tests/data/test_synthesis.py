@@ -11,11 +11,11 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import ColorJitter, functional
 
+from unianom.configs.synthesis import SynthesisConfig
 from unianom.data import synthesis
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.synthesis import (
     AUGMENTERS,
-    SynthesisConfig,
     Synthesiser,
     TextureSource,
     augment,

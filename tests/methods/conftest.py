@@ -14,20 +14,20 @@ import timm
 import torch
 from torch import Tensor
 
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.onenip import OneNIPConfig
+from unianom.configs.patchcore import PatchCoreConfig
+from unianom.configs.recontrast import ReContrastConfig
+from unianom.configs.revdist import RevDistConfig
+from unianom.configs.transformer import TransformerConfig
+from unianom.configs.uniad import UniADConfig
+from unianom.configs.unias import UniASConfig
+from unianom.configs.uniformaly import UniFormalyConfig
+from unianom.configs.uninet import UniNetConfig
 from unianom.data.image import InputPolicy
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method
-from unianom.methods.layers.reconstruction import TransformerConfig
-from unianom.methods.onenip import OneNIPConfig
-from unianom.methods.patchcore import PatchCoreConfig
-from unianom.methods.recontrast import ReContrastConfig
-from unianom.methods.revdist import RevDistConfig
 from unianom.methods.trained import TrainedMethod, TrainingBatch
-from unianom.methods.uniad import UniADConfig
-from unianom.methods.unias import UniASConfig
-from unianom.methods.uniformaly import UniFormalyConfig
-from unianom.methods.uninet import UniNetConfig
 
 SIDE = 64
 INPUT = InputPolicy(resize="stretch", size=SIDE, crop=None)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.ndimage import correlate, gaussian_filter
 
 from tests.methods.plain_reconstruction import Array, enlarged
-from unianom.methods.layers.distillation import DistanceMapConfig
+from unianom.configs.distance_map import DistanceMapConfig
 
 
 def distance(one: Array, other: Array) -> float:

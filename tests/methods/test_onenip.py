@@ -13,13 +13,16 @@ import yaml
 
 from tests.methods.conftest import RECONSTRUCTION, SIDE, random_images, training_batch
 from tests.methods.plain_reconstruction import Plain, enlarged, largest_window_mean, shaken
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.onenip import OneNIPConfig
+from unianom.configs.synthesis import SynthesisConfig
+from unianom.configs.training import TrainingConfig
+from unianom.configs.uniad import UniADConfig
 from unianom.data.image import InputPolicy
-from unianom.data.synthesis import SynthesisConfig
 from unianom.errors import DataError, ModelError, OptionError
-from unianom.methods.onenip import OneNIP, OneNIPConfig, dice_loss
-from unianom.methods.trained import TrainingBatch, TrainingConfig
-from unianom.methods.uniad import UniAD, UniADConfig
+from unianom.methods.onenip import OneNIP, dice_loss
+from unianom.methods.trained import TrainingBatch
+from unianom.methods.uniad import UniAD
 from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from tests.methods.conftest import INPUT, SIDE, random_images
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.patchcore import PatchCoreConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import MaskedPatches
-from unianom.methods.patchcore import PatchCore, PatchCoreConfig
+from unianom.methods.patchcore import PatchCore
 
 Array = NDArray[np.float64]
 

@@ -14,17 +14,13 @@ from torch import Tensor, nn
 from tests.methods.conftest import INPUT, SIDE, random_images, training_batch
 from tests.methods.plain_distillation import distance, map_and_score, position_distances
 from tests.methods.plain_reconstruction import shaken
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.distance_map import DistanceMapConfig
+from unianom.configs.recontrast import ReContrastConfig, ReContrastTraining
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.layers.distillation import DistanceMapConfig, distance_map, flattened_distance
-from unianom.methods.recontrast import (
-    GuardedBatchNorm,
-    ReContrast,
-    ReContrastConfig,
-    ReContrastTraining,
-    mined_distance,
-)
+from unianom.methods.layers.distillation import distance_map, flattened_distance
+from unianom.methods.recontrast import GuardedBatchNorm, ReContrast, mined_distance
 from unianom.methods.trained import TrainingBatch
 from unianom.model import Model, load
 from unianom.options import from_plain

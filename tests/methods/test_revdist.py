@@ -14,12 +14,14 @@ from torch import nn
 from tests.methods.conftest import INPUT, SIDE, random_images, tiny_method, training_batch
 from tests.methods.plain_distillation import distance, map_and_score, position_distances
 from tests.methods.plain_reconstruction import shaken
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.distance_map import DistanceMapConfig
+from unianom.configs.revdist import RevDistConfig
+from unianom.configs.training import TrainingConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.layers.distillation import DistanceMapConfig
-from unianom.methods.revdist import RevDist, RevDistConfig
-from unianom.methods.trained import TrainingBatch, TrainingConfig
+from unianom.methods.revdist import RevDist
+from unianom.methods.trained import TrainingBatch
 from unianom.model import Model, load
 from unianom.options import from_plain
 

@@ -11,16 +11,10 @@ import torch
 from torch import nn
 
 from tests.methods.conftest import TINY, random_images
+from unianom.configs.training import Augmentation, TrainingConfig
 from unianom.errors import OptionError
 from unianom.methods import METHODS
-from unianom.methods.trained import (
-    Augmentation,
-    BatchSpec,
-    TrainedMethod,
-    TrainingBatch,
-    TrainingConfig,
-    initialise_transformer,
-)
+from unianom.methods.trained import BatchSpec, TrainedMethod, TrainingBatch, initialise_transformer
 
 # ---- batches ------------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,14 @@ import yaml
 
 from tests.methods.conftest import RECONSTRUCTION, SIDE, random_images, training_batch
 from tests.methods.plain_reconstruction import Plain, enlarged, largest_window_mean, shaken
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.training import TrainingConfig
+from unianom.configs.transformer import TransformerConfig
+from unianom.configs.uniad import UniADConfig
 from unianom.errors import OptionError
-from unianom.methods.layers.reconstruction import TransformerConfig, pooled_maximum
-from unianom.methods.trained import TrainingBatch, TrainingConfig
-from unianom.methods.uniad import UniAD, UniADConfig
+from unianom.methods.layers.reconstruction import pooled_maximum
+from unianom.methods.trained import TrainingBatch
+from unianom.methods.uniad import UniAD
 from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"

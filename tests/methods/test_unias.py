@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d
 
 from tests.methods.conftest import TINY, random_images
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.training import Augmentation, TrainingConfig
+from unianom.configs.unias import UniASConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
-from unianom.methods.trained import Augmentation, TrainingBatch, TrainingConfig
-from unianom.methods.unias import UniAS, UniASConfig, reconstruction_terms
+from unianom.methods.trained import TrainingBatch
+from unianom.methods.unias import UniAS, reconstruction_terms
 from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"

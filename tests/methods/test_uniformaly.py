@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 
 from tests.methods.conftest import INPUT, SIDE, VIT, VIT_OPTIONS, random_images
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.uniformaly import PRESETS, UniFormalyConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import MaskedPatches
-from unianom.methods.uniformaly import PRESETS, UniFormaly, UniFormalyConfig
+from unianom.methods.uniformaly import UniFormaly
 
 Array = NDArray[np.float64]
 

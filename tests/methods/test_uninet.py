@@ -16,21 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.methods.conftest import INPUT, SIDE, TINY, random_images
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.training import Augmentation
+from unianom.configs.uninet import PRESETS, UniNetConfig, UniNetTraining
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.methods.layers.distillation import residual_plan
 from unianom.methods.layers.folding import fold_batch_norm
 from unianom.methods.layers.similarity import log_similarity
-from unianom.methods.trained import Augmentation, TrainingBatch
+from unianom.methods.trained import TrainingBatch
 from unianom.methods.uninet import (
-    PRESETS,
     FeatureSelection,
     MemBottleneck,
     MultiScaleEmbedding,
     UniNet,
-    UniNetConfig,
-    UniNetTraining,
     decision_weights,
     largest_mean,
     similarity_losses,

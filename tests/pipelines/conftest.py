@@ -29,11 +29,11 @@ from pipelines.training import driver, worker
 from pipelines.training.job import Job
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train, train_options
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.bank import BankConfig
+from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
-from unianom.methods.layers.bank import BankConfig
-from unianom.methods.uniformaly import UniFormalyConfig
 
 MODULES = tuple(
     importlib.import_module(found.name)

@@ -27,10 +27,10 @@ from pipelines.runtime.actors import RuntimeOptions
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training, without_ray
+from unianom.configs.bank import BankConfig
 from unianom.data.image import decode_map
 from unianom.data.shards import ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, OptionError
-from unianom.methods.layers.bank import BankConfig
 from unianom.metrics.image import image_metrics
 
 REPOSITORY = Path(__file__).parents[2]

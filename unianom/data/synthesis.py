@@ -18,10 +18,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from unianom.configs.synthesis import SynthesisConfig
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.layouts.base import Source
 from unianom.errors import DataError, ImageError, OptionError
-from unianom.options import AtLeastZero, Options, Share
 
 MIN_SIDE = 32
 """Pixels of the smallest image: it holds the finest Perlin grid, and any scar."""
@@ -33,22 +33,6 @@ _TILES = 8  # per side, of a self-texture
 
 # One for all sources, so that a source can be pickled; it is never held while a file is read.
 _cache_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class SynthesisConfig(Options):
-    """How pseudo-anomalous copies of normal images are made.
-
-    Args:
-        cutpaste_share: share of copies from the CutPaste family; the rest are of the DRAEM family.
-        textures: folder or URI of texture images (published: DTD) for the DRAEM family; null takes the corpus' own
-            images, augmented and shuffled.
-        empty_retries: how often a Perlin mask without any pixel is drawn again; 0 keeps it, the copy is then normal.
-    """
-
-    cutpaste_share: Share = 0.5
-    textures: str | None = None
-    empty_retries: AtLeastZero = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unianom.backbones import weight_statistics
+from unianom.configs import CONFIGS
 from unianom.data.image import InputPolicy
 from unianom.errors import ModelError, OptionError
 from unianom.memory.index import MemoryBank
@@ -340,6 +341,7 @@ def register_method(name: str) -> Callable[[M], M]:
             raise ValueError(f"two methods are named {name}")
         cls.name = name
         METHODS[name] = cls
+        CONFIGS.setdefault(name, cls.Config)
         return cls
 
     return register

@@ -7,21 +7,18 @@ It has learned to do so for normal images only; where a level and its copy point
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unianom.backbones import BackboneConfig, CnnBackbone
-from unianom.data.image import InputPolicy
+from unianom.backbones import CnnBackbone
+from unianom.configs.revdist import RevDistConfig
 from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     TAPS,
-    DistanceMapConfig,
     OneClassBottleneck,
     ReverseDecoder,
-    check_side,
     distance_map,
     flattened_distance,
     fused_map,
@@ -30,59 +27,8 @@ from unianom.methods.layers.distillation import (
     residual_plan,
     top_mean,
 )
-from unianom.methods.trained import LOSS, FeatureMaps, TrainedMethod, TrainingBatch, TrainingConfig
-from unianom.options import Options, to_plain
-
-PRESETS: dict[str, dict[str, Any]] = {"paper": {"loss": "positions"}, "reference": {"loss": "flattened"}}
-"""Where text and released code differ.
-
-- loss: the text averages distances over the positions of a level (eqs. 1 and 2); the code takes a whole level of an
-  image for one vector, as ReContrast and CADA say of it, too.
-"""
-
-
-def one_class_training() -> TrainingConfig:
-    """The published training of a model for each category."""
-    return TrainingConfig(
-        epochs=200,
-        batch_size=16,
-        optimiser="adam",
-        learning_rate=5e-3,
-        weight_decay=0.0,
-        betas=(0.5, 0.999),
-        decay_at=(),
-        clip_norm=None,
-        seed=111,
-    )
-
-
-@dataclass(frozen=True)
-class RevDistConfig(Options):
-    """RevDist's options; the defaults are the published ones for a model for each category.
-
-    Args:
-        preset: "paper" or "reference" (the released code); fills what is left null below.
-        backbone: any timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
-            torchvision's first weights.
-        input: published: stretched to 256 pixels, a multiple of 32; its code has mask_resize "bilinear_half".
-        training: length, batches, optimiser. A model for all categories learns as CADA says, which the recipes set.
-        activation: of the decoder: "relu", or "gelu" (CADA, a model for all categories).
-        loss: distance of two levels: mean over "positions", or of levels "flattened" to one vector.
-        map: from distances to map and score; published for a model for all categories: mean, box, 0.01.
-    """
-
-    presets = PRESETS
-
-    preset: Literal["paper", "reference"] = "paper"
-    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))
-    input: InputPolicy = field(default_factory=lambda: InputPolicy(resize="stretch", size=256, crop=None))
-    training: TrainingConfig = field(default_factory=one_class_training)
-    activation: Literal["relu", "gelu"] = "relu"
-    loss: Literal["positions", "flattened"] = "positions"
-    map: DistanceMapConfig = field(default_factory=DistanceMapConfig)
-
-    def check(self) -> None:
-        check_side(self.input.side)
+from unianom.methods.trained import LOSS, FeatureMaps, TrainedMethod, TrainingBatch
+from unianom.options import to_plain
 
 
 @register_method("revdist")

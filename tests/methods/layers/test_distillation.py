@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, gelu, relu
 
 from tests.methods.conftest import random_images
-from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.backbones import CnnBackbone
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.distance_map import DistanceMapConfig, check_side
 from unianom.errors import OptionError, WeightsError
 from unianom.methods.layers.distillation import (
     TAPS,
-    DistanceMapConfig,
     OneClassBottleneck,
     ResidualBlock,
     ResidualPlan,
     ReverseDecoder,
     TeacherPair,
-    check_side,
     distance_map,
     flattened_distance,
     fused_map,

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
 from unianom.methods.layers.distillation import OneClassBottleneck, ReverseDecoder, residual_plan
 from unianom.methods.layers.folding import fold_batch_norm
 from unianom.methods.uninet import MemBottleneck

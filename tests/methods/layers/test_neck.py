@@ -8,7 +8,7 @@ import timm
 import torch
 
 from tests.methods.conftest import random_images
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
 from unianom.methods.layers.neck import FeatureNeck
 
 CNN = BackboneConfig("resnet10t", weights="random", random_seed=3)

@@ -26,7 +26,7 @@ from tests.methods.conftest import TINY
 from tests.pipelines.conftest import tiny_method
 from tests.pipelines.evaluated import Scored
 from tests.pipelines.evaluated import _write_shards as write_shards
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.memory.coreset import farthest_points

@@ -32,15 +32,17 @@ from pipelines.runtime.models import write_index
 from tests.data.test_shards import write_set
 from tests.pipelines.conftest import UNTRACKED, tiny_method
 from tests.pipelines.sharded import POLICY, sample
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.patchcore import PatchCoreConfig
+from unianom.configs.uniad import UniADConfig
 from unianom.data.image import decode_prepared
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods.base import MaskedPatches
-from unianom.methods.patchcore import PatchCore, PatchCoreConfig
-from unianom.methods.uniad import UniAD, UniADConfig
+from unianom.methods.patchcore import PatchCore
+from unianom.methods.uniad import UniAD
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model
 

@@ -27,11 +27,11 @@ from tests.data.test_shards import write_set
 from tests.pipelines.conftest import UNTRACKED, tiny_method
 from tests.pipelines.sharded import masked, picture, sample, samples
 from unianom import files
+from unianom.configs.bank import BankConfig
+from unianom.configs.uniad import UniADConfig
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100, SPECIES_60, SPECIES_60_SPLITS
 from unianom.data.shards import ScoreSet, ShardSet, write_rejected
 from unianom.errors import DataError, OptionError
-from unianom.methods.layers.bank import BankConfig
-from unianom.methods.uniad import UniADConfig
 from unianom.metrics.image import image_metrics
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "recipes" / "protocols"

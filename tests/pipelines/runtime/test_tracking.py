@@ -33,11 +33,12 @@ from pipelines.runtime.tracking import (
 )
 from pipelines.training.train import train_options
 from unianom import files
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.data.image import InputPolicy, decode_map, encode_png
 from unianom.errors import ModelError, OptionError
 from unianom.memory.index import MemoryBank
-from unianom.methods.uniformaly import UniFormaly, UniFormalyConfig
+from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model
 from unianom.thresholds import fit_threshold
 

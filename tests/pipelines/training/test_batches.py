@@ -34,12 +34,14 @@ from tests.pipelines.sharded import (
     truth,
     write_shards,
 )
+from unianom.configs.synthesis import SynthesisConfig
+from unianom.configs.training import Augmentation
 from unianom.data.image import decode_prepared
 from unianom.data.shards import ShardSet
-from unianom.data.synthesis import SynthesisConfig, Synthesiser
+from unianom.data.synthesis import Synthesiser
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
-from unianom.methods.trained import Augmentation, BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
+from unianom.methods.trained import BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
 # ---- order --------------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,8 @@ from pipelines.training.calibrate import (
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
-from unianom.calibration import CalibrationConfig, HeadConfig, MapStatistics, fit_calibrator
+from unianom.calibration import MapStatistics, fit_calibrator
+from unianom.configs.calibration import CalibrationConfig, HeadConfig
 from unianom.data.image import ImageLimits, decode_prepared
 from unianom.data.schema import NORMAL
 from unianom.data.shards import ScoreSet, Selection, ShardSet

@@ -38,14 +38,17 @@ from pipelines.training.trainer import Trainer, evaluation_mode, phase_configs
 from pipelines.training.worker import fixed_places
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, without_ray
-from unianom.data.synthesis import SynthesisConfig
+from unianom.configs.onenip import OneNIPConfig
+from unianom.configs.synthesis import SynthesisConfig
+from unianom.configs.training import Augmentation, TrainingConfig
+from unianom.configs.uniad import UniADConfig
+from unianom.configs.uninet import UniNetTraining
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS
-from unianom.methods.onenip import OneNIP, OneNIPConfig
-from unianom.methods.trained import Augmentation, TrainedMethod, TrainingBatch, TrainingConfig
-from unianom.methods.uniad import UniAD, UniADConfig
+from unianom.methods.onenip import OneNIP
+from unianom.methods.trained import TrainedMethod, TrainingBatch
+from unianom.methods.uniad import UniAD
 from unianom.methods.unias import UniAS
-from unianom.methods.uninet import UniNetTraining
 from unianom.options import flatten, to_plain
 
 REPOSITORY = Path(__file__).parents[3]

@@ -31,20 +31,14 @@ from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer
 from tests.methods.conftest import TINY
 from tests.pipelines.sharded import LABELLED, LABELLED_PARTS, LIMITS, POLICY, masked, sample, samples, write_shards
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.training import Augmentation, TrainingConfig
+from unianom.configs.uninet import UniNetTraining
 from unianom.data.image import InputPolicy
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, Prediction
-from unianom.methods.trained import (
-    Augmentation,
-    BatchSpec,
-    FeatureMaps,
-    TrainedMethod,
-    TrainingBatch,
-    TrainingConfig,
-)
-from unianom.methods.uninet import UniNetTraining
+from unianom.methods.trained import BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
 TRAINING = TrainingConfig(epochs=4, batch_size=4, learning_rate=3e-3, decay_at=(), clip_norm=None)
 

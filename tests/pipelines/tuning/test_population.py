@@ -43,9 +43,9 @@ from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import ONE, UNTRACKED
 from tests.pipelines.sharded import samples
+from unianom.configs.training import TrainingConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError, UnianomError
-from unianom.methods.trained import TrainingConfig
 from unianom.model import load
 
 SPACE = (

@@ -38,13 +38,13 @@ from pipelines.tuning.results import (
 from pipelines.tuning.space import draw, space_of
 from pipelines.tuning.trial import SCORES, Campaign
 from unianom import files
-from unianom.backbones import BackboneConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.bank import BankConfig
+from unianom.configs.patchcore import PatchCoreConfig
+from unianom.configs.uniformaly import UniFormalyConfig
+from unianom.configs.uninet import UniNetConfig
 from unianom.data.image import InputPolicy
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.layers.bank import BankConfig
-from unianom.methods.patchcore import PatchCoreConfig
-from unianom.methods.uniformaly import UniFormalyConfig
-from unianom.methods.uninet import UniNetConfig
 from unianom.options import from_plain, merged, to_plain, with_values
 
 # ---- the choice -----------------------------------------------------------------------------------------------------

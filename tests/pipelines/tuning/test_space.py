@@ -28,15 +28,15 @@ from pipelines.tuning.space import (
     split_space,
     with_values,
 )
-from unianom.backbones import BackboneConfig
-from unianom.calibration import CalibrationConfig
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.bank import BankConfig
+from unianom.configs.calibration import CalibrationConfig
+from unianom.configs.patchcore import PatchCoreConfig
+from unianom.configs.revdist import RevDistConfig
+from unianom.configs.uniformaly import UniFormalyConfig
+from unianom.configs.uninet import UniNetConfig
 from unianom.errors import OptionError
 from unianom.methods import METHODS
-from unianom.methods.layers.bank import BankConfig
-from unianom.methods.patchcore import PatchCoreConfig
-from unianom.methods.revdist import RevDistConfig
-from unianom.methods.uniformaly import UniFormalyConfig
-from unianom.methods.uninet import UniNetConfig
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For machines that others use, too."""

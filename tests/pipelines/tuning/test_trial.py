@@ -45,13 +45,14 @@ from tests.methods.conftest import remade
 from tests.pipelines.conftest import MODULES, ONE, UNTRACKED, run_inline, tiny_method
 from tests.pipelines.sharded import SIDE, sample, write_shards
 from unianom import files
+from unianom.configs.bank import BankConfig
+from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.data.drawing import draw_sample
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError, UnianomError
 from unianom.memory.coreset import random_projection
 from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.layers.bank import BankConfig
-from unianom.methods.uniformaly import UniFormaly, UniFormalyConfig
+from unianom.methods.uniformaly import UniFormaly
 from unianom.options import to_plain
 
 sharp_vit = methods.sharp_vit

@@ -37,10 +37,10 @@ from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training
 from tests.pipelines.sharded import samples
-from unianom.calibration import CalibrationConfig
+from unianom.configs.calibration import CalibrationConfig
+from unianom.configs.training import TrainingConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
-from unianom.methods.trained import TrainingConfig
 from unianom.options import to_plain
 
 REPOSITORY = Path(__file__).parents[3]

@@ -17,11 +17,12 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
-from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.backbones import CnnBackbone, check_name
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.distance_map import DistanceMapConfig
 from unianom.errors import OptionError, WeightsError
 from unianom.methods.layers.maps import gaussian_blur
 from unianom.methods.layers.smoothing import gaussian_filter
-from unianom.options import Options, Share
 
 TAPS = (4, 8, 16)
 """Reductions of layer1, layer2 and layer3 of a ResNet."""
@@ -55,6 +56,7 @@ def residual_plan(backbone: BackboneConfig) -> ResidualPlan:
     Raises:
         OptionError: another kind of network.
     """
+    check_name(backbone)
     with torch.device("meta"):  # only its structure is asked for
         model: Any = timm.create_model(backbone.name, pretrained=False, **backbone.options)
     kinds = {type(block) for stage in range(1, 5) for block in getattr(model, f"layer{stage}", ())}
@@ -73,16 +75,6 @@ def residual_plan(backbone: BackboneConfig) -> ResidualPlan:
         depths=tuple(len(stage) for stage in stages),
         groups=last[0].conv2.groups,
     )
-
-
-def check_side(side: int) -> None:
-    """Refuse inputs whose levels the decoder cannot meet, which doubles what encoder and bottleneck halve five times.
-
-    Raises:
-        OptionError: the input's side is no multiple of 32.
-    """
-    if side % 32:
-        raise OptionError(f"an input of {side} pixels does not halve five times; set input.size to a multiple of 32")
 
 
 class TeacherPair(nn.Module):
@@ -310,22 +302,6 @@ def in_order(raw_outputs: Mapping[str, Tensor]) -> list[Tensor]:
 def upsampled(maps: Sequence[Tensor], side: int) -> Tensor:
     """L×B×S×S of L maps B×h×w, bilinear, corners aligned."""
     return torch.stack([interpolate(m[:, None], size=side, mode="bilinear", align_corners=True)[:, 0] for m in maps])
-
-
-@dataclass(frozen=True)
-class DistanceMapConfig(Options):
-    """From the distances of all levels to one anomaly map and an image score.
-
-    Args:
-        fuse: "sum" or "mean" of the levels' maps, each upsampled to the input's size.
-        blur: of the map: "gaussian" (sigma 4, SciPy's, reflecting border), "box" (a 5×5 kernel of sigma 4, which is
-            nearly a box filter; zeros beyond the border) or "none".
-        score_share: share of the largest pixels whose mean is the image score; 0 takes the largest, 1 the mean of all.
-    """
-
-    fuse: Literal["sum", "mean"] = "sum"
-    blur: Literal["gaussian", "box", "none"] = "gaussian"
-    score_share: Share = 0.0
 
 
 def fused_map(distances: Sequence[Tensor], config: DistanceMapConfig, side: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from unianom.backbones import BackboneConfig, CnnBackbone
+from unianom.backbones import CnnBackbone
+from unianom.configs.backbone import BackboneConfig
 
 
 class FeatureNeck(nn.Module):

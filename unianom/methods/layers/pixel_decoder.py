@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
+from unianom.configs.unias import NORM_GROUPS
 from unianom.methods.layers.tokens import AttentionBlock, FeedForward, sine_position
 from unianom.methods.trained import initialise_transformer
-
-NORM_GROUPS = 32
-"""Of every group norm; `dim` has to be a multiple."""
 
 
 class EncoderLayer(nn.Module):
