@@ -3,15 +3,17 @@
 python jobs/benchmark.py pipe --model runs/uniformaly --shards shards/mvtec --output benchmarks/pipe.json
 """
 
-from pipelines.benchmarks.harness import print_report
-from pipelines.benchmarks.registry import BENCHMARKS, measure
+from pipelines.benchmarks.options import BENCHMARKS
 from pipelines.runtime.cli import run
 
 
 def main(options: object) -> None:
     """Measure and print the ratios."""
+    from pipelines.benchmarks.harness import print_report
+    from pipelines.benchmarks.registry import measure
+
     print_report(measure(options))
 
 
 if __name__ == "__main__":
-    run(main, {name: options for name, (options, _) in BENCHMARKS.items()})
+    run(main, BENCHMARKS)

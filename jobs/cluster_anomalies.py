@@ -3,12 +3,14 @@
 python jobs/cluster_anomalies.py --model runs/uniformaly --shards shards/mvtec --output clusters/mvtec
 """
 
-from pipelines.evaluation.clustering import ClusterOptions, cluster_anomalies, print_clustering
+from pipelines.evaluation.options import ClusterOptions
 from pipelines.runtime.cli import run
 
 
 def main(options: ClusterOptions) -> None:
     """Cluster and print what came of it."""
+    from pipelines.evaluation.clustering import cluster_anomalies, print_clustering
+
     print_clustering(cluster_anomalies(options))
 
 

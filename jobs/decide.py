@@ -3,12 +3,14 @@
 python jobs/decide.py --scores scores/mvtec --normals scores/mvtec_train --shards shards/mvtec --output decisions/mvtec
 """
 
-from pipelines.inference.decide import DecideOptions, decide, print_decisions
+from pipelines.inference.options import DecideOptions
 from pipelines.runtime.cli import run
 
 
 def main(options: DecideOptions) -> None:
     """Decide and print what came of it."""
+    from pipelines.inference.decide import decide, print_decisions
+
     print_decisions(decide(options))
 
 

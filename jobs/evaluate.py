@@ -3,12 +3,14 @@
 python jobs/evaluate.py --scores scores/mvtec --shards shards/mvtec --output evaluations/mvtec
 """
 
-from pipelines.evaluation.evaluate import EvaluateOptions, evaluate, print_evaluation
+from pipelines.evaluation.options import EvaluateOptions
 from pipelines.runtime.cli import run
 
 
 def main(options: EvaluateOptions) -> None:
     """Evaluate and print the tables."""
+    from pipelines.evaluation.evaluate import evaluate, print_evaluation
+
     print_evaluation(evaluate(options))
 
 

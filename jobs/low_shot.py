@@ -3,13 +3,14 @@
 python jobs/low_shot.py uniformaly --shards shards/mvtec --output results/low_shot
 """
 
-from pipelines.evaluation.bank_protocol import protocol_options
-from pipelines.evaluation.low_shot import LowShotOptions, low_shot, print_low_shot
+from pipelines.evaluation.options import LowShotOptions, protocol_options
 from pipelines.runtime.cli import run
 
 
 def main(options: object) -> None:
     """Run the draws and print their tables."""
+    from pipelines.evaluation.low_shot import low_shot, print_low_shot
+
     print_low_shot(low_shot(options))
 
 

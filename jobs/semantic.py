@@ -4,13 +4,14 @@ python jobs/ingest.py --layout class_folders --layout_options.all_classes true -
 python jobs/semantic.py uniformaly --shards shards/species60 --output results/species60
 """
 
-from pipelines.evaluation.bank_protocol import protocol_options
-from pipelines.evaluation.semantic import SemanticOptions, print_semantic, semantic
+from pipelines.evaluation.options import SemanticOptions, protocol_options
 from pipelines.runtime.cli import run
 
 
 def main(options: object) -> None:
     """Run the tasks and print their table."""
+    from pipelines.evaluation.semantic import print_semantic, semantic
+
     print_semantic(semantic(options))
 
 

@@ -4,11 +4,13 @@ python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
 """
 
 from pipelines.runtime.cli import console, run
-from pipelines.training.train import train, train_options
+from pipelines.training.options import train_options
 
 
 def main(options: object) -> None:
     """Train and print what came of it."""
+    from pipelines.training.train import train
+
     for result in train(options):
         done = "fitted" if result.fresh else "was fitted already"
         console.print(f"model {done}: {result.folder} ({', '.join(result.categories)}: {result.summary})")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.ingest import IngestOptions, ingest
-from pipelines.evaluation.evaluate import EvaluateOptions, evaluate, print_evaluation
-from pipelines.inference.score import ScoreOptions, score
-from pipelines.reporting.html import ReportOptions, write_report
+from pipelines.data.ingest import ingest
+from pipelines.data.options import IngestOptions
+from pipelines.evaluation.evaluate import evaluate, print_evaluation
+from pipelines.evaluation.options import EvaluateOptions
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score import score
+from pipelines.reporting.html import write_report
+from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import console
+from pipelines.runtime.options import DemoOptions
 from pipelines.runtime.tracking import sqlite_uri
-from pipelines.training.options import ThresholdOptions
-from pipelines.training.train import train, train_options
+from pipelines.training.options import ThresholdOptions, train_options
+from pipelines.training.train import train
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.bank import BankConfig
 from unianom.configs.uniformaly import UniFormalyConfig
@@ -24,25 +27,6 @@ from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
 
 REGISTERED = "unianom-demo"
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Draw a corpus, ingest it, fit UniFormaly, score, evaluate, register, report.
-
-    Args:
-        output: folder for everything; a second run continues there.
-        weights: of the encoder: "random", or a weights file of `backbone`.
-        backbone: timm vision transformer.
-        seed: of the corpus.
-        runtime: actors and their CPUs.
-    """
-
-    output: str = "demo"
-    weights: str = "random"
-    backbone: str = "vit_tiny_patch16_224"
-    seed: int = 0
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
 
 def run_demo(options: DemoOptions) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,10 @@ PREDICATES: dict[Callable[[Any], bool], str] = {_odd: "odd"}
 
 ADDED_LATER = {"added_later": True}
 """Metadata of a field that older outputs do not have."""
+
+
+AS_WRITTEN = {"as_written": True}
+"""Metadata of a field whose class takes the values inside as they are written: only it knows their types."""
 
 
 class ValueRefused(OptionError):
@@ -312,3 +317,9 @@ def with_values(config: Any, values: Mapping[str, Any], alone: bool = False) -> 
         if alone:
             raise OptionError(f"space.{next(iter(values))}: {error}") from error
         raise
+
+
+def documented_arguments(*classes: type) -> str:
+    """The lines below "Args:" of the docstrings of some classes, each once, indented for another docstring's."""
+    texts = [(cls.__doc__ or "").split("Args:\n", 1)[1].rstrip() for cls in dict.fromkeys(classes)]
+    return "\n".join(re.sub(r"(?m)^    ", "", text) for text in texts)

@@ -24,7 +24,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom
 
 from unianom.errors import DataError, ModelError, OptionError
 
@@ -132,6 +131,8 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
             f"and {target_fpr:g} needs {needed} normal scores; "
             f"add normal images, or ask for a higher rate or a lower confidence"
         )
+    from scipy.stats import binom  # takes longer to import than all else here
+
     # How many normals may lie above the threshold: binom.ppf is the first count whose cumulative probability
     # reaches 1 − confidence, so the largest count that does not exceed it is that one or the one before. None above
     # is always right, since n is large enough.

@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_limits
 from pipelines.runtime.actors import set_threads
 from pipelines.runtime.cli import console, print_table
 from unianom import files
-from unianom.errors import OptionError
 from unianom.options import to_plain
 
 OURS = "unianom"
@@ -202,10 +201,3 @@ def print_report(content: dict[str, Any]) -> None:
 
 def _cell(value: Any) -> str:
     return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def check_positive(options: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise OptionError(f"{name}={value} must be at least 1")

@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines.benchmarks.harness import OURS, Timing, _report, check_positive, clocked, interleave
+from pipelines.benchmarks.harness import OURS, Timing, _report, clocked, interleave
+from pipelines.benchmarks.options import IngestBenchmark
 from pipelines.benchmarks.references import (
     open_rgb,
 )
 from pipelines.benchmarks.scoring import span
 from pipelines.data.ingest import PartIngester, plan_parts
-from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
-from pipelines.runtime.cli import AS_WRITTEN
-from unianom import files
+from pipelines.runtime.actors import connect, run_tasks
+from pipelines.runtime.options import RuntimeOptions
 from unianom.data.image import ImageLimits
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
-from unianom.errors import OptionError
 from unianom.options import to_plain
-from unianom.written import plain_options
 
 MEANINGFUL_SECONDS = 10
 """Below so many seconds, starting the tasks of an ingest weighs too much in its throughput."""
-
-
-@dataclass(frozen=True)
-class IngestBenchmark:
-    """R_ingest: images ingested per second ÷ those that a pool of processes opens with Pillow.
-
-    Args:
-        layout: name of the source's layout.
-        source: root folder on this machine.
-        output: JSON file to write; path or URI.
-        layout_options: options of the layout, by name.
-        workers: actors, and processes of the pool; null takes one a core.
-        rounds: turns of each side.
-    """
-
-    layout: str
-    source: str
-    output: str
-    layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
-    workers: int | None = None
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rounds", "workers")
-        if self.layout not in LAYOUTS:
-            raise OptionError(f"no layout '{self.layout}'; known: {', '.join(LAYOUTS)}")
-        object.__setattr__(self, "layout_options", plain_options(self.layout_options, LAYOUTS[self.layout].options))
-        if not files.is_local(self.source):
-            raise OptionError(f"source={self.source}: Pillow opens files of this machine only; give a local folder")
 
 
 def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, _absent, _report, check_positive, clocked, fixed_threads, interleave
+from pipelines.benchmarks.harness import OURS, _absent, _report, clocked, fixed_threads, interleave
+from pipelines.benchmarks.options import CoresetBenchmark, SearchBenchmark
 from pipelines.benchmarks.references import (
     anomalib_coreset,
     plain_coreset,
@@ -20,49 +20,11 @@ from pipelines.benchmarks.references import (
 from pipelines.benchmarks.scoring import input_batches, memory_model
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError
 from unianom.memory.coreset import farthest_points, greedy_coreset, random_projection
 from unianom.memory.index import MemoryBank
 from unianom.methods import MemoryMethod
 from unianom.model import Model
-
-# --- coreset: against the plain algorithm ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CoresetBenchmark:
-    """The greedy coreset against the plain algorithm and anomalib's, on the same projected features.
-
-    Args:
-        output: JSON file to write; path or URI.
-        features: .npy file of N×D float32; null embeds the normal training images of `shards` with `model`.
-        model: model folder of a memory method; path or URI.
-        shards: shard set; path or URI.
-        rows: how many features, drawn at random.
-        count: how many of them to choose.
-        projection: dimension in which they are compared; 0 for their own.
-        seed: of the draw, the projection and the start rows.
-        rounds: turns of each side.
-        threads: threads of each side.
-    """
-
-    output: str
-    features: str | None = None
-    model: str | None = None
-    shards: str | None = None
-    rows: int = 40_000
-    count: int = 4_000
-    projection: int = 128
-    seed: int = 0
-    rounds: int = 1
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rows", "count", "rounds", "threads")
-        if (self.features is None) == (self.model is None or self.shards is None):
-            raise OptionError("give either features, or model and shards")
-        if self.count > self.rows or self.projection < 0:
-            raise OptionError("need count <= rows, and projection >= 0")
 
 
 def measure_coreset(options: CoresetBenchmark) -> dict[str, Any]:
@@ -137,37 +99,6 @@ def cover_radius(features: np.ndarray, picks: np.ndarray) -> float:
     rows = torch.from_numpy(features).double()
     chosen = rows[torch.from_numpy(np.asarray(picks))]
     return max(float(torch.cdist(block, chosen).amin(1).max()) for block in rows.split(2048))
-
-
-# --- search: exact against inverted lists ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SearchBenchmark:
-    """A fitted model's bank searched exactly and by inverted lists, with what the latter changes.
-
-    Args:
-        model: model folder of a memory method; path or URI.
-        shards: shard set, whose test images are the queries; path or URI.
-        output: JSON file to write; path or URI.
-        images: how many.
-        nprobe: lists that "ivf_flat" compares with each query.
-        batch_size: images whose patches are searched at once.
-        rounds: turns of each side.
-        threads: threads of each side.
-    """
-
-    model: str
-    shards: str
-    output: str
-    images: int = 64
-    nprobe: int = 8
-    batch_size: int = 8
-    rounds: int = 5
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "images", "nprobe", "batch_size", "rounds", "threads")
 
 
 @torch.inference_mode()

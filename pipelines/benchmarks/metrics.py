@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -23,41 +22,15 @@ from pipelines.benchmarks.harness import (
     Timing,
     _absent,
     _report,
-    check_positive,
     clocked,
     fixed_threads,
     interleave,
 )
+from pipelines.benchmarks.options import MetricsBenchmark, PixelsBenchmark
 from pipelines.benchmarks.references import adeval_metrics, anomalib_metrics, scikit_learn_metrics, swept_aupro
 from pipelines.runtime.cli import console
 from unianom.errors import OptionError
 from unianom.metrics import BinnedPixelAccumulator, PixelAccumulator
-
-# --- metrics: against the codes that papers report with --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MetricsBenchmark:
-    """Pixel metrics against scikit-learn and a plain AUPRO, a sweep of 200 thresholds, anomalib and ADEval, on drawn
-    anomaly maps: time, memory and values.
-
-    Args:
-        output: JSON file to write; path or URI.
-        maps: anomaly maps, of which six in ten are anomalous.
-        size: their height and width in pixels.
-        rounds: turns of each side.
-        threads: threads of each side.
-    """
-
-    output: str
-    maps: int = 200
-    size: int = 256
-    rounds: int = 5
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "maps", "size", "rounds", "threads")
-
 
 SWEEP = "sweep of 200 thresholds"
 SCIKIT_LEARN = "scikit-learn, plain AUPRO"
@@ -143,31 +116,6 @@ def our_metrics(
     accumulator.update(maps, masks)
     found = accumulator.compute().as_dict()
     return {name: found[key] for name, key in (("aupro", "aupro"), ("auroc", "pixel_auroc"), ("ap", "pixel_ap"))}
-
-
-# --- pixels: a thousand million of them in bounded memory ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PixelsBenchmark:
-    """Binned pixel metrics of very many pixels: time, memory, and how far off they are where the exact ones are known.
-
-    Args:
-        output: JSON file to write; path or URI.
-        pixels: how many, at least.
-        size: height and width of a map.
-        drawn: maps that are drawn; beyond, each is taken again with its scores scaled by another factor.
-        exact_maps: maps that are also counted exactly.
-    """
-
-    output: str
-    pixels: int = 1_000_000_000
-    size: int = 256
-    drawn: int = 200
-    exact_maps: int = 200
-
-    def __post_init__(self) -> None:
-        check_positive(self, "pixels", "size", "drawn", "exact_maps")
 
 
 def measure_pixels(options: PixelsBenchmark) -> dict[str, Any]:

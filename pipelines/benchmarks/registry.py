@@ -10,38 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.benchmarks.ingest import IngestBenchmark, measure_ingest
-from pipelines.benchmarks.memory_bank import CoresetBenchmark, SearchBenchmark, measure_coreset, measure_search
-from pipelines.benchmarks.metrics import (
-    MetricsBenchmark,
-    PixelsBenchmark,
-    measure_metrics,
-    measure_pixels,
-)
-from pipelines.benchmarks.scoring import PipeBenchmark, measure_pipe
-from pipelines.benchmarks.training import (
+from pipelines.benchmarks.ingest import measure_ingest
+from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
+from pipelines.benchmarks.metrics import measure_metrics, measure_pixels
+from pipelines.benchmarks.options import (
+    CoresetBenchmark,
     InferenceBenchmark,
+    IngestBenchmark,
+    MetricsBenchmark,
+    PipeBenchmark,
+    PixelsBenchmark,
+    SearchBenchmark,
     SimilarityBenchmark,
     TrainingBenchmark,
-    measure_inference,
-    measure_similarity,
-    measure_training,
 )
+from pipelines.benchmarks.scoring import measure_pipe
+from pipelines.benchmarks.training import measure_inference, measure_similarity, measure_training
 from unianom import files
 from unianom.errors import DataError
 
-BENCHMARKS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
-    "pipe": (PipeBenchmark, measure_pipe),
-    "ingest": (IngestBenchmark, measure_ingest),
-    "metrics": (MetricsBenchmark, measure_metrics),
-    "pixels": (PixelsBenchmark, measure_pixels),
-    "coreset": (CoresetBenchmark, measure_coreset),
-    "search": (SearchBenchmark, measure_search),
-    "training": (TrainingBenchmark, measure_training),
-    "inference": (InferenceBenchmark, measure_inference),
-    "similarity": (SimilarityBenchmark, measure_similarity),
+MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
+    PipeBenchmark: measure_pipe,
+    IngestBenchmark: measure_ingest,
+    MetricsBenchmark: measure_metrics,
+    PixelsBenchmark: measure_pixels,
+    CoresetBenchmark: measure_coreset,
+    SearchBenchmark: measure_search,
+    TrainingBenchmark: measure_training,
+    InferenceBenchmark: measure_inference,
+    SimilarityBenchmark: measure_similarity,
 }
-"""Options and measurement of each benchmark by its name on the command line."""
+"""What each benchmark's options are measured with."""
 
 
 def measure(options: Any) -> dict[str, Any]:
@@ -52,4 +51,4 @@ def measure(options: Any) -> dict[str, Any]:
     """
     if files.exists(options.output):
         raise DataError(f"{options.output} is there already; choose another output, or remove it first")
-    return next(run for cls, run in BENCHMARKS.values() if cls is type(options))(options)
+    return MEASURES[type(options)](options)

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, Side, Timing, _report, check_positive, interleave
+from pipelines.benchmarks.harness import OURS, Side, Timing, _report, interleave
+from pipelines.benchmarks.options import PipeBenchmark
 from pipelines.benchmarks.references import (
     BareForward,
 )
 from pipelines.inference.score import PartScorer
-from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, connect, run_tasks
+from pipelines.runtime.actors import ENDED, STARTED, connect, run_tasks
 from pipelines.runtime.models import ModelSet, load_model
+from pipelines.runtime.options import RuntimeOptions
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
@@ -40,32 +41,6 @@ FORWARD_IMAGES = 256
 
 STAGE_IMAGES = 128
 """Images, at least, that the stages of a worker are measured on."""
-
-
-@dataclass(frozen=True)
-class PipeBenchmark:
-    """R_pipe: images scored end to end per second ÷ (workers × those of the bare backbone on one thread).
-
-    Args:
-        model: model folder of a memory method; path or URI.
-        shards: shard set, all splits are scored; path or URI.
-        output: JSON file to write; path or URI.
-        workers: actors of one thread each; null takes one a core.
-        rounds: turns of each side.
-        maps: keep anomaly maps.
-        batch_size: images in one forward pass, on all sides.
-    """
-
-    model: str
-    shards: str
-    output: str
-    workers: int | None = None
-    rounds: int = 3
-    maps: bool = False
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rounds", "batch_size", "workers")
 
 
 def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:

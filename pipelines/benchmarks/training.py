@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
-from pipelines.benchmarks.harness import Side, Timing, _report, check_positive, clocked, fixed_threads, interleave
+from pipelines.benchmarks.harness import Side, Timing, _report, clocked, fixed_threads, interleave
 from pipelines.benchmarks.metrics import resident_peak
+from pipelines.benchmarks.options import InferenceBenchmark, SimilarityBenchmark, TrainingBenchmark
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, array_name, learnable
 from pipelines.runtime.models import load_model
 from pipelines.training.dataset import PreparedImages, TrainingSet
@@ -40,36 +40,6 @@ KEPT, ENCODED = "features kept", "encoded every step"
 
 
 BLOCKS, WHOLE = "in blocks", "whole matrices"
-
-
-@dataclass(frozen=True)
-class TrainingBenchmark:
-    """Training steps on kept frozen features ÷ steps that run the frozen encoder on prepared images.
-
-    Args:
-        model: model folder of a trained method, whose options and weights the steps start from; path or URI.
-        shards: shard set with normal training images of the model's categories; path or URI.
-        output: JSON file to write; path or URI.
-        images: images to train on, at least; whole parts are taken.
-        steps: of a timing.
-        rounds: turns of each side.
-        threads: threads of each side.
-        device: "cpu" or "cuda".
-        precision: of the steps, "fp32" or "bf16".
-    """
-
-    model: str
-    shards: str
-    output: str
-    images: int = 128
-    steps: int = 10
-    rounds: int = 3
-    threads: int = 1
-    device: str = "cpu"
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "images", "steps", "rounds", "threads")
 
 
 def measure_training(options: TrainingBenchmark) -> dict[str, Any]:
@@ -175,35 +145,6 @@ def _trainer(method: TrainedMethod, data: TrainingSet, images: TrainingImages, o
     return Trainer(method, batches, (options.rounds + 1) * options.steps, order.share, options.precision)
 
 
-# --- inference: batch norm folded against left alone -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InferenceBenchmark:
-    """Predictions of a network with its batch norm folded into convolutions ÷ those of the network as it was trained.
-
-    Args:
-        model: model folder of a trained method; path or URI.
-        output: JSON file to write; path or URI.
-        images: random ones, predicted in a timing.
-        batch_size: images in one forward pass.
-        rounds: turns of each side.
-        threads: threads of each side.
-        device: "cpu" or "cuda".
-    """
-
-    model: str
-    output: str
-    images: int = 32
-    batch_size: int = 8
-    rounds: int = 5
-    threads: int = 1
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "images", "batch_size", "rounds", "threads")
-
-
 def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
     """Images per second of both, and how far their scores and maps are apart."""
     trained, folded = (load_model(options.model, options.device) for _ in range(2))
@@ -230,37 +171,6 @@ def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
         apart[f"largest difference, {name}"] = float((one - other).abs().max() / other.abs().max())
     ratios = {"folded ÷ as trained": measured.ratio("folded", "as trained")}
     return _report(options, "images", measured, ratios, tables={f"{trained.method.name}, relative": {"folded": apart}})
-
-
-# --- similarity: UniNet's loss in blocks against whole matrices ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SimilarityBenchmark:
-    """UniNet's similarities (forward and backward pass) in blocks of rows ÷ with whole HW×HW matrices.
-
-    Args:
-        output: JSON file to write; path or URI.
-        batch_size: images; published: 8.
-        channels: of the level.
-        side: height and width of the level; 64 of the finest one at 256 pixels.
-        temperature: of the similarities.
-        rounds: turns of each side.
-        threads: threads of each side.
-        device: "cpu" or "cuda".
-    """
-
-    output: str
-    batch_size: int = 8
-    channels: int = 256
-    side: int = 64
-    temperature: float = 0.1
-    rounds: int = 3
-    threads: int = 1
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "channels", "side", "rounds", "threads")
 
 
 def measure_similarity(options: SimilarityBenchmark) -> dict[str, Any]:

@@ -21,8 +21,9 @@ import torch
 from pipelines.data.ingest import map_ahead
 from pipelines.data.reader import decode_row, decode_row_mask
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, run_unfinished
+from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, InputPolicy

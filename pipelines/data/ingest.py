@@ -15,22 +15,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from pipelines.data.options import IngestOptions, MaskOrientation
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
-from pipelines.runtime.cli import AS_WRITTEN
+from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
 from unianom.data.image import (
     CropWindow,
     ImageFacts,
     ImageLimits,
-    check_bits,
     check_image,
     covers_nearly_all,
     crop_image,
@@ -45,13 +44,11 @@ from unianom.data.image import (
     turn_upright,
 )
 from unianom.data.layouts import LAYOUTS, LeftOut, iter_samples, make_options
-from unianom.data.layouts.base import check_mask_threshold
 from unianom.data.schema import ANOMALOUS, NORMAL, SAMPLE_SCHEMA, SCHEMA_VERSION, Crop, SampleRef
 from unianom.data.shards import PartWriter, ShardSet, write_rejected
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError, image_error, storage_error
 from unianom.options import to_plain
-from unianom.written import plain_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,79 +62,6 @@ not turned though their image is, which its size does not tell to be right."""
 
 SMALL_PART = 1 << 14
 """16-bit images that never reach this value, a quarter of the range, look like images of fewer bits."""
-
-MaskOrientation = Literal["auto", "shown", "stored"]
-
-
-@dataclass(frozen=True)
-class IngestOptions:
-    """Read a source in some layout into a shard set.
-
-    Args:
-        layout: name of the source's layout.
-        source: root folder, or the file of a manifest or merged layout; path or URI.
-        output: folder of the shard set; path or URI.
-        layout_options: options of the layout, by name.
-        contaminate: share of the anomalous test images of each category that is moved to the normal training images, as
-            if nobody had noticed them: label 0, no mask, their defect still named. Shows what methods and calibrators
-            make of training sets that are not clean.
-        contaminate_seed: of that draw.
-        mask_threshold: mask values above this are anomalous, whatever the layout says. Null leaves it to the layout,
-            and that mostly to the mask: above 0, or above half of white where it is anti-aliased or was saved as JPEG.
-        invert_masks: what is black in a mask is anomalous.
-        mask_orientation: of images that their EXIF data turns, and of masks without such data: the masks lie as the
-            image is "shown", as its pixels are "stored", or "auto": as the size tells, else as it is shown.
-        bits: that images with 16 bits a sample make use of, such as 12 of many cameras; they are stored scaled up to
-            all 16. Null takes what each file states, else 16.
-        resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
-        part_bytes: aimed size of a part.
-        min_parts: parts at least, where there are so many samples; a part is the task of later jobs.
-        max_reject_fraction: above this share of rejected samples the job fails, after finishing the rest.
-        overwrite: replace what another ingest left in the output.
-        limits: what an image may cost.
-        runtime: actors and their CPUs.
-    """
-
-    layout: str
-    source: str
-    output: str
-    layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
-    contaminate: float = 0.0
-    contaminate_seed: int = 0
-    mask_threshold: int | None = None
-    invert_masks: bool = False
-    mask_orientation: MaskOrientation = "auto"
-    bits: int | None = None
-    resize: int | None = None
-    part_bytes: int = 256 << 20
-    min_parts: int = 16
-    max_reject_fraction: float = 0.01
-    overwrite: bool = False
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-
-    def __post_init__(self) -> None:
-        if self.layout in LAYOUTS:
-            given = plain_options(self.layout_options, LAYOUTS[self.layout].options)
-            object.__setattr__(self, "layout_options", given)
-        if self.part_bytes < 1 or self.min_parts < 1:
-            raise OptionError("part_bytes and min_parts must be positive")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
-        if not 0 <= self.contaminate < 1:
-            raise OptionError(f"contaminate={self.contaminate} must be in [0, 1)")
-        if self.resize is not None and self.resize < 16:
-            raise OptionError(f"resize={self.resize} must be at least 16 pixels")
-        check_mask_threshold(self.mask_threshold)
-        check_bits(self.bits)
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """Options of how files are read that are not at their defaults: only these enter plans and manifests, so that
-        shard sets from before there were such options stay the same plan."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        names = ("mask_threshold", "invert_masks", "mask_orientation", "bits")
-        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.data.options import SplitOptions
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import few_shot, hash_order, hold_out
@@ -13,24 +14,6 @@ from unianom.errors import DataError, OptionError
 from unianom.thresholds import normals_needed, smallest_supported_rate
 
 USUAL_FPR = 0.05
-
-
-@dataclass(frozen=True)
-class SplitOptions:
-    """How normal training images are held out.
-
-    Attributes:
-        few_shot: normal images per category to learn from; None takes all.
-        seed: of the held-out images and the few-shot draw.
-        validation_fraction: share of each category held out where the shards have no "val" split.
-        target_fpr, confidence: of the threshold that the held-out images are to support.
-    """
-
-    few_shot: int | None
-    seed: int
-    validation_fraction: float
-    target_fpr: float | None
-    confidence: float
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.data.options import METRICS, AnomalyKind, ValidationOptions
 from pipelines.data.reader import decode_row
 from pipelines.runtime import outputs
 from unianom import __version__, files
@@ -28,67 +28,18 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
 from unianom.data.synthesis import Synthesiser, Synthetic, TextureSource, cutpaste_patch, cutpaste_scar, shade
 from unianom.data.tensors import normalise
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError
 from unianom.metrics.curves import auroc, average_precision, operating_points
 from unianom.options import to_plain
 
-Recipe = Literal["cutpaste_patch", "cutpaste_scar", "texture", "shade"]
 LABELLED, TESTED = "labelled", "test"
 """What takes a recipe's place where anomalous images are real, of the "val" or the test split."""
 
 MOST_TEST_IMAGES = 4000
 """Images of the test split that a diagnosis looks at."""
 
-METRICS = (
-    *("image_auroc", "image_ap", "pixel_auroc", "pixel_ap"),
-    *("union_image_auroc", "union_image_ap", "union_pixel_auroc", "union_pixel_ap"),
-)
-"""What an objective may be made of."""
-
 ATTEMPTS = 10
 """How often a synthetic anomaly is made again that changed nothing."""
-
-
-@dataclass(frozen=True)
-class ValidationOptions:
-    """The images that settings are compared on.
-
-    Args:
-        normals: normal images, an even share of every category, of those that training holds out.
-        recipes: synthetic anomalies; each makes one copy of every normal image: "cutpaste_patch", "cutpaste_scar",
-            "texture" (DRAEM, blobs of `textures`), "shade" (blobs darker or brighter). Metrics are means over recipes.
-        labelled: true takes the anomalous images of the "val" split instead, false never does; null does where there
-            are some.
-        textures: folder or URI of texture images; null takes pieces of the normal images themselves.
-        pixel_stride: every how many rows and columns of maps and masks pixel metrics see.
-        seed: of the choice of images and of the anomalies.
-    """
-
-    normals: int = 128
-    recipes: tuple[Recipe, ...] = ("cutpaste_patch", "cutpaste_scar", "texture", "shade")
-    labelled: bool | None = None
-    textures: str | None = None
-    pixel_stride: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.normals < 1 or self.pixel_stride < 1:
-            raise OptionError("validation: normals and pixel_stride must be positive")
-        if not self.recipes or len(set(self.recipes)) < len(self.recipes):
-            raise OptionError("validation.recipes: name at least one, and none twice")
-
-
-def check_objective(objective: Mapping[str, float]) -> None:
-    """Refuse an objective that is none.
-
-    Raises:
-        OptionError: a metric that is not known, or weights that are not positive.
-    """
-    unknown = sorted(set(objective) - set(METRICS))
-    if unknown:
-        raise OptionError(f"objective: unknown metric '{unknown[0]}'; known: {', '.join(METRICS)}")
-    if not objective or not all(weight > 0 for weight in objective.values()):
-        raise OptionError("objective: name one metric at least, with a weight above 0, such as {image_auroc: 1}")
 
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -257,7 +208,7 @@ def _synthetic(normals: Sequence[_Image], options: ValidationOptions, policy: In
 
 
 def _copy(
-    recipe: Recipe, pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator, draem: Synthesiser
+    recipe: AnomalyKind, pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator, draem: Synthesiser
 ) -> Synthetic:
     makers = {"cutpaste_patch": cutpaste_patch, "cutpaste_scar": cutpaste_scar, "shade": shade}
     for _ in range(ATTEMPTS):

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.embeddings import EmbeddingOptions, EmbeddingReader, EmbeddingSet, Side, embed_once
+from pipelines.evaluation.embeddings import EmbeddingReader, EmbeddingSet, Side, embed_once
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
@@ -27,44 +26,14 @@ from pipelines.runtime.progress import Progress
 from pipelines.training.memory_bank import build_bank
 from pipelines.training.per_category import weights_digest
 from unianom import __version__, files
+from unianom.configs import method_of
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError, OptionError
-from unianom.methods import METHODS, MemoryMethod
+from unianom.errors import DataError
+from unianom.methods import MemoryMethod
 from unianom.options import to_plain
 
 SECTION = "section.json"
 """What a report shows of a protocol."""
-
-
-def protocol_options(base: type) -> dict[str, type]:
-    """The options class of a protocol for every method: those of `base`, and the method's own as `method`."""
-    classes: dict[str, type] = {}
-    for name, method in METHODS.items():
-        fields: list[Any] = [("method", method.Config, field(default_factory=method.Config))]
-        cls = dataclasses.make_dataclass(
-            f"{base.__name__}_{name}", fields, bases=(base,), frozen=True, namespace={"__post_init__": _check}
-        )
-        summary, arguments = (base.__doc__ or "").split("\n\n    Args:\n", 1)
-        inherited = (EmbeddingOptions.__doc__ or "").split("Args:\n", 1)[1].rstrip()
-        documented = f"{inherited}\n{arguments.rstrip()}\n        method: the method's own options."
-        cls.__doc__ = f"{summary}\n\nArgs:\n{re.sub('(?m)^    ', '', documented)}"
-        classes[name] = cls
-    return classes
-
-
-def method_name(options: Any) -> str:
-    """The method that an options class of `protocol_options` belongs to."""
-    return next(name for name, method in METHODS.items() if method.Config is type(options.method))
-
-
-def _check(options: Any) -> None:
-    super(type(options), options).__post_init__()
-    name = method_name(options)
-    if not issubclass(METHODS[name], MemoryMethod):
-        memory = ", ".join(sorted(n for n, method in METHODS.items() if issubclass(method, MemoryMethod)))
-        raise OptionError(
-            f"{name} is trained, so it cannot be fitted to embedded images; {options.otherwise} ({memory})"
-        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +144,7 @@ def run_banks(
 ) -> list[dict[str, Any]]:
     """Embed the images of both sides, then fit and score a bank for each task; the tasks' records, in their order."""
     arguments = {
-        "embedded": embed_once(method_name(options), options.method, options, shards, sides),
+        "embedded": embed_once(method_of(options.method), options.method, options, shards, sides),
         "config": options.method,
         "batch_size": options.batch_size,
         "output": output,
@@ -192,7 +161,7 @@ def _plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
     """What the results depend on."""
     return {
         "tool": __version__,
-        "method": method_name(options),
+        "method": method_of(options.method),
         "config": to_plain(options.method),
         "weights": weights_digest(options.method.backbone.weights),
         "shards": shards.digest,

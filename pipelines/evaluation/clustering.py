@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,16 +26,17 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from pipelines.data.reader import SampleReader
+from pipelines.evaluation.options import ClusterOptions
 from pipelines.reporting.contact_sheet import font, sheet_png
 from pipelines.reporting.gallery import SCALE_MAPS
 from pipelines.reporting.samples import STORED, as_seen, read_samples
 from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, run_unfinished
+from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.models import ModelSet, load_model
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import TrackingOptions, scope, track
+from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files, visual
 from unianom.data.image import ImageLimits, InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -53,74 +54,6 @@ GOOD = "good"
 
 CELL, CAPTION, TITLE, GAP = 128, 14, 24, 4
 """Pixels of a contact sheet: side of a picture, height of its caption and of a cluster's title, space between."""
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """Cluster the test images of each category by their anomalous patches, and compare with the defect types.
-
-    Args:
-        model: model folder of a memory method, or a folder of one per category; path or URI.
-        shards: shard set; path or URI.
-        output: folder for clusters.parquet, clustering.json and the contact sheets; path or URI.
-        splits: splits to cluster; empty for all.
-        categories: categories to cluster; empty for all.
-        variant: patches that describe an image: its "top" ones by distance to the bank, the single one of largest
-            distance ("max"), or "all" of them.
-        pooling: "mean" of these patches, or "concat": one after another, the most anomalous first.
-        scaling: "none" clusters the patches as they are, as published; "standard" brings every value to mean 0 and
-            deviation 1 over the images of a category first, for encoders in which few values outweigh all others.
-        k_ratio: share of the patches that "top" takes; null takes the model's own, or 0.05 where it has none.
-        keep_ratio: share of the patches that is kept for later runs; bounds `k_ratio`.
-        anomalous_only: leave normal images out.
-        clusters: number of clusters; null takes the number of types among the images, "good" included.
-        n_init: starts of K-means, of which the best counts.
-        seed: of K-means.
-        shown: images of each cluster on the contact sheets, those nearest to its centre; 0 draws no sheets.
-        features: folder below which features are kept, to serve later runs; null takes `cluster_features` beside the
-            output.
-        batch_size: images in one forward pass.
-        overwrite: replace what another run left in the output.
-        limits: what an image may cost.
-        runtime: actors and their CPUs and GPUs.
-        tracking: where MLflow records the run.
-    """
-
-    model: str
-    shards: str
-    output: str
-    splits: tuple[str, ...] = ("test",)
-    categories: tuple[str, ...] = ()
-    variant: Literal["top", "max", "all"] = "top"
-    pooling: Literal["mean", "concat"] = "mean"
-    scaling: Literal["none", "standard"] = "none"
-    k_ratio: float | None = None
-    keep_ratio: float = 0.1
-    anomalous_only: bool = False
-    clusters: int | None = None
-    n_init: int = 10
-    seed: int = 42
-    shown: int = 8
-    features: str | None = None
-    batch_size: int = 8
-    overwrite: bool = False
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise OptionError(f"keep_ratio={self.keep_ratio} must be in (0, 1]")
-        if self.k_ratio is not None and not 0 < self.k_ratio <= self.keep_ratio:
-            raise OptionError(
-                f"k_ratio={self.k_ratio} must be above 0 and at most keep_ratio={self.keep_ratio}; raise --keep_ratio"
-            )
-        if self.variant == "all" and self.pooling == "concat":
-            raise OptionError("pooling=concat takes the most anomalous patches; with variant=all give --pooling mean")
-        if self.clusters is not None and self.clusters < 1:
-            raise OptionError(f"clusters={self.clusters} must be at least 1")
-        if self.n_init < 1 or self.batch_size < 1 or self.shown < 0:
-            raise OptionError("n_init and batch_size must be at least 1, shown at least 0")
 
 
 @dataclass(frozen=True)

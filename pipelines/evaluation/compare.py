@@ -7,7 +7,7 @@ published; else the comparison says what differs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import yaml
 from scipy.stats import rankdata
 
 from pipelines.evaluation.evaluate import mean_row
+from pipelines.evaluation.options import CompareOptions
 from pipelines.reporting.tables import UNDEFINED, percent
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console, print_table
-from pipelines.runtime.tracking import TrackingOptions, track
+from pipelines.runtime.tracking import track
 from unianom import __version__, files
 from unianom.errors import DataError, OptionError
 from unianom.options import flatten, to_plain
@@ -40,44 +41,6 @@ METRICS = {
 """Compared metrics and their usual short names; AUPRO is added under the name of its variant."""
 
 PROTOCOLS = {"mean": "mean over categories", "union": "union of categories (absolute-unified)"}
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """Put many evaluations into one table, with ranks, and published results where they compare.
-
-    Args:
-        evaluations: folders that jobs/evaluate.py wrote; paths or URIs.
-        output: folder for comparison.json, .csv, .md and .tex; path or URI.
-        names: of the evaluations, in the same order; empty takes the last part of each path.
-        published: YAML file of published results in place of the one that comes along; path or URI.
-        overwrite: replace another comparison in the output.
-        tracking: where MLflow records the run.
-    """
-
-    evaluations: tuple[str, ...]
-    output: str
-    names: tuple[str, ...] = ()
-    published: str | None = None
-    overwrite: bool = False
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        if not self.evaluations:
-            raise OptionError("evaluations is empty; give at least one folder that jobs/evaluate.py wrote")
-        if self.names and len(self.names) != len(self.evaluations):
-            raise OptionError(
-                f"names has {len(self.names)} entries for {len(self.evaluations)} evaluations; give one each"
-            )
-        named = self.labels
-        twice = sorted({name for name in named if named.count(name) > 1})
-        if twice:
-            raise OptionError(f"two evaluations are called {', '.join(twice)}; tell them apart with --names")
-
-    @property
-    def labels(self) -> list[str]:
-        """The evaluations' names."""
-        return list(self.names) or [uri.rstrip("/").rsplit("/", 1)[-1] for uri in self.evaluations]
 
 
 @dataclass(frozen=True)

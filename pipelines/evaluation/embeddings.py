@@ -10,7 +10,7 @@ one image to the last bit, with larger batches up to the rounding of the forward
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from pipelines.data.reader import SampleReader
+from pipelines.evaluation.options import EmbeddingOptions
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, run_unfinished
+from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import TrackingOptions
 from pipelines.training.memory_bank import PatchMatrix
 from pipelines.training.per_category import weights_digest
 from unianom import __version__, files
@@ -40,37 +40,6 @@ Side = Literal["train", "test"]
 
 COLUMNS = ("sample_id", "category", "defect", "label")
 """What is known of an embedded image."""
-
-
-@dataclass(frozen=True)
-class EmbeddingOptions:
-    """What every protocol on embedded images needs besides the method's own options.
-
-    Args:
-        shards: shard set; path or URI.
-        output: folder for the results; path or URI.
-        embeddings: folder below which embedded images are kept, to serve later runs; null takes `embeddings` beside the
-            output. It grows by the patches of all images: 4 bytes × patches × width each.
-        batch_size: images in one forward pass. With 1 all scores are, to the last bit, those of jobs/train.py and
-            jobs/score.py; with more they agree up to the rounding of the forward pass.
-        overwrite: replace what another run left in the output.
-        limits: what an image may cost.
-        runtime: actors and their CPUs and GPUs; GPUs embed, banks are built and searched on CPUs.
-        tracking: where MLflow records the run.
-    """
-
-    shards: str
-    output: str
-    embeddings: str | None = None
-    batch_size: int = 8
-    overwrite: bool = False
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise OptionError(f"batch_size={self.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.evaluation.options import BootstrapOptions, EvaluateOptions
 from pipelines.evaluation.pixel_counts import CALIBRATED, RAW, Counted, Group, PixelPlan, count_pixels, read_counted
 from pipelines.reporting.curves import figures, scope_key
 from pipelines.reporting.tables import aupro_names, headline_rows, largest_error, percent
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import console, print_table
-from pipelines.runtime.tracking import TrackingOptions, scope, track
+from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files
 from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -41,7 +41,6 @@ from unianom.metrics.bootstrap import (
 )
 from unianom.metrics.curves import Curve
 from unianom.metrics.image import image_curves, image_metrics
-from unianom.metrics.region import AuproVariant, check_aupro_options
 from unianom.options import from_plain, to_plain
 
 UNION = "union"
@@ -55,67 +54,6 @@ SCORE_COLUMNS = {RAW: "score", CALIBRATED: "calibrated_score"}
 
 RESAMPLED_MAPS = 20_000
 """Above so many maps, intervals of pixel metrics would need their histograms to be kept in gigabytes."""
-
-
-@dataclass(frozen=True)
-class BootstrapOptions:
-    """Confidence intervals by resampling images.
-
-    Args:
-        resamples: how often; 0 gives no intervals.
-        seed: of the draws.
-        confidence: share of the resamples inside an interval.
-    """
-
-    resamples: int = 1000
-    seed: int = 0
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        if self.resamples < 0 or self.seed < 0:
-            raise OptionError("bootstrap: resamples and seed must be 0 or more")
-        if not 0 < self.confidence < 1:
-            raise OptionError(f"bootstrap.confidence={self.confidence} must be between 0 and 1, e.g. 0.95")
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Evaluate a score set against the labels and masks of its shards.
-
-    Args:
-        scores: score set; path or URI.
-        shards: the shard set that was scored; path or URI.
-        output: folder for evaluation.json and categories.csv; path or URI.
-        aupro_limit: highest false-positive rate of AUPRO.
-        aupro_variant: "exact", or a published approximation: "legacy_global_200", "legacy_per_image".
-        soft_dice: also give Dice and IoU without a threshold of maps scaled by their own extremes, image by image, as
-            polyp segmentation is measured.
-        exact_pixels: up to so many labelled pixels, pixel metrics are exact and take some 12 bytes of memory a pixel,
-            3 GB by default; beyond, they come from bins, in bounded memory, each with the most it can be off.
-        curve_points: points kept of each curve.
-        overwrite: replace what another evaluation left in the output.
-        bootstrap: confidence intervals.
-        runtime: actors and their CPUs.
-        tracking: where MLflow records the run.
-    """
-
-    scores: str
-    shards: str
-    output: str
-    aupro_limit: float = 0.3
-    aupro_variant: AuproVariant = "exact"
-    soft_dice: bool = False
-    exact_pixels: int = 250_000_000
-    curve_points: int = 400
-    overwrite: bool = False
-    bootstrap: BootstrapOptions = field(default_factory=BootstrapOptions)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        check_aupro_options(self.aupro_limit, self.aupro_variant)
-        if self.exact_pixels < 0:
-            raise OptionError(f"exact_pixels={self.exact_pixels} must be 0 or more")
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:

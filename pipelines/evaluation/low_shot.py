@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,24 +16,25 @@ from pipelines.evaluation.bank_protocol import (
     ProtocolResult,
     _plan,
     _state,
-    method_name,
     run_banks,
     scores_file,
     spread,
 )
-from pipelines.evaluation.embeddings import EmbeddingOptions, Side
+from pipelines.evaluation.embeddings import Side
 from pipelines.evaluation.evaluate import plain
+from pipelines.evaluation.options import LowShotOptions
 from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.tracking import scope, track
 from pipelines.training.per_category import inputs_of
 from unianom import __version__, files, visual
+from unianom.configs import method_of
 from unianom.data.image import decode_mask, prepare_mask
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import few_shot
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError
 from unianom.metrics.image import image_metrics
 from unianom.metrics.pixel import pixel_metrics
 from unianom.options import to_plain
@@ -47,35 +47,6 @@ LOW_SHOT_METRICS = {
     "aupro": "AUPRO",
 }
 """What is measured of every draw, and its short name."""
-
-
-@dataclass(frozen=True)
-class LowShotOptions(EmbeddingOptions):
-    """Low-shot anomaly detection: k normal images of each category, drawn several times; all test images are scored.
-
-    Args:
-        categories: those to fit and score; empty for all.
-        shots: numbers of normal images per category. A category with fewer is left out at that number, and named.
-        draws: how often each number is drawn.
-        seed: of the first draw; the following have the seeds after it. A draw is that of jobs/train.py with --few_shot,
-            this --seed and --threshold.validation_fraction 0.
-        per_category: one bank for each category instead of one for all of them.
-    """
-
-    categories: tuple[str, ...] = ()
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
-    draws: int = 5
-    seed: int = 0
-    per_category: bool = True
-
-    otherwise: ClassVar[str] = "use jobs/train.py with --few_shot, once for each draw, or take a memory method"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.shots or min(self.shots) < 1 or len(set(self.shots)) < len(self.shots):
-            raise OptionError(f"shots={list(self.shots)} must be different numbers of at least 1")
-        if self.draws < 1:
-            raise OptionError(f"draws={self.draws} must be at least 1")
 
 
 def low_shot(options: Any) -> ProtocolResult:
@@ -250,7 +221,7 @@ def _write_low_shot(
     content = {
         "tool_version": __version__,
         "protocol": "low_shot",
-        "method": method_name(options),
+        "method": method_of(options.method),
         "config": to_plain(options.method),
         "shards": {"uri": shards.uri, "digest": shards.digest},
         "per_category": options.per_category,
@@ -271,7 +242,7 @@ def _write_low_shot(
     files.write_bytes(files.join(output, "low_shot.png"), visual.png(_shot_figure(summary)))
     banks = "one bank for each category" if options.per_category else "one bank for all categories"
     section = {
-        "title": f"Few normal images: {method_name(options)}",
+        "title": f"Few normal images: {method_of(options.method)}",
         "text": [
             f"{options.draws} seeded draws of each number of normal images per category, {banks}; mean ± standard "
             f"deviation over the draws, on all test images. Backbone {options.method.backbone.name}.",

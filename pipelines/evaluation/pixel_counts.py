@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
+from pipelines.runtime.actors import connect, run_tasks
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom import files
+from unianom.configs.metrics import AuproVariant
 from unianom.data.image import InputPolicy, decode_map, decode_mask, prepare_mask
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.errors import DataError
 from unianom.metrics.bootstrap import chunks
 from unianom.metrics.pixel import PixelAccumulator
-from unianom.metrics.region import AuproVariant, SplitMap, split_maps
+from unianom.metrics.region import SplitMap, split_maps
 from unianom.metrics.streaming import (
     ANOMALOUS,
     NORMAL_BESIDE,

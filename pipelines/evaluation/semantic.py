@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -14,47 +13,26 @@ from pipelines.evaluation.bank_protocol import (
     ProtocolResult,
     _plan,
     _state,
-    method_name,
     run_banks,
     scores_file,
     spread,
 )
-from pipelines.evaluation.embeddings import EmbeddingOptions, Side
+from pipelines.evaluation.embeddings import Side
 from pipelines.evaluation.evaluate import plain
+from pipelines.evaluation.options import SemanticOptions
 from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.tracking import scope, track
 from pipelines.training.per_category import inputs_of
 from unianom import __version__, files, visual
+from unianom.configs import method_of
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100, SPECIES_60, SPECIES_60_SPLITS
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.metrics.image import image_metrics
 from unianom.options import to_plain
-
-
-@dataclass(frozen=True)
-class SemanticOptions(EmbeddingOptions):
-    """Semantic anomaly detection: some classes are normal, all others anomalous; a bank for every choice of classes.
-
-    Args:
-        tasks: choices of normal classes. "one_vs_rest" makes each class normal in turn (CIFAR-10, the superclasses of
-            CIFAR-100 as its layout reads them, ImageNet-30); "cifar10_splits" are classes 0 to 4, 5 to 9, the even and
-            the odd ones; "cifar100_superclasses" joins the 100 fine classes to 20; "species60_splits" are the five
-            published choices of 30 classes.
-        normal_classes: choices of one's own in place of `tasks`: a name and its classes, by name or by index in
-            alphabetical order, such as {pets: [cat, dog], first: [0, 1, 2]}; a number that is the name of a class
-            means that class.
-    """
-
-    tasks: Literal["one_vs_rest", "cifar10_splits", "cifar100_superclasses", "species60_splits"] = "one_vs_rest"
-    normal_classes: dict[str, list[int | str]] = field(default_factory=dict)
-
-    otherwise: ClassVar[str] = (
-        "ingest with --layout_options.normal_classes and use jobs/train.py for each choice, or take a memory method"
-    )
 
 
 def choose_tasks(options: SemanticOptions, classes: Sequence[str]) -> dict[str, list[str]]:
@@ -196,7 +174,7 @@ def _write_semantic(
     content = {
         "tool_version": __version__,
         "protocol": "semantic",
-        "method": method_name(options),
+        "method": method_of(options.method),
         "config": to_plain(options.method),
         "shards": {"uri": shards.uri, "digest": shards.digest},
         "normal_classes": tasks,
@@ -204,7 +182,7 @@ def _write_semantic(
         "mean": mean,
         "scores": [scores_file(record["number"]) for record in records],
     }
-    title = f"Semantic anomalies: {method_name(options)} on {', '.join(shards.categories)}"
+    title = f"Semantic anomalies: {method_of(options.method)} on {', '.join(shards.categories)}"
     files.write_bytes(files.join(output, "semantic.png"), visual.png(_task_figure(rows, mean["image_auroc"])))
     files.write_bytes(files.join(output, "tasks.csv"), files.csv_bytes([*rows, {"task": "mean", **mean}]))
     section = {

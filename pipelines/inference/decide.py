@@ -13,32 +13,33 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from scipy.stats import binom
 
 from pipelines.data.splits import held_out_normals, some
+from pipelines.inference.options import DecideOptions
 from pipelines.inference.score import IDENTITY
 from pipelines.reporting.contact_sheet import draw_queue
 from pipelines.reporting.gallery import SCALE_MAPS
 from pipelines.reporting.tables import UNDEFINED, percent
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, run_unfinished
+from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.locks import exclusive
 from pipelines.runtime.models import ModelSet
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import TrackingOptions, scope, track
+from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files
 from unianom.data.schema import ANOMALOUS, NORMAL, SCORE_SCHEMA
 from unianom.data.shards import PartSet, PartWriter, ScoreSet, Selection, ShardSet
 from unianom.data.splits import hash_order
-from unianom.errors import DataError, ModelError, OptionError
+from unianom.errors import DataError, ModelError
 from unianom.model import store_rule, without_rule
 from unianom.options import to_plain
-from unianom.thresholds import FAIL, PASS, REVIEW, DecisionRule, ScoreKind, fit_rule
+from unianom.thresholds import FAIL, PASS, REVIEW, DecisionRule, fit_rule
 
 DECISION_SCHEMA = pa.schema(
     [
@@ -71,69 +72,6 @@ class DecisionSet(PartSet):
     version: ClassVar[int] = DECISION_VERSION
     kind: ClassVar[str] = "decision set"
     job: ClassVar[str] = "jobs/decide.py"
-
-
-@dataclass(frozen=True)
-class DecideOptions:
-    """Judge stored scores: thresholds from held-out normal images, a decision for every image, and a review queue.
-
-    Args:
-        scores: score set to judge; path or URI.
-        output: folder to write; path or URI.
-        normals: score set of the held-out normal images, by the same models: of the "val" split, or of "train", of
-            which only what the training held out is taken; null looks for them among `scores`.
-        shards: the shard set of `scores`, for pictures of the queue, and to tell what was held out where only some
-            categories were scored; path or URI, null for neither.
-        scores_kind: judge "raw" or "calibrated" scores.
-        per_category: thresholds for each category instead of one pair for all.
-        too_few: with `per_category`, "refuse" if a category has too few normal images for `target_fpr`, or judge it by
-            the normal images of all categories ("pooled"), which promises nothing of that category alone.
-        target_fpr: highest share of normal images that may fail.
-        review_fpr: highest share of normal images that may fail or come to review.
-        confidence: probability that a promise holds; of each promise by itself.
-        held_out_fraction: share of its normal training images that the model held out, for models that do not record
-            it; whether the number of images agrees is checked.
-        queue: images in each list of the review queue.
-        pictures: of those, how many are shown on the list's contact sheet.
-        write_back: the models' folder, to store the rule in: scoring and prediction then decide by it; path or URI.
-        overwrite: replace what another decision left in the output.
-        runtime: actors and their CPUs.
-        tracking: where MLflow records the run.
-    """
-
-    scores: str
-    output: str
-    normals: str | None = None
-    shards: str | None = None
-    scores_kind: ScoreKind = "raw"
-    per_category: bool = False
-    too_few: Literal["refuse", "pooled"] = "refuse"
-    target_fpr: float = 0.05
-    review_fpr: float = 0.2
-    confidence: float = 0.95
-    held_out_fraction: float | None = None
-    queue: int = 100
-    pictures: int = 24
-    write_back: str | None = None
-    overwrite: bool = False
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        for name in ("target_fpr", "review_fpr", "confidence"):
-            if not 0 < getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name):g} must be in (0, 1)")
-        if self.review_fpr < self.target_fpr:
-            raise OptionError(
-                f"review_fpr={self.review_fpr:g} is below target_fpr={self.target_fpr:g}; it counts the images that "
-                f"fail, too, so give at least as much"
-            )
-        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
-            raise OptionError(f"held_out_fraction={self.held_out_fraction:g} must be in (0, 1)")
-        if self.queue < 0 or self.pictures < 0:
-            raise OptionError(f"queue={self.queue} and pictures={self.pictures} must be 0 or more")
-        if self.too_few == "pooled" and not self.per_category:
-            raise OptionError("too_few=pooled is for thresholds of each category; add --per_category true")
 
 
 @dataclass(frozen=True)

@@ -10,67 +10,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipelines.data.ingest import map_ahead
+from pipelines.inference.options import ScoreOptions
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, connect, run_tasks
+from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.models import ModelSet, load_model
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, decode_prepared, encode_map
 from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.data.tensors import normalise
-from unianom.errors import DataError, ImageError, OptionError
+from unianom.errors import DataError, ImageError
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 from unianom.options import to_plain
 
 IDENTITY = ("sample_id", "dataset", "category", "split", "label", "defect", "uri", "sha256", "height", "width")
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """Score a shard set with a model.
-
-    Args:
-        model: model folder, or a folder of one model per category; path or URI.
-        shards: shard set; path or URI.
-        output: folder of the score set; path or URI.
-        splits: splits to score; empty for all.
-        categories: categories to score; empty for all.
-        maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
-        batch_size: images in one forward pass.
-        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, by fewer
-            operations; jobs/benchmark.py inference measures what that saves.
-        max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
-        overwrite: replace what another scoring left in the output.
-        limits: what an image may cost.
-        runtime: actors and their CPUs and GPUs.
-    """
-
-    model: str
-    shards: str
-    output: str
-    splits: tuple[str, ...] = ("test",)
-    categories: tuple[str, ...] = ()
-    maps: bool | None = None
-    batch_size: int = 8
-    fold_batch_norm: bool = False
-    max_reject_fraction: float = 0.01
-    overwrite: bool = False
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise OptionError("batch_size must be positive")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -23,6 +22,7 @@ from matplotlib.axes import Axes
 
 from pipelines.reporting.curves import _panels, scopes, score_rows
 from pipelines.reporting.gallery import Card, Gallery, make_gallery
+from pipelines.reporting.options import ReportOptions
 from pipelines.reporting.samples import labelled
 from pipelines.reporting.sections import Section, read_section
 from pipelines.reporting.tables import (
@@ -41,44 +41,15 @@ from pipelines.reporting.tables import (
     with_examples,
 )
 from pipelines.runtime import outputs
-from pipelines.runtime.tracking import TrackingOptions, track
+from pipelines.runtime.tracking import track
 from unianom import __version__, files, visual
 from unianom.data.image import (
     InputPolicy,
 )
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import ScoreSet, ShardSet
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError
 from unianom.options import flatten, from_plain, to_plain
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Write an evaluation as one HTML file: tables, curves, score histograms and a gallery of heat maps.
-
-    Args:
-        evaluation: folder that jobs/evaluate.py wrote; path or URI.
-        output: the .html file to write; path or URI.
-        sections: folders in which other jobs left a section for the report (section.json and its pictures); paths or
-            URIs.
-        gallery: pictures of the worst misses, and of the worst false alarms; half as many of each category, and a
-            quarter as many typical ones of each defect type. 0 shows none.
-        overwrite: replace another report in the output.
-        tracking: where MLflow keeps a copy.
-    """
-
-    evaluation: str
-    output: str
-    gallery: int = 8
-    sections: tuple[str, ...] = ()
-    overwrite: bool = False
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        if not self.output.endswith(".html"):
-            raise OptionError(f"output={self.output} must be a file name that ends in .html")
-        if self.gallery < 0:
-            raise OptionError(f"gallery={self.gallery} must be 0 or more")
 
 
 def write_report(options: ReportOptions) -> str:

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ import ray
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import own_signals
 from pipelines.runtime.errors import WorkerError, reason, user_error, wrapped
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
 
@@ -39,47 +39,22 @@ ERRORS: dict[str, type[UnianomError]] = {
 }
 
 
-@dataclass(frozen=True)
-class RuntimeOptions:
-    """How much of the cluster a job takes.
+def pool_size(options: RuntimeOptions, tasks: int) -> int:
+    """Return how many actors to start for so many tasks; needs a connected Ray.
 
-    Args:
-        workers: actors; null takes as many as the cluster's CPUs, or GPUs, allow.
-        cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
-        gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
-        local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
+    Raises:
+        OptionError: the cluster cannot hold a single one.
     """
-
-    workers: int | None = None
-    cpus_per_worker: int = 1
-    gpus_per_worker: float = 0
-    local_cpus: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.cpus_per_worker < 1 or self.gpus_per_worker < 0 or (self.workers is not None and self.workers < 1):
-            raise OptionError("runtime: workers and cpus_per_worker must be >= 1, gpus_per_worker >= 0")
-
-    @property
-    def device(self) -> str:
-        """Where networks run."""
-        return "cuda" if self.gpus_per_worker else "cpu"
-
-    def pool_size(self, tasks: int) -> int:
-        """How many actors for so many tasks; needs a connected Ray.
-
-        Raises:
-            OptionError: the cluster cannot hold a single one.
-        """
-        have = ray.cluster_resources()
-        fit = int(have.get("CPU", 0)) // self.cpus_per_worker
-        if self.gpus_per_worker:
-            fit = min(fit, math.floor(have.get("GPU", 0) / self.gpus_per_worker))
-        if fit < 1:
-            raise OptionError(
-                f"a worker needs {self.cpus_per_worker} CPUs and {self.gpus_per_worker} GPUs; this Ray has "
-                f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
-            )
-        return max(1, min(self.workers or fit, fit, tasks))
+    have = ray.cluster_resources()
+    fit = int(have.get("CPU", 0)) // options.cpus_per_worker
+    if options.gpus_per_worker:
+        fit = min(fit, math.floor(have.get("GPU", 0) / options.gpus_per_worker))
+    if fit < 1:
+        raise OptionError(
+            f"a worker needs {options.cpus_per_worker} CPUs and {options.gpus_per_worker} GPUs; this Ray has "
+            f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+        )
+    return max(1, min(options.workers or fit, fit, tasks))
 
 
 def connect(options: RuntimeOptions, dashboard: bool = False) -> None:
@@ -257,7 +232,7 @@ def run_tasks(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = options.pool_size(len(tasks))
+    size = pool_size(options, len(tasks))
     dataset = ray.data.from_items([{"item": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(
         _Actor,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": options.cpus_per_worker},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 import signal
 import sys
 import threading
@@ -200,10 +199,6 @@ def _print_help(options: type) -> None:
 
     add(parser, options, "", None)
     parser.print_help()
-
-
-AS_WRITTEN = {"as_written": True}
-"""Metadata of a field whose class takes the values inside as they are written: only it knows their types."""
 
 
 class _Given:
@@ -423,12 +418,6 @@ def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
             raise OptionError(f"the option --{field.name} is required")
     # what a preset filled into a default is filled in anew, for another may be given
     return options(**values) if base is None or open_options(options) else dataclasses.replace(base, **values)
-
-
-def documented_arguments(*classes: type) -> str:
-    """The lines below "Args:" of the docstrings of some classes, each once, indented for another docstring's."""
-    texts = [(cls.__doc__ or "").split("Args:\n", 1)[1].rstrip() for cls in dict.fromkeys(classes)]
-    return "\n".join(re.sub(r"(?m)^    ", "", text) for text in texts)
 
 
 def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[str]]:

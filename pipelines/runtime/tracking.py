@@ -15,13 +15,13 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 from urllib.parse import quote
 
 import unianom
+from pipelines.runtime.options import TrackingOptions
 from unianom import files
 from unianom.data.image import encode_png
 from unianom.errors import ModelError, OptionError, UnianomError
@@ -53,26 +53,6 @@ _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
 
 class TrackingError(UnianomError):
     """The MLflow tracking server, database or artifact store cannot be used."""
-
-
-@dataclass(frozen=True)
-class TrackingOptions:
-    """Where a job's parameters, metrics and figures are recorded.
-
-    Args:
-        mlflow_uri: MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the
-            folder that holds the job's output. Artifacts of an SQLite store lie in `mlartifacts` beside it.
-        experiment: MLflow experiment that the job's run belongs to.
-        enabled: false records nothing.
-    """
-
-    mlflow_uri: str | None = None
-    experiment: str = "unianom"
-    enabled: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.experiment.strip():
-            raise OptionError("tracking.experiment is empty; give it a name")
 
 
 class Run:

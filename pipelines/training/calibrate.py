@@ -12,9 +12,9 @@ from __future__ import annotations
 import io
 import tempfile
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import ray
@@ -24,19 +24,20 @@ from pipelines.data.feature_cache import array_name, write_npy_header
 from pipelines.data.reader import SampleReader
 from pipelines.data.splits import held_out_normals, some
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions, connect, run_unfinished, set_threads
+from pipelines.runtime.actors import connect, run_unfinished, set_threads
 from pipelines.runtime.errors import user_error
 from pipelines.runtime.locks import exclusive
 from pipelines.runtime.models import ModelSet, load_model, write_index
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import TrackingOptions, scope, track
+from pipelines.runtime.tracking import scope, track
+from pipelines.training.options import CalibrateOptions
 from unianom import __version__, files
 from unianom.calibration import Calibrator, HeadTrainer, MapStatistics
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 
@@ -46,51 +47,6 @@ their classes."""
 
 MOMENTS = "moments"
 """Name of the array of a part with the sums of the embedding's channels and of their squares, 2×C float64."""
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """Calibrate a model's scores, so that one threshold serves images of any category.
-
-    Args:
-        model: model folder, or a folder of one model per category; path or URI.
-        shards: shard set whose normal training images are learned from; path or URI.
-        output: model folder to write; null puts the calibrator into the model's own folder.
-        images: "train" learns from the normal training images but those that the model held out, so that thresholds may
-            still be chosen on these; "held_out" from these alone, which memory banks do not know by heart; "all".
-        held_out_fraction: share of its normal training images that the model held out, for models that do not record
-            it.
-        calibration: variant, statistics and head.
-        batch_size: images in one forward pass.
-        folder: where embeddings are kept for all runs; null takes `prepared` beside the model.
-        precision: "half" or "full", of kept embeddings.
-        checkpoint_every: steps of the head between checkpoints.
-        overwrite: replace another calibrator, or what else lies in the output.
-        limits: what an image may cost.
-        runtime: actors and their CPUs and GPUs.
-        tracking: where MLflow records the run.
-    """
-
-    model: str
-    shards: str
-    output: str | None = None
-    images: Literal["train", "held_out", "all"] = "train"
-    held_out_fraction: float | None = None
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    batch_size: int = 8
-    folder: str | None = None
-    precision: Literal["half", "full"] = "half"
-    checkpoint_every: int = 1000
-    overwrite: bool = False
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.checkpoint_every < 1:
-            raise OptionError("batch_size and checkpoint_every must be positive")
-        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
-            raise OptionError(f"held_out_fraction={self.held_out_fraction} must be in (0, 1)")
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,18 @@ from ray.train.torch import TorchTrainer
 from pipelines.data.feature_cache import PreparedSet, learnable, prepare
 from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
-from pipelines.runtime.actors import RuntimeOptions, connect, raised_error
+from pipelines.runtime.actors import connect, pool_size, raised_error
 from pipelines.runtime.cli import own_signals
 from pipelines.runtime.errors import reason
 from pipelines.runtime.models import load_model
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import Run, scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
-from pipelines.training.network_options import ALL_PREPARED_BYTES, DataOptions, TrainingOptions
-from pipelines.training.options import WORK, FitResult
+from pipelines.training.network_options import ALL_PREPARED_BYTES
+from pipelines.training.options import WORK, DataOptions, TrainingOptions
 from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
+from pipelines.training.result import FitResult
 from pipelines.training.samples import TrainingImages
 from pipelines.training.threshold import held_out_threshold
 from pipelines.training.trainer import evaluation_mode
@@ -321,7 +323,7 @@ def run_job(
 def _check_resources(options: TrainingOptions) -> None:
     """Ray Train would wait for ever for workers that the cluster cannot hold."""
     need = options.min_workers or options.workers
-    if options.runtime.pool_size(need) < need:
+    if pool_size(options.runtime, need) < need:
         raise OptionError(
             f"{need} workers of {options.runtime.cpus_per_worker} CPUs and {options.runtime.gpus_per_worker:g} GPUs "
             f"do not fit this Ray; lower --runtime.workers, or --min_workers"

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.data.feature_cache import MASKS, PIXELS, Arrays
 from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors
-from pipelines.training.network_options import TrainingOptions
+from pipelines.training.options import TrainingOptions
 from pipelines.training.sampler import ReferenceSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import phase_configs

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from pipelines.data.splits import SplitOptions
-from pipelines.runtime.actors import RuntimeOptions
-from pipelines.runtime.cli import AS_WRITTEN
+from pipelines.data.options import SplitOptions
+from pipelines.runtime.options import RuntimeOptions, TrackingOptions
+from unianom.configs import CONFIGS, has_bank
+from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
-from unianom.options import from_plain, merged, to_plain
-from unianom.thresholds import Threshold
+from unianom.options import AS_WRITTEN, documented_arguments
 from unianom.written import plain_options
 
 WORK = "_work"
@@ -100,45 +101,180 @@ class FitOptions:
 
 
 @dataclass(frozen=True)
-class FitResult:
-    """One fitted model.
+class DataOptions:
+    """How images reach the network in training.
 
-    Attributes:
-        folder: its model folder.
-        categories: those it was fitted on.
-        fresh: whether this run wrote it.
-        summary: what it was made of, in words.
-        metrics: what it was made of, in numbers.
-        threshold: the stored threshold, or None.
-        notice: why there is no threshold, else "".
+    Args:
+        images: "prepared" decodes every image once and memory-maps the result; "stream" decodes row group after row
+            group in every epoch, for corpora that do not fit the disk; null decides by size.
+        frozen_features: compute what the frozen encoder makes of the images once and keep it; null does so where
+            nothing but the encoder stands between image and features (no augmentation) and they take at most 32 GB,
+            as one forward pass of one image tells.
+        feature_precision: "half" or "full", of kept features.
+        folder: where prepared images and features are kept for all runs; null takes `prepared` beside the output.
+        processes: that load batches beside each worker; 0 is a thread; null takes as many as the worker's CPUs but
+            one where images are decoded, changed or made.
+        window: row groups that are shuffled together when streaming.
     """
 
-    folder: str
-    categories: list[str]
-    fresh: bool
-    summary: str
-    metrics: dict[str, float]
-    threshold: Threshold | None
-    notice: str
+    images: Literal["prepared", "stream"] | None = None
+    frozen_features: bool | None = None
+    feature_precision: Literal["half", "full"] = "half"
+    folder: str | None = None
+    processes: int | None = None
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or (self.processes is not None and self.processes < 0):
+            raise OptionError("data.window must be >= 1, data.processes >= 0")
 
 
-def own_config(config: Any, categories: list[str], options: FitOptions) -> Any:
-    """A method's options for the model of these categories.
+@dataclass(frozen=True)
+class Phase:
+    """From some step on, other values of options of the method.
 
-    Raises:
-        OptionError: one category's options are not the method's, or for a model of several categories.
+    Args:
+        start: share of the training at which it begins, in (0, 1).
+        method: the options that change, by dotted name, such as {training.learning_rate: 1e-3}; those of earlier phases
+            go on.
     """
-    if len(categories) > 1:
-        if named := sorted(set(options.category_options) & set(categories)):
-            raise OptionError(
-                f"category_options of {', '.join(named)} are for models of one category; give --per_category true, or "
-                f"leave them out"
-            )
-        return config
-    changes = options.category_options.get(categories[0], {})
-    if "preset" in changes:
-        raise OptionError(f"category_options.{categories[0]}.preset: a preset is chosen for all categories")
-    try:
-        return from_plain(type(config), merged(to_plain(config), changes))
-    except OptionError as error:
-        raise OptionError(f"category_options.{categories[0]}: {error}") from error
+
+    start: float
+    method: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < 1 or not self.method:
+            raise OptionError(f"phases: start={self.start} must be in (0, 1), and method name an option that changes")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(FitOptions):
+    """What training a method needs besides the method's own options.
+
+    Args:
+        precision: of forward and backward pass, "fp32" or "bf16" (autocast).
+        compile: run the step through torch.compile.
+        accumulate: forward and backward passes that make up a step, to save memory.
+        checkpoint_every: steps between checkpoints.
+        validate_every: steps between validations; null validates ten times a run, 0 never.
+        validation_images: images of a validation, half of them normal, an even share of every category, but at least
+            one of each.
+        min_workers: let Ray shrink and regrow the run between this many workers and `runtime.workers`.
+        max_failures: how often lost workers are replaced before the run fails; preempted nodes do not count.
+        phases: options of the method that change while it is trained, in ascending order; what population-based
+            training finds.
+        data: how images reach the network.
+        runtime: workers and their CPUs and GPUs; null workers train on one, and use all for what is computed once.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    accumulate: int = 1
+    checkpoint_every: int = 500
+    validate_every: int | None = None
+    validation_images: int = 256
+    min_workers: int | None = None
+    max_failures: int = 3
+    phases: tuple[Phase, ...] = ()
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accumulate < 1 or self.checkpoint_every < 1 or self.validation_images < 2:
+            raise OptionError("accumulate and checkpoint_every must be >= 1, validation_images >= 2")
+        if (self.validate_every is not None and self.validate_every < 0) or self.max_failures < 0:
+            raise OptionError("validate_every and max_failures must be >= 0")
+        starts = [phase.start for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise OptionError(f"phases begin at {starts}; give them in ascending order")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise OptionError(f"min_workers={self.min_workers} must be in 1…{self.workers}, the runtime.workers")
+
+    @property
+    def workers(self) -> int:
+        """Workers at most."""
+        return self.runtime.workers or 1
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Calibrate a model's scores, so that one threshold serves images of any category.
+
+    Args:
+        model: model folder, or a folder of one model per category; path or URI.
+        shards: shard set whose normal training images are learned from; path or URI.
+        output: model folder to write; null puts the calibrator into the model's own folder.
+        images: "train" learns from the normal training images but those that the model held out, so that thresholds may
+            still be chosen on these; "held_out" from these alone, which memory banks do not know by heart; "all".
+        held_out_fraction: share of its normal training images that the model held out, for models that do not record
+            it.
+        calibration: variant, statistics and head.
+        batch_size: images in one forward pass.
+        folder: where embeddings are kept for all runs; null takes `prepared` beside the model.
+        precision: "half" or "full", of kept embeddings.
+        checkpoint_every: steps of the head between checkpoints.
+        overwrite: replace another calibrator, or what else lies in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs.
+        tracking: where MLflow records the run.
+    """
+
+    model: str
+    shards: str
+    output: str | None = None
+    images: Literal["train", "held_out", "all"] = "train"
+    held_out_fraction: float | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    batch_size: int = 8
+    folder: str | None = None
+    precision: Literal["half", "full"] = "half"
+    checkpoint_every: int = 1000
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.checkpoint_every < 1:
+            raise OptionError("batch_size and checkpoint_every must be positive")
+        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
+            raise OptionError(f"held_out_fraction={self.held_out_fraction} must be in (0, 1)")
+
+
+JOB_ARGUMENTS = """    calibrate: also put a calibrator into the model, as jobs/calibrate.py does by default: "cada", or
+        by "classifier" or "labels"; null for none.
+    register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
+    tracking: where MLflow records the run.
+    method: the method's own options."""
+
+
+Calibrated = Literal["cada", "classifier", "labels"]
+"""Kinds of calibrators that jobs/train.py can add."""
+
+
+def train_options() -> dict[str, type]:
+    """The options class of every method: what fitting needs, and the method's own options as `method`."""
+    classes: dict[str, type] = {}
+    for name, config in CONFIGS.items():
+        base = FitOptions if has_bank(name) else TrainingOptions
+        fields: list[Any] = [
+            ("calibrate", Calibrated | None, None),
+            ("register_as", str | None, None),
+            ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
+            ("method", config, field(default_factory=config)),
+        ]
+        added = {"__post_init__": _check}
+        cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(base,), frozen=True, namespace=added)
+        summary = f"Fit {name}: {(config.__doc__ or '').splitlines()[0]}"
+        cls.__doc__ = "\n".join([summary, "", "Args:", documented_arguments(FitOptions, base), JOB_ARGUMENTS])
+        classes[name] = cls
+    return classes
+
+
+def _check(options: Any) -> None:
+    super(type(options), options).__post_init__()
+    if options.register_as is not None and not options.tracking.enabled:
+        raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
+    name = options.register_as
+    if name is not None and (set("/:") & set(name) or not name.strip(". ")):
+        raise OptionError(f"register_as={name}: MLflow takes no '/' or ':' in a model's name, and more than dots")

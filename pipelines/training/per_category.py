@@ -10,7 +10,9 @@ from typing import Any
 from pipelines.data.splits import TrainValSplit
 from pipelines.runtime import outputs
 from pipelines.runtime.models import INDEX, write_index
-from pipelines.training.options import FitOptions, FitResult, own_config
+from pipelines.training.options import FitOptions
+from pipelines.training.own_config import own_config
+from pipelines.training.result import FitResult
 from unianom import files
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.training.dataset import to_input
 from pipelines.training.loader import BatchLoader
-from pipelines.training.network_options import Phase
+from pipelines.training.options import Phase
 from unianom.errors import OptionError
 from unianom.methods.trained import LOSS, TrainedMethod, TrainingBatch
 from unianom.options import with_values

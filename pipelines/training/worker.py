@@ -21,7 +21,7 @@ from pipelines.runtime.actors import UNEXPECTED, set_threads, told_error
 from pipelines.training.dataset import TrainingSet, to_input
 from pipelines.training.job import Job, synthesiser_of
 from pipelines.training.loader import BatchLoader
-from pipelines.training.network_options import TrainingOptions
+from pipelines.training.options import TrainingOptions
 from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.trainer import STATE, Trainer, evaluation_mode
 from pipelines.training.validation import PROGRESS, WORKERS, Validation, Validator

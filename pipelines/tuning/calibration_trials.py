@@ -19,7 +19,8 @@ from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
-from pipelines.training.calibrate import CalibrateOptions, EmbeddingCache, HeadActor
+from pipelines.training.calibrate import EmbeddingCache, HeadActor
+from pipelines.training.options import CalibrateOptions
 from pipelines.tuning.objective import RAW_OUTPUTS, load_readings, save_readings
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
@@ -28,9 +29,6 @@ from unianom.configs.calibration import CalibrationConfig
 from unianom.errors import DataError
 from unianom.methods import Inspection, Maps
 from unianom.methods.layers.distillation import top_mean
-
-CADA = "cada"
-"""Name of calibrating on the command line of jobs/tune.py."""
 
 IMAGES_PER_UNIT = 64
 """Validation images that one task looks at."""

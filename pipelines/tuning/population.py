@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from pipelines.training.job import Segment
-from pipelines.training.network_options import Phase
-from pipelines.training.options import WORK
+from pipelines.training.options import WORK, Phase
 from pipelines.tuning.objective import OBJECTIVE
+from pipelines.tuning.options import PopulationOptions
 from pipelines.tuning.space import Choice, Dimension
 from pipelines.tuning.trained_trials import TrainedCampaign
 from pipelines.tuning.trial import CARRIED, LATENCY, MEMORY, RECORD, TrialContext, read_reports, seconds_since, trial_id
 from unianom import files
-from unianom.errors import OptionError
 from unianom.options import to_plain
 
 PHASES, UNTIL, PARENT = "_phases", "_until", "_parent"
@@ -33,27 +32,6 @@ PHASES, UNTIL, PARENT = "_phases", "_until", "_parent"
 trial that it goes on from."""
 
 STATE = "state.pt"
-
-
-@dataclass(frozen=True)
-class PopulationOptions:
-    """How a population is trained.
-
-    Args:
-        segments: parts of the training, after each of which the worst follow the best.
-        share: of the population, that counts as the worst and as the best.
-        resample: probability that an option is drawn anew and not changed a little.
-        factor: numbers are multiplied or divided by it; a choice moves to one beside it.
-    """
-
-    segments: int = 4
-    share: float = 0.25
-    resample: float = 0.25
-    factor: float = 1.2
-
-    def __post_init__(self) -> None:
-        if self.segments < 2 or not 0 < self.share <= 0.5 or not 0 <= self.resample <= 1 or not self.factor > 1:
-            raise OptionError("population: segments >= 2, share in (0, 0.5], resample in [0, 1], factor > 1")
 
 
 @dataclass(frozen=True)

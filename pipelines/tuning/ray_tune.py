@@ -20,10 +20,11 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from pipelines.data.validation_set import METRICS
+from pipelines.data.options import METRICS
 from pipelines.runtime.actors import set_threads
+from pipelines.runtime.options import TrackingOptions
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import Run, TrackingOptions, track
+from pipelines.runtime.tracking import Run, track
 from pipelines.training.validation import PROGRESS, WORKERS
 from pipelines.tuning.objective import OBJECTIVE
 from pipelines.tuning.space import Choice, Dimension, key_of

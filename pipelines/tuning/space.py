@@ -20,6 +20,9 @@ import numpy as np
 from unianom.errors import OptionError
 from unianom.options import to_plain, with_values
 
+CADA = "cada"
+"""Name of calibrating on the command line of jobs/tune.py."""
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -21,8 +21,9 @@ import ray
 import torch
 from ray.train import UserCallback
 
+from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import TrainValSplit
-from pipelines.data.validation_set import ValidationOptions, ValidationSet, build_tests, build_validation_set
+from pipelines.data.validation_set import ValidationSet, build_tests, build_validation_set
 from pipelines.runtime.errors import reason, user_error
 from pipelines.training.driver import WorkersLostError
 from pipelines.training.options import WORK

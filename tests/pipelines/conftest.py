@@ -21,14 +21,14 @@ from ray import cloudpickle
 
 import pipelines
 from pipelines.data import ingest as ingesting
-from pipelines.inference.score import ScoreOptions, score
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score import score
 from pipelines.runtime import actors
-from pipelines.runtime.actors import RuntimeOptions
-from pipelines.runtime.tracking import TrackingOptions
+from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from pipelines.training import driver, worker
 from pipelines.training.job import Job
-from pipelines.training.options import ThresholdOptions
-from pipelines.training.train import train, train_options
+from pipelines.training.options import ThresholdOptions, train_options
+from pipelines.training.train import train
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.bank import BankConfig
 from unianom.configs.uniformaly import UniFormalyConfig

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluation.evaluate import EvaluateOptions, Images, pixel_plan, tabulate
+from pipelines.evaluation.evaluate import Images, pixel_plan, tabulate
+from pipelines.evaluation.options import EvaluateOptions
 from pipelines.evaluation.pixel_counts import MapReader, shard_part
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png

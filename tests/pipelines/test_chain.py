@@ -23,7 +23,7 @@ from pipelines.evaluation import evaluate as evaluating
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.inference import score as scoring
 from pipelines.inference.score import score
-from pipelines.runtime.actors import RuntimeOptions
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training, without_ray

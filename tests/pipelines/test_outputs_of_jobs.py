@@ -10,23 +10,36 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.ingest import IngestOptions, ingest
-from pipelines.demo import DemoOptions, run_demo
-from pipelines.evaluation.bank_protocol import protocol_options
-from pipelines.evaluation.clustering import ClusterOptions, cluster_anomalies
-from pipelines.evaluation.compare import CompareOptions, compare
-from pipelines.evaluation.evaluate import BootstrapOptions, EvaluateOptions, evaluate
-from pipelines.evaluation.low_shot import LowShotOptions, low_shot
-from pipelines.evaluation.semantic import SemanticOptions, semantic
-from pipelines.inference.decide import DecideOptions, decide
-from pipelines.inference.score import ScoreOptions, score
-from pipelines.reporting.html import ReportOptions, write_report
+from pipelines.data.ingest import ingest
+from pipelines.data.options import IngestOptions
+from pipelines.demo import run_demo
+from pipelines.evaluation.clustering import cluster_anomalies
+from pipelines.evaluation.compare import compare
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.low_shot import low_shot
+from pipelines.evaluation.options import (
+    BootstrapOptions,
+    ClusterOptions,
+    CompareOptions,
+    EvaluateOptions,
+    LowShotOptions,
+    SemanticOptions,
+    protocol_options,
+)
+from pipelines.evaluation.semantic import semantic
+from pipelines.inference.decide import decide
+from pipelines.inference.options import DecideOptions, ScoreOptions
+from pipelines.inference.score import score
+from pipelines.reporting.html import write_report
+from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs
+from pipelines.runtime.options import DemoOptions
 from pipelines.runtime.outputs import KINDS, PLAN
-from pipelines.training.calibrate import CalibrateOptions, calibrate
-from pipelines.training.options import ThresholdOptions
+from pipelines.training.calibrate import calibrate
+from pipelines.training.options import CalibrateOptions, ThresholdOptions
 from pipelines.training.train import train
-from pipelines.tuning.tune import tune, tune_options
+from pipelines.tuning.options import tune_options
+from pipelines.tuning.tune import tune
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_method, tiny_training, without_ray
 from unianom import files
 from unianom.data.drawing import draw_corpus

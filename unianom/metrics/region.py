@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from unianom.errors import DataError, OptionError
+from unianom.configs.metrics import AuproVariant, check_aupro_options
+from unianom.errors import DataError
 from unianom.metrics.curves import Array, Curve, OperatingPoints, operating_points, rising_curve
-
-AuproVariant = Literal["exact", "legacy_global_200", "legacy_per_image"]
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
@@ -116,14 +115,6 @@ def aupro(
     split = split_maps(maps, masks)
     points = operating_points(concatenate([m.anomalous for m in split]), sorted_normal(split))
     return aupro_of(split, points, limit, variant)
-
-
-def check_aupro_options(limit: float, variant: str) -> None:
-    """Raise OptionError unless both are ones `aupro` knows."""
-    if variant not in get_args(AuproVariant):
-        raise OptionError(f"unknown AUPRO variant '{variant}'; choose one of {', '.join(get_args(AuproVariant))}")
-    if not 0 < limit <= 1:
-        raise OptionError(f"AUPRO limit is {limit}; it is the highest false-positive rate, above 0 and at most 1")
 
 
 def aupro_of(maps: Sequence[SplitMap], points: OperatingPoints, limit: float, variant: AuproVariant) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unianom.configs.metrics import check_aupro_options
 from unianom.errors import DataError, OptionError
 from unianom.metrics.curves import (
     Array,
@@ -32,7 +33,7 @@ from unianom.metrics.curves import (
     roc_curve,
 )
 from unianom.metrics.pixel import soft_overlap
-from unianom.metrics.region import SplitMap, area_share, check_aupro_options, split_maps
+from unianom.metrics.region import SplitMap, area_share, split_maps
 
 BITS = 22
 """Of 32 bits of a score, those that name its bin."""

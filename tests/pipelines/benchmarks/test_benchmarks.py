@@ -14,12 +14,19 @@ import torch
 import unianom
 from pipelines.benchmarks import metrics
 from pipelines.benchmarks.harness import Measured, Timing, interleave, print_report
-from pipelines.benchmarks.memory_bank import CoresetBenchmark, cover_radius
-from pipelines.benchmarks.metrics import MetricsBenchmark, PixelsBenchmark
+from pipelines.benchmarks.memory_bank import cover_radius
+from pipelines.benchmarks.options import (
+    BENCHMARKS,
+    CoresetBenchmark,
+    InferenceBenchmark,
+    MetricsBenchmark,
+    PipeBenchmark,
+    PixelsBenchmark,
+    SimilarityBenchmark,
+)
 from pipelines.benchmarks.references import bare_network, plain_coreset, scikit_learn_metrics, swept_aupro
-from pipelines.benchmarks.registry import BENCHMARKS, measure
-from pipelines.benchmarks.scoring import PipeBenchmark, StagedScorer, scorer_arguments, span
-from pipelines.benchmarks.training import InferenceBenchmark, SimilarityBenchmark
+from pipelines.benchmarks.registry import measure
+from pipelines.benchmarks.scoring import StagedScorer, scorer_arguments, span
 from pipelines.inference.score import PartScorer
 from pipelines.runtime.actors import ENDED, STARTED
 from tests.methods.conftest import TINY
@@ -224,7 +231,7 @@ def test_an_inference_benchmark_end_to_end(tmp_path: Path, model_and_shards: tup
 
 
 def test_every_benchmark_documents_its_options() -> None:
-    for options, _ in BENCHMARKS.values():
+    for options in BENCHMARKS.values():
         assert options.__doc__ is not None
         for name in options.__dataclass_fields__:  # type: ignore[attr-defined]
             assert f"{name}:" in options.__doc__

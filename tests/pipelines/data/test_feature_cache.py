@@ -24,7 +24,7 @@ from pipelines.data.feature_cache import (
     prepare,
 )
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import RuntimeOptions
+from pipelines.runtime.options import RuntimeOptions
 from tests.methods.conftest import TINY
 from tests.pipelines.sharded import (
     CATEGORIES,

@@ -19,7 +19,6 @@ from PIL import Image, ImageOps
 
 from pipelines.data import ingest as module
 from pipelines.data.ingest import (
-    IngestOptions,
     PartIngester,
     check_unique,
     contaminated,
@@ -31,6 +30,7 @@ from pipelines.data.ingest import (
     summarise,
 )
 from pipelines.data.ingest_summary import print_summary
+from pipelines.data.options import IngestOptions
 from pipelines.runtime import outputs
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, decode_mask

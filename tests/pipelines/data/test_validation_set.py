@@ -14,14 +14,12 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipelines.data import validation_set as module
+from pipelines.data.options import METRICS, ValidationOptions, check_objective
 from pipelines.data.validation_set import (
-    METRICS,
     Measured,
-    ValidationOptions,
     ValidationSet,
     build_tests,
     build_validation_set,
-    check_objective,
 )
 from pipelines.tuning.objective import gain_interval
 from tests.pipelines.sharded import (

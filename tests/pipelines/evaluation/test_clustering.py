@@ -18,7 +18,6 @@ from sklearn.metrics import adjusted_rand_score
 import unianom
 from pipelines.evaluation import clustering
 from pipelines.evaluation.clustering import (
-    ClusterOptions,
     PartFeatures,
     cluster_anomalies,
     cluster_vectors,
@@ -27,8 +26,9 @@ from pipelines.evaluation.clustering import (
     standardise,
     summarise_clusters,
 )
-from pipelines.runtime.actors import RuntimeOptions
+from pipelines.evaluation.options import ClusterOptions
 from pipelines.runtime.models import write_index
+from pipelines.runtime.options import RuntimeOptions
 from tests.data.test_shards import write_set
 from tests.pipelines.conftest import UNTRACKED, tiny_method
 from tests.pipelines.sharded import POLICY, sample

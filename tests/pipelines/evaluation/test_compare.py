@@ -13,7 +13,6 @@ from scipy.stats import rankdata
 
 from pipelines.evaluation.compare import (
     PUBLISHED,
-    CompareOptions,
     Table,
     compare,
     latex,
@@ -23,6 +22,7 @@ from pipelines.evaluation.compare import (
     read_published,
     results_of,
 )
+from pipelines.evaluation.options import CompareOptions
 from tests.pipelines.conftest import UNTRACKED
 from unianom.errors import DataError, OptionError
 

@@ -10,16 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.evaluation.evaluate import (
-    BootstrapOptions,
-    EvaluateOptions,
-    evaluate,
-    headline_rows,
-    mean_row,
-    print_evaluation,
-)
-from pipelines.runtime.actors import RuntimeOptions
-from pipelines.runtime.tracking import TrackingOptions
+from pipelines.evaluation.evaluate import evaluate, headline_rows, mean_row, print_evaluation
+from pipelines.evaluation.options import BootstrapOptions, EvaluateOptions
+from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from tests.pipelines.evaluated import Scored, model_entry, write_evaluation
 from unianom import files
 from unianom.data.image import InputPolicy, decode_map, encode_map

@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 from pipelines.evaluation import embeddings
-from pipelines.evaluation.bank_protocol import protocol_options, spread
-from pipelines.evaluation.clustering import ClusterOptions
-from pipelines.evaluation.low_shot import LowShotOptions, low_shot, plan_draws, print_low_shot, summarise
-from pipelines.evaluation.semantic import SemanticOptions, choose_tasks, print_semantic, semantic
-from pipelines.inference.score import ScoreOptions, score
-from pipelines.runtime.actors import RuntimeOptions
+from pipelines.evaluation.bank_protocol import spread
+from pipelines.evaluation.low_shot import low_shot, plan_draws, print_low_shot, summarise
+from pipelines.evaluation.options import ClusterOptions, LowShotOptions, SemanticOptions, protocol_options
+from pipelines.evaluation.semantic import choose_tasks, print_semantic, semantic
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score import score
 from pipelines.runtime.cli import parse
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.training.memory_bank import fit_banks
 from pipelines.training.options import FitOptions, ThresholdOptions
 from tests.data.test_shards import write_set

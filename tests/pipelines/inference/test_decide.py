@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 import unianom
-from pipelines.inference.decide import DecideOptions, DecideResult, DecisionSet, decide, print_decisions
-from pipelines.runtime.actors import RuntimeOptions
+from pipelines.inference.decide import DecideResult, DecisionSet, decide, print_decisions
+from pipelines.inference.options import DecideOptions
+from pipelines.runtime.options import RuntimeOptions
 from tests.pipelines.conftest import ONE, UNTRACKED, tiny_method
 from tests.pipelines.evaluated import Scored, _write_scores, _write_shards, model_entry
 from unianom import files

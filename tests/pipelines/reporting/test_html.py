@@ -19,10 +19,11 @@ from PIL import Image
 from pipelines.evaluation.evaluate import print_evaluation
 from pipelines.reporting.curves import figures
 from pipelines.reporting.gallery import choose, margins
-from pipelines.reporting.html import ReportOptions, write_report
+from pipelines.reporting.html import write_report
+from pipelines.reporting.options import ReportOptions
 from pipelines.reporting.samples import labelled
 from pipelines.reporting.tables import COLUMNS, percent
-from pipelines.runtime.tracking import TrackingOptions
+from pipelines.runtime.options import TrackingOptions
 from tests.pipelines.evaluated import MODEL, Scored, model_entry, write_evaluation
 from unianom import files
 from unianom.data.image import InputPolicy, prepare_image

@@ -13,8 +13,9 @@ import pytest
 import ray
 
 from pipelines.runtime import actors
-from pipelines.runtime.actors import ENDED, STARTED, RuntimeOptions, lost_error, raised_error, run_tasks, told_error
+from pipelines.runtime.actors import ENDED, STARTED, lost_error, raised_error, run_tasks, told_error
 from pipelines.runtime.errors import WorkerError, reason, user_error
+from pipelines.runtime.options import RuntimeOptions
 from unianom.errors import DataError, MachineError, ModelError
 
 

@@ -13,14 +13,13 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from pipelines.benchmarks.ingest import IngestBenchmark
-from pipelines.data.ingest import IngestOptions
-from pipelines.evaluation.bank_protocol import protocol_options
-from pipelines.evaluation.semantic import SemanticOptions
+from pipelines.benchmarks.options import IngestBenchmark
+from pipelines.data.options import IngestOptions
+from pipelines.evaluation.options import SemanticOptions, protocol_options
 from pipelines.runtime.cli import DONE, FAILED, STOPS, WRONG_OPTIONS, console, own_signals, parse, print_table, run
-from pipelines.training.options import own_config
-from pipelines.training.train import train_options
-from pipelines.tuning.tune import tune_options
+from pipelines.training.options import train_options
+from pipelines.training.own_config import own_config
+from pipelines.tuning.options import tune_options
 from unianom import files
 from unianom.data.layouts import LAYOUTS, make_options
 from unianom.errors import DataError, ImageError, OptionError

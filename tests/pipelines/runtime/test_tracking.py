@@ -21,17 +21,17 @@ from mlflow import MlflowClient
 
 import unianom
 from pipelines.runtime import tracking
+from pipelines.runtime.options import TrackingOptions
 from pipelines.runtime.tracking import (
     CANDIDATE,
     MlflowRun,
     Run,
     TrackingError,
-    TrackingOptions,
     mask_credentials,
     pinned_requirements,
     track,
 )
-from pipelines.training.train import train_options
+from pipelines.training.options import train_options
 from unianom import files
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.uniformaly import UniFormalyConfig

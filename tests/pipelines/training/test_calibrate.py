@@ -16,20 +16,20 @@ import torch
 import unianom
 from pipelines.data.feature_cache import array_name
 from pipelines.data.splits import held_out_normals
-from pipelines.inference.score import ScoreOptions, score
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score import score
 from pipelines.runtime.cli import parse
 from pipelines.training import calibrate as calibrating
 from pipelines.training.calibrate import (
     CATEGORY,
     FEATURES,
     STATISTICS,
-    CalibrateOptions,
     EmbeddingCache,
     HeadActor,
     PartInspector,
     calibrate,
 )
-from pipelines.training.options import ThresholdOptions
+from pipelines.training.options import CalibrateOptions, ThresholdOptions
 from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
 from unianom.calibration import MapStatistics, fit_calibrator

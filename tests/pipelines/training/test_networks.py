@@ -24,16 +24,15 @@ import yaml
 from torch import Tensor
 
 import unianom
-from pipelines.inference.score import ScoreOptions, score
-from pipelines.runtime.actors import RuntimeOptions
-from pipelines.runtime.tracking import TrackingOptions
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score import score
+from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from pipelines.training import driver as module
 from pipelines.training.driver import keeps_features
 from pipelines.training.loader import BatchLoader
-from pipelines.training.network_options import DataOptions, Phase, TrainingOptions
-from pipelines.training.options import ThresholdOptions
+from pipelines.training.options import DataOptions, Phase, ThresholdOptions, TrainingOptions, train_options
 from pipelines.training.sampler import EpochIndex, StepSampler
-from pipelines.training.train import train, train_options
+from pipelines.training.train import train
 from pipelines.training.trainer import Trainer, evaluation_mode, phase_configs
 from pipelines.training.worker import fixed_places
 from tests.methods.conftest import RECONSTRUCTION, TINY, random_images, training_batch

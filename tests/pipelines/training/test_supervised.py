@@ -24,8 +24,8 @@ from pipelines.training import worker
 from pipelines.training.dataset import ShardImages, TrainingSet, to_input
 from pipelines.training.driver import train_networks
 from pipelines.training.loader import BatchLoader
-from pipelines.training.network_options import DataOptions, TrainingOptions
-from pipelines.training.options import FitResult, ThresholdOptions
+from pipelines.training.options import DataOptions, ThresholdOptions, TrainingOptions
+from pipelines.training.result import FitResult
 from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer

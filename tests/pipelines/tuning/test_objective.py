@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.validation_set import Measured, ValidationOptions, ValidationSet, build_validation_set
+from pipelines.data.options import ValidationOptions
+from pipelines.data.validation_set import Measured, ValidationSet, build_validation_set
 from pipelines.tuning import objective as module
 from pipelines.tuning.objective import (
     OBJECTIVE,

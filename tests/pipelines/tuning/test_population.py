@@ -15,30 +15,20 @@ import pytest
 import torch
 import yaml
 
-from pipelines.data.validation_set import ValidationOptions
+from pipelines.data.options import ValidationOptions
 from pipelines.runtime.cli import parse
 from pipelines.training import driver as module
 from pipelines.training import worker
 from pipelines.training.driver import train_networks
-from pipelines.training.network_options import Phase
-from pipelines.training.options import ThresholdOptions
-from pipelines.training.train import train_options
+from pipelines.training.options import Phase, ThresholdOptions, train_options
 from pipelines.tuning import trained_trials
 from pipelines.tuning import tune as tuning
-from pipelines.tuning.population import (
-    PARENT,
-    PHASES,
-    UNTIL,
-    PopulationOptions,
-    current,
-    explore,
-    first_segments,
-    next_segments,
-)
+from pipelines.tuning.options import PopulationOptions, tune_options
+from pipelines.tuning.population import PARENT, PHASES, UNTIL, current, explore, first_segments, next_segments
 from pipelines.tuning.results import RECIPE
 from pipelines.tuning.space import Choice, Dimension, Range
 from pipelines.tuning.trial import run_trial, trial_id
-from pipelines.tuning.tune import tune, tune_options
+from pipelines.tuning.tune import tune
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import ONE, UNTRACKED

@@ -19,13 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import TrainValSplit
-from pipelines.data.validation_set import ValidationOptions
-from pipelines.runtime.actors import RuntimeOptions
 from pipelines.runtime.cli import parse
-from pipelines.training.network_options import TrainingOptions
-from pipelines.training.options import FitOptions, ThresholdOptions
-from pipelines.training.train import train_options
+from pipelines.runtime.options import RuntimeOptions
+from pipelines.training.options import FitOptions, ThresholdOptions, TrainingOptions, train_options
 from pipelines.tuning import results
 from pipelines.tuning.results import (
     chosen_rate,

@@ -17,13 +17,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import unianom
+from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import choose_samples
-from pipelines.data.validation_set import ValidationOptions, ValidationSet
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.cli import parse
 from pipelines.training.driver import WorkersLostError
 from pipelines.training.memory_bank import fit_banks
-from pipelines.training.options import FitOptions, ThresholdOptions
-from pipelines.training.train import train_options
+from pipelines.training.options import FitOptions, ThresholdOptions, train_options
 from pipelines.tuning import encodings, trial
 from pipelines.tuning.encodings import EncodingReader, EncodingSet, encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, fit_bank, is_bank_option

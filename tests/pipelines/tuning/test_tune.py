@@ -19,20 +19,22 @@ import pytest
 import torch
 import yaml
 
-from pipelines.data.validation_set import ValidationOptions, ValidationSet
+from pipelines.data.options import ValidationOptions
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.cli import parse
 from pipelines.runtime.models import load_model
+from pipelines.runtime.options import TrackingOptions
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import TrackingOptions
-from pipelines.training.calibrate import CalibrateOptions, EmbeddingCache, HeadActor
-from pipelines.training.options import ThresholdOptions
-from pipelines.training.train import train, train_options
+from pipelines.training.calibrate import EmbeddingCache, HeadActor
+from pipelines.training.options import CalibrateOptions, ThresholdOptions, train_options
+from pipelines.training.train import train
 from pipelines.tuning import tune as tuning
+from pipelines.tuning.options import EarlyStopping, tune_options
 from pipelines.tuning.ray_tune import Budget, Halving, Recorder, TrialValues, tree_parzen
 from pipelines.tuning.space import Choice, Dimension, Range, key_of, space_of
 from pipelines.tuning.trained_trials import trained_model
 from pipelines.tuning.trial import run_trial
-from pipelines.tuning.tune import EarlyStopping, tune, tune_options
+from pipelines.tuning.tune import tune
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training

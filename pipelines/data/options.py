@@ -1,0 +1,161 @@
+"""What jobs/ingest.py takes, and how images are split and chosen to validate on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.runtime.options import RuntimeOptions
+from unianom.data.image import (
+    ImageLimits,
+    check_bits,
+)
+from unianom.data.layouts import LAYOUTS
+from unianom.data.layouts.base import check_mask_threshold
+from unianom.errors import OptionError
+from unianom.options import AS_WRITTEN
+from unianom.written import plain_options
+
+MaskOrientation = Literal["auto", "shown", "stored"]
+
+AnomalyKind = Literal["cutpaste_patch", "cutpaste_scar", "texture", "shade"]
+"""Synthetic anomalies that validation images are made with."""
+
+METRICS = (
+    *("image_auroc", "image_ap", "pixel_auroc", "pixel_ap"),
+    *("union_image_auroc", "union_image_ap", "union_pixel_auroc", "union_pixel_ap"),
+)
+"""What an objective may be made of."""
+
+
+def check_objective(objective: Mapping[str, float]) -> None:
+    """Refuse an objective that is none.
+
+    Raises:
+        OptionError: a metric that is not known, or weights that are not positive.
+    """
+    unknown = sorted(set(objective) - set(METRICS))
+    if unknown:
+        raise OptionError(f"objective: unknown metric '{unknown[0]}'; known: {', '.join(METRICS)}")
+    if not objective or not all(weight > 0 for weight in objective.values()):
+        raise OptionError("objective: name one metric at least, with a weight above 0, such as {image_auroc: 1}")
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """Read a source in some layout into a shard set.
+
+    Args:
+        layout: name of the source's layout.
+        source: root folder, or the file of a manifest or merged layout; path or URI.
+        output: folder of the shard set; path or URI.
+        layout_options: options of the layout, by name.
+        contaminate: share of the anomalous test images of each category that is moved to the normal training images, as
+            if nobody had noticed them: label 0, no mask, their defect still named. Shows what methods and calibrators
+            make of training sets that are not clean.
+        contaminate_seed: of that draw.
+        mask_threshold: mask values above this are anomalous, whatever the layout says. Null leaves it to the layout,
+            and that mostly to the mask: above 0, or above half of white where it is anti-aliased or was saved as JPEG.
+        invert_masks: what is black in a mask is anomalous.
+        mask_orientation: of images that their EXIF data turns, and of masks without such data: the masks lie as the
+            image is "shown", as its pixels are "stored", or "auto": as the size tells, else as it is shown.
+        bits: that images with 16 bits a sample make use of, such as 12 of many cameras; they are stored scaled up to
+            all 16. Null takes what each file states, else 16.
+        resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
+        part_bytes: aimed size of a part.
+        min_parts: parts at least, where there are so many samples; a part is the task of later jobs.
+        max_reject_fraction: above this share of rejected samples the job fails, after finishing the rest.
+        overwrite: replace what another ingest left in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs.
+    """
+
+    layout: str
+    source: str
+    output: str
+    layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
+    contaminate: float = 0.0
+    contaminate_seed: int = 0
+    mask_threshold: int | None = None
+    invert_masks: bool = False
+    mask_orientation: MaskOrientation = "auto"
+    bits: int | None = None
+    resize: int | None = None
+    part_bytes: int = 256 << 20
+    min_parts: int = 16
+    max_reject_fraction: float = 0.01
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    def __post_init__(self) -> None:
+        if self.layout in LAYOUTS:
+            given = plain_options(self.layout_options, LAYOUTS[self.layout].options)
+            object.__setattr__(self, "layout_options", given)
+        if self.part_bytes < 1 or self.min_parts < 1:
+            raise OptionError("part_bytes and min_parts must be positive")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
+        if not 0 <= self.contaminate < 1:
+            raise OptionError(f"contaminate={self.contaminate} must be in [0, 1)")
+        if self.resize is not None and self.resize < 16:
+            raise OptionError(f"resize={self.resize} must be at least 16 pixels")
+        check_mask_threshold(self.mask_threshold)
+        check_bits(self.bits)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Options of how files are read that are not at their defaults: only these enter plans and manifests, so that
+        shard sets from before there were such options stay the same plan."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        names = ("mask_threshold", "invert_masks", "mask_orientation", "bits")
+        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How normal training images are held out.
+
+    Attributes:
+        few_shot: normal images per category to learn from; None takes all.
+        seed: of the held-out images and the few-shot draw.
+        validation_fraction: share of each category held out where the shards have no "val" split.
+        target_fpr, confidence: of the threshold that the held-out images are to support.
+    """
+
+    few_shot: int | None
+    seed: int
+    validation_fraction: float
+    target_fpr: float | None
+    confidence: float
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """The images that settings are compared on.
+
+    Args:
+        normals: normal images, an even share of every category, of those that training holds out.
+        recipes: synthetic anomalies; each makes one copy of every normal image: "cutpaste_patch", "cutpaste_scar",
+            "texture" (DRAEM, blobs of `textures`), "shade" (blobs darker or brighter). Metrics are means over recipes.
+        labelled: true takes the anomalous images of the "val" split instead, false never does; null does where there
+            are some.
+        textures: folder or URI of texture images; null takes pieces of the normal images themselves.
+        pixel_stride: every how many rows and columns of maps and masks pixel metrics see.
+        seed: of the choice of images and of the anomalies.
+    """
+
+    normals: int = 128
+    recipes: tuple[AnomalyKind, ...] = ("cutpaste_patch", "cutpaste_scar", "texture", "shade")
+    labelled: bool | None = None
+    textures: str | None = None
+    pixel_stride: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.normals < 1 or self.pixel_stride < 1:
+            raise OptionError("validation: normals and pixel_stride must be positive")
+        if not self.recipes or len(set(self.recipes)) < len(self.recipes):
+            raise OptionError("validation.recipes: name at least one, and none twice")

@@ -1,0 +1,289 @@
+"""What the jobs of evaluation take."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pipelines.runtime.options import RuntimeOptions, TrackingOptions
+from unianom.configs import CONFIGS, has_bank, method_of
+from unianom.data.image import ImageLimits
+from unianom.errors import OptionError
+from unianom.metrics.region import AuproVariant, check_aupro_options
+
+
+@dataclass(frozen=True)
+class BootstrapOptions:
+    """Confidence intervals by resampling images.
+
+    Args:
+        resamples: how often; 0 gives no intervals.
+        seed: of the draws.
+        confidence: share of the resamples inside an interval.
+    """
+
+    resamples: int = 1000
+    seed: int = 0
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.resamples < 0 or self.seed < 0:
+            raise OptionError("bootstrap: resamples and seed must be 0 or more")
+        if not 0 < self.confidence < 1:
+            raise OptionError(f"bootstrap.confidence={self.confidence} must be between 0 and 1, e.g. 0.95")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluate a score set against the labels and masks of its shards.
+
+    Args:
+        scores: score set; path or URI.
+        shards: the shard set that was scored; path or URI.
+        output: folder for evaluation.json and categories.csv; path or URI.
+        aupro_limit: highest false-positive rate of AUPRO.
+        aupro_variant: "exact", or a published approximation: "legacy_global_200", "legacy_per_image".
+        soft_dice: also give Dice and IoU without a threshold of maps scaled by their own extremes, image by image, as
+            polyp segmentation is measured.
+        exact_pixels: up to so many labelled pixels, pixel metrics are exact and take some 12 bytes of memory a pixel,
+            3 GB by default; beyond, they come from bins, in bounded memory, each with the most it can be off.
+        curve_points: points kept of each curve.
+        overwrite: replace what another evaluation left in the output.
+        bootstrap: confidence intervals.
+        runtime: actors and their CPUs.
+        tracking: where MLflow records the run.
+    """
+
+    scores: str
+    shards: str
+    output: str
+    aupro_limit: float = 0.3
+    aupro_variant: AuproVariant = "exact"
+    soft_dice: bool = False
+    exact_pixels: int = 250_000_000
+    curve_points: int = 400
+    overwrite: bool = False
+    bootstrap: BootstrapOptions = field(default_factory=BootstrapOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        check_aupro_options(self.aupro_limit, self.aupro_variant)
+        if self.exact_pixels < 0:
+            raise OptionError(f"exact_pixels={self.exact_pixels} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Put many evaluations into one table, with ranks, and published results where they compare.
+
+    Args:
+        evaluations: folders that jobs/evaluate.py wrote; paths or URIs.
+        output: folder for comparison.json, .csv, .md and .tex; path or URI.
+        names: of the evaluations, in the same order; empty takes the last part of each path.
+        published: YAML file of published results in place of the one that comes along; path or URI.
+        overwrite: replace another comparison in the output.
+        tracking: where MLflow records the run.
+    """
+
+    evaluations: tuple[str, ...]
+    output: str
+    names: tuple[str, ...] = ()
+    published: str | None = None
+    overwrite: bool = False
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        if not self.evaluations:
+            raise OptionError("evaluations is empty; give at least one folder that jobs/evaluate.py wrote")
+        if self.names and len(self.names) != len(self.evaluations):
+            raise OptionError(
+                f"names has {len(self.names)} entries for {len(self.evaluations)} evaluations; give one each"
+            )
+        named = self.labels
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise OptionError(f"two evaluations are called {', '.join(twice)}; tell them apart with --names")
+
+    @property
+    def labels(self) -> list[str]:
+        """The evaluations' names."""
+        return list(self.names) or [uri.rstrip("/").rsplit("/", 1)[-1] for uri in self.evaluations]
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Cluster the test images of each category by their anomalous patches, and compare with the defect types.
+
+    Args:
+        model: model folder of a memory method, or a folder of one per category; path or URI.
+        shards: shard set; path or URI.
+        output: folder for clusters.parquet, clustering.json and the contact sheets; path or URI.
+        splits: splits to cluster; empty for all.
+        categories: categories to cluster; empty for all.
+        variant: patches that describe an image: its "top" ones by distance to the bank, the single one of largest
+            distance ("max"), or "all" of them.
+        pooling: "mean" of these patches, or "concat": one after another, the most anomalous first.
+        scaling: "none" clusters the patches as they are, as published; "standard" brings every value to mean 0 and
+            deviation 1 over the images of a category first, for encoders in which few values outweigh all others.
+        k_ratio: share of the patches that "top" takes; null takes the model's own, or 0.05 where it has none.
+        keep_ratio: share of the patches that is kept for later runs; bounds `k_ratio`.
+        anomalous_only: leave normal images out.
+        clusters: number of clusters; null takes the number of types among the images, "good" included.
+        n_init: starts of K-means, of which the best counts.
+        seed: of K-means.
+        shown: images of each cluster on the contact sheets, those nearest to its centre; 0 draws no sheets.
+        features: folder below which features are kept, to serve later runs; null takes `cluster_features` beside the
+            output.
+        batch_size: images in one forward pass.
+        overwrite: replace what another run left in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs.
+        tracking: where MLflow records the run.
+    """
+
+    model: str
+    shards: str
+    output: str
+    splits: tuple[str, ...] = ("test",)
+    categories: tuple[str, ...] = ()
+    variant: Literal["top", "max", "all"] = "top"
+    pooling: Literal["mean", "concat"] = "mean"
+    scaling: Literal["none", "standard"] = "none"
+    k_ratio: float | None = None
+    keep_ratio: float = 0.1
+    anomalous_only: bool = False
+    clusters: int | None = None
+    n_init: int = 10
+    seed: int = 42
+    shown: int = 8
+    features: str | None = None
+    batch_size: int = 8
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise OptionError(f"keep_ratio={self.keep_ratio} must be in (0, 1]")
+        if self.k_ratio is not None and not 0 < self.k_ratio <= self.keep_ratio:
+            raise OptionError(
+                f"k_ratio={self.k_ratio} must be above 0 and at most keep_ratio={self.keep_ratio}; raise --keep_ratio"
+            )
+        if self.variant == "all" and self.pooling == "concat":
+            raise OptionError("pooling=concat takes the most anomalous patches; with variant=all give --pooling mean")
+        if self.clusters is not None and self.clusters < 1:
+            raise OptionError(f"clusters={self.clusters} must be at least 1")
+        if self.n_init < 1 or self.batch_size < 1 or self.shown < 0:
+            raise OptionError("n_init and batch_size must be at least 1, shown at least 0")
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """What every protocol on embedded images needs besides the method's own options.
+
+    Args:
+        shards: shard set; path or URI.
+        output: folder for the results; path or URI.
+        embeddings: folder below which embedded images are kept, to serve later runs; null takes `embeddings` beside the
+            output. It grows by the patches of all images: 4 bytes × patches × width each.
+        batch_size: images in one forward pass. With 1 all scores are, to the last bit, those of jobs/train.py and
+            jobs/score.py; with more they agree up to the rounding of the forward pass.
+        overwrite: replace what another run left in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs; GPUs embed, banks are built and searched on CPUs.
+        tracking: where MLflow records the run.
+    """
+
+    shards: str
+    output: str
+    embeddings: str | None = None
+    batch_size: int = 8
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise OptionError(f"batch_size={self.batch_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class LowShotOptions(EmbeddingOptions):
+    """Low-shot anomaly detection: k normal images of each category, drawn several times; all test images are scored.
+
+    Args:
+        categories: those to fit and score; empty for all.
+        shots: numbers of normal images per category. A category with fewer is left out at that number, and named.
+        draws: how often each number is drawn.
+        seed: of the first draw; the following have the seeds after it. A draw is that of jobs/train.py with --few_shot,
+            this --seed and --threshold.validation_fraction 0.
+        per_category: one bank for each category instead of one for all of them.
+    """
+
+    categories: tuple[str, ...] = ()
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
+    draws: int = 5
+    seed: int = 0
+    per_category: bool = True
+
+    otherwise: ClassVar[str] = "use jobs/train.py with --few_shot, once for each draw, or take a memory method"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.shots or min(self.shots) < 1 or len(set(self.shots)) < len(self.shots):
+            raise OptionError(f"shots={list(self.shots)} must be different numbers of at least 1")
+        if self.draws < 1:
+            raise OptionError(f"draws={self.draws} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SemanticOptions(EmbeddingOptions):
+    """Semantic anomaly detection: some classes are normal, all others anomalous; a bank for every choice of classes.
+
+    Args:
+        tasks: choices of normal classes. "one_vs_rest" makes each class normal in turn (CIFAR-10, the superclasses of
+            CIFAR-100 as its layout reads them, ImageNet-30); "cifar10_splits" are classes 0 to 4, 5 to 9, the even and
+            the odd ones; "cifar100_superclasses" joins the 100 fine classes to 20; "species60_splits" are the five
+            published choices of 30 classes.
+        normal_classes: choices of one's own in place of `tasks`: a name and its classes, by name or by index in
+            alphabetical order, such as {pets: [cat, dog], first: [0, 1, 2]}; a number that is the name of a class
+            means that class.
+    """
+
+    tasks: Literal["one_vs_rest", "cifar10_splits", "cifar100_superclasses", "species60_splits"] = "one_vs_rest"
+    normal_classes: dict[str, list[int | str]] = field(default_factory=dict)
+
+    otherwise: ClassVar[str] = (
+        "ingest with --layout_options.normal_classes and use jobs/train.py for each choice, or take a memory method"
+    )
+
+
+def protocol_options(base: type) -> dict[str, type]:
+    """The options class of a protocol for every method: those of `base`, and the method's own as `method`."""
+    classes: dict[str, type] = {}
+    for name, config in CONFIGS.items():
+        fields: list[Any] = [("method", config, field(default_factory=config))]
+        cls = dataclasses.make_dataclass(
+            f"{base.__name__}_{name}", fields, bases=(base,), frozen=True, namespace={"__post_init__": _check}
+        )
+        summary, arguments = (base.__doc__ or "").split("\n\n    Args:\n", 1)
+        inherited = (EmbeddingOptions.__doc__ or "").split("Args:\n", 1)[1].rstrip()
+        documented = f"{inherited}\n{arguments.rstrip()}\n        method: the method's own options."
+        cls.__doc__ = f"{summary}\n\nArgs:\n{re.sub('(?m)^    ', '', documented)}"
+        classes[name] = cls
+    return classes
+
+
+def _check(options: Any) -> None:
+    super(type(options), options).__post_init__()
+    name = method_of(options.method)
+    if not has_bank(name):
+        memory = ", ".join(sorted(filter(has_bank, CONFIGS)))
+        raise OptionError(
+            f"{name} is trained, so it cannot be fitted to embedded images; {options.otherwise} ({memory})"
+        )

@@ -1,0 +1,114 @@
+"""What jobs/score.py and jobs/decide.py take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.runtime.options import RuntimeOptions, TrackingOptions
+from unianom.data.image import ImageLimits
+from unianom.errors import OptionError
+from unianom.thresholds import ScoreKind
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Score a shard set with a model.
+
+    Args:
+        model: model folder, or a folder of one model per category; path or URI.
+        shards: shard set; path or URI.
+        output: folder of the score set; path or URI.
+        splits: splits to score; empty for all.
+        categories: categories to score; empty for all.
+        maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
+        batch_size: images in one forward pass.
+        fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, by fewer
+            operations; jobs/benchmark.py inference measures what that saves.
+        max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
+        overwrite: replace what another scoring left in the output.
+        limits: what an image may cost.
+        runtime: actors and their CPUs and GPUs.
+    """
+
+    model: str
+    shards: str
+    output: str
+    splits: tuple[str, ...] = ("test",)
+    categories: tuple[str, ...] = ()
+    maps: bool | None = None
+    batch_size: int = 8
+    fold_batch_norm: bool = False
+    max_reject_fraction: float = 0.01
+    overwrite: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise OptionError("batch_size must be positive")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class DecideOptions:
+    """Judge stored scores: thresholds from held-out normal images, a decision for every image, and a review queue.
+
+    Args:
+        scores: score set to judge; path or URI.
+        output: folder to write; path or URI.
+        normals: score set of the held-out normal images, by the same models: of the "val" split, or of "train", of
+            which only what the training held out is taken; null looks for them among `scores`.
+        shards: the shard set of `scores`, for pictures of the queue, and to tell what was held out where only some
+            categories were scored; path or URI, null for neither.
+        scores_kind: judge "raw" or "calibrated" scores.
+        per_category: thresholds for each category instead of one pair for all.
+        too_few: with `per_category`, "refuse" if a category has too few normal images for `target_fpr`, or judge it by
+            the normal images of all categories ("pooled"), which promises nothing of that category alone.
+        target_fpr: highest share of normal images that may fail.
+        review_fpr: highest share of normal images that may fail or come to review.
+        confidence: probability that a promise holds; of each promise by itself.
+        held_out_fraction: share of its normal training images that the model held out, for models that do not record
+            it; whether the number of images agrees is checked.
+        queue: images in each list of the review queue.
+        pictures: of those, how many are shown on the list's contact sheet.
+        write_back: the models' folder, to store the rule in: scoring and prediction then decide by it; path or URI.
+        overwrite: replace what another decision left in the output.
+        runtime: actors and their CPUs.
+        tracking: where MLflow records the run.
+    """
+
+    scores: str
+    output: str
+    normals: str | None = None
+    shards: str | None = None
+    scores_kind: ScoreKind = "raw"
+    per_category: bool = False
+    too_few: Literal["refuse", "pooled"] = "refuse"
+    target_fpr: float = 0.05
+    review_fpr: float = 0.2
+    confidence: float = 0.95
+    held_out_fraction: float | None = None
+    queue: int = 100
+    pictures: int = 24
+    write_back: str | None = None
+    overwrite: bool = False
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("target_fpr", "review_fpr", "confidence"):
+            if not 0 < getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name):g} must be in (0, 1)")
+        if self.review_fpr < self.target_fpr:
+            raise OptionError(
+                f"review_fpr={self.review_fpr:g} is below target_fpr={self.target_fpr:g}; it counts the images that "
+                f"fail, too, so give at least as much"
+            )
+        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
+            raise OptionError(f"held_out_fraction={self.held_out_fraction:g} must be in (0, 1)")
+        if self.queue < 0 or self.pictures < 0:
+            raise OptionError(f"queue={self.queue} and pictures={self.pictures} must be 0 or more")
+        if self.too_few == "pooled" and not self.per_category:
+            raise OptionError("too_few=pooled is for thresholds of each category; add --per_category true")

@@ -1,0 +1,72 @@
+"""What any job takes: workers, and where MLflow records it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from unianom.errors import OptionError
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How much of the cluster a job takes.
+
+    Args:
+        workers: actors; null takes as many as the cluster's CPUs, or GPUs, allow.
+        cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
+        gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
+        local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
+    """
+
+    workers: int | None = None
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0
+    local_cpus: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_worker < 1 or self.gpus_per_worker < 0 or (self.workers is not None and self.workers < 1):
+            raise OptionError("runtime: workers and cpus_per_worker must be >= 1, gpus_per_worker >= 0")
+
+    @property
+    def device(self) -> str:
+        """Where networks run."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """Where a job's parameters, metrics and figures are recorded.
+
+    Args:
+        mlflow_uri: MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the
+            folder that holds the job's output. Artifacts of an SQLite store lie in `mlartifacts` beside it.
+        experiment: MLflow experiment that the job's run belongs to.
+        enabled: false records nothing.
+    """
+
+    mlflow_uri: str | None = None
+    experiment: str = "unianom"
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.experiment.strip():
+            raise OptionError("tracking.experiment is empty; give it a name")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Draw a corpus, ingest it, fit UniFormaly, score, evaluate, register, report.
+
+    Args:
+        output: folder for everything; a second run continues there.
+        weights: of the encoder: "random", or a weights file of `backbone`.
+        backbone: timm vision transformer.
+        seed: of the corpus.
+        runtime: actors and their CPUs.
+    """
+
+    output: str = "demo"
+    weights: str = "random"
+    backbone: str = "vit_tiny_patch16_224"
+    seed: int = 0
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
