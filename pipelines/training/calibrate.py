@@ -160,7 +160,7 @@ def _calibrate(output: str, kept: EmbeddingCache, plan: dict[str, Any], options:
     calibrator, metrics = _fit(kept, checkpoint, options)
     made = {
         "plan": plan,
-        "shards": {"uri": kept.shards.uri, "digest": kept.shards.digest},
+        "shards": {"digest": kept.shards.digest},
         "images": options.images,
         "metrics": metrics,
         "versions": versions(),

@@ -127,7 +127,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
     threshold = held_out_threshold(model, files.join(work, "fitted"), shards, scored, options)
     provenance = {
         "plan_digest": digest,
-        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "shards": {"digest": shards.digest},  # not where they lie: a copy elsewhere makes the same model
         "training": {
             "images": len(chosen.learn),
             "anomalous": len(chosen.anomalous),

@@ -111,7 +111,7 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
     threshold = held_out_threshold(Model(method, categories), fitted, shards, chosen.held_out, options)
     provenance = {
         "plan_digest": digest,
-        "shards": {"uri": shards.uri, "digest": shards.digest},
+        "shards": {"digest": shards.digest},  # not where they lie: a copy elsewhere makes the same model
         "bank": {
             "images": len(chosen.learn),
             "patches": patch_count,

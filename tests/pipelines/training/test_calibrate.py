@@ -266,3 +266,14 @@ def test_actors_make_the_same(
     )
     assert "model.json" in first
     assert first == second
+
+
+def test_a_model_is_the_same_wherever_its_shards_lie(inline: None, small: Small, tmp_path: Path) -> None:
+    """Its digest names the scores it makes, so it must not hang on where a copy of the shards lies."""
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(small.shards, copy)
+    described = []
+    for name, shards in (("here", small.shards), ("there", copy)):
+        train(tiny_training(shards, tmp_path / name))
+        described.append((tmp_path / name / "model.json").read_bytes())
+    assert described[0] == described[1]
