@@ -27,9 +27,9 @@ from pipelines.data.feature_cache import (
     FeatureCache,
     ImageBatch,
     JoinedRows,
-    SampleSource,
     finite,
 )
+from pipelines.data.image_source import SampleSource
 from pipelines.data.splits import held_out_normals, some
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, set_threads

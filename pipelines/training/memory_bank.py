@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.feature_cache import FeatureCache, SampleSource
+from pipelines.data.feature_cache import FeatureCache
+from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import PATCHES, KeptPatches, PatchMatrix
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.data import feature_cache
+from pipelines.data import feature_cache, image_source
 from pipelines.data.feature_cache import (
     Arrays,
     BatchFunction,
@@ -21,11 +21,10 @@ from pipelines.data.feature_cache import (
     FeatureCache,
     ImageBatch,
     JoinedRows,
-    SampleSource,
-    ValidationSource,
     array_name,
     part_name,
 )
+from pipelines.data.image_source import SampleSource, ValidationSource
 from pipelines.data.options import ValidationOptions
 from pipelines.data.patch_matrix import PatchMatrix
 from pipelines.data.validation_set import ValidationSet, build_validation_set
@@ -390,7 +389,7 @@ def test_a_matrix_of_patches_is_projected_array_by_array() -> None:
 
 
 def test_validation_images_are_cached_in_parts(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache, "IMAGES_PER_TASK", 4)
+    monkeypatch.setattr(image_source, "IMAGES_PER_TASK", 4)
     rows = samples("nut", "val", 3) + masked("nut", "val", 3)
     held_out = frozenset(row["sample_id"] for row in rows if row["label"] == 0)
     uri = build_validation_set(
