@@ -254,29 +254,30 @@ class CacheWriter:
         self._readers: dict[str, ReadPart] = {}
         self._functions: dict[str, BatchFunction] = {}
 
-    @torch.inference_mode()
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write the arrays of a part, then their record."""
         group, part = task["group"], task["part"]
-        name, uri = part_name(part, group), self._cache.uri
         if group not in self._readers:
             self._readers[group] = self._cache.images[group].open(self._batch_size, self._threads)
             self._functions[group] = self._extractors[group].open(self._load)
-        policy, compute = self._functions[group]
-        rows = 0
+        record = self._write(part, part_name(part, group), self._readers[group], self._functions[group])
+        outputs.commit_part(self._cache.uri, record["part"], record)
+        return record
+
+    @torch.inference_mode()
+    def _write(self, part: str, name: str, read: ReadPart, function: BatchFunction) -> dict[str, Any]:
+        uri, rows = self._cache.uri, 0
         written: dict[str, _ArrayFile] = {}
         with ExitStack() as stack:
-            for samples in self._readers[group](part, policy):
-                for key, array in compute(ImageBatch(samples, part)).items():
+            for samples in read(part, function.policy):
+                for key, array in function.compute(ImageBatch(samples, part)).items():
                     if key not in written:
                         handle = stack.enter_context(files.open_atomic(files.join(uri, array_name(name, key))))
                         written[key] = _ArrayFile(handle, array)
                     written[key].append(array)
                 rows += len(samples)
             arrays = {key: file.finish() for key, file in written.items()}
-        record = {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
-        outputs.commit_part(uri, name, record)
-        return record
+        return {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
 
     def _load(self, folder: str) -> Method:
         """The method of a model folder, loaded once for all groups."""
