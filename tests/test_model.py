@@ -448,7 +448,8 @@ def test_the_network_sees_the_normalised_image(model, monkeypatch):
 
     def predict(_method: Method, images: torch.Tensor) -> Prediction:
         seen.append(images)
-        return Prediction(torch.zeros(len(images), SIDE, SIDE), torch.zeros(len(images)))
+        maps = torch.zeros(len(images), SIDE, SIDE)
+        return Prediction(maps, torch.zeros(len(images)), maps, maps[:, None])
 
     monkeypatch.setattr(type(model.method), "predict", predict)
     pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

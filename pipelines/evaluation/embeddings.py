@@ -31,8 +31,7 @@ from unianom.data.image import ImageLimits
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.memory_limit import memory_limit
-from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import MaskedPatches
+from unianom.methods import METHODS, MaskedPatches, MemoryMethod
 from unianom.model import Model, is_model
 from unianom.options import to_plain
 

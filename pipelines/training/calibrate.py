@@ -334,14 +334,14 @@ class PartInspector:
         with ExitStack() as stack:
             handle: IO[bytes] | None = None
             for images in self._reader.batches(part, self._method):
-                found = self._method.inspect(images)
-                features = self._checked(found.features, part)
+                prediction = self._method.predict(images)
+                features = self._checked(prediction.embedding, part)
                 if handle is None:
                     shape = list(features.shape[1:])
                     handle = stack.enter_context(files.open_atomic(self._path(part, FEATURES)))
                     write_npy_header(handle, features.dtype, (len(category), *shape))
                 handle.write(features.tobytes())
-                statistics.append(np.stack(MapStatistics.of(found.unsmoothed), axis=1))
+                statistics.append(np.stack(MapStatistics.of(prediction.raw_map), axis=1))
                 values = features.astype(np.float64)
                 sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
                 moments = sums if moments is None else moments + sums
@@ -499,7 +499,7 @@ def head_metrics(
     Returns:
         For "cada" the shares of the variance of u and γ that are explained; for "classifier" its accuracy.
     """
-    if calibrator.head is None:
+    if not calibrator.config.has_head:
         return {}
     device = calibrator.class_statistics.device
     starts = range(0, len(category), size)

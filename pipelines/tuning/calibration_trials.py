@@ -27,8 +27,8 @@ from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
 from unianom.errors import DataError
-from unianom.methods import Inspection, Maps
-from unianom.methods.layers.distillation import top_mean
+from unianom.methods import Prediction
+from unianom.methods.layers.postprocess import top_mean
 
 IMAGES_PER_UNIT = 64
 """Validation images that one task looks at."""
@@ -85,14 +85,14 @@ class CalibratedPostprocessor:
     def __init__(self, calibrator: Calibrator) -> None:
         self._calibrator = calibrator
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: Any = None) -> tuple[Tensor, Tensor]:
         """Calibrated maps, B×S×S."""
-        raw = raw_outputs["anomaly_map"]
-        found = Inspection(raw, raw.new_zeros(len(raw)), raw, raw_outputs["features"])
-        calibrated = self._calibrator.calibrate(found).maps(raw)
-        return Maps(calibrated, calibrated)
+        raw = tensors["anomaly_map"]
+        prediction = Prediction(raw, raw.new_zeros(len(raw)), raw, tensors["features"])
+        calibrated = self._calibrator.calibrate(prediction).maps(raw)
+        return calibrated, calibrated
 
-    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+    def image_scores(self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
         """Calibrated scores, B: an affine map of an image leaves the order of its pixels as it is."""
         config = self._calibrator.config if config is None else config
         return top_mean(anomaly_map, config.score_share)
@@ -152,9 +152,9 @@ class ValidationInspector:
         for images in self._validation_set.batches(
             self._batch_size, method.input, method.device, start, start + IMAGES_PER_UNIT
         ):
-            found = method.inspect(images)
-            maps.append(found.anomaly_map.float().cpu().numpy())
-            features.append(found.features.float().cpu().numpy())
+            prediction = method.predict(images)
+            maps.append(prediction.anomaly_map.float().cpu().numpy())
+            features.append(prediction.embedding.float().cpu().numpy())
         name = f"seen-{start}"
         arrays = {"anomaly_map": np.concatenate(maps), "features": np.concatenate(features)}
         if not all(np.isfinite(array).all() for array in arrays.values()):

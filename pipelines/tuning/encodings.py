@@ -31,8 +31,7 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
 from unianom.memory_limit import memory_limit
-from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import MaskedPatches, PatchFeatures
+from unianom.methods import METHODS, MaskedPatches, MemoryMethod, PatchFeatures
 from unianom.model import Model, is_model
 from unianom.options import to_plain
 

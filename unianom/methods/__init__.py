@@ -1,34 +1,20 @@
 """The methods, each in a file of its own; importing this package registers them all."""
 
-from unianom.methods import onenip, patchcore, recontrast, revdist, uniad, unias, uniformaly, uninet
-from unianom.methods.base import (
-    METHODS,
-    Inspection,
-    Maps,
-    MaskedPatches,
-    MemoryMethod,
-    Method,
-    PatchFeatures,
-    Prediction,
-    RawOutputs,
-)
+import importlib
+import pkgutil
+
+from unianom.methods.base import METHODS, Method, Prediction, RawOutputs
+from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "METHODS",
     "MaskedPatches",
-    "PatchFeatures",
-    "RawOutputs",
-    "Inspection",
-    "Maps",
     "MemoryMethod",
     "Method",
+    "PatchFeatures",
     "Prediction",
-    "onenip",
-    "patchcore",
-    "recontrast",
-    "revdist",
-    "uniad",
-    "unias",
-    "uniformaly",
-    "uninet",
+    "RawOutputs",
 ]

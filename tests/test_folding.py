@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from unianom.configs.backbone import BackboneConfig
+from unianom.folding import fold_batch_norm
 from unianom.methods.layers.distillation import OneClassBottleneck, ReverseDecoder, residual_plan
-from unianom.methods.layers.folding import fold_batch_norm
 from unianom.methods.uninet import MemBottleneck
 
 
