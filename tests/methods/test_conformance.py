@@ -58,7 +58,7 @@ def check_method(cls: type[Method], tiny: Tiny, folder: Path) -> None:
 
 
 def check_prediction(method: Method) -> None:
-    """One map of the input's size and one score for each image, a map before smoothing and an embedding that tells images
+    """Maps of the input's size before and after smoothing, a score, and an embedding, which tell images
     apart; float32, finite, without gradients; images stay."""
     images = random_images(3)
     before = images.clone()

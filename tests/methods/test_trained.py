@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.methods.conftest import TINY, random_images
 from unianom.configs.training import Augmentation, TrainingConfig

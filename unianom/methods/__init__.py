@@ -6,8 +6,14 @@ import pkgutil
 from unianom.methods.base import METHODS, Method, Prediction, RawOutputs
 from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+
+def import_methods() -> None:
+    """Import every module of this package; methods register themselves as they are imported."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+import_methods()
 
 __all__ = [
     "METHODS",
@@ -17,4 +23,5 @@ __all__ = [
     "PatchFeatures",
     "Prediction",
     "RawOutputs",
+    "import_methods",
 ]
