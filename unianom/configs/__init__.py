@@ -6,7 +6,6 @@ import importlib
 import pkgutil
 import sys
 from importlib.util import find_spec
-from typing import Any
 
 from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.patchcore import PatchCoreConfig
@@ -48,7 +47,7 @@ def all_configs() -> dict[str, type]:
     return dict(CONFIGS)
 
 
-def method_of(config: Any) -> str:
+def method_of(config: object) -> str:
     """Return the name of the method that a config is of."""
     return next(name for name, cls in CONFIGS.items() if cls is type(config))
 

@@ -145,7 +145,7 @@ class Method(nn.Module, Generic[C]):
         return self.postprocess(self.forward(images))
 
     def size_buffers(self, state: Mapping[str, Tensor]) -> None:
-        """Before weights are loaded: give buffers whose size training decides the size they have in `state`."""
+        """Give buffers whose size training decides the size they have in `state`, before that is loaded."""
 
     def check_images(self, images: Tensor) -> None:
         """Refuse what is not a batch of this method's input.
