@@ -81,6 +81,12 @@ def test_a_norm_in_training_is_left_alone():
     assert norms(module) == 1
 
 
+def test_a_norm_without_statistics_is_left_alone():
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    assert fold_batch_norm(module) == 0
+    assert norms(module) == 1
+
+
 def test_by_hand():
     module = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=0.0)).eval()
     module[0].weight.data.fill_(3.0)

@@ -246,6 +246,13 @@ def test_an_unknown_method_is_refused(folder):
         load(folder)
 
 
+def test_a_bank_of_a_method_without_banks_is_refused(tmp_path):
+    Model(tiny_method("revdist"), ["a"]).save(tmp_path / "model")
+    edit(tmp_path / "model", bank_sha256="0" * 64)
+    with pytest.raises(ModelError, match="names a memory bank, which revdist does not have"):
+        load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("method", ["patchcore"]), ("categories", None), ("categories", [1]), ("categories", "nut"), ("provenance", None)],

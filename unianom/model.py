@@ -441,11 +441,11 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
     _check_state(weights, method.state_dict(), state, "fit the model again")
     method.load_state_dict(state)
     if description["bank_sha256"] is not None:
+        if not isinstance(method, MemoryMethod):
+            raise ModelError(f"{path} names a memory bank, which {cls.name} does not have; fit the model again")
         manifest = files.join(uri, "bank", "manifest.json")
         if not files.exists(manifest) or files.sha256_file(manifest) != description["bank_sha256"]:
             raise ModelError(f"{manifest} is missing or not the one this model was saved with; fit the model again")
-        if not isinstance(method, MemoryMethod):
-            raise ModelError(f"{path} names a memory bank, which {cls.name} does not have; fit the model again")
         method.bank = MemoryBank.load(files.join(uri, "bank"))
     method.eval().to(device)
     try:

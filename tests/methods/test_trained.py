@@ -196,6 +196,8 @@ def test_kept_features_take_the_place_of_those_computed_now():
         batch = TrainingBatch(category, images=images, features=kept, prompt_images=prompts, prompt_features=kept)
         assert method.features_of(batch) is kept
         assert method.prompt_features_of(batch) is kept
+    with pytest.raises(ValueError, match="the batch has no images"):
+        method.features_of(TrainingBatch(category))
 
 
 def test_features_depend_on_encoder_and_taps_but_not_on_training():

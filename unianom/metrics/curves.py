@@ -42,7 +42,7 @@ class OperatingPoints:
 
     @property
     def defined(self) -> bool:
-        """There are scores of both kinds, without which no metric says anything."""
+        """True where there are scores of both kinds, without which no metric says anything."""
         return self.n_anomalous > 0 and self.n_normal > 0
 
     @property

@@ -12,11 +12,13 @@ from torch import nn
 
 from tests.methods.conftest import random_images
 from unianom.configs.backbone import BackboneConfig
+from unianom.configs.transformer import TransformerConfig
 from unianom.methods.layers.reconstruction import (
     AttentionBlock,
     FeatureNeck,
     FeedForward,
     LearnedPosition,
+    QueryLayer,
     feature_jitter,
     initialise_transformer,
     neighbour_mask,
@@ -167,6 +169,14 @@ def test_feed_forward_is_that_of_loops():
                 added = x[image, token] + second.weight @ hidden + second.bias
                 expected = layer_norm(added.double().numpy(), block.norm)
                 np.testing.assert_allclose(result[image, token].numpy(), expected, atol=1e-5)
+
+
+def test_a_layer_without_queries_needs_a_prompt():
+    layer = QueryLayer(TransformerConfig(dim=4, heads=2, hidden=4), 0, None, None)
+    tokens = torch.randn(1, 3, 4)
+    assert layer(tokens, tokens, torch.zeros(3, 4), tokens).shape == (1, 3, 4)
+    with pytest.raises(ValueError, match="needs a prompt"):
+        layer(tokens, tokens, torch.zeros(3, 4), None)
 
 
 def test_dropout_lies_where_it_is_asked_for():
