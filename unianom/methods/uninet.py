@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -413,13 +412,11 @@ class UniNet(TrainedMethod[UniNetConfig]):
 
     def _resized(self, batch: TrainingBatch) -> TrainingBatch:
         """Return the batch at the size of this step, without kept features, which are of the input's size."""
-        size, mask = self._side, batch.mask
-        return replace(
-            batch,
-            images=interpolate(batch.required("images"), size=size, mode="bilinear", align_corners=False),
-            mask=None if mask is None else interpolate(mask, size=size, mode="nearest"),
-            features=None,
-        )
+        side, mask = self._side, batch.mask
+        images = interpolate(batch.required("images"), size=side, mode="bilinear", align_corners=False)
+        if mask is not None:
+            mask = interpolate(mask, size=side, mode="nearest")
+        return TrainingBatch(batch.category, images, label=batch.label, mask=mask)
 
     def _students(self, source: list[Tensor], target: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return the student's three levels, 2B×C×h×w, and the bottleneck's output, 2B×2048×8×8: B grown from the
