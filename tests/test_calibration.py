@@ -16,7 +16,7 @@ from unianom import files
 from unianom.calibration import ArrayRows, Calibrator, HeadTrainer, MapStatistics, fit_calibrator, make_head
 from unianom.configs.calibration import CalibrationConfig, HeadConfig
 from unianom.errors import DataError, ModelError, OptionError
-from unianom.methods.base import Inspection
+from unianom.methods import Prediction
 from unianom.methods.revdist import RevDist
 from unianom.model import Model, load
 
@@ -41,8 +41,8 @@ def category(count: int = 12) -> np.ndarray:
     return np.arange(count) % 2
 
 
-def found(anomaly_map: torch.Tensor, features: np.ndarray) -> Inspection:
-    return Inspection(anomaly_map, anomaly_map.amax((1, 2)), anomaly_map, torch.from_numpy(features))
+def found(anomaly_map: torch.Tensor, features: np.ndarray) -> Prediction:
+    return Prediction(anomaly_map, anomaly_map.amax((1, 2)), anomaly_map, torch.from_numpy(features))
 
 
 def fitted(count: int = 12, **options) -> Calibrator:
@@ -194,14 +194,13 @@ def test_calibration_keeps_the_order_of_an_images_pixels():
 def test_smoothing_after_calibration_is_the_same_but_for_borders_padded_with_zeros():
     config = TINY["revdist"].config
     method = RevDist(dataclasses.replace(config, map=dataclasses.replace(config.map, blur="box"))).eval()
-    with torch.inference_mode():
-        inspection = method.inspect(random_images(2))
+    prediction = method.predict(random_images(2))
     level, scale = torch.tensor([0.1, 0.3]), torch.tensor([0.5, 2.0])
-    before = (inspection.anomaly_map - level[:, None, None]) / scale[:, None, None]
+    before = (prediction.anomaly_map - level[:, None, None]) / scale[:, None, None]
     kernel = np.exp(-(np.arange(-2, 3) ** 2) / 32.0)
     kernel = torch.from_numpy(np.outer(kernel, kernel) / np.outer(kernel, kernel).sum()).float()
-    unsmoothed = (inspection.unsmoothed - level[:, None, None]) / scale[:, None, None]
-    after = nn.functional.conv2d(unsmoothed[:, None], kernel[None, None], padding=2)[:, 0]
+    raw_map = (prediction.raw_map - level[:, None, None]) / scale[:, None, None]
+    after = nn.functional.conv2d(raw_map[:, None], kernel[None, None], padding=2)[:, 0]
     inside = (slice(None), slice(2, -2), slice(2, -2))
     torch.testing.assert_close(before[inside], after[inside], rtol=1e-4, atol=1e-5)
 
@@ -298,14 +297,13 @@ def test_wrong_heads(changes):
 # --------------------------------------------------------------------------------------------------------- model folder
 def calibrated_model(**options) -> Model:
     method = tiny_method("patchcore")
-    with torch.inference_mode():
-        inspection = method.inspect(random_images(6))
+    prediction = method.predict(random_images(6))
     options = {"iterations": 3, "batch_size": 2, **options}
     calibrator = fit_calibrator(
         CalibrationConfig(**options),
         NAMES,
-        inspection.features.numpy(),
-        MapStatistics.of(inspection.unsmoothed),
+        prediction.embedding.numpy(),
+        MapStatistics.of(prediction.raw_map),
         np.arange(6) % 2,
     )
     return Model(method, NAMES, calibrator=calibrator)

@@ -246,6 +246,13 @@ def test_an_unknown_method_is_refused(folder):
         load(folder)
 
 
+def test_a_bank_of_a_method_without_banks_is_refused(tmp_path):
+    Model(tiny_method("revdist"), ["a"]).save(tmp_path / "model")
+    edit(tmp_path / "model", bank_sha256="0" * 64)
+    with pytest.raises(ModelError, match="names a memory bank, which revdist does not have"):
+        load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("method", ["patchcore"]), ("categories", None), ("categories", [1]), ("categories", "nut"), ("provenance", None)],
@@ -448,7 +455,8 @@ def test_the_network_sees_the_normalised_image(model, monkeypatch):
 
     def predict(_method: Method, images: torch.Tensor) -> Prediction:
         seen.append(images)
-        return Prediction(torch.zeros(len(images), SIDE, SIDE), torch.zeros(len(images)))
+        maps = torch.zeros(len(images), SIDE, SIDE)
+        return Prediction(maps, torch.zeros(len(images)), maps, maps[:, None])
 
     monkeypatch.setattr(type(model.method), "predict", predict)
     pixels = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

@@ -110,13 +110,14 @@ def check_name(config: BackboneConfig) -> None:
         raise OptionError(f"backbone.name={config.name}: {error} Known: {', '.join(known) or 'none'}") from error
 
 
-def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the images that timm names for this model's weights."""
+def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return mean and standard deviation of the images that timm names for this model's weights."""
     check_name(config)
     settings = timm.get_pretrained_cfg(config.name)
     if settings is None:
         raise OptionError(f"timm names no mean and std for {config.name}; set input.mean and input.std")
-    return tuple(settings.mean), tuple(settings.std)
+    mean, std = ((red, green, blue) for red, green, blue in (settings.mean, settings.std))
+    return mean, std
 
 
 def read_state(uri: str) -> dict[str, Tensor]:

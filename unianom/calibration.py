@@ -30,8 +30,8 @@ from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from unianom.configs.calibration import CalibrationConfig, HeadConfig
 from unianom.errors import DataError
-from unianom.methods.base import Inspection
-from unianom.methods.layers.distillation import top_mean
+from unianom.methods.base import Prediction
+from unianom.methods.layers.postprocess import top_mean
 
 GUARD = 1e-6
 """Least of the smallest γ − u that is divided by, as a share of the mean over normal training images."""
@@ -138,7 +138,7 @@ class Calibrator(nn.Module):
         super().__init__()
         self.config, self.categories = config, list(categories)
         self.channels, self.grid = channels, grid
-        self.head: nn.Module | None = None
+        self.head = nn.Sequential()  # empty where nothing is trained
         if config.has_head:
             outputs = 2 if config.variant == "cada" else len(self.categories)
             with torch.random.fork_rng(devices=[]):
@@ -204,7 +204,6 @@ class Calibrator(nn.Module):
     def outputs(self, features: Tensor) -> Tensor:
         """The head's outputs of embeddings B×C×h×w: for "cada" û and γ̂ in standard units, B×2, for "classifier" logits,
         B×K."""
-        assert self.head is not None
         normed = (features - self.feature_mean[:, None, None]) / self.feature_deviation
         return self.head(normed).float()
 
@@ -255,19 +254,19 @@ class Calibrator(nn.Module):
         return torch.tensor([self.categories.index(name) for name in categories], device=features.device)
 
     @torch.inference_mode()
-    def calibrate(self, found: Inspection, categories: Sequence[str] | None = None) -> Calibration:
+    def calibrate(self, prediction: Prediction, categories: Sequence[str] | None = None) -> Calibration:
         """Calibrate B images; each by itself.
 
         Args:
-            found: what the method found in them.
+            prediction: of the method.
             categories: of the images; only "labels" needs them.
 
         Raises:
             DataError: see `statistics_of`.
         """
-        level, top = self.statistics_of(found.features.float(), categories).unbind(1)
+        level, top = self.statistics_of(prediction.embedding.float(), categories).unbind(1)
         scale = (top - level).clamp_min(self.smallest_scale) if self.config.variant != "none" else top - level
-        return Calibration(level, scale, (top_mean(found.anomaly_map, self.config.score_share) - level) / scale)
+        return Calibration(level, scale, (top_mean(prediction.anomaly_map, self.config.score_share) - level) / scale)
 
     def plain(self) -> dict[str, Any]:
         """What a model folder keeps of it beside its weights."""
@@ -300,7 +299,6 @@ class HeadTrainer:
         config = calibrator.config
         self.calibrator, self.step = calibrator, 0
         self._rows, self._targets, self._category = rows, targets.astype(np.float32), category.astype(np.int64)
-        assert calibrator.head is not None
         self._parameters = list(calibrator.head.parameters())
         self._optimiser = torch.optim.SGD(
             self._parameters,
@@ -357,7 +355,6 @@ class HeadTrainer:
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the training depends on."""
-        assert self.calibrator.head is not None
         return {
             "step": self.step,
             "head": self.calibrator.head.state_dict(),
@@ -366,7 +363,6 @@ class HeadTrainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        assert self.calibrator.head is not None
         self.step = state["step"]
         self.calibrator.head.load_state_dict(state["head"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -404,8 +400,8 @@ def fit_calibrator(
     Args:
         config: how.
         categories: names of the K classes.
-        features: N×C×h×w float32, `Inspection.features`.
-        statistics: of N images, from `Inspection.unsmoothed`.
+        features: N×C×h×w float32, `Prediction.embedding`.
+        statistics: of N images, from `Prediction.raw_map`.
         category: N int, the class of each.
 
     Raises:

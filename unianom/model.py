@@ -30,10 +30,10 @@ from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits, check_bits, decode_image, prepare_image, spread_bits
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, ModelError, OptionError, UnianomError, image_error, storage_error
+from unianom.folding import fold_batch_norm
 from unianom.memory.index import MemoryBank
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
-from unianom.methods.layers.folding import fold_batch_norm
 from unianom.options import from_plain, to_plain
 from unianom.thresholds import DecisionRule, Threshold
 
@@ -175,11 +175,8 @@ class Model:
         Raises:
             OptionError, ModelError, DataError: see `Method.predict` and `Calibrator.calibrate`.
         """
-        if self.calibrator is None:
-            return self.method.predict(images), None
-        self.method.check_images(images)
-        found = self.method.inspect(images)
-        return Prediction(found.anomaly_map, found.score), self.calibrator.calibrate(found, categories)
+        prediction = self.method.predict(images)
+        return prediction, None if self.calibrator is None else self.calibrator.calibrate(prediction, categories)
 
     def _prepared(
         self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits, bits: int | None
@@ -215,7 +212,8 @@ class Model:
         probe = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.method.device)
         before = self.method.predict(probe)
         fold_batch_norm(self.method)
-        for one, other in zip(self.method.predict(probe), before, strict=True):
+        after = self.method.predict(probe)
+        for one, other in ((after.anomaly_map, before.anomaly_map), (after.score, before.score)):
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())):
                 raise ModelError(
                     f"{self.method.name}: batch norm of {self.method.config.backbone.name} cannot be folded into its "
@@ -443,10 +441,11 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
     _check_state(weights, method.state_dict(), state, "fit the model again")
     method.load_state_dict(state)
     if description["bank_sha256"] is not None:
+        if not isinstance(method, MemoryMethod):
+            raise ModelError(f"{path} names a memory bank, which {cls.name} does not have; fit the model again")
         manifest = files.join(uri, "bank", "manifest.json")
         if not files.exists(manifest) or files.sha256_file(manifest) != description["bank_sha256"]:
             raise ModelError(f"{manifest} is missing or not the one this model was saved with; fit the model again")
-        assert isinstance(method, MemoryMethod)
         method.bank = MemoryBank.load(files.join(uri, "bank"))
     method.eval().to(device)
     try:

@@ -127,7 +127,8 @@ def measure_search(options: SearchBenchmark) -> dict[str, Any]:
         measured = interleave(sides, options.rounds, warm_up=True)
         scores = {}
         for name, method.bank in banks.items():
-            scores[name] = torch.cat([method.score_patches(embedding).score for embedding in embeddings]).double()
+            predictions = [method.postprocess(method.search_bank(embedding)) for embedding in embeddings]
+            scores[name] = torch.cat([prediction.score for prediction in predictions]).double()
         recall = banks["ivf_flat"].recall(np.concatenate(queries))
     change = (scores["ivf_flat"] - scores["flat"]).abs()
     found = {

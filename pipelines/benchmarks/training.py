@@ -31,8 +31,8 @@ from pipelines.training.trainer import Trainer
 from unianom.data.image import ImageLimits
 from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
-from unianom.methods.layers.similarity import EPSILON, log_similarity
 from unianom.methods.trained import TrainedMethod
+from unianom.methods.uninet import EPSILON, log_similarity
 from unianom.model import Model
 
 # --- training: frozen features kept against encoded in every step ----------------------------------------------------
@@ -154,8 +154,8 @@ def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
     images = torch.randn(count, 3, side, side, generator=generator).to(options.device)
 
     def predict(model: Model) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        made = [tuple(part.cpu() for part in model.method.predict(batch)) for batch in images.split(options.batch_size)]
-        return [(anomaly_map, score) for anomaly_map, score in made]
+        predictions = map(model.method.predict, images.split(options.batch_size))
+        return [(prediction.anomaly_map.cpu(), prediction.score.cpu()) for prediction in predictions]
 
     with fixed_threads(options.threads):
         sides = {

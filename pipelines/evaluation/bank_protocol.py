@@ -107,7 +107,7 @@ class BankScorer:
         """
         scored = []
         for rows, embedding in self.reader.batches(self._batch_size, categories):
-            found = self.method.score_patches(embedding)
+            found = self.method.postprocess(self.method.search_bank(embedding))
             scores = found.score.float().numpy()
             for number, (row, value) in enumerate(zip(rows, scores, strict=True)):
                 if not np.isfinite(value):

@@ -43,7 +43,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.methods import METHODS, MemoryMethod, Method
-from unianom.methods.layers.maps import grid_to_map
+from unianom.methods.layers.postprocess import upsample_and_blur
 from unianom.metrics.clustering import clustering_metrics, contingency, match_clusters
 from unianom.options import from_plain, to_plain
 
@@ -577,7 +577,7 @@ def _maps(described: Described, side: int, numbers: Sequence[int]) -> np.ndarray
     """Anomaly maps of chosen images, n×S×S, as the method makes them from its patch distances."""
     grid = math.isqrt(described.distances.shape[1])  # inputs are square, and so are their patch grids
     cells = torch.from_numpy(described.distances[list(numbers)]).unflatten(1, (grid, grid))
-    return grid_to_map(cells, side, described.model["config"]["blur_sigma"]).numpy()
+    return upsample_and_blur(cells, side, described.model["config"]["blur_sigma"]).numpy()
 
 
 def _scale(described: Described, side: int) -> visual.HeatScale:

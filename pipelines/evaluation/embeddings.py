@@ -25,8 +25,7 @@ from unianom import files
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
 from unianom.memory_limit import memory_limit
-from unianom.methods import METHODS
-from unianom.methods.base import MaskedPatches
+from unianom.methods import METHODS, MaskedPatches
 from unianom.model import Model
 from unianom.options import to_plain
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
-from unianom.configs import CONFIGS, has_bank, method_of
+from unianom.configs import all_configs, has_bank, method_of
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
 from unianom.metrics.region import AuproVariant, check_aupro_options
@@ -266,7 +266,7 @@ class SemanticOptions(EmbeddingOptions):
 def protocol_options(base: type) -> dict[str, type]:
     """The options class of a protocol for every method: those of `base`, and the method's own as `method`."""
     classes: dict[str, type] = {}
-    for name, config in CONFIGS.items():
+    for name, config in all_configs().items():
         fields: list[Any] = [("method", config, field(default_factory=config))]
         cls = dataclasses.make_dataclass(
             f"{base.__name__}_{name}", fields, bases=(base,), frozen=True, namespace={"__post_init__": _check}
@@ -283,7 +283,7 @@ def _check(options: Any) -> None:
     super(type(options), options).__post_init__()
     name = method_of(options.method)
     if not has_bank(name):
-        memory = ", ".join(sorted(filter(has_bank, CONFIGS)))
+        memory = ", ".join(sorted(filter(has_bank, all_configs())))
         raise OptionError(
             f"{name} is trained, so it cannot be fitted to embedded images; {options.otherwise} ({memory})"
         )

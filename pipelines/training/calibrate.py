@@ -252,13 +252,13 @@ class NormalEmbeddings:
         kind = "half precision; give --precision full" if self.half else "float32; check the model's weights"
 
         def compute(batch: ImageBatch) -> Arrays:
-            found = method.inspect(batch.tensor(method))
-            features = (found.features.half() if self.half else found.features.float()).cpu().numpy()
+            prediction = method.predict(batch.tensor(method))
+            features = (prediction.embedding.half() if self.half else prediction.embedding.float()).cpu().numpy()
             values = finite(features, f"embeddings of {batch.part} are not finite in {kind}").astype(np.float64)
             sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
             return {
                 FEATURES: features,
-                STATISTICS: np.stack(MapStatistics.of(found.unsmoothed), axis=1).astype(np.float64),
+                STATISTICS: np.stack(MapStatistics.of(prediction.raw_map), axis=1).astype(np.float64),
                 CATEGORY: np.array([self.categories.index(name) for name in batch.column("category")], np.int32),
                 MOMENTS: sums[None],
             }
@@ -442,7 +442,7 @@ def head_metrics(
     Returns:
         For "cada" the shares of the variance of u and γ that are explained; for "classifier" its accuracy.
     """
-    if calibrator.head is None:
+    if not calibrator.config.has_head:
         return {}
     device = calibrator.class_statistics.device
     starts = range(0, len(category), size)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pipelines.data.options import SplitOptions
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
-from unianom.configs import CONFIGS, has_bank
+from unianom.configs import all_configs, has_bank
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
@@ -255,7 +255,7 @@ Calibrated = Literal["cada", "classifier", "labels"]
 def train_options() -> dict[str, type]:
     """The options class of every method: what fitting needs, and the method's own options as `method`."""
     classes: dict[str, type] = {}
-    for name, config in CONFIGS.items():
+    for name, config in all_configs().items():
         base = FitOptions if has_bank(name) else TrainingOptions
         fields: list[Any] = [
             ("calibrate", Calibrated | None, None),

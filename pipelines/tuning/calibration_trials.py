@@ -24,8 +24,8 @@ from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
 from unianom.errors import ModelError
-from unianom.methods import Inspection, Maps, Method
-from unianom.methods.layers.distillation import top_mean
+from unianom.methods import Method, Prediction
+from unianom.methods.layers.postprocess import top_mean
 
 MAPS, EMBEDDINGS = "anomaly_map", "features"
 """Names of the cached arrays."""
@@ -81,14 +81,14 @@ class CalibratedPostprocessor:
     def __init__(self, calibrator: Calibrator) -> None:
         self._calibrator = calibrator
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: Any = None) -> tuple[Tensor, Tensor]:
         """Calibrated maps, B×S×S."""
-        raw = raw_outputs[MAPS]
-        found = Inspection(raw, raw.new_zeros(len(raw)), raw, raw_outputs[EMBEDDINGS])
-        calibrated = self._calibrator.calibrate(found).maps(raw)
-        return Maps(calibrated, calibrated)
+        raw = tensors[MAPS]
+        prediction = Prediction(raw, raw.new_zeros(len(raw)), raw, tensors[EMBEDDINGS])
+        calibrated = self._calibrator.calibrate(prediction).maps(raw)
+        return calibrated, calibrated
 
-    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+    def image_scores(self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
         """Calibrated scores, B: an affine map of an image leaves the order of its pixels as it is."""
         config = self._calibrator.config if config is None else config
         return top_mean(anomaly_map, config.score_share)
@@ -123,11 +123,11 @@ class MapsAndEmbeddings:
         method = load(self.model)
 
         def compute(batch: ImageBatch) -> Arrays:
-            found = method.inspect(batch.tensor(method))
+            prediction = method.predict(batch.tensor(method))
             error = "maps or embeddings of validation images hold NaN or infinite values; check the model"
             return {
-                MAPS: finite(found.anomaly_map.float().cpu().numpy(), error),
-                EMBEDDINGS: finite(found.features.float().cpu().numpy(), error),
+                MAPS: finite(prediction.anomaly_map.float().cpu().numpy(), error),
+                EMBEDDINGS: finite(prediction.embedding.float().cpu().numpy(), error),
             }
 
         return BatchFunction(method.input, compute)

@@ -22,8 +22,7 @@ from pipelines.training.per_category import weights_digest
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.memory_limit import memory_limit
-from unianom.methods import MemoryMethod, Method
-from unianom.methods.base import MaskedPatches, PatchFeatures
+from unianom.methods import MaskedPatches, MemoryMethod, Method, PatchFeatures
 from unianom.model import Model
 from unianom.options import to_plain
 

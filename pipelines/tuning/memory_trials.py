@@ -15,8 +15,7 @@ from pipelines.tuning.objective import latency, memory
 from pipelines.tuning.space import key_of
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
-from unianom.methods import MemoryMethod
-from unianom.methods.base import MaskedPatches
+from unianom.methods import MaskedPatches, MemoryMethod
 
 
 @dataclass(frozen=True)
@@ -85,5 +84,5 @@ def find_distances(
     """Raw outputs of embedded images, with as many neighbours as any setting asks for."""
     plain = {"neighbours": campaign.config["neighbours"]}
     neighbours = max(setting.get("neighbours", plain["neighbours"]) for setting in campaign.settings)
-    found = [method.search_bank(embedding, neighbours).raw_outputs for embedding in embeddings]
-    return {name: torch.cat([raw_outputs[name] for raw_outputs in found]) for name in found[0]}
+    found = [method.search_bank(embedding, neighbours).tensors for embedding in embeddings]
+    return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}

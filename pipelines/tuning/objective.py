@@ -16,7 +16,7 @@ from pipelines.data.validation_set import Measured, Table, ValidationSet
 from pipelines.tuning.space import key_of
 from unianom import files
 from unianom.errors import DataError
-from unianom.methods import Maps, MemoryMethod, Method
+from unianom.methods import MemoryMethod, Method
 from unianom.options import with_values
 
 IMAGES_AT_ONCE = 32
@@ -37,9 +37,9 @@ class Postprocessor(Protocol):
 
     map_options: ClassVar[tuple[str, ...]]
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps: ...
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: Any = None) -> tuple[Tensor, Tensor]: ...
 
-    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor: ...
+    def image_scores(self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def compute_raw_outputs(method: Method, batches: Iterable[Tensor]) -> dict[str, 
     found = []
     for images in batches:
         method.check_images(images)
-        found.append(method.forward(images).raw_outputs)
-    return {name: torch.cat([raw_outputs[name] for raw_outputs in found]) for name in found[0]}
+        found.append(method.forward(images).tensors)
+    return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
 
 
 @torch.inference_mode()
@@ -172,7 +172,7 @@ def read(
     maps = []
     for start in range(0, len(validation_set), IMAGES_AT_ONCE):
         part = {name: value[start : start + IMAGES_AT_ONCE] for name, value in raw_outputs.items()}
-        anomaly_map = method.anomaly_maps(part, configs[0]).anomaly_map
+        anomaly_map, _ = method.anomaly_maps(part, configs[0])
         maps.append(validation_set.thinned(anomaly_map.cpu().numpy()))
         for own, config in zip(scores, configs, strict=True):
             own.append(method.image_scores(part, anomaly_map, config).float().cpu())

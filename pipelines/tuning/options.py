@@ -14,7 +14,7 @@ from pipelines.tuning.space import (
     CADA,
     SPACES,
 )
-from unianom.configs import CONFIGS, has_bank, method_of
+from unianom.configs import all_configs, has_bank, method_of
 from unianom.errors import OptionError
 from unianom.options import AS_WRITTEN, documented_arguments
 from unianom.written import plain_options
@@ -132,7 +132,7 @@ class SearchOptions:
 def tune_options() -> dict[str, type]:
     """The options class of every method: what fitting needs, how to search, and the method's own options."""
     classes: dict[str, type] = {}
-    for name, config in CONFIGS.items():
+    for name, config in all_configs().items():
         base = fit_class(name)
         fields: list[Any] = [
             ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
@@ -141,7 +141,7 @@ def tune_options() -> dict[str, type]:
         cls = dataclasses.make_dataclass(
             f"Tune_{name}", fields, bases=(SearchOptions, base), frozen=True, namespace={"__post_init__": _check}
         )
-        searched = "; ".join(f"{d.name} ({d.why})" for d in SPACES[name])
+        searched = "; ".join(f"{d.name} ({d.why})" for d in SPACES.get(name, ())) or "none of its own, give --space"
         summary = f"Search the options of {name}. Its space: {searched}."
         documented = documented_arguments(FitOptions, base, SearchOptions)
         cls.__doc__ = "\n".join([summary, "", "Args:", documented, OWN_ARGUMENTS])

@@ -191,7 +191,7 @@ SPACES: dict[str, tuple[Dimension, ...]] = {
         Dimension("score_share", Choice((0.0, 0.001, 0.003, 0.01, 0.03, 0.1)), "pixels whose mean is the score"),
     ),
 }
-"""The default space of every method, and of calibrating a model ("cada")."""
+"""The default space of methods, and of calibrating a model ("cada"); a method without one is searched as asked for."""
 
 
 def space_of(name: str, config: Any, changes: Mapping[str, Any]) -> tuple[Dimension, ...]:
@@ -208,7 +208,7 @@ def space_of(name: str, config: Any, changes: Mapping[str, Any]) -> tuple[Dimens
             in a group.
     """
     plain = to_plain(config)
-    dimensions = {dimension.name: _resolved(dimension, config) for dimension in SPACES[name]}
+    dimensions = {dimension.name: _resolved(dimension, config) for dimension in SPACES.get(name, ())}
     for option, given in changes.items():
         _known(option, plain)
         if option == "preset":  # what it fills in is filled in already

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.methods.conftest import INVALID_BANKS, SIDE, TINY, Tiny, fit, random_images, remade
 from unianom.backbones import CnnBackbone, VitBackbone
 from unianom.errors import OptionError
-from unianom.methods import METHODS, Inspection, MaskedPatches, MemoryMethod, Method, Prediction, RawOutputs
+from unianom.methods import METHODS, MaskedPatches, MemoryMethod, Method, Prediction
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model, load
 from unianom.options import from_plain, to_plain, with_values
@@ -46,7 +46,6 @@ def check_method(cls: type[Method], tiny: Tiny, folder: Path) -> None:
     method = fit(cls(tiny.config))
     check_prediction(method)
     check_determinism(cls, tiny)
-    check_inspection(method)
     check_batches(method)
     check_refusals(method)
     check_frozen(cls, tiny)
@@ -59,34 +58,25 @@ def check_method(cls: type[Method], tiny: Tiny, folder: Path) -> None:
 
 
 def check_prediction(method: Method) -> None:
-    """One map of the input's size and one score for each image, float32, finite, without gradients; images stay."""
+    """Maps of the input's size before and after smoothing, a score, and an embedding, which tell images
+    apart; float32, finite, without gradients; images stay."""
     images = random_images(3)
     before = images.clone()
     prediction = method.predict(images)
     assert isinstance(prediction, Prediction)
     assert prediction.anomaly_map.shape == (3, SIDE, SIDE)
     assert prediction.score.shape == (3,)
+    assert prediction.raw_map.shape == (3, SIDE, SIDE)
+    assert prediction.embedding.ndim == 4
+    assert len(prediction.embedding) == 3
     for part in prediction:
         assert part.dtype == torch.float32, "predictions are float32"
         assert torch.isfinite(part).all()
         assert not part.requires_grad
     assert torch.equal(images, before), "predict changed its input"
-    assert not torch.equal(prediction.score[0], prediction.score[1]), "different images have the same score"
-
-
-def check_inspection(method: Method) -> None:
-    """What an inspection finds: the prediction, a map before smoothing, and an embedding that tells images apart."""
-    images = random_images(3)
-    with torch.inference_mode():
-        found = method.inspect(images)
-    assert same((found.anomaly_map, found.score), method.predict(images)), "another prediction"
-    assert found.unsmoothed.shape == (3, SIDE, SIDE)
-    assert found.features.ndim == 4
-    assert len(found.features) == 3
-    for part in (found.unsmoothed, found.features):
-        assert part.dtype == torch.float32
-        assert torch.isfinite(part).all()
-    assert not torch.equal(found.features[0], found.features[1]), "different images have the same embedding"
+    for name in ("score", "embedding"):
+        first, second, _ = getattr(prediction, name)
+        assert not torch.equal(first, second), f"different images have the same {name}"
 
 
 def check_determinism(cls: type[Method], tiny: Tiny) -> None:
@@ -103,11 +93,9 @@ def check_determinism(cls: type[Method], tiny: Tiny) -> None:
 def check_batches(method: Method) -> None:
     """A prediction does not depend on which images share the batch."""
     images = random_images(5)
-    with torch.inference_mode():
-        together = method.inspect(images)
+    together = method.predict(images)
     for batch in ([0], [1], [2], [3], [4], [3, 0], [4, 4, 2]):
-        with torch.inference_mode():
-            alone = method.inspect(images[batch])
+        alone = method.predict(images[batch])
         for one, other in zip(alone, together):
             assert_close(one, other[batch], BATCH_TOLERANCE, "in another batch")
 
@@ -171,28 +159,28 @@ def check_saving(method: Method, folder: Path) -> None:
 
 
 def check_reading(method: Method, tiny: Tiny) -> list[dict[str, Any]]:
-    """An inspection is what the network finds, then what is read from it; reading by other options is what a method
-    made with these options finds. Gives the changes that make no difference."""
+    """A prediction is postprocessed raw outputs; postprocessed by other options they are what a method made with these
+    options predicts. Gives the changes that make no difference."""
     check_names(method.config, method.postprocess_options, tiny.reading)
     assert set(method.map_options) <= set(method.postprocess_options)
     images = random_images(3)
     inert = []
     with torch.inference_mode():
-        own, found = method.inspect(images), method.forward(images)
-        for value in found.raw_outputs.values():
+        own, found = method.predict(images), method.forward(images)
+        for value in found.tensors.values():
             assert len(value) == 3
             assert value.dtype in (torch.float32, torch.int64)
-        assert same(read(method, found, None), own), "an inspection is not what is read from what is found"
+        assert same(method.postprocess(found), own), "a prediction is not its postprocessed raw outputs"
         if isinstance(method, MemoryMethod):
             found = method.search_bank(method.embed(images), neighbours=MOST_NEIGHBOURS)
-            assert same(read(method, found, None), own), "more neighbours found than needed change the result"
+            assert same(method.postprocess(found), own), "more neighbours found than needed change the result"
         for changes in tiny.reading:
             config = changed(method.config, changes)
-            other = read(method, found, config)
-            assert same(other, remade(method, config).inspect(images)), f"{changes} act before the reading, too"
+            other = method.postprocess(found, config)
+            assert same(other, remade(method, config).predict(images)), f"{changes} act before the reading, too"
             if not changes.keys() & set(method.map_options):
                 assert torch.equal(other.anomaly_map, own.anomaly_map), f"{changes} change the map"
-                assert torch.equal(other.unsmoothed, own.unsmoothed), f"{changes} change the map"
+                assert torch.equal(other.raw_map, own.raw_map), f"{changes} change the map"
             if same(other, own):
                 inert.append(changes)
     return inert
@@ -215,7 +203,7 @@ def check_masking(method: MemoryMethod, tiny: Tiny) -> None:
             for_bank = method.mask_bank_patches(encoded, config)
             assert same(for_bank, other.embed_for_bank(images)), f"{changes} act elsewhere than in mask_bank_patches"
         assert not kept or any(not same(each, own) for each in kept)
-        few = method.search_bank(own, neighbours=1).raw_outputs
+        few = method.search_bank(own, neighbours=1).tensors
     more = dataclasses.replace(method.config, neighbours=2)
     with pytest.raises(OptionError, match="neighbours=2"):
         method.anomaly_maps(few, more)
@@ -239,7 +227,7 @@ def check_embedding(method: MemoryMethod) -> None:
     images = random_images(3)
     with torch.inference_mode():
         embedding, for_bank = method.embed(images), method.embed_for_bank(images)
-        assert same(method.score_patches(embedding), method.inspect(images))
+        assert same(method.postprocess(method.search_bank(embedding)), method.predict(images))
     for made in (embedding, for_bank):
         assert isinstance(made, MaskedPatches)
         assert made.patches.dtype == torch.float32
@@ -286,13 +274,6 @@ def check_options(cls: type[Method], tiny: Tiny) -> None:
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Equal to the bit."""
     return all(torch.equal(a, b) for a, b in zip(one, other))
-
-
-def read(method: Method, found: RawOutputs, config: Any) -> Inspection:
-    """What is read from what was found."""
-    maps = method.anomaly_maps(found.raw_outputs, config)
-    score = method.image_scores(found.raw_outputs, maps.anomaly_map, config)
-    return Inspection(maps.anomaly_map, score, maps.unsmoothed, found.features)
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -402,8 +383,8 @@ def test_a_bank_refuses_wrong_options(changes):
 
 # ------------------------------------------------------------------------------------- the suite finds broken methods
 class RanksInBatch(UniFormaly):
-    def inspect(self, images):
-        found = super().inspect(images)
+    def predict(self, images):
+        found = super().predict(images)
         return found._replace(score=found.score / found.score.max())
 
 
@@ -419,8 +400,8 @@ class TrainsItsEncoder(UniFormaly):
 
 
 class DrawsItsScale(UniFormaly):
-    def inspect(self, images):
-        found = super().inspect(images)
+    def predict(self, images):
+        found = super().predict(images)
         return found._replace(score=found.score * torch.rand(1))
 
 
@@ -433,17 +414,15 @@ class ForgetsItsScale(UniFormaly):
         self.scale = 2.0
         return super().embed_for_bank(images)
 
-    def inspect(self, images):
-        found = super().inspect(images)
+    def predict(self, images):
+        found = super().predict(images)
         return found._replace(score=found.score * self.scale)
 
 
 class FindsByItsRatio(UniFormaly):
     def search_bank(self, embedding, neighbours=None):
         found = super().search_bank(embedding, neighbours)
-        return found._replace(
-            raw_outputs={name: value * self.config.k_ratio for name, value in found.raw_outputs.items()}
-        )
+        return found._replace(tensors={name: value * self.config.k_ratio for name, value in found.tensors.items()})
 
 
 class BlursUnsaid(UniFormaly):

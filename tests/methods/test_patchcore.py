@@ -140,7 +140,7 @@ def bank_and_patches(dimension: int = 50) -> tuple[NDArray[np.float32], torch.Te
 def test_plain_score_is_the_largest_squared_distance_and_the_map_its_upsampled_grid(neighbours, sigma):
     bank, patches = bank_and_patches()
     method = PatchCore(configure(preset="reference", neighbours=neighbours, blur_sigma=sigma), MemoryBank.build(bank))
-    prediction = method.score_patches(MaskedPatches(patches, torch.ones(2, 64, dtype=torch.bool)))
+    prediction = method.postprocess(method.search_bank(MaskedPatches(patches, torch.ones(2, 64, dtype=torch.bool))))
     for number in range(2):
         distances = np.array(
             [
@@ -159,7 +159,7 @@ def test_paper_score_is_reweighted_as_equation_7_says(b):
     """Also where b is all of the bank, or more than it holds."""
     bank, patches = bank_and_patches()
     method = PatchCore(configure(reweight_neighbours=b), MemoryBank.build(bank))
-    prediction = method.score_patches(MaskedPatches(patches, torch.ones(2, 64, dtype=torch.bool)))
+    prediction = method.postprocess(method.search_bank(MaskedPatches(patches, torch.ones(2, 64, dtype=torch.bool))))
     for number in range(2):
         image = patches[number].double().numpy()
         farthest = max(image, key=lambda patch: min(squared(patch, vector) for vector in bank.astype(np.float64)))
@@ -174,15 +174,15 @@ def test_reweighting_by_hand():
     )
     patches = torch.full((1, 64, 1), 3.0)
     patches[0, 17] = 5
-    prediction = method.score_patches(MaskedPatches(patches, torch.ones(1, 64, dtype=torch.bool)))
+    prediction = method.postprocess(method.search_bank(MaskedPatches(patches, torch.ones(1, 64, dtype=torch.bool))))
     assert prediction.score.item() == pytest.approx((1 - math.exp(2) / (math.exp(2) + math.exp(5))) * 2, rel=1e-6)
 
 
 def test_reweighting_of_far_patches_stays_finite():
     """exp of a distance of a thousand overflows; the ratio of two does not."""
     method = PatchCore(configure(dimension=1), MemoryBank.build(np.array([[0], [1]], np.float32)))
-    prediction = method.score_patches(
-        MaskedPatches(torch.full((1, 64, 1), 1001.0), torch.ones(1, 64, dtype=torch.bool))
+    prediction = method.postprocess(
+        method.search_bank(MaskedPatches(torch.full((1, 64, 1), 1001.0), torch.ones(1, 64, dtype=torch.bool)))
     )
     share = 1 / (1 + math.e)  # e^1000 / (e^1000 + e^1001)
     assert prediction.score.item() == pytest.approx((1 - share) * 1000, rel=1e-5)
@@ -225,13 +225,13 @@ def test_a_bank_too_small_for_its_options_is_refused(rows):
     embedding = MaskedPatches(patches, torch.ones(patches.shape[:2], dtype=torch.bool))
     method = PatchCore(configure(preset="paper"), bank)
     if rows == 1:
-        for refused in (method.check_bank, lambda: method.score_patches(embedding)):
+        for refused in (method.check_bank, lambda: method.postprocess(method.search_bank(embedding))):
             with pytest.raises(OptionError, match=r"memory bank, which has only 1, .* score 0; .* reweight=false"):
                 refused()
         method = PatchCore(configure(preset="paper", reweight=False), bank)
     method.check_bank()
-    assert (method.score_patches(embedding).score > 0).all()
+    assert (method.postprocess(method.search_bank(embedding)).score > 0).all()
     more = PatchCore(configure(neighbours=rows + 1, reweight=False), bank)
-    for refused in (more.check_bank, lambda: more.score_patches(embedding)):
+    for refused in (more.check_bank, lambda: more.postprocess(more.search_bank(embedding))):
         with pytest.raises(OptionError, match=f"neighbours={rows + 1}, but the memory bank has only {rows} vectors"):
             refused()

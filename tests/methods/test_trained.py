@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.methods.conftest import TINY, random_images
 from unianom.configs.training import Augmentation, TrainingConfig
 from unianom.errors import OptionError
 from unianom.methods import METHODS
-from unianom.methods.trained import BatchSpec, TrainedMethod, TrainingBatch, initialise_transformer
+from unianom.methods.trained import BatchSpec, TrainedMethod, TrainingBatch
 
 # ---- batches ------------------------------------------------------------------------------------------------------
 
@@ -198,6 +196,8 @@ def test_kept_features_take_the_place_of_those_computed_now():
         batch = TrainingBatch(category, images=images, features=kept, prompt_images=prompts, prompt_features=kept)
         assert method.features_of(batch) is kept
         assert method.prompt_features_of(batch) is kept
+    with pytest.raises(ValueError, match="the batch has no images"):
+        method.features_of(TrainingBatch(category))
 
 
 def test_features_depend_on_encoder_and_taps_but_not_on_training():
@@ -209,35 +209,3 @@ def test_features_depend_on_encoder_and_taps_but_not_on_training():
         keys.append(method.feature_key())
     assert keys[0] == keys[1] != keys[2]
     assert keys[0]["backbone"]["name"] == config.backbone.name
-
-
-# ---- initial weights ----------------------------------------------------------------------------------------------
-
-
-def test_linear_layers_and_convolutions_start_xavier_uniform_without_bias():
-    torch.manual_seed(0)
-    fans = {  # (fan in, fan out), by hand
-        "linear": (nn.Linear(60, 90), (60, 90)),
-        "plain": (nn.Linear(60, 90, bias=False), (60, 90)),
-        "conv": (nn.Conv2d(12, 20, 3), (12 * 9, 20 * 9)),
-        "up": (nn.ConvTranspose2d(12, 20, 4), (12 * 16, 20 * 16)),
-    }
-    module = nn.Sequential(nn.ModuleDict({name: layer for name, (layer, _) in fans.items()}))
-    initialise_transformer(module)
-    for layer, (fan_in, fan_out) in fans.values():
-        bound = math.sqrt(6 / (fan_in + fan_out))
-        assert 0.98 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
-        assert layer.bias is None or not layer.bias.any()
-
-
-def test_packed_projections_norms_and_embeddings_keep_their_own_weights():
-    torch.manual_seed(0)
-    attention, norm, embedding = nn.MultiheadAttention(16, 2), nn.LayerNorm(16), nn.Embedding(9, 16)
-    kept = [attention.in_proj_weight, attention.in_proj_bias, norm.weight, norm.bias, embedding.weight]
-    nn.init.normal_(norm.weight)
-    before = [parameter.detach().clone() for parameter in kept]
-    out = attention.out_proj.weight.detach().clone()
-    initialise_transformer(nn.ModuleList([attention, norm, embedding]))
-    assert all(torch.equal(parameter, was) for parameter, was in zip(kept, before, strict=True))
-    assert not torch.equal(attention.out_proj.weight, out)  # it is a linear layer

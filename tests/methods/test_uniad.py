@@ -18,7 +18,6 @@ from unianom.configs.training import TrainingConfig
 from unianom.configs.transformer import TransformerConfig
 from unianom.configs.uniad import UniADConfig
 from unianom.errors import OptionError
-from unianom.methods.layers.reconstruction import pooled_maximum
 from unianom.methods.trained import TrainingBatch
 from unianom.methods.uniad import UniAD
 from unianom.options import flatten, from_plain
@@ -138,15 +137,6 @@ def test_scores(reduce, score_pool):
             "std": np.std,
         }
         assert score.item() == pytest.approx(by_name[reduce](anomaly_map), rel=1e-5)
-
-
-def test_pooled_maximum_of_a_spot():
-    """A lone pixel of 9 in zeros: at most 9 / 9 under a 3×3 mean, also in the corner."""
-    maps = torch.zeros(3, 6, 6)
-    maps[0, 2, 3] = maps[1, 0, 5] = 9
-    maps[2, 1, 1:4] = 9
-    assert pooled_maximum(maps, 3).tolist() == pytest.approx([1, 1, 3])
-    assert pooled_maximum(maps, 1).tolist() == [9, 9, 9]
 
 
 # ----------------------------------------------------------------------------------------------------- learning

@@ -21,7 +21,7 @@ from unianom.configs.unias import UniASConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.methods.trained import TrainingBatch
-from unianom.methods.unias import UniAS, reconstruction_terms
+from unianom.methods.unias import MultiGranularityCnn, UniAS, reconstruction_terms, sine_position
 from unianom.options import flatten, from_plain
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -556,3 +556,62 @@ def test_recipes(name, channel_attention, weight, turned):
     assert config.augmentation.turns == turned
     assert config.augmentation.probability == 0.3
     assert set(turned) <= set(config.augmentation.vertical) <= set(config.augmentation.horizontal)
+
+
+# ---------------------------------------------------------------------------------------------- parts of its own
+def test_published_size_of_the_gated_cnn():
+    cnn = MultiGranularityCnn(256, 256)
+    # one 1×1 and six 3×3 convolutions with biases
+    assert sum(p.numel() for p in cnn.parameters()) == 256 * 257 + 6 * (9 * 256 + 1) * 256
+
+
+def test_output_of_the_gated_cnn_is_the_sum_of_gated_branches():
+    torch.manual_seed(0)
+    cnn = MultiGranularityCnn(3, 2)
+    x = torch.randn(1, 3, 5, 5)
+    state = cnn.state_dict()
+    weights = [state[key] for key in state if key.endswith("weight")]
+    biases = [state[key] for key in state if key.endswith("bias")]
+    expected = torch.zeros(1, 2, 5, 5)
+    layer = 0
+    for depth in (1, 1, 2, 3):
+        branch = x
+        for _ in range(depth):
+            branch = conv2d(branch, weights[layer], biases[layer], padding=weights[layer].shape[-1] // 2)
+            layer += 1
+        expected += 0.5 * branch * (1 + torch.erf(branch / math.sqrt(2)))
+    torch.testing.assert_close(cnn(x), expected)
+
+
+def test_branches_see_one_to_seven_cells():
+    cnn = MultiGranularityCnn(1, 1, gated=False)
+    impulse = torch.zeros(1, 1, 11, 11)
+    impulse[0, 0, 5, 5] = 1
+    for branch, reach in zip(cnn.branches, (0, 1, 2, 3)):
+        difference = (branch(impulse) - branch(torch.zeros_like(impulse)))[0, 0].abs() > 0
+        # a bias next to the border makes no difference, so what remains is what one cell reaches
+        rows, columns = difference.nonzero().T
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5 - reach, 5 + reach, 5 - reach, 5 + reach)
+
+
+def test_without_gates_the_cnn_is_affine():
+    cnn = MultiGranularityCnn(2, 3, gated=False)
+    x, y, zero = torch.randn(1, 2, 6, 6), torch.randn(1, 2, 6, 6), torch.zeros(1, 2, 6, 6)
+    torch.testing.assert_close(cnn(x + y), cnn(x) + cnn(y) - cnn(zero), atol=1e-4, rtol=1e-4)
+    gated = MultiGranularityCnn(2, 3)
+    assert (gated(x + y) - gated(x) - gated(y) + gated(zero)).abs().max() > 1e-2
+
+
+def test_sine_position_is_that_of_loops():
+    height, width, dim = 3, 5, 12
+    code = sine_position(height, width, dim)
+    assert code.shape == (15, 12)
+    half = dim // 2
+    for row in range(height):
+        for column in range(width):
+            for index in range(half):
+                for start, place, length in ((0, row, height), (half, column, width)):
+                    angle = (place + 1) / (length + 1e-6) * 2 * math.pi
+                    angle /= 10_000 ** (2 * (index // 2) / half)
+                    expected = math.sin(angle) if index % 2 == 0 else math.cos(angle)
+                    assert code[row * width + column, start + index].item() == pytest.approx(expected, abs=1e-5)

@@ -245,11 +245,13 @@ def test_the_score_is_the_mean_of_the_top_five_percent_of_all_patches(patch, pat
     vectors = torch.zeros(1, patches, 12)
     vectors[0, :, 0] = torch.arange(patches).sqrt()
     vectors[0] = vectors[0, torch.randperm(patches, generator=torch.Generator().manual_seed(0))]
-    prediction = method.score_patches(MaskedPatches(vectors, torch.ones(1, patches, dtype=torch.bool)))
+    prediction = method.postprocess(
+        method.search_bank(MaskedPatches(vectors, torch.ones(1, patches, dtype=torch.bool)))
+    )
     assert prediction.score.item() == pytest.approx(patches - 1 - (top - 1) / 2, rel=1e-6)
     # with all but seven masked, the seven are averaged with zeros over the same K
     keep = vectors[..., 0] ** 2 > patches - 7.5
-    prediction = method.score_patches(MaskedPatches(vectors, keep))
+    prediction = method.postprocess(method.search_bank(MaskedPatches(vectors, keep)))
     assert prediction.score.item() == pytest.approx(7 * (patches - 4) / top, rel=1e-6)
 
 
@@ -258,7 +260,9 @@ def test_masked_patches_are_zero_in_the_map_too(configure):
     method = UniFormaly(configure())
     method.bank = MemoryBank.build(np.zeros((1, 48), np.float32))
     patches = torch.full((1, GRID**2, 48), 100.0)
-    prediction = method.score_patches(MaskedPatches(patches, torch.zeros(1, GRID**2, dtype=torch.bool)))
+    prediction = method.postprocess(
+        method.search_bank(MaskedPatches(patches, torch.zeros(1, GRID**2, dtype=torch.bool)))
+    )
     assert prediction.score.item() == 0
     assert not prediction.anomaly_map.any()
 

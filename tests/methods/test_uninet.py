@@ -21,9 +21,8 @@ from unianom.configs.training import Augmentation
 from unianom.configs.uninet import PRESETS, UniNetConfig, UniNetTraining
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
+from unianom.folding import fold_batch_norm
 from unianom.methods.layers.distillation import residual_plan
-from unianom.methods.layers.folding import fold_batch_norm
-from unianom.methods.layers.similarity import log_similarity
 from unianom.methods.trained import TrainingBatch
 from unianom.methods.uninet import (
     FeatureSelection,
@@ -32,6 +31,7 @@ from unianom.methods.uninet import (
     UniNet,
     decision_weights,
     largest_mean,
+    log_similarity,
     similarity_losses,
     structure_loss,
 )

@@ -2,7 +2,10 @@
 their mistakes told, before anything heavy is loaded."""
 
 import dataclasses
-from typing import Any
+import importlib
+import pkgutil
+import sys
+from importlib.util import find_spec
 
 from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.patchcore import PatchCoreConfig
@@ -23,10 +26,28 @@ CONFIGS: dict[str, type] = {
     "uniformaly": UniFormalyConfig,
     "uninet": UniNetConfig,
 }
-"""The options of every method by its name; `register_method` adds those of others."""
+"""The options of the methods that are part of the package, by their names; `register_method` adds those of others."""
+
+SHARED_MODULES = ("base", "layers", "memory", "trained")
+"""Modules of `unianom.methods` that hold no method."""
 
 
-def method_of(config: Any) -> str:
+def all_configs() -> dict[str, type]:
+    """Return the options of every method by its name.
+
+    A method whose options lie in its own file in `unianom/methods` is imported, and PyTorch with it; where there is no
+    such method, that folder is listed and nothing imported.
+    """
+    package = sys.modules.get("unianom.methods")
+    spec = find_spec("unianom.methods") if package is None else None
+    folders = list(package.__path__) if package is not None else spec and spec.submodule_search_locations
+    for module in pkgutil.iter_modules(folders or []):
+        if module.name not in CONFIGS and module.name not in SHARED_MODULES:
+            importlib.import_module(f"unianom.methods.{module.name}")
+    return dict(CONFIGS)
+
+
+def method_of(config: object) -> str:
     """Return the name of the method that a config is of."""
     return next(name for name, cls in CONFIGS.items() if cls is type(config))
 

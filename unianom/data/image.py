@@ -727,11 +727,11 @@ def _scale_and_cut(image: Image.Image, policy: InputPolicy, resampling: Image.Re
     """Scale an image or mask, of any mode, and cut the crop."""
     width, height = _scaled_size(image.width, image.height, policy)
     long = max(width, height) > LONGEST_SCALED * min(width, height) or width * height > MOST_SCALED
-    if not long or policy.resize == "stretch" or min(width, height) <= min(image.size):
+    # a stretched image is no longer than wide
+    if not long or policy.resize == "stretch" or policy.crop is None or min(width, height) <= min(image.size):
         if (width, height) != image.size:
             image = image.resize((width, height), resampling)
         return _cut(np.asarray(image), policy)
-    assert policy.crop is not None  # a stretched image is no longer than wide
     top, left = round((height - policy.crop) / 2), round((width - policy.crop) / 2)
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + policy.crop) * across, (top + policy.crop) * down)

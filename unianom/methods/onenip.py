@@ -19,17 +19,18 @@ from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.transformer import TransformerConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Maps, Prediction, RawOutputs, register_method, with_statistics
-from unianom.methods.layers.neck import FeatureNeck
+from unianom.methods.base import Prediction, RawOutputs, register_method, with_statistics
+from unianom.methods.layers.postprocess import pooled_maximum, upsample
 from unianom.methods.layers.reconstruction import (
+    AttentionBlock,
+    FeatureNeck,
+    FeedForward,
     QueryDecoder,
     ReconstructionTransformer,
     grid_mask,
-    pooled_maximum,
-    upsample,
+    initialise_transformer,
 )
-from unianom.methods.layers.tokens import AttentionBlock, FeedForward
-from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch, initialise_transformer
+from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
 
 class BidirectionalLayer(nn.Module):
@@ -49,7 +50,7 @@ class BidirectionalLayer(nn.Module):
         self.image_from_prompt = AttentionBlock(config.dim, config.heads, config.dropout)
 
     def forward(self, prompt: Tensor, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Both B×N×D, updated."""
+        """Update both, B×N×D each."""
         prompt = self.feed_forward(self.prompt_from_image(prompt, image, position, position, self.mask))
         image = self.image_from_prompt(image, prompt, position, position, self.mask)
         return prompt, image
@@ -70,7 +71,7 @@ class BidirectionalDecoder(nn.Module):
         self.last = AttentionBlock(config.dim, config.heads, config.dropout)
 
     def forward(self, memory: Tensor, position: Tensor, prompt: Tensor) -> Tensor:
-        """B×N×D tokens of the encoder, and of a prompt, to B×N×D."""
+        """Map B×N×D tokens of the encoder, and of a prompt, to B×N×D."""
         image = memory
         for layer in self.layers:
             prompt, image = layer(prompt, image, position)
@@ -78,7 +79,7 @@ class BidirectionalDecoder(nn.Module):
 
 
 class Refiner(nn.Module):
-    """Feature errors to logits on four times their grid (sec. 3.3).
+    """Refines feature errors to logits on four times their grid (sec. 3.3).
 
     Args:
         channels: C of the features.
@@ -97,13 +98,13 @@ class Refiner(nn.Module):
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, kernel_size=1))
 
-    def forward(self, errors: Tensor) -> Tensor:
-        """B×C×h×w to B×4h×4w."""
-        return self.layers(errors)[:, 0]
+    def forward(self, difference: Tensor) -> Tensor:
+        """Map reconstruction minus features, B×C×h×w, to logits B×4h×4w in float32."""
+        return self.layers(difference.abs())[:, 0].float()
 
 
 def dice_loss(probability: Tensor, mask: Tensor, factor: float, smoothing: float) -> Tensor:
-    """1 − (factor · Σpm + smoothing) / (Σp² + Σm² + smoothing) of each image; B (eq. 7).
+    """Return 1 − (factor · Σpm + smoothing) / (Σp² + Σm² + smoothing) of each image; B (eq. 7).
 
     Without smoothing an image without mask costs 1 whatever its probabilities, so nothing is learned from it.
 
@@ -119,7 +120,7 @@ def dice_loss(probability: Tensor, mask: Tensor, factor: float, smoothing: float
 
 
 @register_method("onenip")
-class OneNIP(TrainedMethod):
+class OneNIP(TrainedMethod[OneNIPConfig]):
     """OneNIP with its prompt pool, once finished.
 
     Args:
@@ -145,7 +146,7 @@ class OneNIP(TrainedMethod):
         self.neck = FeatureNeck(config.backbone, config.taps, config.grid_reduction, config.input.side)
         channels, grid = self.neck.channels, self.neck.grid
         neighbours = min(grid) // 2 if config.neighbours == "half" else config.neighbours
-        self.config: OneNIPConfig = with_statistics(replace(config, neighbours=neighbours))
+        self.config = with_statistics(replace(config, neighbours=neighbours))
         mask = grid_mask(grid, neighbours)
         decoder: nn.Module
         if config.prompt == "dynamic":
@@ -169,6 +170,7 @@ class OneNIP(TrainedMethod):
 
     @property
     def batch_spec(self) -> BatchSpec:
+        """Pseudo-anomalous copies and prompts, where they are used."""
         config = self.config
         return BatchSpec(
             synthetic=config.synthesis if config.restoration or config.refiner else None,
@@ -176,16 +178,16 @@ class OneNIP(TrainedMethod):
         )
 
     def frozen_features(self, images: Tensor) -> FeatureMaps:
-        """{"neck": B×C×h×w} of B×3×S×S normalised images; 272×14×14 as published."""
+        """Return {"neck": B×C×h×w} of B×3×S×S normalised images; 272×14×14 as published."""
         return {"neck": self.neck(images)}
 
     def feature_key(self) -> dict[str, Any]:
-        """The same for UniAD and OneNIP on the same encoder, taps and grid."""
+        """Return the key, the same for UniAD and OneNIP on the same encoder, taps and grid."""
         return {**super().feature_key(), "method": "neck", "grid": list(self.neck.grid)}
 
     # ------------------------------------------------------------------------------------------------- training
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Total (eq. 8) with its parts "reconstruction" (eq. 4), "restoration" (eq. 5) and "segmentation" (eq. 7).
+        """Return the total (eq. 8), "reconstruction" (eq. 4), "restoration" (eq. 5) and "segmentation" (eq. 7).
 
         Copies are encoded here; both they and their originals are to give the originals' features.
         """
@@ -193,8 +195,7 @@ class OneNIP(TrainedMethod):
         normal = self.features_of(batch)["neck"]  # B C h w
         features = normal
         if self.batch_spec.synthetic is not None:
-            assert batch.synthetic_images is not None
-            features = torch.cat([normal, self.neck(batch.synthetic_images)])  # 2B C h w
+            features = torch.cat([normal, self.neck(batch.required("synthetic_images"))])  # 2B C h w
         reconstruction = self._reconstruct_with_prompts(features, batch)
         losses = {"reconstruction": (reconstruction[: len(normal)] - normal).square().mean()}
         total = losses["reconstruction"]
@@ -204,17 +205,15 @@ class OneNIP(TrainedMethod):
             if config.feature_loss == "mean":
                 total = total / 2
         if self.refiner is not None:
-            assert batch.synthetic_mask is not None
-            masks = torch.cat([torch.zeros_like(batch.synthetic_mask), batch.synthetic_mask])[:, 0]  # 2B S S
-            probability = self._probability(self._refine(reconstruction - features))
-            assert config.dice_factor is not None
-            assert config.dice_smoothing is not None
+            mask = batch.required("synthetic_mask")
+            masks = torch.cat([torch.zeros_like(mask), mask])[:, 0]  # 2B S S
+            probability = self._probability(self.refiner(reconstruction - features))
             losses["segmentation"] = dice_loss(probability, masks, config.dice_factor, config.dice_smoothing).mean()
             total = total + config.segmentation_weight * losses["segmentation"]
         return {LOSS: total, **losses}
 
     def _reconstruct_with_prompts(self, features: Tensor, batch: TrainingBatch) -> Tensor:
-        """Features of originals (and copies) to float32 features, each with its original's prompt."""
+        """Reconstruct features of originals (and copies), 2B×C×h×w, each with its original's prompt; float32."""
         if self.config.prompt == "none":
             return self.transformer.decode(self.transformer.encode(features)).float()
         prompts = self.prompt_features_of(batch)["neck"]  # B C h w
@@ -222,14 +221,9 @@ class OneNIP(TrainedMethod):
         image, prompt = tokens[: len(features)], tokens[len(features) :]
         return self.transformer.decode(image, prompt.repeat(len(image) // len(prompt), 1, 1)).float()
 
-    def _refine(self, difference: Tensor) -> Tensor:
-        """Reconstruction minus features, B×C×h×w, to logits B×4h×4w."""
-        assert self.refiner is not None
-        return self.refiner(difference.abs()).float()
-
     def _probability(self, logits: Tensor) -> Tensor:
-        """Of an anomaly, B×S×S, from logits of the refiner."""
-        return upsample(logits, self.input.side).sigmoid()
+        """Return the probability of an anomaly, B×S×S, from logits of the refiner."""
+        return upsample(logits, self.input.side, align_corners=True).sigmoid()
 
     # ------------------------------------------------------------------------------------------------ finishing
     @torch.inference_mode(False)  # what it keeps must be ordinary tensors, also if the caller is in inference mode
@@ -275,6 +269,7 @@ class OneNIP(TrainedMethod):
         self.prompt_pool, self.prompt_means, self.prompt_category = features[chosen], means[chosen], labels[chosen]
 
     def size_buffers(self, state: Mapping[str, Tensor]) -> None:
+        """Give the prompt pool its size."""
         for name in ("prompt_pool", "prompt_means", "prompt_category"):
             if name in state:
                 buffer: Tensor = getattr(self, name)
@@ -282,7 +277,7 @@ class OneNIP(TrainedMethod):
 
     # ----------------------------------------------------------------------------------------------- prediction
     def choose_prompts(self, neck: Tensor) -> Tensor:
-        """Entries of the pool for neck features B×C×h×w: those of the largest cosine similarity of means; B int64.
+        """Choose entries of the pool for neck features B×C×h×w, by the largest cosine similarity of means; B int64.
 
         `prompt_category` of the result against true categories is the accuracy of the choice.
         """
@@ -290,38 +285,36 @@ class OneNIP(TrainedMethod):
         return similarity.argmax(1)
 
     def forward(self, images: Tensor) -> RawOutputs:
-        """Raw outputs "error", B×h×w, of the reconstruction with the prompt that is nearest to an image, and, where
-        there is a refiner, its "logits" B×4h×4w. Features are the output of the transformer's encoder, 256×14×14 as
-        published.
+        """Return "error", B×h×w, of the reconstruction with the prompt that is nearest to an image, and, where there is
+        a refiner, its "logits" B×4h×4w; as embedding the output of the transformer's encoder, 256×14×14 as published.
 
         Raises:
             ModelError: the method is not finished.
         """
         self._check_finished()
         neck = self.neck(images)
-        return self._find(neck, self._entries(neck))
+        return self._raw_outputs(neck, self._entries(neck))
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: OneNIPConfig | None = None) -> Maps:
-        """Maps (eq. 10); without a refiner, those of the reconstruction error alone."""
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: OneNIPConfig | None = None) -> tuple[Tensor, Tensor]:
+        """Mix the reconstruction error and the refiner's probability (eq. 10); without a refiner, take the error alone.
+        Nothing smooths the map."""
         alpha = (config or self.config).alpha
-        anomaly_map = upsample(raw_outputs["error"], self.input.side)  # B S S
+        anomaly_map = upsample(tensors["error"], self.input.side, align_corners=True)  # B S S
         if self.refiner is not None:
             scale = self.fusion_scale.to(anomaly_map.device)
-            anomaly_map = (1 - alpha) * anomaly_map + alpha * scale * self._probability(raw_outputs["logits"])
-        return Maps(anomaly_map, anomaly_map)
+            anomaly_map = (1 - alpha) * anomaly_map + alpha * scale * self._probability(tensors["logits"])
+        return anomaly_map, anomaly_map
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: OneNIPConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: OneNIPConfig | None = None
     ) -> Tensor:
-        """The maximum after a mean filter."""
-        config = config or self.config
-        assert config.score_pool is not None
-        return pooled_maximum(anomaly_map, config.score_pool)
+        """Take the maximum after a mean filter; B."""
+        return pooled_maximum(anomaly_map, (config or self.config).score_pool)
 
     @torch.inference_mode()
     def predict_with_prompts(self, images: Tensor, entries: Tensor) -> Prediction:
-        """As `predict`, but with given entries of the pool. Given those of the true categories it shows what a wrong
-        choice of prompts costs, and is no fair evaluation.
+        """Predict with given entries of the pool. Given those of the true categories it shows what a wrong choice of
+        prompts costs, and is no fair evaluation.
 
         Args:
             images: B×3×S×S normalised.
@@ -337,8 +330,7 @@ class OneNIP(TrainedMethod):
         size = len(self.prompt_pool)
         if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
             raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
-        found = self.read(self._find(self.neck(images), entries))
-        return Prediction(found.anomaly_map, found.score)
+        return self.postprocess(self._raw_outputs(self.neck(images), entries))
 
     def _check_finished(self) -> None:
         if (self.config.prompt != "none" and len(self.prompt_pool) == 0) or (
@@ -350,11 +342,11 @@ class OneNIP(TrainedMethod):
             )
 
     def _entries(self, neck: Tensor) -> Tensor | None:
-        """The entries chosen; None for a decoder that takes no prompt."""
+        """Choose entries; None for a decoder that takes no prompt."""
         return None if self.config.prompt == "none" else self.choose_prompts(neck)
 
     def _difference(self, neck: Tensor, image: Tensor, entries: Tensor | None) -> Tensor:
-        """Reconstruction minus features, B×C×h×w, from the features and their tokens."""
+        """Return reconstruction minus features, B×C×h×w, from the features and their tokens."""
         if entries is None:
             return self.transformer.decode(image) - neck
         distinct, which = entries.unique(return_inverse=True)  # images of one category share the work
@@ -362,14 +354,15 @@ class OneNIP(TrainedMethod):
         return self.transformer.decode(image, prompts[which]) - neck
 
     def _error_map(self, neck: Tensor, entries: Tensor | None) -> Tensor:
-        """S_rec (eq. 9), B×S×S."""
+        """Return S_rec (eq. 9), B×S×S."""
         difference = self._difference(neck, self.transformer.encode(neck), entries)
-        return upsample(difference.norm(dim=1), self.input.side)
+        return upsample(difference.norm(dim=1), self.input.side, align_corners=True)
 
-    def _find(self, neck: Tensor, entries: Tensor | None) -> RawOutputs:
+    def _raw_outputs(self, neck: Tensor, entries: Tensor | None) -> RawOutputs:
+        """Reconstruct neck features B×C×h×w with these entries as prompts."""
         tokens = self.transformer.encode(neck)  # B N D
         difference = self._difference(neck, tokens, entries)
-        raw_outputs = {"error": difference.norm(dim=1)}
+        tensors = {"error": difference.norm(dim=1)}
         if self.refiner is not None:
-            raw_outputs["logits"] = self._refine(difference)
-        return RawOutputs(raw_outputs, tokens.transpose(1, 2).unflatten(2, self.neck.grid))
+            tensors["logits"] = self.refiner(difference)
+        return RawOutputs(tensors, tokens.transpose(1, 2).unflatten(2, self.neck.grid))

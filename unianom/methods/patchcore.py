@@ -14,20 +14,12 @@ from unianom.backbones import CnnBackbone
 from unianom.configs.patchcore import PatchCoreConfig
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
-from unianom.methods.base import (
-    MaskedPatches,
-    MemoryMethod,
-    PatchFeatures,
-    RawOutputs,
-    mean_distances,
-    register_method,
-    with_statistics,
-)
-from unianom.methods.layers.maps import pooled_embedding
+from unianom.methods.base import RawOutputs, register_method, with_statistics
+from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures, mean_distances, pooled_embedding
 
 
 @register_method("patchcore")
-class PatchCore(MemoryMethod):
+class PatchCore(MemoryMethod[PatchCoreConfig]):
     """PatchCore with its bank, once fitted.
 
     Args:
@@ -40,7 +32,7 @@ class PatchCore(MemoryMethod):
 
     def __init__(self, config: PatchCoreConfig, bank: MemoryBank | None = None) -> None:
         super().__init__()
-        self.config: PatchCoreConfig = with_statistics(config)
+        self.config = with_statistics(config)
         self.bank = bank
         self.encoder = CnnBackbone(config.backbone, config.taps)
         side = config.input.side
@@ -49,13 +41,14 @@ class PatchCore(MemoryMethod):
         self.grid = (finest.shape[2], finest.shape[3])
 
     def encode(self, images: Tensor) -> PatchFeatures:
-        """Patches B×N×dimension of B×3×S×S normalised images."""
+        """Average neighbourhoods of the encoder's maps of B×3×S×S normalised images to patches B×N×dimension, without
+        attention."""
         pooled = [self._pool(feature_map) for feature_map in self.encoder(images)]  # each B N dimension
         patches = adaptive_avg_pool1d(torch.cat(pooled, dim=-1), self.config.dimension)  # B N dimension
         return PatchFeatures(patches, None)
 
     def _pool(self, feature_map: Tensor) -> Tensor:
-        """Neighbourhoods of B×C×h×w, on the finest grid, pooled to B×N×dimension."""
+        """Pool neighbourhoods of B×C×h×w, on the finest grid, to B×N×dimension."""
         size = self.config.patch_size
         cells = unfold(feature_map, size, padding=size // 2)  # B C·size² h·w
         pooled = adaptive_avg_pool1d(cells.transpose(1, 2), self.config.dimension)  # B h·w dimension
@@ -67,23 +60,27 @@ class PatchCore(MemoryMethod):
         return finest.flatten(2).transpose(1, 2)
 
     def search_bank(self, embedding: MaskedPatches, neighbours: int | None = None) -> RawOutputs:
-        """Besides "distances", raw_outputs have what eq. 7 needs of an image's peak, its patch of largest mean distance
+        """Search the bank.
+
+        Besides "distances" the tensors hold what eq. 7 needs of an image's peak, its patch of largest mean distance
         to the k nearest vectors, for k = 1…K: "peak" B×K×D, the patch; "peak_distance" B×K, squared, to its nearest
-        vector m*; "peak_row" B×K, the bank's row of m*."""
-        distances, rows = self._search(embedding, neighbours)  # B N K
+        vector m*; "peak_row" B×K, the bank's row of m*.
+        """
+        distances, rows = self.nearest_vectors(embedding, neighbours)  # B N K
         batch, _, count = distances.shape
         peaks = [mean_distances(distances, k + 1).cpu().argmax(1) for k in range(count)]
         peak = torch.stack(peaks, dim=1).to(distances.device)  # B K
         image = torch.arange(batch, device=distances.device)[:, None]
-        raw_outputs = {
+        tensors = {
             "distances": distances,
             "peak": embedding.patches[image, peak],
             "peak_distance": distances[image, peak, 0],
             "peak_row": rows[image, peak, 0],
         }
-        return RawOutputs(raw_outputs, pooled_embedding(embedding.patches, self.grid))
+        return RawOutputs(tensors, pooled_embedding(embedding.patches, self.grid))
 
     def check_bank(self, config: PatchCoreConfig | None = None) -> None:
+        """As of every memory method; re-weighted scores need two vectors."""
         super().check_bank(config)
         config = config or self.config
         rows = self.require_bank().rows
@@ -95,21 +92,21 @@ class PatchCore(MemoryMethod):
             )
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
     ) -> Tensor:
-        """The largest squared distance of a patch, re-weighted if so configured."""
+        """Take the largest squared distance of a patch, re-weighted (eq. 7) if so configured; B."""
         config = config or self.config
-        distances = mean_distances(raw_outputs["distances"], config.neighbours)  # B N
+        distances = mean_distances(tensors["distances"], config.neighbours)  # B N
         if not config.reweight:
             return distances.amax(1)
         queries, nearest, ids = (
-            raw_outputs[name][:, config.neighbours - 1].cpu().numpy() for name in ("peak", "peak_distance", "peak_row")
+            tensors[name][:, config.neighbours - 1].cpu().numpy() for name in ("peak", "peak_distance", "peak_row")
         )
         score = self._reweighted(queries, nearest, ids, config.reweight_neighbours)
         return torch.from_numpy(score).to(distances.device)
 
     def _reweighted(self, queries: np.ndarray, nearest: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
-        """Eq. 7: s = (1 − exp‖q−m*‖ / Σ_{m ∈ N_b(m*)} exp‖q−m‖) · ‖q−m*‖, with unsquared distances.
+        """Return eq. 7, B float32: s = (1 − exp‖q−m*‖ / Σ_{m ∈ N_b(m*)} exp‖q−m‖) · ‖q−m*‖, with unsquared distances.
 
         Args:
             queries: B×D, the patch of largest distance of each image.

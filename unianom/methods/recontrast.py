@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unianom.configs.recontrast import ReContrastConfig
-from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
+from unianom.methods.base import RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     OneClassBottleneck,
     ResidualPlan,
@@ -24,17 +24,15 @@ from unianom.methods.layers.distillation import (
     convolution,
     distance_map,
     flattened_distance,
-    fused_map,
+    fuse_and_blur,
     in_order,
     initialise_residual,
     numbered,
     residual_plan,
-    top_mean,
 )
+from unianom.methods.layers.postprocess import top_mean
 from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, ScheduledOptimizer, TrainedMethod, TrainingBatch
-from unianom.options import (
-    to_plain,
-)
+from unianom.options import to_plain
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -47,21 +45,22 @@ class GuardedBatchNorm(nn.BatchNorm2d):
         guard: largest floor; that of a channel is its variance in `norm`, if this is smaller.
     """
 
+    # None in batch norms without statistics alone, which this is not
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def __init__(self, norm: nn.BatchNorm2d, guard: float) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.load_state_dict(norm.state_dict())
-        assert norm.running_var is not None
         self.floor: Tensor
-        self.register_buffer("floor", norm.running_var.clamp(max=guard))  # C
+        self.register_buffer("floor", self.running_var.clamp(max=guard))  # C
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×C×h×w to the same."""
+        """Normalise B×C×h×w."""
         if not self.training:
             return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         with torch.autocast(x.device.type, enabled=False):
             values = x.float()
             variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)  # C
@@ -80,7 +79,7 @@ class GuardedBatchNorm(nn.BatchNorm2d):
 
 
 def guard_batch_norm(module: nn.Module, guard: float) -> None:
-    """Put `GuardedBatchNorm` in the place of every batch norm."""
+    """Put `GuardedBatchNorm` in the place of every batch norm of a module."""
     for name, part in module.named_children():
         if isinstance(part, nn.BatchNorm2d):
             setattr(module, name, GuardedBatchNorm(part, guard))
@@ -105,7 +104,7 @@ class TwoHeadDecoder(nn.Module):
         initialise_residual(self.heads)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """2B×2048×8×8, of the trained encoder and then of the frozen one, to three levels B×C×h×w of the former and
+        """Map 2B×2048×8×8, of the trained encoder and then of the frozen one, to three levels B×C×h×w of the former and
         three of the latter."""
         of_target, of_source = zip(*(level.chunk(2) for level in self.decoder(x)))
         return [head(level) for head, level in zip(self.heads, [*of_target, *of_source])]
@@ -113,7 +112,7 @@ class TwoHeadDecoder(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def mined_distance(teacher: Tensor, student: Tensor, a: Tensor | float) -> Tensor:
-    """1 − cosine of flattened levels, which easy positions add to but do not learn from (sec. 3.4).
+    """Return 1 − cosine of flattened levels, which easy positions add to but do not learn from (sec. 3.4).
 
     Args:
         teacher, student: B×C×h×w.
@@ -128,7 +127,7 @@ def mined_distance(teacher: Tensor, student: Tensor, a: Tensor | float) -> Tenso
 
 # -------------------------------------------------------------------------------------------------------------- method
 @register_method("recontrast")
-class ReContrast(TrainedMethod):
+class ReContrast(TrainedMethod[ReContrastConfig]):
     """ReContrast: a frozen and a trained encoder, bottleneck and decoder.
 
     Levels are listed fine to coarse.
@@ -151,7 +150,7 @@ class ReContrast(TrainedMethod):
 
     def __init__(self, config: ReContrastConfig) -> None:
         super().__init__()
-        self.config: ReContrastConfig = with_statistics(config)
+        self.config = with_statistics(config)
         plan = residual_plan(config.backbone)
         self.encoders = TeacherPair(config.backbone, config.encoder_norm)
         if config.norm_guard:
@@ -168,19 +167,21 @@ class ReContrast(TrainedMethod):
     # ------------------------------------------------------------------------------------------------------- training
     @property
     def batch_spec(self) -> BatchSpec:
+        """Images besides the frozen features."""
         return BatchSpec(images=True)  # for the trained encoder, also where the frozen one's levels are kept
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
-        """The frozen encoder's maps B×C_l×h_l×w_l, "level_0" the finest; 256@64², 512@32², 1024@16² as published."""
+        """Return the frozen encoder's maps B×C_l×h_l×w_l, "level_0" the finest; 256@64², 512@32², 1024@16² as
+        published."""
         return {f"level_{index}": level for index, level in enumerate(self.encoders.source(images))}
 
     def feature_key(self) -> dict[str, Any]:
-        """The same for all methods whose frozen encoder gives this pyramid."""
+        """Return the key, the same for all methods whose frozen encoder gives this pyramid."""
         return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
 
     def optimizers(self, iterations: int) -> list[ScheduledOptimizer]:
-        """One for bottleneck and decoder, one for the trained encoder."""
+        """Return one optimiser for bottleneck and decoder, one for the trained encoder."""
         training = self.config.training
         period = training.reset_every or None
         others = [*self.bottleneck.parameters(), *self.decoder.parameters()]
@@ -191,15 +192,16 @@ class ReContrast(TrainedMethod):
         ]
 
     def on_step_start(self, step: int, iterations: int) -> None:
+        """Set how hard positions are mined in this step."""
         start, end = self.config.mining
         ramp = self.config.mining_ramp * iterations
         self.a.fill_(start + (end - start) * (min(step / ramp, 1.0) if ramp else 1.0))
 
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Distances to the frozen and to the trained encoder's levels, each summed over the three, and their mean."""
-        assert batch.images is not None
+        """Return distances to the frozen and to the trained encoder's levels, each summed over the three, and their
+        mean."""
         source = list(self.features_of(batch).values())
-        target = self.encoders.target(batch.images)
+        target = self.encoders.target(batch.required("images"))
         # the trained encoder learns by what is grown from its levels, not by being compared with
         aims = [*source, *(level.detach() for level in target)]
         distances = [mined_distance(*pair, self.a) for pair in zip(aims, self.grow(target, source))]
@@ -207,30 +209,31 @@ class ReContrast(TrainedMethod):
         return {LOSS: (to_source + to_target) / 2, "to_source": to_source, "to_target": to_target}
 
     def grow(self, target: Sequence[Tensor], source: Sequence[Tensor]) -> list[Tensor]:
-        """Three levels grown from those of the trained encoder, then three from those of the frozen one; either are to
+        """Grow three levels from those of the trained encoder, then three from those of the frozen one; either are to
         match the other encoder's (sec. 3.3). One pass, so that batch norm sees both."""
         return self.decoder(self._embed(target, source))
 
     def _embed(self, target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
-        """What the bottleneck makes of the trained encoder's levels, then of the frozen one's; 2B×2048×8×8."""
+        """Embed the trained encoder's levels, then the frozen one's; 2B×2048×8×8."""
         return self.bottleneck([torch.cat(pair) for pair in zip(target, source)])
 
     # ----------------------------------------------------------------------------------------------------- prediction
     def forward(self, images: Tensor) -> RawOutputs:
-        """Raw outputs "distance_0" to "distance_5", B×h×w, of the frozen and the trained encoder's levels and what was
-        grown for them. Features are what the bottleneck makes of the trained encoder's levels, 2048×8×8 as
-        published."""
+        """Return "distance_0" to "distance_5", B×h×w, of the frozen and the trained encoder's levels and what was grown
+        for them; as embedding that of the trained encoder's levels, 2048×8×8 as published."""
         source, target = self.encoders.source(images), self.encoders.target(images)
         embedded = self._embed(target, source)
         pairs = zip([*source, *target], self.decoder(embedded))
         return RawOutputs(numbered(distance_map(*pair) for pair in pairs), embedded[: len(images)])
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: ReContrastConfig | None = None) -> Maps:
-        """The distances, fused and blurred."""
-        return Maps(*fused_map(in_order(raw_outputs), (config or self.config).map, self.input.side))
+    def anomaly_maps(
+        self, tensors: Mapping[str, Tensor], config: ReContrastConfig | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse the distances and blur them."""
+        return fuse_and_blur(in_order(tensors), (config or self.config).map, self.input.side)
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: ReContrastConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: ReContrastConfig | None = None
     ) -> Tensor:
-        """Mean of the map's largest pixels."""
+        """Average the map's largest pixels; B."""
         return top_mean(anomaly_map, (config or self.config).map.score_share)

@@ -14,25 +14,25 @@ from torch import Tensor
 
 from unianom.backbones import CnnBackbone
 from unianom.configs.revdist import RevDistConfig
-from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
+from unianom.methods.base import RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     TAPS,
     OneClassBottleneck,
     ReverseDecoder,
     distance_map,
     flattened_distance,
-    fused_map,
+    fuse_and_blur,
     in_order,
     numbered,
     residual_plan,
-    top_mean,
 )
+from unianom.methods.layers.postprocess import top_mean
 from unianom.methods.trained import LOSS, FeatureMaps, TrainedMethod, TrainingBatch
 from unianom.options import to_plain
 
 
 @register_method("revdist")
-class RevDist(TrainedMethod):
+class RevDist(TrainedMethod[RevDistConfig]):
     """RevDist: frozen encoder, and a bottleneck and a decoder that learn.
 
     Levels are listed fine to coarse.
@@ -53,7 +53,7 @@ class RevDist(TrainedMethod):
 
     def __init__(self, config: RevDistConfig) -> None:
         super().__init__()
-        self.config: RevDistConfig = with_statistics(config)
+        self.config = with_statistics(config)
         plan = residual_plan(config.backbone)
         self.encoder = CnnBackbone(config.backbone, TAPS)
         self.bottleneck = OneClassBottleneck(plan)
@@ -61,15 +61,15 @@ class RevDist(TrainedMethod):
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
-        """The encoder's maps B×C_l×h_l×w_l, "level_0" the finest; 256@64², 512@32², 1024@16² as published."""
+        """Return the encoder's maps B×C_l×h_l×w_l, "level_0" the finest; 256@64², 512@32², 1024@16² as published."""
         return {f"level_{index}": level for index, level in enumerate(self.encoder(images))}
 
     def feature_key(self) -> dict[str, Any]:
-        """The same for all methods whose frozen encoder gives this pyramid."""
+        """Return the key, the same for all methods whose frozen encoder gives this pyramid."""
         return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
 
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """The distance of every level and its copy, and their sum."""
+        """Return the distance of every level and its copy, and their sum (eq. 2)."""
         teacher = list(self.features_of(batch).values())
         student = self.decoder(self.bottleneck(teacher))
         parts = {f"level_{index}": self._distance(*pair) for index, pair in enumerate(zip(teacher, student))}
@@ -81,19 +81,19 @@ class RevDist(TrainedMethod):
         return distance_map(teacher, student).mean()
 
     def forward(self, images: Tensor) -> RawOutputs:
-        """Raw outputs "distance_0" to "distance_2", B×h×w, of the three levels and their copies. Features are what the
-        bottleneck makes, 2048×8×8 as published."""
+        """Return "distance_0" to "distance_2", B×h×w, of the three levels and their copies; as embedding the output of
+        the bottleneck, 2048×8×8 as published."""
         teacher = self.encoder(images)
-        features = self.bottleneck(teacher)
-        student = self.decoder(features)
-        return RawOutputs(numbered(distance_map(*pair) for pair in zip(teacher, student)), features)
+        embedding = self.bottleneck(teacher)
+        student = self.decoder(embedding)
+        return RawOutputs(numbered(distance_map(*pair) for pair in zip(teacher, student)), embedding)
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: RevDistConfig | None = None) -> Maps:
-        """The distances, fused and blurred."""
-        return Maps(*fused_map(in_order(raw_outputs), (config or self.config).map, self.input.side))
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: RevDistConfig | None = None) -> tuple[Tensor, Tensor]:
+        """Fuse the distances and blur them."""
+        return fuse_and_blur(in_order(tensors), (config or self.config).map, self.input.side)
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: RevDistConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: RevDistConfig | None = None
     ) -> Tensor:
-        """Mean of the map's largest pixels."""
+        """Average the map's largest pixels; B."""
         return top_mean(anomaly_map, (config or self.config).map.score_share)

@@ -6,7 +6,7 @@ The training pipeline knows a method only through this file, so a training loop 
     for batch in batches:
         loss = method.training_loss(batch)["loss"]
         …
-    method.finish(some_batches)
+    method.finalize(some_batches, categories)
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from unianom.configs.synthesis import SynthesisConfig
 from unianom.configs.training import Augmentation, TrainingConfig
-from unianom.methods.base import Method
-from unianom.options import (
-    to_plain,
-)
+from unianom.methods.base import Method, MethodConfig
+from unianom.options import to_plain
 
 LOSS = "loss"
 """Key of the total among the losses of `training_loss`."""
@@ -88,8 +86,19 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.category)
 
+    def required(self, name: str) -> Tensor:
+        """Return the tensor of this name.
+
+        Raises:
+            ValueError: the batch has none, though the method asks for it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the batch has no {name}; the method's batch_spec says what its batches hold")
+        return value
+
     def map(self, function: Callable[[Tensor], Tensor]) -> TrainingBatch:
-        """The batch with a function applied to every tensor."""
+        """Return the batch with a function applied to every tensor."""
         values: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)
@@ -100,11 +109,11 @@ class TrainingBatch:
         return TrainingBatch(**values)
 
     def pin_memory(self) -> TrainingBatch:
-        """The batch in page-locked memory, from which GPUs copy faster."""
+        """Return the batch in page-locked memory, from which GPUs copy faster."""
         return self.map(lambda tensor: tensor.pin_memory())
 
     def split(self, parts: int) -> Sequence[TrainingBatch]:
-        """The batch in so many parts, as even as can be."""
+        """Split the batch into so many parts, as even as can be."""
         bounds = [len(self) * part // parts for part in range(parts + 1)]
         return [self.map(partial(_slice, start, end)) for start, end in pairwise(bounds) if end > start]
 
@@ -141,56 +150,65 @@ class ScheduledOptimizer:
         self.schedule.step()
 
 
-class TrainedMethod(Method):
-    """A method whose networks learn from batches of normal images.
+class TrainedConfig(MethodConfig, Protocol):
+    """The options that every trained method has."""
 
-    Subclasses have a `training: TrainingConfig` in their config.
-    """
+    @property
+    def training(self) -> TrainingConfig:
+        """Length, batches and optimiser."""
+        ...
+
+
+T = TypeVar("T", bound=TrainedConfig)
+
+
+class TrainedMethod(Method[T]):
+    """A method whose networks learn from batches of normal images."""
 
     schedulable_options: ClassVar[tuple[str, ...]] = ("training.learning_rate", "training.weight_decay")
     """Dotted names of the options that may change while it is trained: what optimisers and losses read at every
     step."""
 
     finish_images: ClassVar[int] = 0
-    """How many training images `finish` wants to see; 0 where it is not needed."""
+    """How many training images `finalize` wants to see; 0 where it is not needed."""
 
     @property
     def batch_spec(self) -> BatchSpec:
-        """What its batches hold."""
+        """Contents of its batches."""
         return BatchSpec()
 
     def frozen_features(self, images: Tensor) -> FeatureMaps:
-        """What does not change during training: the frozen encoder's features of B×3×S×S normalised images, float32,
-        without gradients."""
+        """Compute what does not change during training: the frozen encoder's features of B×3×S×S normalised images,
+        float32, without gradients."""
         raise NotImplementedError
 
     def feature_key(self) -> dict[str, Any]:
-        """Everything `frozen_features` depends on, weights files by name, as plain data; methods with equal keys share
-        kept features."""
-        config = self.config
+        """Return everything `frozen_features` depends on, weights files by name, as plain data; methods with equal keys
+        share kept features. As it is here, the config also has `taps`."""
+        config: Any = self.config
         return {"method": self.name, "backbone": to_plain(config.backbone), "taps": list(config.taps)}
 
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Scalar losses of a batch, each a mean over its images; the one to minimise under "loss"."""
+        """Return scalar losses of a batch, each a mean over its images; the one to minimise under "loss"."""
         raise NotImplementedError
 
     def on_step_start(self, step: int, iterations: int) -> None:
-        """Told before every training step which it is, counted from 0, and of how many; for what follows a schedule
-        besides the learning rate."""
+        """Prepare for training step `step`, counted from 0, of so many: the place of what follows a schedule besides
+        the learning rate."""
 
     def optimizers(self, iterations: int) -> list[ScheduledOptimizer]:
-        """Fresh optimisers for a run of so many iterations: one over all that learns, with stepped decay."""
+        """Make the optimisers of a run of so many iterations: one over all that learns, with stepped decay."""
         return [self.optimisation([p for p in self.parameters() if p.requires_grad], iterations)]
 
     def optimisation(self, parameters: Iterable[Any], iterations: int, **periods: Any) -> ScheduledOptimizer:
-        """An optimiser as `config.training` has it, with stepped decay.
+        """Make an optimiser as `config.training` has it, with stepped decay.
 
         Args:
             parameters: parameters, or groups of them with learning rates of their own.
             iterations: of the whole run.
             periods: see `ScheduledOptimizer`.
         """
-        training: TrainingConfig = self.config.training
+        training = self.config.training
         kind = AdamW if training.optimiser == "adamw" else Adam
         optimiser = kind(
             parameters,
@@ -213,25 +231,11 @@ class TrainedMethod(Method):
         """
 
     def features_of(self, batch: TrainingBatch) -> FeatureMaps:
-        """The frozen features of a batch, computed now unless they were kept."""
-        if batch.features is not None:
-            return batch.features
-        assert batch.images is not None
-        return self.frozen_features(batch.images)
+        """Return the frozen features of a batch, computed now unless they were kept."""
+        return self.frozen_features(batch.required("images")) if batch.features is None else batch.features
 
     def prompt_features_of(self, batch: TrainingBatch) -> FeatureMaps:
-        """The frozen features of a batch's prompts, computed now unless they were kept."""
+        """Return the frozen features of a batch's prompts, computed now unless they were kept."""
         if batch.prompt_features is not None:
             return batch.prompt_features
-        assert batch.prompt_images is not None
-        return self.frozen_features(batch.prompt_images)
-
-
-def initialise_transformer(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases in every linear layer and convolution; packed attention projections,
-    norms and embeddings keep PyTorch's own (UniAD, OneNIP)."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+        return self.frozen_features(batch.required("prompt_images"))

@@ -6,29 +6,242 @@ took away. Where reconstruction and smoothed map point different ways, on all le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, interpolate, mse_loss
+from torch.nn.functional import cosine_similarity, interpolate, mse_loss, relu
 
 from unianom.backbones import CnnBackbone
-from unianom.configs.unias import UniASConfig
+from unianom.configs.unias import NORM_GROUPS, UniASConfig
 from unianom.errors import OptionError
-from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
+from unianom.methods.base import RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import in_order, numbered
-from unianom.methods.layers.gated_cnn import MultiGranularityCnn
-from unianom.methods.layers.pixel_decoder import PixelDecoder
-from unianom.methods.layers.queries import CombinedQuery, PlainQuery, ProductQuery
-from unianom.methods.layers.smoothing import gaussian_filter
-from unianom.methods.layers.tokens import AttentionBlock, FeedForward, feature_jitter, neighbour_mask, sine_position
-from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch, initialise_transformer
+from unianom.methods.layers.postprocess import gaussian_filter, standard_deviation, upsample
+from unianom.methods.layers.reconstruction import (
+    AttentionBlock,
+    EncoderLayer,
+    FeedForward,
+    feature_jitter,
+    initialise_transformer,
+    neighbour_mask,
+)
+from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
 FILTER_SIZE, FILTER_SIGMA = 3, 1.0
 """Of the Gaussian W_G of eq. 2, in feature cells; sizes from the released code."""
 
 
+# -------------------------------------------------------------------------------------------------------- pixel decoder
+def sine_position(height: int, width: int, dim: int, temperature: float = 10_000.0) -> Tensor:
+    """Return the fixed sine code of grid positions, row half first, both axes scaled to (0, 2π] (DETR; UniAS).
+
+    Args:
+        height, width: of the grid.
+        dim: C, a multiple of 4.
+        temperature: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        N×C float32.
+    """
+    quarter = dim // 4
+    frequencies = temperature ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+
+    def axis(length: int) -> Tensor:
+        angle = (torch.arange(length) + 1) / (length + 1e-6) * 2 * math.pi
+        phases = angle[:, None] * frequencies  # length quarter
+        return torch.stack([phases.sin(), phases.cos()], dim=-1).flatten(1)  # length dim/2, sine and cosine in turn
+
+    rows = axis(height)[:, None].expand(height, width, -1)
+    columns = axis(width).expand(height, width, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+class PixelDecoder(nn.Module):
+    """A feature pyramid network with a transformer encoder at its top (MaskFormer's pixel decoder): feature maps of
+    several levels, each mixed with what the coarser ones tell.
+
+    The coarsest level passes a 1×1 convolution, the transformer encoder and a 3×3 convolution with ReLU; every finer
+    one is projected (1×1 convolution, group norm), joined by the upsampled result of the level above and smoothed
+    (3×3 convolution, group norm, ReLU).
+
+    Args:
+        channels: of each level, fine to coarse.
+        grid: height and width of the coarsest level.
+        dim: channels of every output; a multiple of 32.
+        heads, hidden, dropout: of the transformer encoder.
+        layers: of the transformer encoder.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        grid: tuple[int, int],
+        dim: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        layers: int,
+    ) -> None:
+        super().__init__()
+        *finer, coarsest = channels
+        self.project = nn.Conv2d(coarsest, dim, kernel_size=1)
+        self.encoder = nn.ModuleList([EncoderLayer(dim, heads, hidden, dropout) for _ in range(layers)])
+        self.coarsest = nn.Conv2d(dim, dim, kernel_size=3, padding=1, bias=False)
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(count, dim, kernel_size=1, bias=False), nn.GroupNorm(NORM_GROUPS, dim))
+            for count in finer
+        )
+        self.outputs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(dim, dim, kernel_size=3, padding=1, bias=False), nn.GroupNorm(NORM_GROUPS, dim), nn.ReLU()
+            )
+            for _ in finer
+        )
+        self.position: Tensor
+        self.register_buffer("position", sine_position(*grid, dim), persistent=False)  # N C
+        initialise_transformer(self.encoder)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_uniform_(part.weight, a=1)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Map levels B×C_l×h_l×w_l, fine to coarse, to B×dim×h_l×w_l, fine to coarse."""
+        *finer, coarsest = levels
+        x = self.project(coarsest)  # B dim h w
+        tokens = x.flatten(2).mT  # B N dim
+        for layer in self.encoder:
+            tokens = layer(tokens, self.position)
+        decoded = [relu(self.coarsest(tokens.mT.unflatten(2, x.shape[2:])))]
+        for level, lateral, output in zip(reversed(finer), reversed(self.laterals), reversed(self.outputs)):
+            above = interpolate(decoded[0], size=level.shape[2:], mode="bilinear", align_corners=False)
+            decoded.insert(0, output(lateral(level) + above))
+        return decoded
+
+
+# ---------------------------------------------------------------------------------------------------------- first query
+class MultiGranularityCnn(nn.Module):
+    """Sum of four branches that see 1×1, 3×3, 5×5 and 7×7 cells (UniAS, eq. 5): one 1×1 convolution, and one, two and
+    three 3×3 convolutions in a row.
+
+    The exponent of eq. 5 runs from 0 to 2; the text and Figure 3 stack one to three convolutions, as done here.
+
+    Args:
+        channels: of the input.
+        dim: of the output.
+        gated: a GELU at the end of each branch (MGG-CNN), or none (MG-CNN, an ablation).
+    """
+
+    def __init__(self, channels: int, dim: int, gated: bool = True) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Conv2d(channels, dim, kernel_size=1)])
+        for depth in (1, 2, 3):
+            widths = [channels] + [dim] * depth
+            self.branches.append(
+                nn.Sequential(*(nn.Conv2d(widths[i], widths[i + 1], kernel_size=3, padding=1) for i in range(depth)))
+            )
+        self.gate = nn.GELU() if gated else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map B×channels×h×w to B×dim×h×w."""
+        first, *others = (self.gate(branch(x)) for branch in self.branches)
+        return sum(others, start=first)
+
+
+class CbamWeights(nn.Module):
+    """Channel and spatial weights of a map (Woo et al., CBAM, ECCV 2018; layer sizes as released for UniAS).
+
+    Args:
+        dim: channels of the map.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        narrow = dim // 2
+        self.layers = nn.Sequential(
+            nn.Linear(dim, narrow), nn.ReLU(), nn.Linear(narrow, narrow), nn.ReLU(), nn.Linear(narrow, dim)
+        )
+        self.convolution = nn.Conv2d(2, 1, kernel_size=7, padding=3)
+
+    def channel(self, features: Tensor) -> Tensor:
+        """Return weights B×C×1×1 in (0, 1) of the channels of B×C×h×w."""
+        mean, largest = features.mean((2, 3)), features.amax((2, 3))  # B C
+        return (self.layers(mean) + self.layers(largest)).sigmoid()[:, :, None, None]
+
+    def spatial(self, features: Tensor) -> Tensor:
+        """Return weights B×1×h×w in (0, 1) of the cells of B×C×h×w."""
+        pooled = torch.cat([features.mean(1, keepdim=True), features.amax(1, keepdim=True)], dim=1)  # B 2 h w
+        return self.convolution(pooled).sigmoid()
+
+
+class ProductQuery(nn.Module):
+    """A learned query times the CBAM weights of the coarsest patches h_K (UniAS, sec. 3.4).
+
+    Args:
+        grid: height and width of the token grid.
+        dim: C.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(dim, *grid))
+        self.weights = CbamWeights(dim)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Make the query B×C×h×w of the coarsest patches B×C×h×w."""
+        channel = self.weights.channel(patches)
+        spatial = self.weights.spatial(channel * patches)  # in CBAM the second attention sees the first one's result
+        return self.query * channel * spatial
+
+
+class CombinedQuery(nn.Module):
+    """Two learned queries, each the sum of a channel-weighted and a spatially weighted copy, mixed by an MGG-CNN (the
+    released form of UniAS).
+
+    Args:
+        grid: height and width of the token grid.
+        dim: C.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(dim, 2, *grid))
+        self.reference = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+        self.weights = CbamWeights(dim)
+        self.mix = MultiGranularityCnn(2 * dim, dim)
+
+    def forward(self, decoded: Tensor) -> Tensor:
+        """Make the query B×C×h×w of the pixel decoder's coarsest map B×C×h×w."""
+        reference = self.reference(decoded)
+        weight = self.weights.channel(reference) + self.weights.spatial(reference)  # B C h w
+        return self.mix((self.queries * weight[:, :, None]).flatten(1, 2))  # channel by channel, both queries in turn
+
+
+class PlainQuery(nn.Module):
+    """A learned query, the same for all images.
+
+    Args:
+        grid: height and width of the token grid.
+        dim: C.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(dim, *grid))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return the query for each image of B×C×h×w."""
+        return self.query.expand(len(patches), -1, -1, -1)
+
+
 QUERIES = {"cbam_product": ProductQuery, "lincomb": CombinedQuery, "off": PlainQuery}
+"""First queries by the option `sar`."""
+
+
+# ----------------------------------------------------------------------------------------------- decoder and method
 
 
 class DecoderLayer(nn.Module):
@@ -47,7 +260,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, position: Tensor | float, key_position: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """B×N×C queries and B×N×C keys to B×N×C; positions and mask as in `AttentionBlock`."""
+        """Map B×N×C queries and B×N×C keys to B×N×C; positions and mask as in `AttentionBlock`."""
         x = self.cross_attention(x, keys, position, key_position, mask)
         return self.feed_forward(self.self_attention(x, x, position, position, mask))
 
@@ -76,7 +289,7 @@ class HybridBlock(nn.Module):
     def forward(
         self, state: Tensor, patches: Tensor, position: Tensor, patch_position: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The next state.
+        """Return the next state, B×C×h×w.
 
         Args:
             state: B×C×h×w, the level above's result, or the first query.
@@ -92,7 +305,7 @@ class HybridBlock(nn.Module):
 
 
 @register_method("unias")
-class UniAS(TrainedMethod):
+class UniAS(TrainedMethod[UniASConfig]):
     """UniAS: frozen encoder, and a decoder that learns to reconstruct its maps.
 
     Levels are listed fine to coarse; the decoder walks them from coarse to fine.
@@ -111,7 +324,7 @@ class UniAS(TrainedMethod):
 
     def __init__(self, config: UniASConfig) -> None:
         super().__init__()
-        self.config: UniASConfig = with_statistics(config)
+        self.config = with_statistics(config)
         self.encoder = CnnBackbone(config.backbone, config.taps)
         self.sizes = _level_sizes(self.encoder, config)
         channels, dim = self.encoder.channels, config.dim
@@ -129,7 +342,7 @@ class UniAS(TrainedMethod):
         )
         self.patches = nn.ModuleList(_patch_embedding(dim, ratio) for ratio in ratios)
         self.level_codes = nn.Parameter(torch.randn(len(channels), dim))
-        self.query = QUERIES[config.sar or "off"](grid, dim)
+        self.query = QUERIES[config.sar](grid, dim)
         self.query_position = nn.Parameter(torch.randn(tokens, dim))
         self.blocks = nn.ModuleList(HybridBlock(tokens, config) for _ in channels)
         self.norm = nn.LayerNorm(dim)
@@ -145,53 +358,54 @@ class UniAS(TrainedMethod):
 
     @property
     def batch_spec(self) -> BatchSpec:
+        """Images, flipped and turned as configured."""
         return BatchSpec(augmentation=self.config.augmentation)
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
-        """The encoder's maps B×C_l×h_l×w_l, "level_0" the finest."""
+        """Return the encoder's maps B×C_l×h_l×w_l, "level_0" the finest."""
         return {f"level_{index}": level for index, level in enumerate(self.encoder(images))}
 
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Mean squared errors and cosine terms, each summed over levels, and their weighted sum (sec. 3.3.2)."""
+        """Return mean squared errors and cosine terms, each summed over levels, and their weighted sum (sec. 3.3.2)."""
         targets, inputs = self._filtered(self.features_of(batch))
         if self.training:
             scale, probability = self.config.jitter_scale, self.config.jitter_probability
             inputs = [feature_jitter(level, scale, probability, dim=1) for level in inputs]
         reconstructions = self.reconstruct(inputs)
-        sign = self.config.cos_sign or "distance"
+        sign = self.config.cos_sign
         terms = [reconstruction_terms(made, target, sign) for made, target in zip(reconstructions, targets)]
         error, cosine = torch.stack([torch.stack(pair) for pair in terms]).sum(0)
         return {LOSS: self.config.loss_weight * (error + cosine), "squared_error": error, "cosine": cosine}
 
     def forward(self, images: Tensor) -> RawOutputs:
-        """Raw outputs "distance_0", …, B×h_l×w_l, of every level, the finest first. Features are the coarsest level of
-        the pixel decoder, 512×7×7 as published."""
+        """Return "distance_0", …, B×h_l×w_l, of every level, the finest first; as embedding the coarsest level of the
+        pixel decoder, 512×7×7 as published."""
         targets, inputs = self._filtered(self.frozen_features(images))
         decoded = self.pixel_decoder(inputs)
         levels = zip(self._restore(decoded), targets)
-        raw_outputs = numbered(1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels)
-        return RawOutputs(raw_outputs, decoded[-1])
+        tensors = numbered(1 - cosine_similarity(made.float(), target, dim=1) for made, target in levels)
+        return RawOutputs(tensors, decoded[-1])
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: UniASConfig | None = None) -> Maps:
-        """Levels are blurred before they are multiplied, which belongs to the map; nothing smooths it afterwards."""
-        anomaly_map = self.fuse(in_order(raw_outputs), config)
-        return Maps(anomaly_map, anomaly_map)
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: UniASConfig | None = None) -> tuple[Tensor, Tensor]:
+        """Multiply the levels' maps. Their blur before that belongs to the map; nothing smooths it afterwards."""
+        anomaly_map = self.fuse(in_order(tensors), config)
+        return anomaly_map, anomaly_map
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniASConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: UniASConfig | None = None
     ) -> Tensor:
-        """Maximum or standard deviation of the map."""
+        """Take the maximum or standard deviation of the map; B."""
         if (config or self.config).reduce == "std":
-            return anomaly_map.flatten(1).std(1, correction=0)
+            return standard_deviation(anomaly_map)
         return anomaly_map.amax((1, 2))
 
     def reconstruct(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Maps B×C_l×h_l×w_l from filtered maps with their residuals, B×2C_l×h_l×w_l; both fine to coarse."""
+        """Reconstruct maps B×C_l×h_l×w_l from filtered maps with their residuals, B×2C_l×h_l×w_l; fine to coarse."""
         return self._restore(self.pixel_decoder(inputs))
 
     def _restore(self, decoded: Sequence[Tensor]) -> list[Tensor]:
-        """Maps B×C_l×h_l×w_l from the levels of the pixel decoder."""
+        """Reconstruct maps B×C_l×h_l×w_l from the levels of the pixel decoder."""
         patches = [embed(level) for embed, level in zip(self.patches, decoded)]  # each B C h w
         state = self.query(decoded[-1] if self.config.sar == "lincomb" else patches[-1])  # B C h w
         reconstructions: list[Tensor] = []
@@ -203,7 +417,7 @@ class UniAS(TrainedMethod):
         return reconstructions
 
     def fuse(self, level_maps: Sequence[Tensor], config: UniASConfig | None = None) -> Tensor:
-        """Product B×S×S of the levels' maps B×h_l×w_l, fine to coarse, that count (eq. 6).
+        """Multiply the levels' maps B×h_l×w_l, fine to coarse, that count (eq. 6); B×S×S.
 
         Raises:
             OptionError: they are too small to be blurred.
@@ -212,18 +426,17 @@ class UniAS(TrainedMethod):
         side, count = self.input.side, len(level_maps)
         _check_blur(self.sizes, config)
         size = side if config.fuse_at == "input" else self.sizes[0]
-        product = level_maps[0].new_ones(len(level_maps[0]), 1, size, size)
+        product = level_maps[0].new_ones(len(level_maps[0]), size, size)
         for number in config.levels or range(1, count + 1):
-            level = interpolate(level_maps[number - 1][:, None], size=size, mode="bilinear", align_corners=False)
+            level = upsample(level_maps[number - 1], size, align_corners=False)
             if config.level_blur:
                 kernel = 3 + 2 * (count - number)
-                level = gaussian_filter(level, kernel, kernel / 3)
+                level = gaussian_filter(level[:, None], kernel, kernel / 3)[:, 0]
             product = product * level
-        # this leaves maps of the input's size as they are
-        return interpolate(product, size=side, mode="bilinear", align_corners=True)[:, 0]
+        return upsample(product, side, align_corners=True)  # this leaves maps of the input's size as they are
 
     def _filtered(self, features: FeatureMaps) -> tuple[list[Tensor], list[Tensor]]:
-        """Filtered maps, and filtered maps with what filtering took away, B×2C_l×h_l×w_l (eq. 2)."""
+        """Return filtered maps, and filtered maps with what filtering took away, B×2C_l×h_l×w_l (eq. 2)."""
         raw = [features[f"level_{index}"] for index in range(len(features))]
         smooth = [gaussian_filter(level, FILTER_SIZE, FILTER_SIGMA) for level in raw]
         # the text takes the residual the other way round, which the first layer's weights make up for
@@ -231,7 +444,7 @@ class UniAS(TrainedMethod):
 
 
 def reconstruction_terms(made: Tensor, target: Tensor, cos_sign: str) -> tuple[Tensor, Tensor]:
-    """Mean squared error and mean cosine term of one level, in float32 whatever autocast says.
+    """Return mean squared error and mean cosine term of one level, in float32 whatever autocast says.
 
     Args:
         made, target: B×C×h×w.
@@ -244,7 +457,7 @@ def reconstruction_terms(made: Tensor, target: Tensor, cos_sign: str) -> tuple[T
 
 
 def _level_sizes(encoder: CnnBackbone, config: UniASConfig) -> list[int]:
-    """Heights of the encoder's (square) maps, fine to coarse, once they are known to fit.
+    """Return the heights of the encoder's (square) maps, fine to coarse, once they are known to fit.
 
     Raises:
         OptionError: they do not divide into the coarsest one's cells, or are too small for filters or mask.
@@ -286,7 +499,8 @@ def _check_blur(sizes: Sequence[int], config: UniASConfig) -> None:
 
 
 def _patch_embedding(dim: int, ratio: int) -> nn.Module:
-    """From a level's map to patches of ratio×ratio cells, B×dim×h×w; wider in between the larger the patches are."""
+    """Make the layers from a level's map to patches of ratio×ratio cells, B×dim×h×w; wider in between the larger the
+    patches are."""
     if ratio == 1:
         return nn.Conv2d(dim, dim, kernel_size=1)
     width = dim // 2 * ratio.bit_length()  # 256, 384, 512 for ratios 2, 4, 8, as published
@@ -297,7 +511,7 @@ def _patch_embedding(dim: int, ratio: int) -> nn.Module:
 
 
 def _head(dim: int, channels: int, size: int, ratio: int, config: UniASConfig) -> nn.Module:
-    """From the token grid, B×dim×h×w, to a level's reconstruction, B×channels×size×size."""
+    """Make the layers from the token grid, B×dim×h×w, to a level's reconstruction, B×channels×size×size."""
     if config.head == "deconvolution":
         return nn.ConvTranspose2d(dim, channels, kernel_size=ratio, stride=ratio)
     return nn.Sequential(

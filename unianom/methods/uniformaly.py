@@ -16,18 +16,12 @@ from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
-from unianom.methods.base import (
-    MaskedPatches,
-    MemoryMethod,
-    PatchFeatures,
-    mean_distances,
-    register_method,
-    with_statistics,
-)
+from unianom.methods.base import register_method, with_statistics
+from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures, mean_distances
 
 
 @register_method("uniformaly")
-class UniFormaly(MemoryMethod):
+class UniFormaly(MemoryMethod[UniFormalyConfig]):
     """UniFormaly with its bank, once fitted.
 
     Args:
@@ -41,7 +35,7 @@ class UniFormaly(MemoryMethod):
 
     def __init__(self, config: UniFormalyConfig, bank: MemoryBank | None = None) -> None:
         super().__init__()
-        self.config: UniFormalyConfig = with_statistics(config)
+        self.config = with_statistics(config)
         self.bank = bank
         self.encoder = VitBackbone(
             config.backbone,
@@ -53,7 +47,7 @@ class UniFormaly(MemoryMethod):
         self.grid = self.encoder.grid
 
     def encode(self, images: Tensor) -> PatchFeatures:
-        """Patches B×N×D and the attention B×h×w of B×3×S×S normalised images."""
+        """Return patches B×N×D and the attention B×h×w of B×3×S×S normalised images."""
         features = self.encoder(images)
         if self.config.aggregation == "mean":
             patches = torch.stack(features.tokens).mean(0)  # B N D
@@ -62,7 +56,7 @@ class UniFormaly(MemoryMethod):
         return PatchFeatures(patches, features.attention)
 
     def mask_patches(self, encoded: PatchFeatures, config: UniFormalyConfig | None = None) -> MaskedPatches:
-        """Patches B×N×D and the back-patch mask B×N.
+        """Return patches B×N×D and the back-patch mask B×N.
 
         Raises:
             OptionError: `config` masks, but the method was made with mask=off and has no attention.
@@ -72,16 +66,18 @@ class UniFormaly(MemoryMethod):
             return super().mask_patches(encoded)
         if encoded.attention is None:
             raise OptionError(f"mask={config.mask} needs the attention, which uniformaly made with mask=off has not")
-        scope = config.mask_scope or "image"
         if config.mask == "soft":
-            weights = soft_mask(encoded.attention, config.mask_kernel, scope)  # B h w
+            weights = soft_mask(encoded.attention, config.mask_kernel, config.mask_scope)  # B h w
             return super().mask_patches(encoded._replace(patches=encoded.patches * weights.flatten(1).unsqueeze(-1)))
-        mask = back_patch_mask(encoded.attention, config.mask_kernel, config.mask_threshold, scope)  # B h w
+        mask = back_patch_mask(encoded.attention, config.mask_kernel, config.mask_threshold, config.mask_scope)  # B h w
         return MaskedPatches(encoded.patches, mask.flatten(1))
 
     def mask_bank_patches(self, encoded: PatchFeatures, config: UniFormalyConfig | None = None) -> MaskedPatches:
-        """Patches for the bank. In batch scope, as the released code has it, every position that survives in any
-        image of the batch is kept in all of them, and patches masked in their own image enter as zeros."""
+        """Mask the patches of images for the bank.
+
+        In batch scope, as the released code has it, every position that survives in any image of the batch is kept in
+        all of them, and patches masked in their own image enter as zeros.
+        """
         config = config or self.config
         embedding = self.mask_patches(encoded, config)
         if config.mask_scope != "batch" or config.mask != "binary":
@@ -90,10 +86,10 @@ class UniFormaly(MemoryMethod):
         return MaskedPatches(patches, embedding.keep.any(0).expand_as(embedding.keep))
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
     ) -> Tensor:
-        """Top-k-ratio mean of the patches' distances (eq. 2), masked ones zero."""
+        """Average the top k-ratio of the patches' distances (eq. 2), masked ones zero; B."""
         config = config or self.config
-        distances = mean_distances(raw_outputs["distances"], config.neighbours)  # B N
+        distances = mean_distances(tensors["distances"], config.neighbours)  # B N
         top = max(1, round(config.k_ratio * distances.shape[1]))  # masked patches count in N
         return distances.topk(top, dim=1).values.mean(1)

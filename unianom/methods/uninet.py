@@ -7,6 +7,7 @@ a student grows them again; what was grown from one teacher has to match the oth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch.nn.functional import (
     binary_cross_entropy_with_logits,
     cosine_similarity,
     interpolate,
+    normalize,
     relu,
 )
 
 from unianom.configs.uninet import UniNetConfig
-from unianom.methods.base import Maps, RawOutputs, register_method, with_statistics
+from unianom.methods.base import RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
     OneClassBottleneck,
     PyramidFusion,
@@ -35,15 +37,10 @@ from unianom.methods.layers.distillation import (
     norm_act,
     numbered,
     residual_plan,
-    top_mean,
-    upsampled,
 )
-from unianom.methods.layers.maps import gaussian_blur
-from unianom.methods.layers.similarity import EPSILON, log_similarity
+from unianom.methods.layers.postprocess import gaussian_blur, top_mean, upsample, upsample_levels
 from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, ScheduledOptimizer, TrainedMethod, TrainingBatch
-from unianom.options import (
-    to_plain,
-)
+from unianom.options import to_plain
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -73,7 +70,7 @@ class MultiScaleEmbedding(nn.Module):
             self.shortcut = nn.Sequential(convolution(inputs, outputs, 1, 2), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×inputs×h×w to B×outputs×h'×w'."""
+        """Map B×inputs×h×w to B×outputs×h'×w'."""
         first, second = x.chunk(2, dim=1)
         joined = self.join(torch.cat([self.small(first), self.large(second)], dim=1))
         return relu(joined + self.shortcut(x))
@@ -100,7 +97,7 @@ class MemBottleneck(nn.Module):
                 nn.init.zeros_(part.bias)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """256@64², 512@32², 1024@16² to 2048@8²."""
+        """Map 256@64², 512@32², 1024@16² to 2048@8²."""
         return self.stage(self.fusion(levels))
 
 
@@ -119,7 +116,7 @@ class FeatureSelection(nn.Module):
         self.raw = nn.ParameterList(nn.Parameter(torch.zeros(count)) for count in channels) if learned else None
 
     def forward(self, student: Tensor, teacher: Tensor, level: int) -> Tensor:
-        """The student's B×C×h×w, weighed by what the teacher's finds representative (eqs. 4 to 6).
+        """Weigh the student's B×C×h×w by what is representative in the teacher's (eqs. 4 to 6).
 
         θ = min(1, sigmoid(raw) + ½), as released; the shift by ϱ in eq. 4 is the softmax's own.
         """
@@ -156,19 +153,83 @@ class FrameHead(nn.Module):
         initialise_residual(self)
 
     def forward(self, level: Tensor) -> Tensor:
-        """B×C×h×w to B×3×4h×4w."""
+        """Map B×C×h×w to B×3×4h×4w."""
         return self.layers(level)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------------- similarity
+# How alike every position of a student's map is to the same position of its teacher's, against all others: the diagonal
+# of a row-wise softmax (eqs. 8 and 9), without ever holding the HW×HW matrix.
+EPSILON = 1e-8
+"""Of eqs. 9 and 10."""
+
+BLOCK_BYTES = 64 << 20
+"""Of a block of rows of the similarity matrices of a batch, unless `rows` says how many."""
+
+
+def log_similarity(student: Tensor, teacher: Tensor, temperature: float, rows: int | None = None) -> Tensor:
+    """Return log diag(m̂) of m = ŝ · t̂ᵀ / T and m̂ = exp(m) / (Σ_k exp(m(:, k)) + ε), in float32 or better.
+
+    Args:
+        student, teacher: B×C×h×w; every position is scaled to unit length.
+        temperature: T.
+        rows: student positions whose similarities are held at once; null takes as many as fit 64 MiB.
+
+    Returns:
+        B×N, N = h·w.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        unit = [normalize(maps if maps.dtype == torch.float64 else maps.float(), dim=1) for maps in (student, teacher)]
+        s, t = (maps.flatten(2).mT.contiguous() for maps in unit)  # each B N C
+        if rows is None:
+            rows = max(1, BLOCK_BYTES // (s.element_size() * s.shape[0] * s.shape[1]))
+        return _LogDiagonal.apply(s, t, temperature, rows)
+
+
+class _LogDiagonal(torch.autograd.Function):
+    """Forward and backward pass both walk over blocks of rows; the latter computes the similarities anew.
+
+    With p_ik = exp(m_ik) / (Σ_k exp(m_ik) + ε), the derivative of output i by m_ik is δ_ik − p_ik.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, t: Tensor, temperature: float, rows: int) -> Tensor:
+        """Map B×N×C each to B×N."""
+        totals = [torch.logsumexp(block @ t.mT / temperature, dim=2) for block in s.split(rows, dim=1)]
+        total = torch.cat(totals, dim=1)
+        total = torch.logaddexp(total, torch.full_like(total, math.log(EPSILON)))  # B N
+        ctx.save_for_backward(s, t, total)
+        ctx.temperature, ctx.rows = temperature, rows
+        return (s * t).sum(2) / temperature - total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of s and t."""
+        s, t, total = ctx.saved_tensors
+        gradient = gradients[0][:, :, None]  # B N 1
+        of_s = gradient * t if ctx.needs_input_grad[0] else None
+        of_t = gradient * s if ctx.needs_input_grad[1] else None
+        for start in range(0, s.shape[1], ctx.rows):
+            block = slice(start, start + ctx.rows)
+            share = s[:, block] @ t.mT  # B r N
+            share.div_(ctx.temperature).sub_(total[:, block, None]).exp_().mul_(gradient[:, block])
+            if of_s is not None:
+                of_s[:, block] -= share @ t
+            if of_t is not None:
+                of_t -= share.mT @ s[:, block]
+        scaled = [None if g is None else g / ctx.temperature for g in (of_s, of_t)]
+        return scaled[0], scaled[1], None, None
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
 def masked_mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean of B×N values where the equally shaped `chosen` is true; 0 where nothing is."""
+    """Average B×N values where the equally shaped `chosen` is true; 0 where nothing is."""
     weight = chosen.to(values.dtype)
     return (values * weight).sum() / weight.sum().clamp_min(1)
 
 
 def similarity_losses(log_diagonal: Tensor, normal: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Similarity-contrastive loss (eq. 10) and margin loss (eq. 11), as means.
+    """Return similarity-contrastive loss (eq. 10) and margin loss (eq. 11), as means.
 
     Args:
         log_diagonal: B×N, log of diag(m̂).
@@ -182,7 +243,7 @@ def similarity_losses(log_diagonal: Tensor, normal: Tensor, margin: float) -> tu
 
 
 def structure_loss(logits: Tensor, mask: Tensor, weighted_bce: bool) -> Tensor:
-    """Cross-entropy and soft IoU loss, both weighted by 1 + 5·|mean of the mask around − mask|, high at its edge.
+    """Return cross-entropy plus soft IoU loss, both weighted by 1 + 5·|mean of the mask around − mask|, high at edges.
 
     Args:
         logits: B×1×S×S.
@@ -202,7 +263,7 @@ def structure_loss(logits: Tensor, mask: Tensor, weighted_bce: bool) -> Tensor:
 
 
 def decision_weights(maxima: Tensor, alpha: float, beta: float, literal: bool) -> Tensor:
-    """The share of pixels that an image's score is the mean of (eq. 14), of each image by itself; B.
+    """Return the share of pixels that an image's score is the mean of (eq. 14), of each image by itself; B.
 
     Args:
         maxima: B×2n, the largest value of every map.
@@ -217,7 +278,7 @@ def decision_weights(maxima: Tensor, alpha: float, beta: float, literal: bool) -
 
 
 def largest_mean(maps: Tensor, share: Tensor) -> Tensor:
-    """Mean of the ⌊share · H · W⌋ largest pixels of each map, at least of one; B×S×S and B to B."""
+    """Average the ⌊share · H · W⌋ largest pixels of each map, at least one; B×S×S and B to B."""
     pixels = maps.flatten(1)
     counts = (share.double() * pixels.shape[1]).long().clamp(1, pixels.shape[1])
     # which K are largest differs by image, the sorted values up to the largest K serve all; on the whole few hundred
@@ -227,7 +288,7 @@ def largest_mean(maps: Tensor, share: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------------- method
 @register_method("uninet")
-class UniNet(TrainedMethod):
+class UniNet(TrainedMethod[UniNetConfig]):
     """UniNet.
 
     Args:
@@ -252,10 +313,9 @@ class UniNet(TrainedMethod):
 
     def __init__(self, config: UniNetConfig) -> None:
         super().__init__()
-        self.config: UniNetConfig = with_statistics(config)
+        self.config = with_statistics(config)
         plan = residual_plan(config.backbone)
         self.teachers = TeacherPair(config.backbone, config.encoder_norm)
-        assert config.mem_kernel is not None
         self.bottleneck: nn.Module = OneClassBottleneck(plan)
         if config.bottleneck == "mem":
             self.bottleneck = MemBottleneck(plan, config.mem_kernel)
@@ -276,6 +336,7 @@ class UniNet(TrainedMethod):
     # ------------------------------------------------------------------------------------------------------- training
     @property
     def batch_spec(self) -> BatchSpec:
+        """Images besides the frozen features, and labels and masks where the task has them."""
         task = self.config.task
         return BatchSpec(
             augmentation=self.config.augmentation,
@@ -287,15 +348,15 @@ class UniNet(TrainedMethod):
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> FeatureMaps:
-        """The source teacher's maps B×C_l×h_l×w_l, "level_0" the finest."""
+        """Return the source teacher's maps B×C_l×h_l×w_l, "level_0" the finest."""
         return {f"level_{index}": level for index, level in enumerate(self.teachers.source(images))}
 
     def feature_key(self) -> dict[str, Any]:
-        """The same for all methods whose frozen encoder gives this pyramid."""
+        """Return the key, the same for all methods whose frozen encoder gives this pyramid."""
         return {"method": "pyramid", "backbone": to_plain(self.config.backbone)}
 
     def optimizers(self, iterations: int) -> list[ScheduledOptimizer]:
-        """One for the target teacher, one for all else that learns."""
+        """Return one optimiser for the target teacher, one for all else that learns."""
         encoder = [p for p in self.teachers.parameters() if p.requires_grad]
         known = {id(p) for p in encoder}
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
@@ -306,35 +367,31 @@ class UniNet(TrainedMethod):
         ]
 
     def on_step_start(self, step: int, iterations: int) -> None:
+        """Choose the size of this step's images."""
         sizes = self.config.training_sizes
         self._side = sizes[step % len(sizes)] if sizes else self.input.side
 
     def training_loss(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Total (eqs. 12 and 13) with its parts "distillation", "similarity", "margin" and, where there is a task
-        besides, "supervised", each summed over the six pairs of maps or the two teachers."""
+        """Return the total (eqs. 12 and 13) with its parts "distillation", "similarity", "margin" and, where there is a
+        task besides, "supervised", each summed over the six pairs of maps or the two teachers."""
         config = self.config
-        assert batch.images is not None
-        images, mask, side = batch.images, batch.mask, self._side
-        if side != self.input.side:  # kept features are of the input's size
-            images = interpolate(images, size=side, mode="bilinear", align_corners=False)
-            mask = None if mask is None else interpolate(mask, size=side, mode="nearest")
-            source = list(self.frozen_features(images).values())
-        else:
-            source = list(self.features_of(batch).values())
-        target = self.teachers.target(images)
+        if self._side != self.input.side:
+            batch = self._resized(batch)
+        source = list(self.features_of(batch).values())
+        target = self.teachers.target(batch.required("images"))
         students, _ = self._students(source, target)
 
-        distillation = similarity = margin = torch.zeros((), device=images.device)
+        distillation = similarity = margin = torch.zeros((), device=batch.category.device)
         for level, (teacher, student) in enumerate(_pairs(source, target, students)):
             of_target, level = divmod(level, 3)
             compared = student.float() if self.selection is None else self.selection(student, teacher.float(), level)
             aim = teacher.float()
             if of_target and config.stop_gradient:
                 aim = aim.detach()
-            normal = self._normal(batch, mask, config.contrast, student.shape[2:])  # B N
+            normal = self._normal(batch, config.contrast, student.shape[2:])  # B N
             distance = 1 - cosine_similarity(aim, compared.float(), dim=1).flatten(1)  # B N
             kind = ("label" if config.contrast == "none" else config.contrast) if config.kd_normal_only else "none"
-            learned_from = self._normal(batch, mask, kind, student.shape[2:])  # B N
+            learned_from = self._normal(batch, kind, student.shape[2:])  # B N
             distillation = distillation + masked_mean(distance, learned_from)
             if config.similarity_loss or config.margin_loss:
                 logs = log_similarity(compared, aim, config.temperature, config.similarity_rows or None)
@@ -349,101 +406,101 @@ class UniNet(TrainedMethod):
             losses["margin"] = margin
             total = total + margin
         if self.head is not None:
-            losses["supervised"] = self._supervised(students, images, batch.label, mask)
+            losses["supervised"] = self._supervised(self.head, students, batch)
             total = total + config.supervision * losses["supervised"]
         return {LOSS: total, **losses}
 
+    def _resized(self, batch: TrainingBatch) -> TrainingBatch:
+        """Return the batch at the size of this step, without kept features, which are of the input's size."""
+        side, mask = self._side, batch.mask
+        images = interpolate(batch.required("images"), size=side, mode="bilinear", align_corners=False)
+        if mask is not None:
+            mask = interpolate(mask, size=side, mode="nearest")
+        return TrainingBatch(batch.category, images, label=batch.label, mask=mask)
+
     def _students(self, source: list[Tensor], target: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The student's three levels of 2B×C×h×w, and what the bottleneck made: B grown from the target teacher, then B
-        from the source teacher."""
+        """Return the student's three levels, 2B×C×h×w, and the bottleneck's output, 2B×2048×8×8: B grown from the
+        target teacher, then B from the source teacher."""
         levels = [torch.cat(pair) for pair in zip(target, source)]
         skips = [levels[2], levels[1]] if self.config.task == "segmentation" else []
         embedded = self.bottleneck(levels)
         return self.student(embedded, skips), embedded
 
-    def _normal(self, batch: TrainingBatch, mask: Tensor | None, contrast: str | None, grid: torch.Size) -> Tensor:
-        """B×N bool: positions that count as normal, by mask or label, or all."""
+    def _normal(self, batch: TrainingBatch, contrast: str, grid: torch.Size) -> Tensor:
+        """Tell which positions count as normal, by mask or label, or all; B×N bool."""
         if contrast == "mask":
-            assert mask is not None
-            return interpolate(mask, size=tuple(grid), mode="nearest").flatten(1) == 0
+            return interpolate(batch.required("mask"), size=tuple(grid), mode="nearest").flatten(1) == 0
         if contrast == "label":
-            assert batch.label is not None
-            return (batch.label == 0)[:, None].expand(-1, grid.numel())
+            return (batch.required("label") == 0)[:, None].expand(-1, grid.numel())
         return torch.ones(len(batch), grid.numel(), dtype=torch.bool, device=batch.category.device)
 
-    def _supervised(self, students: list[Tensor], images: Tensor, label: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The task's own loss, of the student's finest level; summed over the two teachers."""
-        assert self.head is not None
+    def _supervised(self, head: nn.Module, students: list[Tensor], batch: TrainingBatch) -> Tensor:
+        """Return the task's own loss, of the student's finest level; summed over the two teachers."""
         halves = students[0].chunk(2)
         if self.config.task == "classification":
-            assert label is not None
-            truth = label[:, None].float()
+            truth = batch.required("label")[:, None].float()
             means = [half.mean((2, 3)) for half in halves]
-            return torch.stack([binary_cross_entropy_with_logits(self.head(m).float(), truth) for m in means]).sum()
+            return torch.stack([binary_cross_entropy_with_logits(head(m).float(), truth) for m in means]).sum()
         if self.config.task == "segmentation":
-            assert mask is not None
             weighted = self.config.structure_bce == "weighted"
-            logits = [interpolate(self.head(h).float(), scale_factor=4, mode="bilinear") for h in halves]
+            mask = batch.required("mask")
+            logits = [upsample(head(h).float()[:, 0], self._side, align_corners=False)[:, None] for h in halves]
             return torch.stack([structure_loss(each, mask, weighted) for each in logits]).sum()
-        return torch.stack([(self.head(half).float() - images).square().mean() for half in halves]).sum()
+        images = batch.required("images")
+        return torch.stack([(head(half).float() - images).square().mean() for half in halves]).sum()
 
     # ----------------------------------------------------------------------------------------------------- prediction
     def forward(self, images: Tensor) -> RawOutputs:
-        """Raw outputs "distance_0" to "distance_5", B×h×w, of the six pairs of maps, and for "video" "frame_error" B×2,
-        of the frame from either teacher; for "segmentation" "logits" B×h×w alone. Features are what the bottleneck
-        makes of the target teacher's levels, 2048×8×8 as published."""
+        """Return "distance_0" to "distance_5", B×h×w, of the six pairs of maps, and for "video" "frame_error" B×2, of
+        the frame from either teacher; for "segmentation" "logits" B×h×w alone. The embedding is the bottleneck's output
+        for the target teacher's levels, 2048×8×8 as published."""
         source, target = self.teachers.source(images), self.teachers.target(images)
         students, embedded = self._students(source, target)
-        features = embedded[: len(images)]
-        if self.config.task == "segmentation":
-            assert self.head is not None
-            logits = torch.stack(self.head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
-            return RawOutputs({"logits": logits[:, 0]}, features)
-        raw_outputs = numbered(distance_map(*pair) for pair in _pairs(source, target, students))
-        if self.config.task == "video":
-            assert self.head is not None
-            errors = [(self.head(half).float() - images).square().mean((1, 2, 3)) for half in students[0].chunk(2)]
-            raw_outputs["frame_error"] = torch.stack(errors, dim=1)
-        return RawOutputs(raw_outputs, features)
+        embedding, head, task = embedded[: len(images)], self.head, self.config.task
+        if head is not None and task == "segmentation":
+            logits = torch.stack(head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
+            return RawOutputs({"logits": logits[:, 0]}, embedding)
+        tensors = numbered(distance_map(*pair) for pair in _pairs(source, target, students))
+        if head is not None and task == "video":
+            errors = [(head(half).float() - images).square().mean((1, 2, 3)) for half in students[0].chunk(2)]
+            tensors["frame_error"] = torch.stack(errors, dim=1)
+        return RawOutputs(tensors, embedding)
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: UniNetConfig | None = None) -> Maps:
-        """Sum of the six upsampled distances, or the masks' probability. The map is never smoothed, only what the score
-        is taken from, so no option changes it."""
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: UniNetConfig | None = None) -> tuple[Tensor, Tensor]:
+        """Sum the six upsampled distances, or return the masks' probability. The map is never smoothed, only what the
+        score is taken from, so no option changes it."""
         if self.config.task == "segmentation":
-            anomaly_map = _input_sized(raw_outputs["logits"]).sigmoid()
+            anomaly_map = self._logits(tensors).sigmoid()
         else:
-            anomaly_map = upsampled(in_order(raw_outputs), self.input.side).sum(0)
-        return Maps(anomaly_map, anomaly_map)
+            anomaly_map = upsample_levels(in_order(tensors), self.input.side).sum(0)
+        return anomaly_map, anomaly_map
 
     def image_scores(
-        self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: UniNetConfig | None = None
+        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: UniNetConfig | None = None
     ) -> Tensor:
-        """As Algorithm 1 has it; the largest logit of a segmentation, whatever the options."""
+        """Score images as Algorithm 1 does; a segmentation by its largest logit, whatever the options; B."""
         config = config or self.config
         if self.config.task == "segmentation":
-            return _input_sized(raw_outputs["logits"]).amax((1, 2))
-        assert config.beta is not None
-        assert config.score_blur is not None
+            return self._logits(tensors).amax((1, 2))
         blurred = gaussian_blur(anomaly_map, config.score_blur) if config.score_blur else anomaly_map
         if config.decision in ("max", "share"):
             score = top_mean(blurred, config.decision_share if config.decision == "share" else 0.0)
         else:
-            maxima = torch.stack([m.amax((1, 2)) for m in in_order(raw_outputs)], dim=1)  # B 6
+            maxima = torch.stack([m.amax((1, 2)) for m in in_order(tensors)], dim=1)  # B 6
             share = decision_weights(maxima, config.alpha, config.beta, literal=config.decision == "literal")
             score = largest_mean(blurred, share)
         if self.config.task == "video":
-            for error in raw_outputs["frame_error"].unbind(1):
+            for error in tensors["frame_error"].unbind(1):
                 score = score + error
         return score
 
-
-def _input_sized(logits: Tensor) -> Tensor:
-    """B×h×w on the grid of the finest level to B×S×S."""
-    return interpolate(logits[:, None], scale_factor=4, mode="bilinear")[:, 0]
+    def _logits(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Upsample the logits of a segmentation to B×S×S."""
+        return upsample(tensors["logits"], self.input.side, align_corners=False)
 
 
 def _pairs(source: list[Tensor], target: list[Tensor], students: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Teacher's and student's maps to compare: what was grown from the target teacher with the source teacher's, then
-    the other way round, each fine to coarse."""
+    """Pair teacher's and student's maps to compare: what was grown from the target teacher with the source teacher's,
+    then the other way round, each fine to coarse."""
     from_target, from_source = zip(*(level.chunk(2) for level in students))
     return [*zip(source, from_target), *zip(target, from_source)]

@@ -19,7 +19,8 @@ _AT_ONCE = 1 << 22
 
 
 def draw_resamples(strata: ArrayLike, resamples: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """How often each image is drawn: (resamples, n); each stratum is drawn from with replacement, to its own size.
+    """Draw images anew; return how often each is drawn, (resamples, n). Each stratum is drawn from with replacement, to
+    its own size.
 
     Args:
         strata: (n,) integers; images of the same one can stand for each other.
@@ -39,7 +40,7 @@ def draw_resamples(strata: ArrayLike, resamples: int, rng: np.random.Generator) 
 
 
 def image_resamples(scores: ArrayLike, labels: ArrayLike, drawn: Array) -> dict[str, NDArray[np.float64]]:
-    """image_auroc and image_ap of every resample, (resamples,) each; see `unianom.metrics.image.image_metrics`.
+    """Compute image_auroc and image_ap of every resample, (resamples,) each; see `unianom.metrics.image.image_metrics`.
 
     Args:
         scores: (n,) finite image scores.
@@ -60,7 +61,7 @@ def image_resamples(scores: ArrayLike, labels: ArrayLike, drawn: Array) -> dict[
 
 
 def histogram_auroc_ap(normal: Array, anomalous: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """AUROC and AP of many histograms, scores of a bin tied; NaN without scores of both kinds.
+    """Compute AUROC and AP of many histograms, (r,) each, scores of a bin tied; NaN without scores of both kinds.
 
     Args:
         normal, anomalous: (r, k) counts, bins from the lowest score up.
@@ -79,7 +80,7 @@ def histogram_auroc_ap(normal: Array, anomalous: Array) -> tuple[NDArray[np.floa
 
 
 def histogram_aupro(normal: Array, weight: Array, limit: float) -> NDArray[np.float64]:
-    """AUPRO of many histograms, (r,); NaN without normal pixels or regions.
+    """Compute AUPRO of many histograms, (r,); NaN without normal pixels or regions.
 
     Args:
         normal: (r, k) normal pixels, bins from the lowest score up.
@@ -98,7 +99,7 @@ def histogram_aupro(normal: Array, weight: Array, limit: float) -> NDArray[np.fl
 
 
 def interval(values: Array, confidence: float) -> list[float] | None:
-    """Lowest and highest of the middle `confidence` share of the resamples where the metric is defined."""
+    """Return lowest and highest of the middle `confidence` share of the resamples where the metric is defined."""
     defined = values[np.isfinite(values)]
     if len(defined) == 0:
         return None
@@ -107,7 +108,7 @@ def interval(values: Array, confidence: float) -> list[float] | None:
 
 
 def chunks(count: int, width: int) -> Iterator[Sequence[int]]:
-    """Ranges of rows such that an array of so many rows of `width` numbers stays small."""
+    """Yield ranges of rows such that an array of so many rows of `width` numbers stays small."""
     step = max(1, _AT_ONCE // max(1, width))
     for start in range(0, count, step):
         yield range(start, min(start + step, count))

@@ -1,7 +1,4 @@
-"""Clustering metrics: how well clusters of images agree with their defect types.
-
-All rest on the contingency table, clusters × types: how many images of each type every cluster holds.
-"""
+"""Clustering metrics: how well clusters of images agree with their defect types."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from unianom.errors import DataError
 
@@ -54,57 +52,17 @@ def match_clusters(table: Int64) -> list[tuple[int, int]]:
     return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
 
 
-def normalised_mutual_information(table: Int64) -> float:
-    """Mutual information of clusters and types over the mean of their entropies (arithmetic normalisation), 0…1.
-
-    1 if both are constant, as they then agree.
-    """
-    share = table / table.sum()  # C T
-    row, column = share.sum(1), share.sum(0)
-    entropies = _entropy(row) + _entropy(column)
-    if entropies == 0:
-        return 1.0
-    filled = share > 0
-    ratio = share[filled] / np.outer(row, column)[filled]
-    return max(0.0, 2 * math.fsum(share[filled] * np.log(ratio)) / entropies)
-
-
-def _entropy(share: NDArray[np.float64]) -> float:
-    """−Σ p ln p of shares that sum to one."""
-    filled = share[share > 0]
-    return -math.fsum(filled * np.log(filled)) if len(filled) > 1 else 0.0
-
-
-def adjusted_rand_index(table: Int64) -> float:
-    """Share of pairs of images on which clusters and types agree, corrected for chance (Hubert and Arabie, 1985):
-    (Σ_ij C(n_ij) − E) / (½(Σ_i C(a_i) + Σ_j C(b_j)) − E) with C(m) = m(m−1)/2 and E = Σ_i C(a_i) Σ_j C(b_j) / C(n).
-
-    1 for equal partitions, 0 on average for chance, below 0 for less agreement than that. 1 where the fraction is 0/0:
-    both put all images into one group, or each into its own.
-    """
-    together, of_clusters, of_types = _pairs(table), _pairs(table.sum(1)), _pairs(table.sum(0))
-    every = _pairs(np.array([table.sum()]))
-    # both sides times 2·C(n), so that all of it is whole numbers
-    above = 2 * (together * every - of_clusters * of_types)
-    below = (of_clusters + of_types) * every - 2 * of_clusters * of_types
-    return 1.0 if below == 0 else above / below
-
-
-def _pairs(counts: Int64) -> int:
-    """How many pairs lie within groups of these sizes."""
-    return sum(count * (count - 1) // 2 for count in counts.ravel().tolist())
-
-
 def clustering_metrics(clusters: ArrayLike, types: ArrayLike) -> dict[str, float]:
-    """Agreement of clusters with types.
+    """Measure how well clusters agree with types.
 
     Args:
         clusters: (n,) cluster of each image; their names do not matter.
         types: (n,) true type of each image.
 
     Returns:
-        - nmi: see `normalised_mutual_information`.
-        - ari: see `adjusted_rand_index`.
+        - nmi: mutual information of clusters and types over the mean of their entropies, 0…1; 1 if both are constant.
+        - ari: adjusted Rand index (Hubert and Arabie, 1985), the share of pairs of images on which clusters and types
+          agree, corrected for chance; 1 for equal partitions, 0 on average for chance.
         - accuracy: share of images in the cluster that is matched with their type (see `match_clusters`). With one
           answer an image this is the micro-averaged F1, which UniFormaly reports as "F1".
         - f1_macro: F1 of each type against its matched cluster, averaged over the types; 0 for types without one.
@@ -118,8 +76,8 @@ def clustering_metrics(clusters: ArrayLike, types: ArrayLike) -> dict[str, float
     sizes, members = table.sum(1), table.sum(0)
     f1 = [2 * table[row, column] / (sizes[row] + members[column]) for row, column in pairs]
     return {
-        "nmi": normalised_mutual_information(table),
-        "ari": adjusted_rand_index(table),
+        "nmi": float(normalized_mutual_info_score(np.asarray(types), np.asarray(clusters))),
+        "ari": float(adjusted_rand_score(np.asarray(types), np.asarray(clusters))),
         "accuracy": float(sum(table[pair] for pair in pairs) / table.sum()),
         "f1_macro": math.fsum(f1) / len(columns),
         "n_images": int(table.sum()),

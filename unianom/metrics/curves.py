@@ -42,7 +42,7 @@ class OperatingPoints:
 
     @property
     def defined(self) -> bool:
-        """Whether there are scores of both kinds, without which no metric says anything."""
+        """True where there are scores of both kinds, without which no metric says anything."""
         return self.n_anomalous > 0 and self.n_normal > 0
 
     @property
@@ -61,7 +61,7 @@ class OperatingPoints:
         return self.true_positives / (self.true_positives + self.false_positives)
 
     def with_more_normal(self, scores: Array) -> OperatingPoints:
-        """The same thresholds against further normal scores, (n,), sorted ascending."""
+        """Return the same thresholds against further normal scores, (n,), sorted ascending."""
         flagged, above = _count_flagged(scores, self.thresholds)
         return replace(
             self,
@@ -93,7 +93,7 @@ def operating_points(anomalous: Array, normal: Array) -> OperatingPoints:
 
 
 def _count_flagged(scores: Array, thresholds: Array) -> tuple[Array, Array]:
-    """How many of the ascending `scores` lie at or above, and above, each threshold: two (k,) counts."""
+    """Count how many of the ascending `scores` lie at or above, and above, each threshold: (k,) each."""
     n = len(scores)
     if n == 0:
         return np.zeros(len(thresholds), np.int64), np.zeros(len(thresholds), np.int64)
@@ -106,7 +106,7 @@ def _count_flagged(scores: Array, thresholds: Array) -> tuple[Array, Array]:
 
 
 def auroc(points: OperatingPoints) -> float:
-    """Area under the ROC curve by the trapezoid rule, ties as diagonals; below 0.5 stays below 0.5.
+    """Compute the area under the ROC curve by the trapezoid rule, ties as diagonals; below 0.5 stays below 0.5.
 
     One minus the mean share of normal scores above an anomalous score, those that tie with it counted half. NaN
     unless there are both normal and anomalous scores.
@@ -118,7 +118,7 @@ def auroc(points: OperatingPoints) -> float:
 
 
 def average_precision(points: OperatingPoints) -> float:
-    """Average precision Σ (R_n − R_{n−1}) P_n over descending thresholds, without interpolation.
+    """Compute average precision Σ (R_n − R_{n−1}) P_n over descending thresholds, without interpolation.
 
     NaN unless there are both normal and anomalous scores.
     """
@@ -128,7 +128,7 @@ def average_precision(points: OperatingPoints) -> float:
 
 
 def f1_scores(points: OperatingPoints) -> Array:
-    """(k,) F1 = 2PR / (P + R + 1e-7) at each threshold, as the field's evaluation codes define it."""
+    """Compute F1 = 2PR / (P + R + 1e-7) at each threshold, (k,), as the field's evaluation codes define it."""
     precision, recall = points.precision, points.recall
     return 2 * precision * recall / (precision + recall + 1e-7)
 
@@ -147,14 +147,14 @@ class Curve:
 
 
 def roc_curve(points: OperatingPoints, max_points: int = 1000) -> Curve:
-    """True-positive rate over false-positive rate, from (0, 0) to (1, 1), thinned to `max_points`."""
+    """Return true-positive rate over false-positive rate, from (0, 0) to (1, 1), thinned to `max_points`."""
     if not points.defined:
         return Curve(np.empty(0), np.empty(0))
     return rising_curve(points, points.recall, max_points)
 
 
 def rising_curve(points: OperatingPoints, recall: Array, max_points: int) -> Curve:
-    """Any recall, (k,) and 1 at the lowest threshold, over the false-positive rate, thinned to `max_points`.
+    """Return any recall, (k,) and 1 at the lowest threshold, over the false-positive rate, thinned to `max_points`.
 
     Every threshold is a horizontal run up to the normal scores above it, then a rise: vertical without ties,
     diagonal with them.
@@ -166,7 +166,7 @@ def rising_curve(points: OperatingPoints, recall: Array, max_points: int) -> Cur
 
 
 def pr_curve(points: OperatingPoints, max_points: int = 1000) -> Curve:
-    """Precision over recall at the anomalous scores, thinned to `max_points`.
+    """Return precision over recall at the anomalous scores, thinned to `max_points`.
 
     It starts at recall 0 with the precision of the first point, the value average precision uses up to there.
     """
@@ -177,7 +177,7 @@ def pr_curve(points: OperatingPoints, max_points: int = 1000) -> Curve:
 
 
 def thin(curve: Curve, max_points: int) -> Curve:
-    """At most `max_points` (2 or more) of a curve's points, its ends among them.
+    """Keep at most `max_points` (2 or more) of a curve's points, its ends among them.
 
     Points are kept at even steps along the curve (horizontal plus vertical distance), so no point left out lies
     farther than one step, length / (max_points − 1), from the polyline through those kept. ROC and PRO curves are

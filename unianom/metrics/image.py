@@ -19,7 +19,7 @@ from unianom.metrics.curves import (
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Image-level metrics of a set of scored images.
+    """Compute image-level metrics of a set of scored images.
 
     Args:
         scores: (n,) image scores, higher is more anomalous.
@@ -61,7 +61,8 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
 
 
 def image_curves(scores: ArrayLike, labels: ArrayLike, max_points: int = 1000) -> dict[str, Curve]:
-    """ROC and PR curve of a set of scored images, keys "roc" and "pr"; arguments and errors of `image_metrics`."""
+    """Return ROC and PR curve of a set of scored images, keys "roc" and "pr"; arguments and errors of
+    `image_metrics`."""
     points = _image_points(scores, labels)
     return {"roc": roc_curve(points, max_points), "pr": pr_curve(points, max_points)}
 

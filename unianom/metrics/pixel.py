@@ -86,8 +86,8 @@ class PixelMetrics:
     n_regions: int
 
     def as_dict(self, soft: bool = False) -> dict[str, float]:
-        """The numbers under the names tables use; soft Dice and soft IoU, which suit maps of probabilities, only on
-        demand.
+        """Return the numbers under the names tables use; soft Dice and soft IoU, which suit maps of probabilities, only
+        on demand.
 
         AUPRO is "aupro" if exact with limit 0.3; any other variant or limit is part of its name
         ("aupro_legacy_global_200", "aupro_0.05").
@@ -167,15 +167,15 @@ class PixelAccumulator:
         self._maps.extend(other._maps)
 
     def compute(self) -> PixelMetrics:
-        """Metrics of all maps so far."""
+        """Compute the metrics of all maps so far."""
         return self._metrics(*self._operating_points())
 
     def curves(self, max_points: int = 1000) -> dict[str, Curve]:
-        """ROC, PR and PRO curve of all maps so far, keys "roc", "pr" and "pro", thinned to `max_points` each."""
+        """Return ROC, PR and PRO curve of all maps so far, keys "roc", "pr", "pro", thinned to `max_points` each."""
         return self._curves(self._operating_points()[1], max_points)
 
     def summary(self, max_points: int = 1000) -> tuple[PixelMetrics, dict[str, Curve]]:
-        """`compute` and `curves` at once, which sorts the scores once."""
+        """Return what `compute` and `curves` do at once, which sorts the scores once."""
         within, points = self._operating_points()
         return self._metrics(within, points), self._curves(points, max_points)
 
@@ -218,7 +218,7 @@ class PixelAccumulator:
         }
 
     def _operating_points(self) -> tuple[OperatingPoints, OperatingPoints]:
-        """Operating points over the pixels of maps with an anomalous pixel, and over the pixels of all maps."""
+        """Return operating points over the pixels of maps with an anomalous pixel, and over those of all maps."""
         anomalous = concatenate([m.anomalous for m in self._maps])
         within = operating_points(anomalous, sorted_normal([m for m in self._maps if len(m.region_sizes)]))
         return within, within.with_more_normal(sorted_normal([m for m in self._maps if not len(m.region_sizes)]))
@@ -230,14 +230,14 @@ def pixel_metrics(
     aupro_limit: float = 0.3,
     aupro_variant: AuproVariant = "exact",
 ) -> PixelMetrics:
-    """Metrics of maps that are all at hand; arguments and errors of `PixelAccumulator` and its `update`."""
+    """Compute the metrics of maps that are all at hand; arguments and errors of `PixelAccumulator` and its `update`."""
     accumulator = PixelAccumulator(aupro_limit, aupro_variant)
     accumulator.update(maps, masks)
     return accumulator.compute()
 
 
 def _mean_overlap(maps: Sequence[SplitMap], threshold: float) -> tuple[float, float]:
-    """Mean Dice and mean IoU over maps at one threshold; a map without anomalous pixels scores 1 or 0."""
+    """Return mean Dice and mean IoU over maps at one threshold; a map without anomalous pixels scores 1 or 0."""
     dice: list[float] = []
     iou: list[float] = []
     for m in maps:
@@ -254,13 +254,14 @@ def _mean_overlap(maps: Sequence[SplitMap], threshold: float) -> tuple[float, fl
 
 
 def _mean_soft_overlap(maps: Sequence[SplitMap]) -> tuple[float, float]:
-    """Mean soft Dice and mean soft IoU over maps with an anomalous pixel."""
+    """Return mean soft Dice and mean soft IoU over maps with an anomalous pixel."""
     found = [soft_overlap(m) for m in maps if len(m.anomalous)]
     return math.fsum(dice for dice, _ in found) / len(found), math.fsum(iou for _, iou in found) / len(found)
 
 
 def soft_overlap(m: SplitMap) -> tuple[float, float]:
-    """Soft Dice and soft IoU of a map with an anomalous pixel, scaled by its own extremes; see `PixelMetrics`."""
+    """Return soft Dice and soft IoU of a map with an anomalous pixel, scaled by its own extremes; see
+    `PixelMetrics`."""
     low = float(min(m.anomalous.min(), m.normal.min(initial=np.inf)))
     high = float(max(m.anomalous.max(), m.normal.max(initial=-np.inf)))
     scale = 1 / (high - low) if high > low else 0.0

@@ -88,7 +88,7 @@ def aupro(
     limit: float = 0.3,
     variant: AuproVariant = "exact",
 ) -> float:
-    """Area under the PRO curve over FPR in [0, limit], divided by `limit`: 0 to 1.
+    """Compute the area under the PRO curve over FPR in [0, limit], divided by `limit`: 0 to 1.
 
     Args:
         maps: B×H×W array or B arrays H×W, higher is more anomalous; converted to float32.
@@ -118,7 +118,7 @@ def aupro(
 
 
 def aupro_of(maps: Sequence[SplitMap], points: OperatingPoints, limit: float, variant: AuproVariant) -> float:
-    """`aupro` of maps already taken apart.
+    """Compute `aupro` of maps already taken apart.
 
     Args:
         maps: the maps.
@@ -140,7 +140,7 @@ def aupro_of(maps: Sequence[SplitMap], points: OperatingPoints, limit: float, va
 
 
 def area_share(points: OperatingPoints, limit: float) -> Array:
-    """(k,) what one anomalous pixel at each threshold adds to the area over FPR in [0, limit] / limit, 0 to 1.
+    """Return what one anomalous pixel at each threshold adds to the area over FPR in [0, limit] / limit; (k,), 0 to 1.
 
     A pixel with score t is found from the false-positive rate of "above t" on; where normal pixels tie with it, it
     counts in part, rising linearly to 1 at the rate of "at or above t" (the diagonal segment of the trapezoid
@@ -154,7 +154,7 @@ def area_share(points: OperatingPoints, limit: float) -> Array:
 
 
 def pro_curve(maps: Sequence[SplitMap], points: OperatingPoints, max_points: int = 1000) -> Curve:
-    """PRO over false-positive rate, from (0, 0) to (1, 1), thinned to `max_points`; arguments as for `aupro_of`."""
+    """Return PRO over false-positive rate, (0, 0) to (1, 1), thinned to `max_points`; arguments as for `aupro_of`."""
     if not points.defined:
         return Curve(np.empty(0), np.empty(0))
     region, sizes = _regions_of(maps)
@@ -164,26 +164,26 @@ def pro_curve(maps: Sequence[SplitMap], points: OperatingPoints, max_points: int
 
 
 def concatenate(scores: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Any number of float32 arrays as one, none giving an empty one."""
+    """Join any number of float32 arrays, none to an empty one."""
     return np.concatenate([np.empty(0, np.float32), *scores])
 
 
 def sorted_normal(maps: Sequence[SplitMap]) -> NDArray[np.float32]:
-    """Scores of all normal pixels, ascending."""
+    """Return the scores of all normal pixels, ascending."""
     scores = concatenate([m.normal for m in maps])
     scores.sort()
     return scores
 
 
 def _regions_of(maps: Sequence[SplitMap]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Region of each anomalous pixel, numbered through all maps (m,), and the size of each region (r,)."""
+    """Return the region of each anomalous pixel, numbered through all maps (m,), and each region's size (r,)."""
     sizes = np.concatenate([m.region_sizes for m in maps])
     first = np.cumsum([0] + [len(m.region_sizes) for m in maps])
     return np.concatenate([m.region + start for m, start in zip(maps, first)]), sizes
 
 
 def _swept_aupro(maps: Sequence[SplitMap], limit: float) -> float:
-    """AUPRO over 200 evenly spaced thresholds with the false-positive rate rescaled by its own maximum."""
+    """Compute AUPRO over 200 evenly spaced thresholds with the false-positive rate rescaled by its own maximum."""
     n_thresholds = 200
     normal, anomalous = sorted_normal(maps), concatenate([m.anomalous for m in maps])
     if len(normal) == 0:

@@ -56,14 +56,14 @@ _ROUNDING = 1e-12
 
 
 def score_bins(scores: NDArray[np.float32], bits: int = BITS) -> NDArray[np.uint32]:
-    """The bin of each finite score, rising with it, from 0 to 2**bits − 1; −0 and 0 share one."""
+    """Return the bin of each finite score, rising with it, from 0 to 2**bits − 1; −0 and 0 share one."""
     pattern = (scores + np.float32(0)).view(np.uint32)
     negative = (pattern.view(np.int32) >> 31).view(np.uint32)  # all bits set, or none
     return (pattern ^ (negative | np.uint32(1 << 31))) >> np.uint32(32 - bits)
 
 
 def bin_edges(bins: Array, bits: int = BITS) -> NDArray[np.float32]:
-    """The lowest score of each bin, so that score ≥ edge flags the bin and all above it."""
+    """Return the lowest score of each bin, so that score ≥ edge flags the bin and all above it."""
     key = np.asarray(bins).astype(np.uint32) << np.uint32(32 - bits)
     positive = key >> np.uint32(31) == 1
     return np.where(positive, key ^ np.uint32(1 << 31), ~key).astype(np.uint32).view(np.float32)
@@ -109,8 +109,8 @@ class BinnedMetrics:
     n_regions: int
 
     def as_dict(self, soft: bool = False) -> dict[str, float]:
-        """The numbers under the names tables use, those of `PixelMetrics.as_dict`; "<name>_error" is the most by which
-        one can be off."""
+        """Return the numbers under the names tables use, those of `PixelMetrics.as_dict`; "<name>_error" is the most by
+        which one can be off."""
         bounded = {
             "pixel_auroc": self.auroc,
             "pixel_auroc_anomalous_only": self.auroc_anomalous_only,
@@ -199,12 +199,13 @@ class BinnedPixelAccumulator:
         self._n_regions += other._n_regions
 
     def table(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Bins that hold a score, (k,) ascending, and their counts, (k, 4); see `NORMAL_BESIDE` and what follows."""
+        """Return bins that hold a score, (k,) ascending, and their counts, (k, 4); see `NORMAL_BESIDE` and what
+        follows."""
         self._fold()
         return self._bins, self._counts
 
     def _count_pending(self) -> None:
-        """Normal pixels that are pending become tables."""
+        """Make tables of the normal pixels that are pending."""
         for column in (NORMAL_BESIDE, NORMAL_ELSEWHERE):
             if self._pending[column]:
                 bins, found = _count(np.concatenate(self._pending[column]))
@@ -220,7 +221,7 @@ class BinnedPixelAccumulator:
         self._pending_tables = []
 
     def to_arrays(self) -> dict[str, Array]:
-        """The whole state as arrays, for a file; `from_arrays` is the inverse."""
+        """Return the whole state as arrays, for a file; `from_arrays` is the inverse."""
         bins, counts = self.table()
         return {
             "options": np.array([self.aupro_limit, self.bits], np.float64),
@@ -232,7 +233,7 @@ class BinnedPixelAccumulator:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> BinnedPixelAccumulator:
-        """The accumulator that `to_arrays` took apart.
+        """Return the accumulator that `to_arrays` took apart.
 
         Raises:
             DataError: an array is missing or has another shape.
@@ -247,7 +248,7 @@ class BinnedPixelAccumulator:
         return made
 
     def compute(self) -> BinnedMetrics:
-        """Metrics of all maps so far."""
+        """Compute the metrics of all maps so far."""
         points, weights = self._points(NORMAL_BESIDE, NORMAL_ELSEWHERE)
         within, _ = self._points(NORMAL_BESIDE)
         f1_max, f1_threshold, iou_max = _highest_overlaps(points)
@@ -270,7 +271,7 @@ class BinnedPixelAccumulator:
         )
 
     def curves(self, max_points: int = 1000) -> dict[str, Curve]:
-        """ROC, PR and PRO curve of all maps so far, keys "roc", "pr" and "pro", thinned to `max_points` each."""
+        """Return ROC, PR and PRO curve of all maps so far, keys "roc", "pr", "pro", thinned to `max_points` each."""
         points, weights = self._points(NORMAL_BESIDE, NORMAL_ELSEWHERE)
         pro = Curve(np.empty(0), np.empty(0))
         if points.defined:
@@ -278,17 +279,17 @@ class BinnedPixelAccumulator:
         return {"roc": roc_curve(points, max_points), "pr": pr_curve(points, max_points), "pro": pro}
 
     def summary(self, max_points: int = 1000) -> tuple[BinnedMetrics, dict[str, Curve]]:
-        """`compute` and `curves` at once."""
+        """Return what `compute` and `curves` do at once."""
         return self.compute(), self.curves(max_points)
 
     def _points(self, *normal: int) -> tuple[OperatingPoints, Array]:
-        """What each bin with an anomalous score flags, highest first, and the weight of its anomalous pixels."""
+        """Return what each bin with an anomalous score flags, highest first, and the weight of its anomalous pixels."""
         bins, counts = self.table()
         return table_points(counts, normal, bin_edges(bins, self.bits))
 
 
 def table_points(counts: Array, normal: Sequence[int], edges: Array) -> tuple[OperatingPoints, Array]:
-    """Operating points at the bins that hold an anomalous score, and the weights of these bins.
+    """Return operating points at the bins that hold an anomalous score, and the weights of these bins.
 
     Args:
         counts: (k, 4) int64, bins ascending.
@@ -311,7 +312,7 @@ def table_points(counts: Array, normal: Sequence[int], edges: Array) -> tuple[Op
 
 
 def map_table(split: SplitMap, bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bins, (k,) ascending, and counts, (k, 4), of one map."""
+    """Return bins, (k,) ascending, and counts, (k, 4), of one map."""
     bins, found = _count(score_bins(split.normal, bits))
     counts = np.zeros((len(bins), 4), np.int64)
     counts[:, NORMAL_BESIDE if len(split.region_sizes) else NORMAL_ELSEWHERE] = found
@@ -319,7 +320,7 @@ def map_table(split: SplitMap, bits: int) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _anomalous_table(split: SplitMap, bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bins and counts of the anomalous pixels of one map.
+    """Return bins and counts of the anomalous pixels of one map.
 
     From the highest score down, a region's weight at or above a bin is the share of its pixels there, rounded down to
     a whole number of units of 2**-32: at every bin PRO is off by less than that, however many pixels a region has.
@@ -338,7 +339,7 @@ def _anomalous_table(split: SplitMap, bits: int) -> tuple[NDArray[np.int64], NDA
 
 
 def _count(bins: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct bins, ascending, and how often each occurs."""
+    """Return the distinct bins, ascending, and how often each occurs."""
     if len(bins) == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     lowest = int(bins.min())
@@ -348,7 +349,7 @@ def _count(bins: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 
 def _sum_tables(tables: Sequence[tuple[Array, Array]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One table of several: rows of the same bin are added."""
+    """Make one table of several: rows of the same bin are added."""
     bins = np.concatenate([bins for bins, _ in tables])
     counts = np.concatenate([counts for _, counts in tables])
     if len(bins) == 0:
@@ -364,7 +365,7 @@ def _sum_tables(tables: Sequence[tuple[Array, Array]]) -> tuple[NDArray[np.int64
 
 
 def _bounded_auroc(points: OperatingPoints) -> Bounded:
-    """Pairs within a bin count half; at worst all of them are lost or won."""
+    """Bound AUROC. Pairs within a bin count half; at worst all of them are lost or won."""
     if not points.defined:
         return _UNDEFINED
     tied = points.found * ((points.false_positives - points.false_positives_above) / 2)
@@ -374,8 +375,9 @@ def _bounded_auroc(points: OperatingPoints) -> Bounded:
 
 
 def _bounded_ap(points: OperatingPoints) -> Bounded:
-    """Least if all normal scores of a bin come before its anomalous ones: Σⱼ (TP₀ + j) / (TP₀ + j + FP), which is at
-    least the integral of x / (x + FP) from TP₀ to TP. Most: no precision in a bin is above TP / (TP + FP₀)."""
+    """Bound AP. It is least if all normal scores of a bin come before its anomalous ones: Σⱼ (TP₀ + j) / (TP₀ + j +
+    FP), which is at least the integral of x / (x + FP) from TP₀ to TP. Most: no precision in a bin is above TP / (TP +
+    FP₀)."""
     if not points.defined:
         return _UNDEFINED
     found, flagged = points.found, points.false_positives.astype(np.float64)
@@ -390,8 +392,8 @@ def _bounded_ap(points: OperatingPoints) -> Bounded:
 
 
 def _highest_overlaps(points: OperatingPoints) -> tuple[Bounded, float, Bounded]:
-    """Highest F1, its threshold, and highest IoU: at the edges of bins, which are thresholds themselves; between two
-    edges none is above what TP and FP₀ together would give."""
+    """Bound the highest F1, its threshold, and the highest IoU: at the edges of bins, which are thresholds themselves;
+    between two edges none is above what TP and FP₀ together would give."""
     if not points.defined:
         return _UNDEFINED, float("nan"), _UNDEFINED
     best_case = OperatingPoints(
@@ -415,8 +417,8 @@ def _highest_overlaps(points: OperatingPoints) -> tuple[Bounded, float, Bounded]
 
 
 def _bounded_aupro(points: OperatingPoints, weights: Array, limit: float) -> Bounded:
-    """A pixel's share of the area is least from the rate with all normal scores of its bin on, most from the rate with
-    none of them; rounding of the weights adds at most 2**-32."""
+    """Bound AUPRO. A pixel's share of the area is least from the rate with all normal scores of its bin on, most from
+    the rate with none of them; rounding of the weights adds at most 2**-32."""
     if not points.defined:
         return _UNDEFINED
     total = float(np.sum(weights))

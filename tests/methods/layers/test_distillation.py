@@ -27,11 +27,10 @@ from unianom.methods.layers.distillation import (
     TeacherPair,
     distance_map,
     flattened_distance,
-    fused_map,
+    fuse_and_blur,
     residual_plan,
-    top_mean,
-    upsampled,
 )
+from unianom.methods.layers.postprocess import upsample_levels
 
 WIDE = BackboneConfig("wide_resnet50_2.tv_in1k", weights="random")
 SMALL = ResidualPlan(bottleneck=True, channels=(8, 12, 16, 20), widths=(4, 6, 10, 14), depths=(1, 2, 3, 2), groups=2)
@@ -327,21 +326,11 @@ def test_distances_are_float32_of_whatever_is_given():
     assert torch.equal(flattened_distance(teacher, student), expected)
 
 
-def test_corners_of_levels_and_input_lie_on_each_other():
-    maps = [torch.rand(2, 4, 4), torch.rand(2, 2, 2)]
-    large = upsampled(maps, 16)
-    assert large.shape == (2, 2, 16, 16)
-    for level, found in zip(maps, large):
-        torch.testing.assert_close(found[:, ::15, ::15], level[:, [0, -1]][:, :, [0, -1]])
-    ramp = torch.arange(4.0).expand(1, 4, 4)
-    torch.testing.assert_close(upsampled([ramp], 10)[0, 0, 0], torch.linspace(0, 3, 10))
-
-
 @pytest.mark.parametrize("fuse", ["sum", "mean"])
 def test_gaussian_of_the_map_is_scipys(fuse):
     levels = [torch.rand(2, size, size) for size in (16, 8, 4)]
-    anomaly_map, _ = fused_map(levels, DistanceMapConfig(fuse=fuse), 64)
-    large = upsampled(levels, 64).double().numpy()
+    anomaly_map, _ = fuse_and_blur(levels, DistanceMapConfig(fuse=fuse), 64)
+    large = upsample_levels(levels, 64).double().numpy()
     fused = large.sum(0) if fuse == "sum" else large.mean(0)
     expected = np.stack([gaussian_filter(each, sigma=4) for each in fused])
     np.testing.assert_allclose(anomaly_map.numpy(), expected, atol=2e-6)
@@ -352,7 +341,7 @@ def test_box_is_a_five_by_five_kernel_with_zeros_beyond_the_border():
     config = DistanceMapConfig(fuse="mean", blur="box")
     spots = torch.zeros(2, side, side)
     spots[0, 5, 5] = spots[1, 0, 0] = 1
-    found, before = fused_map([spots], config, side)
+    found, before = fuse_and_blur([spots], config, side)
     assert torch.equal(before, spots)
     assert found[0, 5, 5].item() == pytest.approx(0.0452, abs=5e-5)
     assert found[0, 5, 3].item() == pytest.approx(0.0399, abs=5e-5)
@@ -360,25 +349,15 @@ def test_box_is_a_five_by_five_kernel_with_zeros_beyond_the_border():
     assert found[0].sum().item() == pytest.approx(1, rel=1e-5)
     assert not found[0, 5, 8:].any()
     torch.testing.assert_close(found[1, :3, :3], found[0, 5:8, 5:8])
-    corner = fused_map([torch.ones(1, side, side)], config, side)[0][0, 0, 0]
+    corner = fuse_and_blur([torch.ones(1, side, side)], config, side)[0][0, 0, 0]
     assert corner.item() == pytest.approx(found[0, 5:8, 5:8].sum().item(), rel=1e-5)
 
 
 def test_without_blur_the_map_is_the_levels():
     levels = [torch.rand(1, 8, 8), torch.rand(1, 8, 8)]
-    anomaly_map, unsmoothed = fused_map(levels, DistanceMapConfig(blur="none"), 8)
+    anomaly_map, raw_map = fuse_and_blur(levels, DistanceMapConfig(blur="none"), 8)
     torch.testing.assert_close(anomaly_map, levels[0] + levels[1])
-    assert torch.equal(unsmoothed, anomaly_map)
-
-
-@pytest.mark.parametrize(
-    ("share", "largest"), [(0.0, 1), (0.001, 1), (0.01, 1), (0.03, 3), (0.0399, 3), (0.5, 50), (1.0, 100)]
-)
-def test_top_mean(share, largest):
-    maps = torch.randperm(100, generator=torch.Generator().manual_seed(0)).float().view(1, 10, 10).repeat(2, 1, 1)
-    maps[1] -= 1000
-    expected = sum(range(100 - largest, 100)) / largest
-    assert top_mean(maps, share).tolist() == pytest.approx([expected, expected - 1000])
+    assert torch.equal(raw_map, anomaly_map)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

@@ -15,8 +15,7 @@ from tests.pipelines.sharded import SIDE, picture
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ModelError
 from unianom.memory.coreset import random_projection
-from unianom.methods import METHODS
-from unianom.methods.base import MaskedPatches
+from unianom.methods import METHODS, MaskedPatches
 from unianom.methods.uniformaly import UniFormaly
 
 

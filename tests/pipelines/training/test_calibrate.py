@@ -102,11 +102,10 @@ def test_calibrating_scores_and_what_is_kept(here: None, small: Small, model: Pa
     assert len(held_out) == plain.provenance["held_out_normals"] > 0
     images, categories = normal_images(shards, plain, frozenset(normals) - held_out)
     assert result.metrics["images"] == len(images) == len(normals) - len(held_out)
-    with torch.inference_mode():
-        found = plain.method.inspect(images)
+    prediction = plain.method.predict(images)
     numbers = np.array([plain.categories.index(name) for name in categories])
     expected = fit_calibrator(
-        QUICK, plain.categories, found.features.numpy(), MapStatistics.of(found.unsmoothed), numbers
+        QUICK, plain.categories, prediction.embedding.numpy(), MapStatistics.of(prediction.raw_map), numbers
     )
     made = unianom.load(output).calibrator
     assert made is not None

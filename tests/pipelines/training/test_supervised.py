@@ -93,7 +93,7 @@ class Marked(TrainedMethod):
 
     def predict(self, images: Tensor) -> Prediction:
         maps = self._logits(images, self.frozen_features(images))[:, 0].sigmoid()
-        return Prediction(maps, maps.amax((1, 2)))
+        return Prediction(maps, maps.amax((1, 2)), maps, maps[:, None])
 
     def _logits(self, images: Tensor | None, features: FeatureMaps) -> Tensor:
         assert images is not None

@@ -43,7 +43,7 @@ class Brightness(Method):
         self.seen += list(pixels.permute(0, 2, 3, 1).numpy())
         self.batches.append(len(images))
         levels = pixels.float().mean(1)
-        return Prediction(levels, levels.mean((1, 2)))
+        return Prediction(levels, levels.mean((1, 2)), levels, levels[:, None])
 
 
 def images(category: str, split: str, count: int, label: int | None = 0, masked: bool = True) -> list[dict[str, Any]]:

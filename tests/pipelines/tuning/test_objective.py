@@ -37,7 +37,7 @@ from tests.pipelines.sharded import LIMITS, POLICY, SIDE, sample, write_shards
 from unianom.data.drawing import draw_sample
 from unianom.errors import DataError, OptionError
 from unianom.memory.index import MemoryBank
-from unianom.methods import METHODS, Maps, MemoryMethod, Method
+from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.options import with_values
 
 EVERYTHING = {
@@ -84,7 +84,7 @@ def readings_of(method: Method, validation_set: ValidationSet) -> dict[str, Tens
     if not isinstance(method, MemoryMethod):
         return compute_raw_outputs(method, batches)
     with torch.inference_mode():
-        found = [method.search_bank(method.embed(batch), MOST_NEIGHBOURS).raw_outputs for batch in batches]
+        found = [method.search_bank(method.embed(batch), MOST_NEIGHBOURS).tensors for batch in batches]
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
@@ -155,12 +155,12 @@ class Shell:
     def __init__(self) -> None:
         self.maps, self.scores = 0, 0
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: Any = None) -> tuple[Tensor, Tensor]:
         self.maps += 1
-        made = raw_outputs["levels"] ** config.power
-        return Maps(made, made)
+        made = tensors["levels"] ** config.power
+        return made, made
 
-    def image_scores(self, raw_outputs: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
+    def image_scores(self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
         self.scores += 1
         return anomaly_map.amax((1, 2)) * config.factor
 

@@ -371,13 +371,14 @@ class Levels:
 
     map_options = ("neighbours", "blur_sigma")
 
-    def anomaly_maps(self, raw_outputs: Mapping[str, torch.Tensor], config: Any = None) -> Any:
-        return SimpleNamespace(anomaly_map=torch.zeros(len(raw_outputs["level"]), 8, 8))
+    def anomaly_maps(
+        self, tensors: Mapping[str, torch.Tensor], config: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = torch.zeros(len(tensors["level"]), 8, 8)
+        return maps, maps
 
-    def image_scores(
-        self, raw_outputs: Mapping[str, torch.Tensor], anomaly_map: torch.Tensor, config: Any = None
-    ) -> Any:
-        return raw_outputs["level"] * (torch.nan if config.k_ratio > 0.5 else config.k_ratio)
+    def image_scores(self, tensors: Mapping[str, torch.Tensor], anomaly_map: torch.Tensor, config: Any = None) -> Any:
+        return tensors["level"] * (torch.nan if config.k_ratio > 0.5 else config.k_ratio)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
     method = load_model(str(tmp_path / "model"), "cpu").method
     scores, maps = [], []
     for images in validation_set.batches(8, method.input, method.device):
-        seen = method.inspect(images)
+        seen = method.predict(images)
         made = calibrator.calibrate(seen)
         scores.append(made.score.numpy())
         maps.append(validation_set.thinned(made.maps(seen.anomaly_map).numpy()))
@@ -458,7 +458,7 @@ def test_tpe_learns_again_what_it_knew(ray_cluster: None, small: Small, tmp_path
         next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2
     )
     with torch.inference_mode():
-        found = [method.inspect(images) for images in validation_set.batches(8, method.input, method.device)]
+        found = [method.predict(images) for images in validation_set.batches(8, method.input, method.device)]
     scores = np.concatenate([one.score.numpy() for one in found])
     maps = validation_set.thinned(np.concatenate([one.anomaly_map.numpy() for one in found]))
     measured = validation_set.measured(

@@ -15,14 +15,13 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity
 
 from unianom.backbones import CnnBackbone, check_name
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.distance_map import DistanceMapConfig
 from unianom.errors import OptionError, WeightsError
-from unianom.methods.layers.maps import gaussian_blur
-from unianom.methods.layers.smoothing import gaussian_filter
+from unianom.methods.layers.postprocess import gaussian_blur, gaussian_filter, upsample_levels
 
 TAPS = (4, 8, 16)
 """Reductions of layer1, layer2 and layer3 of a ResNet."""
@@ -51,7 +50,7 @@ class ResidualPlan:
 
 
 def residual_plan(backbone: BackboneConfig) -> ResidualPlan:
-    """The plan of a timm ResNet (resnet…, wide_resnet…, resnext…).
+    """Return the plan of a timm ResNet (resnet…, wide_resnet…, resnext…).
 
     Raises:
         OptionError: another kind of network.
@@ -102,7 +101,7 @@ class TeacherPair(nn.Module):
             )
 
     def train(self, mode: bool = True) -> TeacherPair:
-        """As of any module, but batch norm of the target trains only where it should."""
+        """Set the mode as of any module, but that of the target's batch norm only where it should train."""
         super().train(mode)
         self.target.train(mode and self.norm == "train")
         return self
@@ -118,8 +117,8 @@ def _is_folded(encoder: nn.Module) -> bool:
 
 # --------------------------------------------------------------------------------------------- bottleneck and decoder
 def initialise_residual(module: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan-out, ReLU) and batch norm at one and zero, as the published bottlenecks and
-    decoders start; transposed convolutions keep PyTorch's own."""
+    """Draw convolutions Kaiming-normal (fan-out, ReLU) and set batch norm to one and zero, as the published bottlenecks
+    and decoders start; transposed convolutions keep PyTorch's own."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
@@ -131,12 +130,12 @@ def initialise_residual(module: nn.Module) -> None:
 def convolution(
     inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, bias: bool = False
 ) -> nn.Conv2d:
-    """A convolution that keeps the grid, but for its stride."""
+    """Make a convolution that keeps the grid, but for its stride."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=bias)
 
 
 def norm_act(channels: int, activation: type[nn.Module]) -> list[nn.Module]:
-    """Batch norm and activation."""
+    """Make batch norm and activation."""
     return [nn.BatchNorm2d(channels), activation()]
 
 
@@ -185,7 +184,7 @@ class ResidualBlock(nn.Module):
         self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        """B×inputs×h×w to B×outputs×h'×w'."""
+        """Map B×inputs×h×w to B×outputs×h'×w'."""
         return self.activation(self.layers(x) + self.shortcut(x))
 
 
@@ -209,7 +208,7 @@ class PyramidFusion(nn.Module):
         self.middle = nn.Sequential(*halve(middle, coarse))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """256@64², 512@32², 1024@16² to 3072@16²."""
+        """Map 256@64², 512@32², 1024@16² to 3072@16²."""
         fine, middle, coarse = levels
         return torch.cat([self.fine(fine), self.middle(middle), coarse], dim=1)
 
@@ -233,7 +232,7 @@ class OneClassBottleneck(nn.Module):
         initialise_residual(self)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """256@64², 512@32², 1024@16² to 2048@8²."""
+        """Map 256@64², 512@32², 1024@16² to 2048@8²."""
         return self.stage(self.fusion(levels))
 
 
@@ -261,7 +260,7 @@ class ReverseDecoder(nn.Module):
         initialise_residual(self)
 
     def forward(self, x: Tensor, skips: Sequence[Tensor] = ()) -> list[Tensor]:
-        """2048@8² to 256@64², 512@32², 1024@16².
+        """Map 2048@8² to 256@64², 512@32², 1024@16².
 
         Args:
             x: of the bottleneck.
@@ -278,34 +277,29 @@ class ReverseDecoder(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses and maps
 def flattened_distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 − cosine of whole maps B×C×h×w, each taken as one vector; mean over images (ReContrast, eq. 1). In float32."""
+    """Return 1 − cosine of whole maps B×C×h×w, each taken as one vector; mean over images (ReContrast, eq. 1). In
+    float32."""
     return (1 - cosine_similarity(teacher.float().flatten(1), student.float().flatten(1), dim=1)).mean()
 
 
 def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 − cosine of the vectors at every position of B×C×h×w maps; B×h×w float32."""
+    """Return 1 − cosine of the vectors at every position of B×C×h×w maps; B×h×w float32 (RD4AD, eq. 1)."""
     return 1 - cosine_similarity(teacher.float(), student.float(), dim=1)
 
 
 def numbered(distances: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Distance maps as the raw outputs of a method: "distance_0", "distance_1", …"""
+    """Name distance maps as the raw outputs of a method: "distance_0", "distance_1", …"""
     return {f"distance_{index}": each for index, each in enumerate(distances)}
 
 
-def in_order(raw_outputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The distance maps among these raw_outputs, in the order in which they were numbered."""
-    return [
-        raw_outputs[f"distance_{index}"] for index in range(sum(name.startswith("distance_") for name in raw_outputs))
-    ]
+def in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the distance maps among raw outputs, in the order in which they were numbered."""
+    count = sum(name.startswith("distance_") for name in tensors)
+    return [tensors[f"distance_{index}"] for index in range(count)]
 
 
-def upsampled(maps: Sequence[Tensor], side: int) -> Tensor:
-    """L×B×S×S of L maps B×h×w, bilinear, corners aligned."""
-    return torch.stack([interpolate(m[:, None], size=side, mode="bilinear", align_corners=True)[:, 0] for m in maps])
-
-
-def fused_map(distances: Sequence[Tensor], config: DistanceMapConfig, side: int) -> tuple[Tensor, Tensor]:
-    """Anomaly maps from distances.
+def fuse_and_blur(distances: Sequence[Tensor], config: DistanceMapConfig, side: int) -> tuple[Tensor, Tensor]:
+    """Make anomaly maps of distances: upsampled, fused and blurred.
 
     Args:
         distances: L maps B×h×w.
@@ -315,17 +309,10 @@ def fused_map(distances: Sequence[Tensor], config: DistanceMapConfig, side: int)
     Returns:
         B×S×S, and the same before the blur.
     """
-    maps = upsampled(distances, side)
+    maps = upsample_levels(distances, side)
     fused = maps.sum(0) if config.fuse == "sum" else maps.mean(0)
     if config.blur == "gaussian":
         return gaussian_blur(fused, 4.0), fused
     if config.blur == "box":
         return gaussian_filter(fused[:, None], 5, 4.0, padding="zeros")[:, 0], fused
     return fused, fused
-
-
-def top_mean(maps: Tensor, share: float) -> Tensor:
-    """Mean of the largest share of each map's pixels, at least of one; B×S×S to B."""
-    pixels = maps.flatten(1)
-    count = max(1, int(share * pixels.shape[1]))
-    return pixels.mean(1) if count == pixels.shape[1] else pixels.topk(count, dim=1).values.mean(1)

@@ -19,7 +19,7 @@ REMAINS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 def fold_batch_norm(module: nn.Module) -> int:
     """Scale and shift every convolution, transposed ones too, that a batch norm follows directly, and take the batch
-    norm out: W·γ/√(σ² + ε) and (b − μ)·γ/√(σ² + ε) + β (UniNet, eq. 3, which leaves out β). In place; what it gives can
+    norm out: W·γ/√(σ² + ε) and (b − μ)·γ/√(σ² + ε) + β (UniNet, eq. 3, which leaves out β). In place; the result can
     neither be trained nor loaded from a file of weights.
 
     Args:
@@ -36,17 +36,16 @@ def fold_batch_norm(module: nn.Module) -> int:
                 continue
             if type(norm) not in REMAINS or norm.num_features != convolution.out_channels or norm.training:
                 continue
-            _fold(convolution, norm)
+            if norm.running_mean is None or norm.running_var is None:  # it takes every batch's own statistics
+                continue
+            _fold(convolution, norm, norm.running_mean, norm.running_var)
             setattr(part, norm_name, REMAINS[type(norm)](norm))
             count += 1
     return count
 
 
-def _fold(convolution: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> None:
-    """One of them; PyTorch's own helper knows no transposed convolutions with groups."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
+def _fold(convolution: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """Fold one of them; PyTorch's own helper knows no transposed convolutions with groups."""
     with torch.no_grad():
         scale = norm.weight / (variance + norm.eps).sqrt()  # C
         bias = torch.zeros_like(mean) if convolution.bias is None else convolution.bias

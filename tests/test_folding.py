@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from unianom.configs.backbone import BackboneConfig
+from unianom.folding import fold_batch_norm
 from unianom.methods.layers.distillation import OneClassBottleneck, ReverseDecoder, residual_plan
-from unianom.methods.layers.folding import fold_batch_norm
 from unianom.methods.uninet import MemBottleneck
 
 
@@ -77,6 +77,12 @@ def test_a_timm_encoder_folds_whole(name):
 
 def test_a_norm_in_training_is_left_alone():
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).train()
+    assert fold_batch_norm(module) == 0
+    assert norms(module) == 1
+
+
+def test_a_norm_without_statistics_is_left_alone():
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)).eval()
     assert fold_batch_norm(module) == 0
     assert norms(module) == 1
 

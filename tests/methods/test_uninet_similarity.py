@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unianom.methods.layers.similarity import BLOCK_BYTES, EPSILON, log_similarity
+from unianom.methods.uninet import BLOCK_BYTES, EPSILON, log_similarity
 
 
 def whole(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens' layers against plain loops."""
+"""Features, attention blocks and masks against plain loops."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
+from torch import nn
 
-from unianom.methods.layers.tokens import (
+from tests.methods.conftest import random_images
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.transformer import TransformerConfig
+from unianom.methods.layers.reconstruction import (
     AttentionBlock,
+    FeatureNeck,
     FeedForward,
     LearnedPosition,
+    QueryLayer,
     feature_jitter,
+    initialise_transformer,
     neighbour_mask,
-    sine_position,
 )
+
+CNN = BackboneConfig("resnet10t", weights="random", random_seed=3)
 
 
 # ------------------------------------------------------------------------------------------------- neighbour mask
@@ -98,21 +107,6 @@ def test_learned_position_is_the_column_then_the_row():
     assert LearnedPosition(200, 200, 64)().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_sine_position_is_that_of_loops():
-    height, width, dim = 3, 5, 12
-    code = sine_position(height, width, dim)
-    assert code.shape == (15, 12)
-    half = dim // 2
-    for row in range(height):
-        for column in range(width):
-            for index in range(half):
-                for start, place, length in ((0, row, height), (half, column, width)):
-                    angle = (place + 1) / (length + 1e-6) * 2 * math.pi
-                    angle /= 10_000 ** (2 * (index // 2) / half)
-                    expected = math.sin(angle) if index % 2 == 0 else math.cos(angle)
-                    assert code[row * width + column, start + index].item() == pytest.approx(expected, abs=1e-5)
-
-
 # --------------------------------------------------------------------------------------------------------- blocks
 def softmax(values: np.ndarray) -> np.ndarray:
     weights = np.exp(values - values.max())
@@ -177,6 +171,14 @@ def test_feed_forward_is_that_of_loops():
                 np.testing.assert_allclose(result[image, token].numpy(), expected, atol=1e-5)
 
 
+def test_a_layer_without_queries_needs_a_prompt():
+    layer = QueryLayer(TransformerConfig(dim=4, heads=2, hidden=4), 0, None, None)
+    tokens = torch.randn(1, 3, 4)
+    assert layer(tokens, tokens, torch.zeros(3, 4), tokens).shape == (1, 3, 4)
+    with pytest.raises(ValueError, match="needs a prompt"):
+        layer(tokens, tokens, torch.zeros(3, 4), None)
+
+
 def test_dropout_lies_where_it_is_asked_for():
     """Zeroed hidden units and zeroed outputs both change the result; each alone can be switched off."""
 
@@ -193,3 +195,93 @@ def test_dropout_lies_where_it_is_asked_for():
     assert noisy(0.0, None) == (False, False)
     block = AttentionBlock(4, 2, 0.5)
     assert block.attention.dropout == block.dropout.p == 0.5
+
+
+def test_linear_layers_and_convolutions_start_xavier_uniform_without_bias():
+    torch.manual_seed(0)
+    fans = {  # (fan in, fan out), by hand
+        "linear": (nn.Linear(60, 90), (60, 90)),
+        "plain": (nn.Linear(60, 90, bias=False), (60, 90)),
+        "conv": (nn.Conv2d(12, 20, 3), (12 * 9, 20 * 9)),
+        "up": (nn.ConvTranspose2d(12, 20, 4), (12 * 16, 20 * 16)),
+    }
+    module = nn.Sequential(nn.ModuleDict({name: layer for name, (layer, _) in fans.items()}))
+    initialise_transformer(module)
+    for layer, (fan_in, fan_out) in fans.values():
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert layer.bias is None or not layer.bias.any()
+
+
+def test_packed_projections_norms_and_embeddings_keep_their_own_weights():
+    torch.manual_seed(0)
+    attention, norm, embedding = nn.MultiheadAttention(16, 2), nn.LayerNorm(16), nn.Embedding(9, 16)
+    kept = [attention.in_proj_weight, attention.in_proj_bias, norm.weight, norm.bias, embedding.weight]
+    nn.init.normal_(norm.weight)
+    before = [parameter.detach().clone() for parameter in kept]
+    out = attention.out_proj.weight.detach().clone()
+    initialise_transformer(nn.ModuleList([attention, norm, embedding]))
+    assert all(torch.equal(parameter, was) for parameter, was in zip(kept, before, strict=True))
+    assert not torch.equal(attention.out_proj.weight, out)  # it is a linear layer
+
+
+# ----------------------------------------------------------------------------------------------------- features
+def resized(feature_map: np.ndarray, height: int, width: int) -> np.ndarray:
+    """C×h×w to C×height×width: bilinear, the corners of both lie on each other."""
+    result = np.zeros((len(feature_map), height, width))
+    for row in range(height):
+        for column in range(width):
+            y = row * (feature_map.shape[1] - 1) / (height - 1)
+            x = column * (feature_map.shape[2] - 1) / (width - 1)
+            top, left = min(int(y), feature_map.shape[1] - 2), min(int(x), feature_map.shape[2] - 2)
+            dy, dx = y - top, x - left
+            above = (1 - dx) * feature_map[:, top, left] + dx * feature_map[:, top, left + 1]
+            below = (1 - dx) * feature_map[:, top + 1, left] + dx * feature_map[:, top + 1, left + 1]
+            result[:, row, column] = (1 - dy) * above + dy * below
+    return result
+
+
+@pytest.mark.parametrize(
+    ("taps", "grid_reduction", "grid"), [((4, 8, 16), 16, 6), ((2, 8, 16, 32), 16, 6), ((8, 16), 8, 12)]
+)
+def test_all_taps_come_to_one_grid_fine_to_coarse(taps, grid_reduction, grid):
+    images = random_images(2, side=96)
+    neck = FeatureNeck(CNN, taps, grid_reduction, 96)
+    torch.manual_seed(CNN.random_seed)
+    network = timm.create_model(CNN.name, features_only=True).eval()
+    with torch.inference_mode():
+        levels = {96 // level.shape[2]: level.double().numpy() for level in network(images)}
+    assert neck.grid == (grid, grid)
+    assert neck.channels == sum(levels[tap].shape[1] for tap in taps)
+    features = neck(images)
+    assert features.shape == (2, neck.channels, grid, grid)
+    assert features.dtype == torch.float32
+    for image in range(2):
+        expected = np.concatenate([resized(levels[tap][image], grid, grid) for tap in taps])
+        np.testing.assert_allclose(features[image].numpy(), expected, atol=1e-5)
+
+
+def test_no_gradient_reaches_the_encoder_or_the_images():
+    neck = FeatureNeck(CNN, (4, 8), 8, 64).train()
+    features = neck(random_images(1).requires_grad_())
+    assert not features.requires_grad
+    assert not features.is_inference()  # else nothing could be learned from them
+    assert not any(module.training for module in neck.encoder.modules())
+
+
+def test_published_necks():
+    """EfficientNet-B4: 272 channels of four taps; for CIFAR-10 720 of five, the coarsest enlarged to stride 16."""
+    encoder = BackboneConfig("tf_efficientnet_b4.aa_in1k", weights="random")
+    neck = FeatureNeck(encoder, (2, 4, 8, 16, 32), 16, 224)
+    assert neck.encoder.channels == [24, 32, 56, 160, 448]
+    assert (neck.channels, neck.grid) == (720, (14, 14))
+
+
+def test_other_pyramids_will_do():
+    """A transformer whose layout has channels last, and an input that its reductions do not divide."""
+    neck = FeatureNeck(BackboneConfig("swin_tiny_patch4_window7_224", weights="random"), (4, 8, 16), 16, 224)
+    assert (neck.channels, neck.grid) == (96 + 192 + 384, (14, 14))
+    neck = FeatureNeck(CNN, (2, 4, 8, 16), 16, 100)
+    assert neck.grid == (7, 7)
+    assert neck(random_images(1, side=100)).shape == (1, neck.channels, 7, 7)

@@ -1,0 +1,211 @@
+"""What every memory method is: patches, masks and a bank that is built rather than trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from unianom.configs.bank import BankConfig
+from unianom.errors import ModelError, OptionError
+from unianom.memory.index import MemoryBank
+from unianom.methods.base import Method, MethodConfig, RawOutputs
+from unianom.methods.layers.postprocess import upsample, upsample_and_blur
+
+MAX_CELLS = 8
+"""Cells a side of the embedding at most; as many as the bottleneck of RevDist has."""
+
+
+class PatchFeatures(NamedTuple):
+    """The output of a memory method's network for B images, before any patch is masked.
+
+    Attributes:
+        patches: B×N×D float32, row-major over the patch grid.
+        attention: B×h×w float32, by which patches are masked; None where the method asks its network for none.
+    """
+
+    patches: Tensor
+    attention: Tensor | None
+
+
+class MaskedPatches(NamedTuple):
+    """Patches of B images, and which of them count.
+
+    Attributes:
+        patches: B×N×D float32, row-major over the patch grid.
+        keep: B×N bool; patches that enter the bank and count in scores.
+    """
+
+    patches: Tensor
+    keep: Tensor
+
+
+class MemoryConfig(MethodConfig, Protocol):
+    """The options that every memory method has."""
+
+    @property
+    def bank(self) -> BankConfig:
+        """Coreset and index."""
+        ...
+
+    @property
+    def neighbours(self) -> int:
+        """Bank vectors averaged in a patch's distance."""
+        ...
+
+    @property
+    def blur_sigma(self) -> float:
+        """Gaussian blur of the anomaly map, in pixels."""
+        ...
+
+
+B = TypeVar("B", bound=MemoryConfig)
+
+
+class MemoryMethod(Method[B]):
+    """A training-free method: it embeds images, and fitting it is building a bank of normal patches.
+
+    Attributes:
+        bank: once fitted.
+        grid: h and w of the patch grid.
+        bank_options: dotted names of the options that act between network and bank: those of `mask_patches` and
+            `mask_bank_patches`, and "bank", which stands for all of that group.
+    """
+
+    bank_options: ClassVar[tuple[str, ...]] = ("bank",)
+    map_options: ClassVar[tuple[str, ...]] = ("neighbours", "blur_sigma")
+    bank: MemoryBank | None = None
+    grid: tuple[int, int]
+
+    def encode(self, images: Tensor) -> PatchFeatures:
+        """Run the network on B×3×S×S normalised images."""
+        raise NotImplementedError
+
+    def mask_patches(self, encoded: PatchFeatures, config: B | None = None) -> MaskedPatches:
+        """Choose the patches that count: all, unless a method masks some.
+
+        Args:
+            encoded: of `encode`.
+            config: options that differ from the method's own in `bank_options` only; None takes its own.
+        """
+        patches = encoded.patches
+        return MaskedPatches(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
+
+    def mask_bank_patches(self, encoded: PatchFeatures, config: B | None = None) -> MaskedPatches:
+        """As `mask_patches`, for images that go into the bank; methods whose published code treats them otherwise
+        override."""
+        return self.mask_patches(encoded, config)
+
+    def embed(self, images: Tensor) -> MaskedPatches:
+        """Return the patches of B×3×S×S normalised images, and which of them count."""
+        return self.mask_patches(self.encode(images))
+
+    def embed_for_bank(self, images: Tensor) -> MaskedPatches:
+        """As `embed`, for images that go into the bank."""
+        return self.mask_bank_patches(self.encode(images))
+
+    def forward(self, images: Tensor) -> RawOutputs:
+        """Embed B×3×S×S normalised images and search the bank; see `search_bank`."""
+        return self.search_bank(self.embed(images))
+
+    def search_bank(self, embedding: MaskedPatches, neighbours: int | None = None) -> RawOutputs:
+        """Search the bank.
+
+        Args:
+            embedding: of `mask_patches`.
+            neighbours: K, how many vectors to find for each patch; None takes those of the config. Raw outputs serve
+                all configs with that many or fewer.
+
+        Returns:
+            Tensor "distances", B×N×K squared distances to the K nearest vectors, ascending, 0 where a patch is not
+            kept. The embedding is the patches, masked or not, on at most 8 × 8 cells.
+
+        Raises:
+            OptionError: the bank has fewer vectors.
+            ModelError: there is no bank.
+        """
+        distances, _ = self.nearest_vectors(embedding, neighbours)
+        return RawOutputs({"distances": distances}, pooled_embedding(embedding.patches, self.grid))
+
+    def nearest_vectors(self, embedding: MaskedPatches, neighbours: int | None = None) -> tuple[Tensor, Tensor]:
+        """Find the vectors of the bank that are nearest to patches; arguments and errors as of `search_bank`.
+
+        Returns:
+            Squared distances to them and their rows in the bank, both B×N×K, and 0 where a patch is not kept.
+        """
+        count = neighbours or self.config.neighbours
+        self._check_neighbours(count)
+        keep = embedding.keep.cpu()  # B N
+        distances = torch.zeros(*keep.shape, count)
+        rows = torch.zeros(*keep.shape, count, dtype=torch.int64)
+        queries = embedding.patches[embedding.keep]  # M D
+        if len(queries):
+            found, ids = self.require_bank().search(queries.float().cpu().numpy(), count)  # M K
+            distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
+        return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
+
+    def patch_distances(self, embedding: MaskedPatches) -> Tensor:
+        """Return the mean squared distance of each patch to its `neighbours` nearest vectors of the bank, B×N float32;
+        0 where the patch is not kept. Errors as of `search_bank`."""
+        return mean_distances(self.nearest_vectors(embedding)[0], self.config.neighbours)
+
+    def anomaly_maps(self, tensors: Mapping[str, Tensor], config: B | None = None) -> tuple[Tensor, Tensor]:
+        """Upsample the patches' mean distances and blur them."""
+        config = config or self.config
+        distances = mean_distances(tensors["distances"], config.neighbours)  # B N
+        cells = distances.unflatten(1, self.grid)
+        side = self.input.side
+        return upsample_and_blur(cells, side, config.blur_sigma), upsample(cells, side, align_corners=False)
+
+    def check_bank(self, config: B | None = None) -> None:
+        """Check that the bank holds as many vectors as scores need.
+
+        Args:
+            config: options to score with; None takes the method's own.
+
+        Raises:
+            OptionError: it holds fewer.
+            ModelError: there is no bank.
+        """
+        self._check_neighbours((config or self.config).neighbours)
+
+    def _check_neighbours(self, count: int) -> None:
+        rows = self.require_bank().rows
+        if count > rows:
+            raise OptionError(
+                f"neighbours={count}, but the memory bank has only {rows} vectors; lower it, or give the bank more by "
+                f"more images or a larger bank.coreset_ratio"
+            )
+
+    def require_bank(self) -> MemoryBank:
+        """Return the bank.
+
+        Raises:
+            ModelError: there is none; says how to get one.
+        """
+        if self.bank is None:
+            raise ModelError(f"{self.name} has no memory bank yet; fit it with jobs/train.py {self.name}")
+        return self.bank
+
+
+def mean_distances(distances: Tensor, neighbours: int) -> Tensor:
+    """Average the first of K distances; B×N×K to B×N.
+
+    Raises:
+        OptionError: there are fewer than `neighbours`.
+    """
+    found = distances.shape[2]
+    if neighbours > found:
+        raise OptionError(f"neighbours={neighbours}, but only {found} were searched; search for that many")
+    # the search gives its results on the CPU; a mean taken there does not differ by device
+    return distances[:, :, :neighbours].cpu().contiguous().mean(2).to(distances.device)
+
+
+def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return patches B×N×D, row-major over their grid, as a feature map B×D×h×w, averaged so that it has no more than
+    8 × 8 cells: the embedding of a memory method."""
+    cells = patches.transpose(1, 2).unflatten(2, grid)
+    return adaptive_avg_pool2d(cells, (min(grid[0], MAX_CELLS), min(grid[1], MAX_CELLS)))
