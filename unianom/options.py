@@ -68,7 +68,11 @@ class _ResolvedFirst(type):
     """Fills in, before an instance is made, what its preset or other options decide."""
 
     def __call__(cls: type[T], *args: Any, **given: Any) -> T:
-        return type.__call__(cls, *args, **cls.resolve(given))  # type: ignore[attr-defined, no-any-return]
+        names = [field.name for field in dataclasses.fields(cls)][: len(args)]  # type: ignore[arg-type]
+        if len(args) > len(names) or set(names) & set(given):
+            return type.__call__(cls, *args, **given)  # type: ignore[no-any-return]  # raises the usual TypeError
+        given = {**dict(zip(names, args, strict=True)), **given}
+        return type.__call__(cls, **cls.resolve(given))  # type: ignore[attr-defined, no-any-return]
 
 
 class Options(metaclass=_ResolvedFirst):

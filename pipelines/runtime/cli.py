@@ -412,7 +412,8 @@ def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
                 with inside_group(field.name):
                     value = _built(hint, value, default)  # type: ignore[arg-type]
             elif isinstance(value, tuple) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-                value = tuple(_built(typing.get_args(hint)[0], one) for one in value)
+                with inside_group(field.name):
+                    value = tuple(_built(typing.get_args(hint)[0], one) for one in value)
             values[field.name] = value
         elif default is dataclasses.MISSING:
             raise OptionError(f"the option --{field.name} is required")

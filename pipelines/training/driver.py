@@ -32,10 +32,8 @@ from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import Run, scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
-from pipelines.training.network_options import ALL_PREPARED_BYTES
 from pipelines.training.options import WORK, DataOptions, TrainingOptions
-from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
-from pipelines.training.result import FitResult
+from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
 from pipelines.training.samples import TrainingImages
 from pipelines.training.threshold import held_out_threshold
 from pipelines.training.trainer import evaluation_mode
@@ -47,6 +45,9 @@ from unianom.errors import DataError, OptionError
 from unianom.methods.trained import LOSS, TrainedMethod
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
+
+ALL_PREPARED_BYTES = 32 << 30
+"""Up to this size prepared images are kept, and frozen features; beyond it they are made anew in every epoch."""
 
 
 class WorkersLostError(DataError):

@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from unianom.configs.synthesis import SynthesisConfig
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
-from unianom.data.layouts.base import Source
+from unianom.data.layouts.source import Source
 from unianom.errors import DataError, ImageError, OptionError
 
 MIN_SIDE = 32

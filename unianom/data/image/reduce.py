@@ -45,8 +45,8 @@ def reduce_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _has_lost_parts(kept: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> bool:
-    """Return whether the cells kept of a defect that touches those in `rows` and `columns` are in pieces, or more than a
-    cell short at an end."""
+    """Return whether the cells kept of a defect that touches those in `rows` and `columns` are in pieces, or more than
+    a cell short at an end."""
     from scipy import ndimage  # slow to import, and few images need it
 
     shorter = max(np.ptp(rows) + 1 - kept.shape[0], np.ptp(columns) + 1 - kept.shape[1])

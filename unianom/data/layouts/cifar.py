@@ -9,9 +9,11 @@ from typing import Literal
 import numpy as np
 
 from unianom.data.image import encode_png
-from unianom.data.layouts.base import Source, listed
+from unianom.data.layouts.base import Layout
 from unianom.data.layouts.class_folders import ClassOptions, choose_task, class_samples
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100
+from unianom.data.layouts.names import listed
+from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError
 
@@ -124,3 +126,6 @@ def _binary_samples(source: Source, options: CifarOptions, files: dict[str, str]
                 index += 1
         if index == 0:
             raise DataError(f"{source.uri(file)} is empty; fetch the file again")
+
+
+LAYOUT = Layout("cifar", CifarOptions, samples, "CIFAR-10 or CIFAR-100, binary or in class folders")

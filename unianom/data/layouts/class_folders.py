@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source, listed, nearest
+from unianom.data.layouts.base import Layout, LayoutOptions
 from unianom.data.layouts.class_lists import SPECIES_60, SPECIES_60_SPLITS
+from unianom.data.layouts.names import listed, nearest
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, OptionError
 
@@ -33,8 +35,8 @@ class ClassOptions(LayoutOptions):
     normal_classes: str | tuple[int | str, ...] = ()
     all_classes: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.all_classes and self.normal_classes:
             raise OptionError(
                 "normal_classes and all_classes exclude each other; name normal_classes or leave all open"
@@ -135,3 +137,11 @@ def class_samples(source: Source, options: ClassOptions, class_of: Mapping[str, 
                     yield source.sample(
                         image, category=source.dataset, split=split, label=task.label(name), defect=name
                     )
+
+
+LAYOUT = Layout(
+    "class_folders",
+    ClassOptions,
+    samples,
+    "train and test folders of classes, some of them normal (ImageNet-30, Species-60)",
+)

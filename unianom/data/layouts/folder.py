@@ -7,17 +7,13 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from unianom.data.layouts.base import (
-    Entry,
-    LayoutOptions,
-    Source,
-    check_mask_threshold,
-    check_train_fraction,
-    same_name,
-)
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, OptionError
+from unianom.options import PositiveShare
 
 
 @dataclass(frozen=True)
@@ -49,17 +45,15 @@ class FolderOptions(LayoutOptions):
     masks: str = ""
     mask_prefix: str = ""
     mask_suffix: str = ""
-    mask_threshold: int | None = None
+    mask_threshold: MaskThreshold | None = None
     abnormal_train: Literal["keep", "test"] = "keep"
-    train_fraction: float = 0.8
+    train_fraction: PositiveShare = 0.8
     seed: int = 0
     unlabelled: bool = False
     split: Literal["train", "val", "test"] = "test"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_train_fraction(self.train_fraction)
-        check_mask_threshold(self.mask_threshold)
+    def check(self) -> None:
+        super().check()
         if self.unlabelled and (self.normal or self.abnormal or self.masks):
             raise OptionError("unlabelled=true takes every image; it excludes normal, abnormal and masks")
         if self.masks and not self.abnormal:
@@ -239,3 +233,6 @@ def _places(folder: str, image: Entry) -> list[tuple[str, str]]:
     places = [directory, rest if level in SPLITS else directory, posixpath.relpath(directory, folder)]
     unique = ["" if place == "." else same_name(place) for place in dict.fromkeys(places)]
     return [(place, same_name(name)) for name in (image.name, image.stem) for place in unique]
+
+
+LAYOUT = Layout("folder", FolderOptions, samples, "folders named by you, or any images without labels")

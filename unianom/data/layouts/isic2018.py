@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, read_table
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
 
@@ -79,3 +81,6 @@ def _read_classes(source: Source, folder: str) -> dict[str, str]:
             )
         classes[row["image"]] = named[0]
     return classes
+
+
+LAYOUT = Layout("isic2018", Isic2018Options, samples, "ISIC 2018 task 3: skin lesions, naevi normal")

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, check_train_fraction, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.options import PositiveShare
 
 EXPECTED = "the kolektor layout: kos01…kos50/PartK.jpg with the mask PartK_label.bmp (or .png) beside"
 
@@ -27,12 +30,8 @@ class KolektorOptions(LayoutOptions):
     """
 
     dataset: str = "kolektor"
-    train_fraction: float = 0.5
+    train_fraction: PositiveShare = 0.5
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_train_fraction(self.train_fraction)
 
 
 def samples(source: Source, options: KolektorOptions) -> Iterator[SampleRef]:
@@ -89,3 +88,6 @@ def _is_cracked(source: Source, mask: Entry) -> bool:
         return bool(decode_mask(source.read(mask.path)).any())
     except ImageError as error:
         raise DataError(f"mask {source.uri(mask.path)} cannot be read, so the label is unknown: {error}") from error
+
+
+LAYOUT = Layout("kolektor", KolektorOptions, samples, "KolektorSDD: seeded split by commutator")

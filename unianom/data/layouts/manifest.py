@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unianom.data.layouts.base import LayoutOptions, Source
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.files import resolve
@@ -141,3 +142,6 @@ def _text(row: dict[str, Any], where: str, *keys: str) -> str:
         if value:
             return value
     return ""
+
+
+LAYOUT = Layout("manifest", ManifestOptions, samples, "JSON lines naming every image (UniAD family)")

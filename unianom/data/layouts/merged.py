@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from unianom.data.layouts.base import Layout, LayoutOptions, Source, make_options, nearest
+from unianom.data.layouts.base import Layout, LayoutOptions, make_options
+from unianom.data.layouts.names import nearest
+from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.written import natural, read_yaml
@@ -96,3 +98,6 @@ def _part(source: Source, item: Any, where: str, layouts: Mapping[str, Layout]) 
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
     return _Part(name, source.at("..").locate(item["source"]), part_options, item.get("category_prefix", ""))
+
+
+LAYOUT = Layout("merged", MergedOptions, samples, "several sources as one, named by a YAML file")

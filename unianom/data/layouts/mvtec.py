@@ -6,7 +6,10 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, masks_by_stem, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.mask_files import masks_by_stem
+from unianom.data.layouts.names import choose, same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
 
@@ -166,3 +169,6 @@ def _merged_samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef
             yield from folder_samples(
                 source, f"test/{name}", category, "test", None if defect == "good" else defect, f"ground_truth/{name}"
             )
+
+
+LAYOUT = Layout("mvtec", MvtecOptions, samples, "MVTec AD, one category of it, or its merged form")

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, mask_of, masks_by_stem, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.mask_files import mask_of, masks_by_stem
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.files import read_bytes
@@ -37,8 +40,8 @@ class Ped2Options(LayoutOptions):
     dataset: str = "ped2"
     labels: str = ""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.labels and not self.labels.lower().endswith((".csv", ".npy")):
             raise OptionError(f"labels='{self.labels}' must name a .csv or .npy file")
 
@@ -157,3 +160,6 @@ def _parse_lines(data: bytes, uri: str) -> list[float]:
         return [float(line) for line in lines if line]
     except ValueError as error:
         raise DataError(f"{uri} should hold one 0 or 1 a line: {error}") from error
+
+
+LAYOUT = Layout("ped2", Ped2Options, samples, "UCSD Ped2: frames of surveillance video with labels or masks")

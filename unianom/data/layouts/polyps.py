@@ -6,15 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import (
-    Entry,
-    LayoutOptions,
-    Source,
-    check_mask_threshold,
-    choose,
-    mask_of,
-    masks_by_stem,
-)
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.mask_files import mask_of, masks_by_stem
+from unianom.data.layouts.names import choose
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, SPLITS, SampleRef
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, OptionError
@@ -53,11 +48,10 @@ class PolypOptions(LayoutOptions):
     categories: tuple[str, ...] = ()
     split: tuple[float, ...] = ()
     seed: int = 0
-    mask_threshold: int = 127
+    mask_threshold: MaskThreshold = 127
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_mask_threshold(self.mask_threshold)
+    def check(self) -> None:
+        super().check()
         if not self.split:
             return
         if len(self.split) not in (2, 3) or min(self.split) < 0 or not self.split[0] or not self.split[-1]:
@@ -156,3 +150,6 @@ def _draw(category: str, names: list[str], options: PolypOptions, where: str) ->
 def _plain(name: str) -> str:
     """Small letters and digits only: "CVC-ClinicDB" → "cvcclinicdb"."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+LAYOUT = Layout("polyps", PolypOptions, samples, "Kvasir, CVC-ClinicDB, CVC-ColonDB: polyps with masks")
