@@ -15,8 +15,8 @@ from pipelines.reporting.html import write_report
 from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console
+from pipelines.runtime.mlflow_store import sqlite_uri
 from pipelines.runtime.options import DemoOptions
-from pipelines.runtime.tracking import sqlite_uri
 from pipelines.training.options import ThresholdOptions, TrainJobOptions, train_options
 from pipelines.training.train import train
 from unianom.configs.backbone import BackboneConfig

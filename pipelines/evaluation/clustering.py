@@ -34,7 +34,8 @@ from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.cli import console, print_table
-from pipelines.runtime.models import ModelSet, load_model
+from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files, visual

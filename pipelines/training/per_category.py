@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.data.splits import TrainValSplit
 from pipelines.runtime import outputs
-from pipelines.runtime.models import INDEX, write_index
+from pipelines.runtime.model_set import INDEX, write_index
 from pipelines.training.options import FitOptions
 from unianom import files
 from unianom.data.schema import ANOMALOUS, NORMAL

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.runtime.models import INDEX, ModelSet, load_model, write_index
+from pipelines.runtime.model_set import INDEX, ModelSet, write_index
+from pipelines.runtime.models import load_model
 from tests.methods.conftest import tiny_method
 from unianom import files
 from unianom.errors import DataError, ModelError
