@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import ray
 
 from pipelines.runtime import outputs
-from pipelines.runtime.cli import own_signals
 from pipelines.runtime.errors import WorkerError, reason, user_error, wrapped
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.signals import own_signals
 from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
 
 STARTED, ENDED = "_started", "_ended"

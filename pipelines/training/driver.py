@@ -25,11 +25,11 @@ from pipelines.data.feature_cache import PreparedSet, learnable, prepare
 from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect, pool_size, raised_error
-from pipelines.runtime.cli import own_signals
 from pipelines.runtime.errors import reason
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.signals import own_signals
 from pipelines.runtime.tracking import Run, scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
 from pipelines.training.options import WORK, DataOptions, TrainingOptions
