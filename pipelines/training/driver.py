@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 from pipelines.data.feature_cache import PreparedSet, learnable, prepare
 from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
-from pipelines.runtime.actors import connect, pool_size, raised_error
+from pipelines.runtime.actors import connect, pool_size, error_from_plain
 from pipelines.runtime.errors import reason
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
@@ -310,15 +310,15 @@ def run_job(
         report.close()
         failure, first = ray.get([events.failure.remote(), events.first.remote()])
         if failure is not None:
-            raise raised_error(failure) from error
+            raise error_from_plain(failure) from error
         if first is not None:
-            worker = raised_error(first)
+            worker = error_from_plain(first)
             raise WorkersLostError(f"training failed: {reason(worker)}; the same command continues it") from worker
         raise WorkersLostError(f"training failed: {reason(error)}; the same command continues it") from error
     report.close()
     failure = ray.get(events.failure.remote())
     if failure is not None:
-        raise raised_error(failure)
+        raise error_from_plain(failure)
 
 
 def _check_resources(options: TrainingOptions) -> None:
