@@ -18,11 +18,12 @@ import torch
 from pipelines.benchmarks.harness import Side, Timing, _report, clocked, fixed_threads, interleave
 from pipelines.benchmarks.metrics import resident_peak
 from pipelines.benchmarks.options import InferenceBenchmark, SimilarityBenchmark, TrainingBenchmark
-from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, array_name, learnable
-from pipelines.runtime.models import load_model
-from pipelines.training.dataset import PreparedImages, TrainingSet
+from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, SampleSource, part_name
+from pipelines.runtime.models import load_model, trained_method
+from pipelines.training.dataset import PreparedFeatures, PreparedImages, TrainingSet
 from pipelines.training.job import synthesiser_of, wants_pixels
 from pipelines.training.loader import BatchLoader
+from pipelines.training.prepared import DESCRIPTOR, FrozenFeatures, PreparedPixels, learnable
 from pipelines.training.sampler import ReferenceSampler, StepSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer
@@ -86,41 +87,37 @@ def _sources(
     options: TrainingBenchmark, model: Model, shards: ShardSet, folder: Path
 ) -> tuple[dict[str, TrainingSet], dict[str, dict[str, Any]], TrainingImages]:
     """A training set that reads kept features and one that reads images; what each keeps; the images."""
-    method = model.method
-    assert isinstance(method, TrainedMethod)
-    features, pixels = folder / "features", folder / PIXELS
-    common: dict[str, Any] = {
-        "shards": shards,
-        "selection": learnable(model.categories, method.batch_spec.labels),
-        "policy": method.input,
-        "limits": ImageLimits(),
-        "half": True,
-        "batch_size": 8,
-        "device": options.device,
-        "threads": options.threads,
-    }
-    preparers = {
-        KEPT: PartPreparer(model=options.model, output=str(features), **common),
-        ENCODED: PartPreparer(model=None, output=str(pixels), masks=method.batch_spec.masks, **common),
+    method = trained_method(model.method)
+    parts = [part_name(part) for part in shards.parts]
+    selection = learnable(model.categories, method.batch_spec.labels)
+    masks = method.batch_spec.masks
+    extractors: dict[str, Extractor] = {
+        KEPT: FrozenFeatures(options.model, half=True),
+        ENCODED: PreparedPixels(method.input, masks),
     }
     table: dict[str, dict[str, Any]] = {}
-    names: tuple[str, ...] = ()
-    for name, preparer in preparers.items():
-        start, rows, size = time.perf_counter(), 0, 0
-        for part in shards.parts:
-            record = preparer.run({"part": part})
+    cached: dict[str, CachedFeatures] = {}
+    names: list[str] = []
+    made: set[int] = set()
+    for name, extractor in extractors.items():
+        samples = SampleSource(shards, selection, ImageLimits(), masks=masks and name == ENCODED)
+        cache = FeatureCache(str(folder / name.replace(" ", "_")), "features", {}, {"": samples})
+        writer = CacheWriter(cache, {"": extractor}, 8, options.device, options.threads)
+        start, rows, size, made = time.perf_counter(), 0, 0, set()
+        for number, part in enumerate(shards.parts):
+            record = writer.run({"group": "", "part": part})
+            made.add(number)
             rows, size = rows + record["rows"], size + record["bytes"]
-            names = tuple(record["names"]) or names if name == KEPT else names
+            if name == KEPT:
+                names = [array for array in record["arrays"] if array != DESCRIPTOR] or names
             if rows >= options.images:
                 break
         seconds = time.perf_counter() - start
         table[name] = {"kB kept an image": size / rows / 1000, "prepared, images/s": rows / seconds}
+        cached[name] = CachedFeatures(cache.uri, folder, parts)
     everything = TrainingImages.choose(shards, model.categories, None, method.batch_spec.labels)
-    images = everything.of_parts(
-        {n for n, part in enumerate(shards.parts) if (pixels / array_name(part, PIXELS)).exists()}
-    )
-    prepared = PreparedImages(Arrays(str(pixels), shards.parts, (PIXELS, MASKS), folder), images)
-    kept = Arrays(str(features), shards.parts, names, folder)
+    images = everything.of_parts(made)
+    prepared, kept = PreparedImages(cached[ENCODED], images), PreparedFeatures(cached[KEPT], names, images)
     needs = method.batch_spec
     references = ReferenceSampler(images, False, None) if needs.prompts or needs.synthetic else None
     sources = {
@@ -134,7 +131,7 @@ def _sources(
             synthesiser_of(method),
             seed=0,
         )
-        for name in preparers
+        for name in extractors
     }
     return sources, table, images
 

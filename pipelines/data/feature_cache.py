@@ -1,25 +1,29 @@
-"""Arrays of training images that are computed once and read in every epoch: prepared pixels, masks, frozen features.
+"""The cache of what a frozen network computes of images, for training, memory banks, calibration, tuning and protocols.
 
-    shards ─▶ actors: decode, prepare (and encode) ─▶ one .npy file per part and array ─▶ memory-mapped by training
+    shards or validation images ─▶ actors: decode, run the network ─▶ <part>-<array>.npy ─▶ memory-mapped by readers
 
-A set lies below its content key (shards, input policy, encoder …), so runs that need the same arrays share them, and
-a killed run continues. Rows are the images of `learnable`, in the order of the part.
+A cache is a folder named by the digest of its plan, that is of all that its bytes depend on, so that runs share it. It
+is written part by part and continued where it was left. Any of these folders may be removed while no job runs; a later
+run computes it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from tempfile import mkdtemp
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from pipelines.data.ingest import map_ahead
-from pipelines.data.reader import decode_row, decode_row_mask
+from pipelines.data.reader import DecodedSample, SampleReader
+from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
@@ -27,253 +31,533 @@ from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
 from unianom.data.image import ImageLimits, InputPolicy
-from unianom.data.schema import ANOMALOUS, NORMAL
-from unianom.data.shards import Selection, ShardSet
+from unianom.data.shards import MANIFEST, Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError
-from unianom.methods.trained import TrainedMethod
-from unianom.model import Model
+from unianom.methods import Method
+from unianom.model import Model, is_model
 from unianom.options import to_plain
 
-PIXELS = "pixels"
-"""Name of the array of prepared images, N×S×S×3 uint8."""
+FORMAT = 2
+"""Version of the files of a cache; caches of another one have another key."""
 
-MASKS = "masks"
-"""Name of the array of prepared masks beside the pixels, N×S×S bool."""
+IMAGES_PER_TASK = 128
+"""Validation images of one part."""
 
-DESCRIPTOR = "descriptor"
-"""Name of the array of descriptors, N×D float32: every frozen feature, averaged over its places."""
+CHECKED_BYTES = 32 << 20
+"""Size of an array up to which its checksum is compared when it is opened. The shapes and types of all are."""
+
+Arrays = dict[str, np.ndarray]
+"""Arrays of a batch by name; the rows of each are added to those of the batches before."""
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+class ImageSource(Protocol):
+    """Images in parts, each of which is one task. Pickled on the way to the workers."""
+
+    def parts(self) -> Sequence[str]:
+        """Return the names of the parts, in order."""
+
+    def count(self) -> int:
+        """Return how many images there are."""
+
+    def key(self) -> dict[str, Any]:
+        """Return what says which images these are, and how they are decoded."""
+
+    def open(self, batch_size: int, threads: int) -> Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]:
+        """Return what reads the images of a part as input of a method, at most `batch_size` at once."""
 
 
 @dataclass(frozen=True)
-class PreparedSet:
-    """A finished set of arrays.
+class SampleSource:
+    """Images of a shard set; the parts are those of the shards.
 
     Attributes:
-        uri: its folder.
-        names: of its arrays, descriptors not counted.
-        bytes: on disk.
-        images_per_second: at which it was computed; 0 if it was there already.
+        shards: the shard set.
+        selection: which samples.
+        limits: what an image may cost.
+        chosen: sample_ids of the selected samples that are taken; None for all.
+        columns: what else extractors read of each sample.
+        masks: whether masks are decoded, too.
+    """
+
+    shards: ShardSet
+    selection: Selection
+    limits: ImageLimits
+    chosen: frozenset[str] | None = None
+    columns: tuple[str, ...] = ()
+    masks: bool = False
+
+    def parts(self) -> Sequence[str]:
+        return self.shards.parts
+
+    def count(self) -> int:
+        return self.shards.count(self.selection) if self.chosen is None else len(self.chosen)
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "shards": self.shards.digest,
+            "selection": to_plain(self.selection),
+            "chosen": None if self.chosen is None else files.digest_of({"ids": sorted(self.chosen)}),
+            "limits": to_plain(self.limits),
+        }
+
+    def open(self, batch_size: int, threads: int) -> Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]:
+        reader = SampleReader(self.shards, self.selection, self.chosen, batch_size, self.limits, threads)
+        return lambda part, policy: reader.decoded(part, policy, self.columns, self.masks)
+
+
+@dataclass(frozen=True)
+class ValidationSource:
+    """The images of a validation set, in parts of `IMAGES_PER_TASK`.
+
+    Attributes:
+        uri: of the set, whose name is the digest of all that it depends on.
     """
 
     uri: str
-    names: tuple[str, ...]
-    bytes: int
-    images_per_second: float
+
+    def parts(self) -> Sequence[str]:
+        return [f"images-{start:06d}" for start in range(0, self.count(), IMAGES_PER_TASK)]
+
+    def count(self) -> int:
+        return len(ValidationSet(self.uri))
+
+    def key(self) -> dict[str, Any]:
+        return {"validation_set": self.uri.rsplit("/", 1)[-1], "images_per_task": IMAGES_PER_TASK}
+
+    def open(self, batch_size: int, threads: int) -> Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]:
+        validation_set = ValidationSet(self.uri)
+
+        def read(part: str, policy: InputPolicy) -> Iterator[list[DecodedSample]]:
+            first = int(part.rpartition("-")[2])
+            pixels = validation_set.pixels[first : first + IMAGES_PER_TASK]
+            for start in range(0, len(pixels), batch_size):
+                yield [DecodedSample(image, None, {}) for image in pixels[start : start + batch_size]]
+
+        return read
 
 
-def normals(categories: list[str]) -> Selection:
-    """The images that prepared sets hold for methods that learn from normal images."""
-    return Selection(("train", "val"), tuple(categories), (NORMAL,))
+# ------------------------------------------------------------------------------------------------- what is computed
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images that are computed on at once.
 
-
-def learnable(categories: list[str], labels: bool) -> Selection:
-    """The images that prepared sets hold.
-
-    Args:
-        categories: of the model.
-        labels: whether the method learns from anomalous images, too; only the "train" split has any to learn from.
+    Attributes:
+        samples: the images.
+        part: the part they are of, for errors.
     """
-    return Selection(("train",), tuple(categories), (NORMAL, ANOMALOUS)) if labels else normals(categories)
+
+    samples: list[DecodedSample]
+    part: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def column(self, name: str) -> list[Any]:
+        """Return a column of the source, a value for each image."""
+        return [sample.row[name] for sample in self.samples]
+
+    def tensor(self, method: Method) -> torch.Tensor:
+        """Return B×3×S×S normalised images on the method's device."""
+        return normalise([sample.pixels for sample in self.samples], method.input).to(method.device)
 
 
-def prepare(
-    shards: ShardSet,
-    categories: list[str],
-    policy: InputPolicy,
-    folder: str,
-    limits: ImageLimits,
-    runtime: RuntimeOptions,
-    encoder: TrainedMethod | None = None,
-    key: dict[str, Any] | None = None,
-    half: bool = True,
-    batch_size: int = 8,
-    labels: bool = False,
-    masks: bool = False,
-) -> PreparedSet:
-    """Compute a set, or find it computed.
+class BatchFunction(NamedTuple):
+    """What computes the arrays of a batch.
 
-    Args:
-        shards, categories: whose images.
-        policy: how images become input.
-        folder: below which sets lie, each under its key.
-        limits: what an image may cost.
-        runtime: actors.
-        encoder: method whose frozen features are wanted; None for pixels.
-        key: what the features depend on besides images and policy.
-        half: keep features as float16 instead of float32.
-        batch_size: images in one forward pass.
-        labels: see `learnable`.
-        masks: keep masks beside the pixels.
+    Attributes:
+        policy: how images become its input.
+        compute: the function.
+    """
+
+    policy: InputPolicy
+    compute: Callable[[ImageBatch], Arrays]
+
+
+class Extractor(Protocol):
+    """What is computed of images: plain data that is pickled on the way to the workers, and gives the function there.
+    Extractors that are equal compute the same."""
+
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        """Return the function of a batch.
+
+        Args:
+            load: gives the method of a model folder, on the device of the worker.
+
+        Raises:
+            ModelError: the model cannot be loaded, or is of another kind.
+        """
+
+
+def finite(array: np.ndarray, error: str) -> np.ndarray:
+    """Return an array whose values are all finite.
 
     Raises:
-        DataError: features are not finite in the chosen precision, an image or mask cannot be read, or an anomalous
-            image has no mask.
+        DataError: one is not; with the text given.
     """
-    selection = learnable(categories, labels)
-    plan = {
-        "tool": __version__,
-        "shards": shards.digest,
-        "categories": categories,
-        "input": to_plain(policy),
-        "encoder": key,
-        "half": half and encoder is not None,
-        "limits": to_plain(limits),
-        "labels": labels,
-        "masks": masks,
-    }
-    uri = files.join(folder, files.digest_of(plan)[:20])
-    with outputs.open_cache(uri, "features", plan) as complete:
-        if complete:
-            made = files.read_json(files.join(uri, "_manifest.json"))
-            return PreparedSet(uri, tuple(made["names"]), made["bytes"], 0.0)
-        model = None
-        if encoder is not None:
-            model = files.join(uri, "encoder")
-            Model(encoder, categories).save(model)
-        arguments = {
-            "shards": shards,
-            "selection": selection,
-            "policy": policy,
-            "output": uri,
-            "limits": limits,
-            "model": model,
-            "half": half,
-            "batch_size": batch_size,
-            "device": runtime.device if model else "cpu",
-            "threads": runtime.cpus_per_worker,
-            "masks": masks,
+    if not np.isfinite(array).all():
+        raise DataError(error)
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------------- the cache
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder of arrays computed of images, by its key.
+
+    Attributes:
+        uri: the folder.
+        kind: which of `outputs.KINDS` it is.
+        plan: all that its bytes depend on.
+        images: by the name of their group; the only group of a cache may be named "".
+    """
+
+    uri: str
+    kind: str
+    plan: dict[str, Any]
+    images: Mapping[str, ImageSource]
+
+    @staticmethod
+    def below(
+        folder: str,
+        kind: str,
+        images: Mapping[str, ImageSource],
+        computed: Mapping[str, Any],
+        runtime: RuntimeOptions | None = None,
+        batch_size: int | None = None,
+    ) -> FeatureCache:
+        """Return the cache that lies below a folder under its key; nothing is computed yet.
+
+        Args:
+            folder: of many caches.
+            kind: which of `outputs.KINDS`.
+            images: by the name of their group.
+            computed: what is computed of them, with its options and the digests of weights, as plain data.
+            runtime, batch_size: where the bits of results depend on device, threads and what shares a batch.
+        """
+        plan: dict[str, Any] = {
+            "tool": __version__,
+            "format": FORMAT,
+            "kind": kind,
+            "images": {name: source.key() for name, source in images.items()},
+            "computed": dict(computed),
         }
-        progress = Progress("frozen features" if model else "prepare images", shards.count(selection))
-        tasks = {part: {"part": part} for part in shards.parts}
-        records, rate = run_unfinished(PartPreparer, arguments, tasks, uri, runtime, progress, "rows")
-        size = sum(record["bytes"] for record in records.values())
-        names: list[str] = next((record["names"] for record in records.values() if record["rows"]), [])
-        if model:
-            files.remove(model)
-        outputs.finish(uri, {"names": names, "bytes": size, "rows": sum(record["rows"] for record in records.values())})
-        return PreparedSet(uri, tuple(names), size, rate)
+        if runtime is not None:
+            plan |= {"batch_size": batch_size, "device": runtime.device, "threads": runtime.cpus_per_worker}
+        return FeatureCache(files.join(folder, files.digest_of(plan)[:20]), kind, plan, images)
+
+    @property
+    def encoder(self) -> str:
+        """Folder inside the cache for a model that is made for it."""
+        return files.join(self.uri, "encoder")
+
+    def parts(self, group: str = "") -> list[str]:
+        """Return the names of the parts of a group, as of its files."""
+        return [part_name(part, group) for part in self.images[group].parts()]
+
+    def fill(
+        self,
+        extractors: Mapping[str, Extractor],
+        batch_size: int,
+        runtime: RuntimeOptions,
+        label: str,
+        encoder: Callable[[], Model] | None = None,
+    ) -> float:
+        """Compute the arrays, or those that are missing, or find them computed.
+
+        Args:
+            extractors: what is computed of the images of each group.
+            batch_size: images at once.
+            runtime: actors.
+            label: of the progress shown.
+            encoder: makes the model that is saved at `encoder` before anything is computed.
+
+        Returns:
+            Images per second; 0 if all was there.
+
+        Raises:
+            DataError: an image cannot be read, or a result is not finite.
+            BusyError: see `outputs.open_cache`.
+        """
+        with outputs.open_cache(self.uri, self.kind, self.plan) as complete:
+            if complete:
+                return 0.0
+            if encoder is not None and not is_model(self.encoder):
+                encoder().save(self.encoder)
+            arguments = {
+                "cache": self,
+                "extractors": dict(extractors),
+                "batch_size": batch_size,
+                "device": runtime.device,
+                "threads": runtime.cpus_per_worker,
+            }
+            tasks = {
+                part_name(part, group): {"group": group, "part": part}
+                for group, source in self.images.items()
+                for part in source.parts()
+            }
+            progress = Progress(label, sum(source.count() for source in self.images.values()))
+            records, rate = run_unfinished(CacheWriter, arguments, tasks, self.uri, runtime, progress, "rows")
+            size = sum(record["bytes"] for record in records.values())
+            names = dict.fromkeys(name for record in records.values() for name in record["arrays"])
+            progress.note(f"{size / 1e6:,.1f} MB kept in {self.uri}")
+            rows = sum(record["rows"] for record in records.values())
+            outputs.finish(self.uri, {"parts": list(tasks), "names": list(names), "rows": rows, "bytes": size})
+            return rate
+
+    def open(self, copies: Path | None = None) -> CachedFeatures:
+        """Return what reads the arrays; see `CachedFeatures`."""
+        return CachedFeatures(self.uri, copies)
+
+
+def part_name(part: str, group: str = "") -> str:
+    """Return the name of a part of a group in the names of its files."""
+    stem = part.removesuffix(".parquet")
+    return f"{stem}-{group}" if group else stem
 
 
 def array_name(part: str, name: str) -> str:
-    """File of one array of one part."""
-    return f"{part.removesuffix('.parquet')}-{name}.npy"
+    """Return the name of the file of an array of a part, as `part_name` gives it."""
+    return f"{part}-{name}.npy"
 
 
-class PartPreparer:
-    """Writes the arrays of one part. A `PartTask`; arguments as of `prepare`."""
+# ------------------------------------------------------------------------------------------------------------ writing
+class CacheWriter:
+    """Writes the arrays of one part of one group. A `PartTask`.
+
+    Memory holds a batch at a time, whatever the size of the part.
+
+    Args:
+        cache: where to.
+        extractors: what is computed of the images of each group.
+        batch_size: images at once.
+        device: where networks run.
+        threads: images decoded at the same time, ahead of the network.
+    """
 
     def __init__(
-        self,
-        shards: ShardSet,
-        selection: Selection,
-        policy: InputPolicy,
-        output: str,
-        limits: ImageLimits,
-        model: str | None,
-        half: bool,
-        batch_size: int,
-        device: str,
-        threads: int,
-        masks: bool = False,
+        self, cache: FeatureCache, extractors: Mapping[str, Extractor], batch_size: int, device: str, threads: int
     ) -> None:
-        self._shards, self._selection, self._policy, self._masks = shards, selection, policy, masks
-        self._output, self._limits, self._half, self._batch_size = output, limits, half, batch_size
-        self._encoder: TrainedMethod | None = None
-        if model is not None:
-            method = load_model(model, device).method
-            assert isinstance(method, TrainedMethod)
-            self._encoder = method
-        self._pool = ThreadPoolExecutor(threads)
+        self._cache, self._extractors, self._device = cache, extractors, device
+        self._batch_size, self._threads = batch_size, threads
+        self._methods: dict[str, Method] = {}
+        self._readers: dict[str, Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]] = {}
+        self._functions: dict[str, BatchFunction] = {}
 
     @torch.inference_mode()
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Write the arrays of a part and their record."""
-        part = task["part"]
-        rows = sum(batch.num_rows for batch in self._shards.read(part, self._selection, ["sample_id"]))
-        size = 0
+        """Write the arrays of a part, then their record."""
+        group, part = task["group"], task["part"]
+        name, uri = part_name(part, group), self._cache.uri
+        if group not in self._readers:
+            self._readers[group] = self._cache.images[group].open(self._batch_size, self._threads)
+            self._functions[group] = self._extractors[group].open(self._load)
+        policy, compute = self._functions[group]
+        rows = 0
+        written: dict[str, _ArrayFile] = {}
         with ExitStack() as stack:
-            handles: dict[str, IO[bytes]] = {}
-            for arrays in self._batches(part):
-                for name, array in arrays.items():
-                    if name not in handles:
-                        path = files.join(self._output, array_name(part, name))
-                        handles[name] = stack.enter_context(files.open_atomic(path))
-                        size += write_npy_header(handles[name], array.dtype, (rows, *array.shape[1:]))
-                    handles[name].write(array.tobytes())
-                    size += array.nbytes
-        names = [name for name in handles if name != DESCRIPTOR]
-        record = {"part": part, "rows": rows, "names": names, "bytes": size}
-        outputs.commit_part(self._output, part, record)
+            for samples in self._readers[group](part, policy):
+                for key, array in compute(ImageBatch(samples, part)).items():
+                    if key not in written:
+                        handle = stack.enter_context(files.open_atomic(files.join(uri, array_name(name, key))))
+                        written[key] = _ArrayFile(handle, array)
+                    written[key].append(array)
+                rows += len(samples)
+            arrays = {key: file.finish() for key, file in written.items()}
+        record = {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
+        outputs.commit_part(uri, name, record)
         return record
 
-    def _batches(self, part: str) -> Iterator[dict[str, np.ndarray]]:
-        waiting: list[dict[str, np.ndarray]] = []
-        for decoded in map_ahead(self._pool, self._decode, self._rows(part), 2 * self._batch_size):
-            waiting.append(decoded)
-            if len(waiting) == self._batch_size:
-                yield self._arrays(waiting, part)
-                waiting = []
-        if waiting:
-            yield self._arrays(waiting, part)
-
-    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
-        columns = ["sample_id", "image", "label", "mask"] if self._masks else ["sample_id", "image"]
-        for batch in self._shards.read(part, self._selection, columns):
-            yield from batch.to_pylist()
-
-    def _decode(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
-        decoded = {PIXELS: decode_row(row, self._policy, self._limits)}
-        if self._masks:
-            decoded[MASKS] = decode_row_mask(row, self._policy, self._limits)
-        return decoded
-
-    def _arrays(self, decoded: list[dict[str, np.ndarray]], part: str) -> dict[str, np.ndarray]:
-        if self._encoder is None:
-            return {name: np.stack([arrays[name] for arrays in decoded]) for name in decoded[0]}
-        images = normalise([arrays[PIXELS] for arrays in decoded], self._policy)
-        features = self._encoder.frozen_features(images.to(self._encoder.device))
-        means = [value.flatten(2).mean(2) for value in features.values()]  # each B C
-        arrays = {DESCRIPTOR: torch.cat(means, dim=1).float().cpu().numpy()}
-        for name, value in features.items():
-            kept = (value.half() if self._half else value.float()).cpu().numpy()
-            if not np.isfinite(kept).all():
-                kind = "half precision; use --data.feature_precision full" if self._half else "float32; check weights"
-                raise DataError(f"frozen features of {part} are not finite in {kind}")
-            arrays[name] = kept
-        return arrays
+    def _load(self, folder: str) -> Method:
+        """The method of a model folder, loaded once for all groups."""
+        if folder not in self._methods:
+            self._methods[folder] = load_model(folder, self._device).method
+        return self._methods[folder]
 
 
-def write_npy_header(handle: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """Header of a .npy file whose rows follow; returns its length."""
-    start = handle.tell()
-    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(handle, described)
-    return handle.tell() - start
+class _ArrayFile:
+    """A .npy file whose rows come one batch after another; their number is known at the end."""
+
+    def __init__(self, handle: IO[bytes], first: np.ndarray) -> None:
+        self._handle, self._dtype, self._shape = handle, first.dtype, first.shape[1:]
+        self._rows, self._digest = 0, hashlib.sha256()
+        self._write_header()
+
+    def append(self, array: np.ndarray) -> None:
+        if (array.dtype, array.shape[1:]) != (self._dtype, self._shape):
+            raise ValueError(f"rows of {array.dtype} {array.shape[1:]} after rows of {self._dtype} {self._shape}")
+        content = _content(array)
+        self._handle.write(content)
+        self._digest.update(content)
+        self._rows += len(array)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the number of rows into the header; what the part's record says of the array."""
+        size = self._handle.tell()
+        self._handle.seek(0)
+        self._write_header()  # NumPy leaves room for a first axis of any length, so it is as long as before
+        self._handle.seek(size)
+        shape = [self._rows, *self._shape]
+        return {"shape": shape, "dtype": self._dtype.str, "sha256": self._digest.hexdigest(), "bytes": size}
+
+    def _write_header(self) -> None:
+        described = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._rows, *self._shape),
+        }
+        np.lib.format.write_array_header_1_0(self._handle, described)
 
 
-class Arrays:
-    """The arrays of a prepared set, memory-mapped, with rows by (part number, row).
+def _content(array: np.ndarray) -> memoryview | bytes:
+    """The bytes of an array, without a copy of one that is contiguous."""
+    return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+class CachedFeatures:
+    """The arrays of a cache, memory-mapped. It may be pickled; arrays are opened anew in every process.
 
     Args:
-        uri: the set's folder.
-        parts: shard parts, in order.
-        names: arrays wanted.
-        copies: folder on this machine's disk to copy files to that lie on an object store.
+        uri: the folder of a cache.
+        copies: folder on this machine's disk to copy files to that lie on an object store; None takes one of its own.
+        parts: names of the parts, in order; None takes those of the finished cache.
+
+    Attributes:
+        uri: the folder.
+        parts: names of the parts, in order.
+
+    Raises:
+        DataError: the cache is not finished.
     """
 
-    def __init__(self, uri: str, parts: list[str], names: tuple[str, ...], copies: Path) -> None:
-        self._uri, self._parts, self._copies = uri, parts, copies
-        self.names = names
-        self._open: dict[tuple[int, str], np.ndarray] = {}
+    def __init__(self, uri: str, copies: Path | None = None, parts: Sequence[str] | None = None) -> None:
+        self.uri, self._copies = uri, copies
+        self._own_copies = False
+        self._records: dict[str, dict[str, Any]] = {}
+        self._open: dict[tuple[str, str], np.ndarray] = {}
+        self.parts = list(self.manifest()["parts"] if parts is None else parts)
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what is known of the whole cache: its parts, the names of its arrays, rows and bytes.
+
+        Raises:
+            DataError: the cache is not finished.
+        """
+        try:
+            manifest: dict[str, Any] = files.read_json(files.join(self.uri, MANIFEST))
+        except FileNotFoundError as error:
+            raise DataError(f"{self.uri} is not finished; run the same command again, it continues") from error
+        except ValueError as error:
+            raise self._damaged(MANIFEST) from error
+        return manifest
+
+    def rows(self, part: str) -> int:
+        """Return how many images a part has."""
+        return int(self._record(part)["rows"])
+
+    def has(self, part: str, name: str) -> bool:
+        """Return whether there is such an array of a part; none is there of a part without images."""
+        return name in self._record(part)["arrays"]
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a row of an array.
+
+        Raises:
+            DataError: no part has it.
+        """
+        for part in self.parts:
+            if self.has(part, name):
+                return tuple(self._record(part)["arrays"][name]["shape"][1:])
+        raise DataError(f"{self.uri} holds no {name}; remove that folder and run the same command again")
+
+    def array(self, part: str, name: str) -> np.ndarray:
+        """Return an array of a part, memory-mapped.
+
+        Raises:
+            DataError: there is none, or its file is missing, damaged or another one.
+        """
+        if (part, name) not in self._open:
+            self._open[part, name] = self._checked(part, name)
+        return self._open[part, name]
+
+    def arrays(self, name: str, parts: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Return an array of every part that has it, in order; `parts` are all unless given."""
+        return [self.array(part, name) for part in (self.parts if parts is None else parts) if self.has(part, name)]
 
     def row(self, name: str, part: int, row: int) -> np.ndarray:
-        """One row of an array."""
-        key = (part, name)
-        if key not in self._open:
-            path = files.join(self._uri, array_name(self._parts[part], name))
-            self._open[key] = files.map_array(path, self._copies)
-        return self._open[key][row]
+        """Return one row of an array, by the number of its part."""
+        return self.array(self.parts[part], name)[row]
+
+    def _record(self, part: str) -> dict[str, Any]:
+        if part not in self._records:
+            try:
+                record = outputs.part_record(self.uri, part)
+            except ValueError as error:
+                raise self._damaged(f"_{part}.json") from error
+            if record is None or "arrays" not in record:
+                raise DataError(f"{self.uri} has no part {part}; remove that folder and run the same command again")
+            self._records[part] = record
+        return self._records[part]
+
+    def _checked(self, part: str, name: str) -> np.ndarray:
+        told = self._record(part)["arrays"].get(name)
+        if told is None:
+            raise DataError(f"{self.uri} holds no {name} of {part}; remove that folder and run the same command again")
+        file = array_name(part, name)
+        try:
+            array = files.map_array(files.join(self.uri, file), self._copies_folder())
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise self._damaged(file) from error
+        if (list(array.shape), array.dtype.str) != (told["shape"], told["dtype"]):
+            raise self._damaged(file)
+        if array.nbytes <= CHECKED_BYTES and hashlib.sha256(_content(array)).hexdigest() != told["sha256"]:
+            raise self._damaged(file)
+        return array
+
+    def _copies_folder(self) -> Path:
+        if self._copies is not None:
+            return self._copies
+        if files.is_local(self.uri):
+            return Path()  # of which no use is made
+        self._copies, self._own_copies = Path(mkdtemp(prefix="unianom-features-")), True
+        weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        return self._copies
+
+    def _damaged(self, file: str) -> DataError:
+        path = files.join(self.uri, file)
+        return DataError(
+            f"{path} is missing, damaged or another one than was written; remove the folder {self.uri} and run the "
+            f"same command again, which computes it anew"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # maps are opened anew in every process
+        copies = None if self._own_copies else self._copies
+        return {**self.__dict__, "_open": {}, "_copies": copies, "_own_copies": False}
+
+
+class JoinedRows:
+    """The rows of several arrays, one after another, by number; memory-mapped arrays stay on disk.
+
+    Args:
+        arrays: of the same type and shape but for their number of rows; one with a row at least.
+
+    Attributes:
+        rows: number of all rows.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = [array for array in arrays if len(array)]
+        self._starts = np.cumsum([0, *(len(array) for array in self._arrays)])
+        self.rows = int(self._starts[-1])
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Return rows, in the order of `indices`."""
+        first = self._arrays[0]
+        taken = np.empty((len(indices), *first.shape[1:]), first.dtype)
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        for number in np.unique(numbers):
+            inside = numbers == number
+            taken[inside] = self._arrays[number][indices[inside] - self._starts[number]]
+        return taken

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,14 +57,37 @@ def missing_masks(sample_ids: list[str]) -> str:
     )
 
 
+class DecodedSample(NamedTuple):
+    """A sample as input of a method.
+
+    Attributes:
+        pixels: S×S×3 uint8.
+        mask: S×S bool; None where none was asked for.
+        row: the columns asked for, by name.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    row: dict[str, Any]
+
+
 class SampleReader:
-    """Reads chosen samples of a part as network input, decoded ahead. What all passes over normals share."""
+    """Reads chosen samples of a part as network input, decoded ahead. What all passes over images share.
+
+    Args:
+        shards: where they lie.
+        selection: which samples.
+        chosen: sample_ids of those among them that are read; None for all.
+        batch_size: samples at once.
+        limits: what an image may cost.
+        threads: images decoded at the same time.
+    """
 
     def __init__(
         self,
         shards: ShardSet,
         selection: Selection,
-        chosen: frozenset[str],
+        chosen: frozenset[str] | None,
         batch_size: int,
         limits: ImageLimits,
         threads: int,
@@ -75,19 +98,42 @@ class SampleReader:
 
     def batches(self, part: str, method: Method) -> Iterator[torch.Tensor]:
         """B×3×S×S batches of the chosen samples, in the order of the part."""
+        for samples in self.decoded(part, method.input):
+            yield normalise([sample.pixels for sample in samples], method.input).to(method.device)
 
-        def prepare(row: dict[str, Any]) -> np.ndarray:
-            return decode_row(row, method.input, self._limits)
+    def decoded(
+        self, part: str, policy: InputPolicy, columns: Sequence[str] = (), masks: bool = False
+    ) -> Iterator[list[DecodedSample]]:
+        """Return batches of the chosen samples, in the order of the part.
 
-        waiting: list[np.ndarray] = []
-        for pixels in map_ahead(self._pool, prepare, self._rows(part), 2 * self._batch_size):
-            waiting.append(pixels)
+        Args:
+            part: of the shard set.
+            policy: how images become input.
+            columns: what else is asked for of each sample.
+            masks: whether masks are decoded, too.
+
+        Raises:
+            DataError: an image or mask cannot be read, or an anomalous sample has no mask.
+        """
+
+        def decode(row: dict[str, Any]) -> DecodedSample:
+            pixels = decode_row(row, policy, self._limits)
+            mask = decode_row_mask(row, policy, self._limits) if masks else None
+            return DecodedSample(pixels, mask, {name: row[name] for name in columns})
+
+        needed = ["sample_id", "image", *(["label", "mask"] if masks else []), *columns]
+        rows = self._rows(part, list(dict.fromkeys(needed)))
+        waiting: list[DecodedSample] = []
+        for sample in map_ahead(self._pool, decode, rows, 2 * self._batch_size):
+            waiting.append(sample)
             if len(waiting) == self._batch_size:
-                yield normalise(waiting, method.input).to(method.device)
+                yield waiting
                 waiting = []
         if waiting:
-            yield normalise(waiting, method.input).to(method.device)
+            yield waiting
 
-    def _rows(self, part: str) -> Iterator[dict[str, Any]]:
-        for batch in self._shards.read(part, self._selection, ["sample_id", "image"]):
-            yield from (row for row in batch.to_pylist() if row["sample_id"] in self._chosen)
+    def _rows(self, part: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+        for batch in self._shards.read(part, self._selection, columns):
+            for row in batch.to_pylist():
+                if self._chosen is None or row["sample_id"] in self._chosen:
+                    yield row

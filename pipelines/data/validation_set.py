@@ -1,5 +1,5 @@
-"""The images that the settings of a campaign are compared on, without test data: labelled ones of the "val" split, or
-held-out normal images with synthetic anomalies of several kinds.
+"""The images that trainings are validated on and the settings of a campaign compared on, without test data: labelled
+ones of the "val" split, or held-out normal images with synthetic anomalies.
 
 Which setting is best on such images need not be best on real defects; how well the two agree is measured only after a
 campaign has chosen (`jobs/tune.py --diagnose true`).
@@ -8,9 +8,9 @@ campaign has chosen (`jobs/tune.py --diagnose true`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,87 @@ ATTEMPTS = 10
 
 
 # ------------------------------------------------------------------------------------------------------------- building
+@dataclass(frozen=True)
+class ValidationImage:
+    """An image to validate on.
+
+    Attributes:
+        sample_id: of the sample that it is, or is a copy of.
+        category: its category.
+        recipe: "normal", `LABELLED`, `TESTED`, or the kind of synthetic anomaly it was copied with.
+        label: 0 normal, 1 anomalous.
+        pixels: S×S×3 uint8.
+        mask: S×S bool, true where it is anomalous; None where that is not known.
+    """
+
+    sample_id: str
+    category: str
+    recipe: str
+    label: int
+    pixels: np.ndarray
+    mask: np.ndarray | None
+
+
+AnomalyMaker = Callable[[np.ndarray, np.ndarray, np.random.Generator], Synthetic]
+"""Makes an anomalous copy of a normal image, given another normal one and the generator that decides everything."""
+
+
+def choose_validation_images(
+    shards: ShardSet,
+    categories: Sequence[str],
+    held_out: frozenset[str],
+    policy: InputPolicy,
+    limits: ImageLimits,
+    *,
+    normals: int,
+    anomalous: int | None,
+    labelled: bool,
+    makers: Mapping[str, AnomalyMaker],
+    seed: int,
+) -> list[ValidationImage]:
+    """Choose held-out normal images, and anomalous ones: those of the "val" split, or synthetic copies of the normal
+    ones. Training and campaigns validate on what this gives; no test image is read.
+
+    Args:
+        shards, categories: the corpus.
+        held_out: sample_ids of normal images that nothing is learned from.
+        policy: how images become input.
+        limits: what an image may cost.
+        normals: how many normal images, an even share of every category, but at least one of each.
+        anomalous: how many labelled ones, likewise; None for all.
+        labelled: whether anomalous images are those of the "val" split.
+        makers: otherwise each makes a copy of every normal image, by the name of its kind.
+        seed: of the choice and of the copies.
+
+    Returns:
+        The normal images in the order of the shards, then the anomalous ones. A copy in which nothing was changed is
+        among them, labelled normal.
+
+    Raises:
+        DataError: an image cannot be read under these limits.
+    """
+    selection = Selection(("train", "val"), tuple(categories), (NORMAL,))
+    images = _read(shards, selection, _shares(shards, selection, held_out, normals, seed), "normal", policy, limits)
+    if labelled:
+        selection = Selection(("val",), tuple(categories), (ANOMALOUS,))
+        chosen = None if anomalous is None else _shares(shards, selection, None, anomalous, seed)
+        return images + _read(shards, selection, chosen, LABELLED, policy, limits)
+    copies = []
+    for kind, maker in makers.items():
+        for number, image in enumerate(images):
+            # names, not counts, decide, so that a kind more or less leaves the others as they are
+            rng = np.random.default_rng([seed, number, *kind.encode()])
+            made = maker(image.pixels, images[number - 1].pixels, rng)
+            label = ANOMALOUS if made.mask.any() else NORMAL
+            copies.append(ValidationImage(image.sample_id, image.category, kind, label, made.image, made.mask))
+    return images + copies
+
+
+def has_labelled(shards: ShardSet, categories: Sequence[str]) -> bool:
+    """Return whether the "val" split holds anomalous images of these categories."""
+    return shards.count(Selection(("val",), tuple(categories), (ANOMALOUS,))) > 0
+
+
 def build_validation_set(
     shards: ShardSet,
     categories: Sequence[str],
@@ -69,10 +150,9 @@ def build_validation_set(
         DataError: there is nothing to compare on, an image cannot be read, or textures are missing.
     """
     labelled = options.labelled
-    anomalous = Selection(("val",), tuple(categories), (ANOMALOUS,))
     if labelled is None:
-        labelled = shards.count(anomalous) > 0
-    elif labelled and not shards.count(anomalous):
+        labelled = has_labelled(shards, categories)
+    elif labelled and not has_labelled(shards, categories):
         raise DataError(
             f'{shards.uri} has no anomalous image in a "val" split; leave out --validation.labelled, or ingest one'
         )
@@ -89,16 +169,20 @@ def build_validation_set(
     with outputs.open_cache(uri, "validation set", plan) as complete:
         if complete:
             return uri
-        groups: dict[str, list[str]] = {name: [] for name in categories}
-        normals = Selection(("train", "val"), tuple(categories), (NORMAL,))
-        for row in shards.table(normals, ["sample_id", "category"]).to_pylist():
-            if row["sample_id"] in held_out:
-                groups[row["category"]].append(row["sample_id"])
-        made = _read(shards, normals, _shares(groups, options.normals, options.seed), "normal", policy, limits)
-        if labelled:
-            made += _read(shards, anomalous, None, LABELLED, policy, limits)
-        else:
-            made += _synthetic(made, options, policy)
+        made = choose_validation_images(
+            shards,
+            categories,
+            held_out,
+            policy,
+            limits,
+            normals=options.normals,
+            anomalous=None,
+            labelled=labelled,
+            makers={} if labelled else _makers(options, policy),
+            seed=options.seed,
+        )
+        # a copy that changed nothing is no anomaly, and no further normal image either
+        made = [image for image in made if image.label == ANOMALOUS or image.recipe == "normal"]
         for label, kind in ((NORMAL, "normal"), (ANOMALOUS, "anomalous")):
             missing = sorted(set(categories) - {image.category for image in made if image.label == label})
             if missing:
@@ -137,32 +221,26 @@ def build_tests(
         made = []
         for label, kind in ((NORMAL, "normal"), (ANOMALOUS, TESTED)):
             selection = Selection(("test",), tuple(categories), (label,))
-            groups: dict[str, list[str]] = {}
-            for row in shards.table(selection, ["sample_id", "category"]).to_pylist():
-                groups.setdefault(row["category"], []).append(row["sample_id"])
-            if not groups:
+            if not shards.count(selection):
                 raise DataError(
                     f"{shards.uri} has no {kind} image in a labelled test split, so nothing can be diagnosed"
                 )
-            made += _read(shards, selection, _shares(groups, MOST_TEST_IMAGES // 2, 0), kind, policy, limits)
+            chosen = _shares(shards, selection, None, MOST_TEST_IMAGES // 2, 0)
+            made += _read(shards, selection, chosen, kind, policy, limits)
         _write(uri, made)
         return uri
 
 
-def _shares(groups: Mapping[str, list[str]], count: int, seed: int) -> frozenset[str]:
-    """An even share of every group, at least one of each."""
+def _shares(
+    shards: ShardSet, selection: Selection, among: frozenset[str] | None, count: int, seed: int
+) -> frozenset[str]:
+    """Names of selected samples, of those `among` them: an even share of every category, at least one of each."""
+    groups: dict[str, list[str]] = {}
+    for row in shards.table(selection, ["sample_id", "category"]).to_pylist():
+        if among is None or row["sample_id"] in among:
+            groups.setdefault(row["category"], []).append(row["sample_id"])
     share = max(1, count // max(1, len(groups)))
     return frozenset(name for names in groups.values() for name in hash_order(names, seed)[:share])
-
-
-@dataclass(frozen=True)
-class _Image:
-    sample_id: str
-    category: str
-    recipe: str
-    label: int
-    pixels: np.ndarray
-    mask: np.ndarray | None
 
 
 def _read(
@@ -172,7 +250,7 @@ def _read(
     kind: str,
     policy: InputPolicy,
     limits: ImageLimits,
-) -> list[_Image]:
+) -> list[ValidationImage]:
     """Images of one label, those chosen or all, with their masks; in a normal one nothing is marked."""
     images = []
     label = NORMAL if selection.labels == (NORMAL,) else ANOMALOUS
@@ -186,40 +264,33 @@ def _read(
                     mask = prepare_mask(decode_mask(row["mask"], limits=limits), policy)
                     mask = mask if mask.any() else None  # the crop leaves the defect out
                 pixels = decode_row(row, policy, limits)
-                images.append(_Image(row["sample_id"], row["category"], kind, label, pixels, mask))
+                images.append(ValidationImage(row["sample_id"], row["category"], kind, label, pixels, mask))
     return images
 
 
-def _synthetic(normals: Sequence[_Image], options: ValidationOptions, policy: InputPolicy) -> list[_Image]:
+def _makers(options: ValidationOptions, policy: InputPolicy) -> dict[str, AnomalyMaker]:
+    """What makes the synthetic anomalies of a campaign, by kind."""
     try:
         textures = None if options.textures is None else TextureSource(options.textures, policy.side)
     except DataError as error:
         raise DataError(f"--validation.textures: {error}") from error
     draem = Synthesiser(SynthesisConfig(cutpaste_share=0, textures=options.textures, empty_retries=ATTEMPTS), textures)
-    copies = []
-    for recipe in options.recipes:
-        for number, image in enumerate(normals):
-            # names, not counts, decide, so that a recipe more or less leaves the others as they are
-            rng = np.random.default_rng([options.seed, number, *recipe.encode()])
-            made = _copy(recipe, image.pixels, normals[number - 1].pixels, rng, draem)
-            if made.mask.any():  # one that changed nothing is no anomaly
-                copies.append(_Image(image.sample_id, image.category, recipe, ANOMALOUS, made.image, made.mask))
-    return copies
+    return {kind: partial(_copy, kind, draem) for kind in options.recipes}
 
 
 def _copy(
-    recipe: AnomalyKind, pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator, draem: Synthesiser
+    kind: AnomalyKind, draem: Synthesiser, pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator
 ) -> Synthetic:
     makers = {"cutpaste_patch": cutpaste_patch, "cutpaste_scar": cutpaste_scar, "shade": shade}
     for _ in range(ATTEMPTS):
-        made = draem(pixels, rng, other) if recipe == "texture" else makers[recipe](pixels, rng)
+        made = draem(pixels, rng, other) if kind == "texture" else makers[kind](pixels, rng)
         changed = (made.image != pixels).any(2)  # what is pasted may be what was there, such as black on black
         if changed.any():
             break
     return replace(made, mask=changed)
 
 
-def _write(uri: str, images: Sequence[_Image]) -> None:
+def _write(uri: str, images: Sequence[ValidationImage]) -> None:
     side = images[0].pixels.shape[0]
     files.write_array(files.join(uri, "pixels.npy"), np.stack([image.pixels for image in images]))
     nothing = np.zeros((side, side), bool)
@@ -300,7 +371,8 @@ class ValidationSet:
             )
 
     @cached_property
-    def _pixels(self) -> np.ndarray:
+    def pixels(self) -> np.ndarray:
+        """N×S×S×3 uint8."""
         return files.read_array(files.join(self.uri, "pixels.npy"))
 
     @cached_property
@@ -316,7 +388,7 @@ class ValidationSet:
         self, batch_size: int, policy: InputPolicy, device: torch.device, first: int = 0, last: int | None = None
     ) -> Iterator[torch.Tensor]:
         """B×3×S×S normalised images, in order; those from `first` to before `last`."""
-        pixels = self._pixels[first:last]
+        pixels = self.pixels[first:last]
         for start in range(0, len(pixels), batch_size):
             yield normalise(list(pixels[start : start + batch_size]), policy).to(device)
 

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.embeddings import EmbeddingReader, EmbeddingSet, Side, embed_once
+from pipelines.evaluation.embeddings import EmbeddedImages, Side, embed_once
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
-from pipelines.runtime.models import load_model
+from pipelines.runtime.models import load_memory_method
 from pipelines.runtime.progress import Progress
 from pipelines.training.memory_bank import build_bank
 from pipelines.training.per_category import weights_digest
@@ -29,7 +29,6 @@ from unianom import __version__, files
 from unianom.configs import method_of
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
-from unianom.methods import MemoryMethod
 from unianom.options import to_plain
 
 SECTION = "section.json"
@@ -75,18 +74,16 @@ class BankScorer:
 
     def __init__(
         self,
-        embedded: EmbeddingSet,
+        embedded: EmbeddedImages,
         config: Any,
         batch_size: int,
         output: str,
         plan: str,
         tasks: Sequence[dict[str, Any]],
     ) -> None:
-        method = load_model(embedded.encoder, "cpu").method
-        assert isinstance(method, MemoryMethod)
-        self.method, self.config, self.output, self.plan = method, config, output, plan
-        self.tasks = tasks
-        self.reader = EmbeddingReader(embedded)
+        self.method = load_memory_method(embedded.encoder, "cpu")
+        self.config, self.output, self.plan, self.tasks = config, output, plan, tasks
+        self.reader = embedded
         self._batch_size = batch_size
 
     def fit(self, chosen: frozenset[str]) -> dict[str, Any]:

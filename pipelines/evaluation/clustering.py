@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,27 +25,24 @@ from PIL import Image, ImageDraw
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from pipelines.data.reader import SampleReader
+from pipelines.data.feature_cache import Arrays, BatchFunction, FeatureCache, ImageBatch, SampleSource, part_name
 from pipelines.evaluation.options import ClusterOptions
 from pipelines.reporting.contact_sheet import font, sheet_png
 from pipelines.reporting.gallery import SCALE_MAPS
 from pipelines.reporting.samples import STORED, as_seen, read_samples
 from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.model_set import ModelSet
-from pipelines.runtime.models import load_model
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.models import memory_method
 from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files, visual
-from unianom.data.image import ImageLimits, InputPolicy
+from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, ModelError, OptionError
-from unianom.methods import METHODS, MemoryMethod
-from unianom.methods.base import MaskedPatches
+from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.layers.maps import grid_to_map
 from unianom.metrics.clustering import clustering_metrics, contingency, match_clusters
 from unianom.options import from_plain, to_plain
@@ -149,47 +146,30 @@ def _k_ratio(options: ClusterOptions, model: Mapping[str, Any]) -> float:
 def keep_features(
     options: ClusterOptions, shards: ShardSet, model_set: ModelSet, models: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Compute the features of all images of the splits, or find them computed; returns their folder.
+    """Compute the features of all images of the splits, or find them computed; returns the folder of their cache.
 
     They depend on neither variant, pooling, number of clusters nor choice of categories.
     """
-    plan = {
-        "tool": __version__,
-        "shards": shards.digest,
-        "models": [model["digest"] for model in models],
-        "splits": list(options.splits),
-        "keep_ratio": options.keep_ratio,
-        "batch_size": options.batch_size,
-        "limits": to_plain(options.limits),
-        "device": options.runtime.device,
-        "threads": options.runtime.cpus_per_worker,
-    }
-    folder = files.full_uri(options.features or files.beside(options.output, "cluster_features"))
-    uri = files.join(folder, files.digest_of(plan)[:20])
-    with outputs.open_cache(uri, "cluster features", plan) as complete:
-        if complete:
-            return uri
-        arguments = {
-            "shards": shards,
-            "model_set": model_set,
-            "splits": options.splits,
-            "output": uri,
-            "keep_ratio": options.keep_ratio,
-            "batch_size": options.batch_size,
-            "limits": options.limits,
-            "device": options.runtime.device,
-            "threads": options.runtime.cpus_per_worker,
-        }
-        tasks = {feature_part(p, n): {"part": p, "model": n} for p in shards.parts for n in range(len(models))}
-        progress = Progress("features", shards.count(Selection(options.splits)))
-        run_unfinished(PartFeatures, arguments, tasks, uri, options.runtime, progress, "images")
-        outputs.finish(uri, {"kind": "cluster features", "images": shards.count(Selection(options.splits))})
-        return uri
+    groups = {str(number): folder for number, folder in enumerate(model_set.folders)}
+    cache = FeatureCache.below(
+        files.full_uri(options.features or files.beside(options.output, "cluster_features")),
+        "cluster features",
+        {
+            number: SampleSource(shards, Selection(options.splits, categories_of(model_set, folder)), options.limits)
+            for number, folder in groups.items()
+        },
+        {"models": [model["digest"] for model in models], "keep_ratio": options.keep_ratio},
+        options.runtime,
+        options.batch_size,
+    )
+    extractors = {number: AnomalousPatches(folder, options.keep_ratio) for number, folder in groups.items()}
+    cache.fill(extractors, options.batch_size, options.runtime, "features")
+    return cache.uri
 
 
 def feature_part(part: str, model: int) -> str:
-    """Name under which the features of one part by one model are committed."""
-    return f"{part.removesuffix('.parquet')}-{model}"
+    """Name under which the features of one part by one model are cached."""
+    return part_name(part, str(model))
 
 
 def categories_of(model_set: ModelSet, folder: str) -> tuple[str, ...]:
@@ -197,76 +177,34 @@ def categories_of(model_set: ModelSet, folder: str) -> tuple[str, ...]:
     return tuple(sorted(name for name, own in model_set.by_category.items() if own == folder))
 
 
-class PartFeatures:
-    """Writes what describes the images of one part by one model. A `PartTask`.
+@dataclass(frozen=True)
+class AnomalousPatches:
+    """What describes an image by its most anomalous patches. An `Extractor`.
 
-    Files: `-distances.npy` n×N, `-top.npy` n×T×D (patches of largest distance, the largest first; equal ones by
-    place) and `-mean.npy` n×D (of all patches, masked ones included), float32.
+    Arrays: "distances" n×N, "top" n×T×D (patches of largest distance, the largest first; equal ones by place) and
+    "mean" n×D (of all patches, masked ones included), float32.
 
-    Args:
-        shards: the shard set.
-        model_set: models.
-        splits: which images.
-        output: folder of the features.
+    Attributes:
+        model: folder of a memory method.
         keep_ratio: T as a share of N.
-        batch_size: images in one forward pass.
-        limits: what an image may cost.
-        device: where networks run.
-        threads: images decoded at the same time.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        model_set: ModelSet,
-        splits: tuple[str, ...],
-        output: str,
-        keep_ratio: float,
-        batch_size: int,
-        limits: ImageLimits,
-        device: str,
-        threads: int,
-    ) -> None:
-        self._shards, self._shelf, self._splits, self._output = shards, model_set, splits, output
-        self._keep_ratio, self._batch_size, self._limits = keep_ratio, batch_size, limits
-        self._device, self._threads = device, threads
-        self._methods: dict[int, MemoryMethod] = {}
+    model: str
+    keep_ratio: float
 
-    @torch.inference_mode()
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Write the features of a part by a model, and their record."""
-        part, number = task["part"], task["model"]
-        folder = self._shelf.folders[number]
-        selection = Selection(self._splits, categories_of(self._shelf, folder))
-        ids = [i for b in self._shards.read(part, selection, ["sample_id"]) for i in b["sample_id"].to_pylist()]
-        method = self._method(number, folder)
-        reader = SampleReader(self._shards, selection, frozenset(ids), self._batch_size, self._limits, self._threads)
-        found: dict[str, list[np.ndarray]] = {"distances": [], "top": [], "mean": []}
-        for batch in reader.batches(part, method):
-            for name, values in self._describe(method, method.embed(batch)).items():
-                found[name].append(values)
-        name = feature_part(part, number)
-        for kind, arrays in found.items():
-            array = np.concatenate(arrays) if arrays else np.zeros((0, 0), np.float32)
-            files.write_array(files.join(self._output, f"{name}-{kind}.npy"), array)
-        record = {"images": len(ids)}
-        outputs.commit_part(self._output, name, record)
-        return record
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        method = memory_method(load(self.model))
 
-    def _describe(self, method: MemoryMethod, embedding: MaskedPatches) -> dict[str, np.ndarray]:
-        distances = method.patch_distances(embedding).cpu().numpy()  # B N
-        patches = embedding.patches.float().cpu().numpy()  # B N D
-        top = max(1, round(self._keep_ratio * distances.shape[1]))
-        order = np.argsort(-distances, axis=1, kind="stable")[:, :top]  # B T
-        chosen = np.take_along_axis(patches, order[:, :, None], axis=1)
-        return {"distances": distances, "top": chosen, "mean": patches.mean(1, dtype=np.float64).astype(np.float32)}
+        def compute(batch: ImageBatch) -> Arrays:
+            embedding = method.embed(batch.tensor(method))
+            distances = method.patch_distances(embedding).cpu().numpy()  # B N
+            patches = embedding.patches.float().cpu().numpy()  # B N D
+            top = max(1, round(self.keep_ratio * distances.shape[1]))
+            order = np.argsort(-distances, axis=1, kind="stable")[:, :top]  # B T
+            chosen = np.take_along_axis(patches, order[:, :, None], axis=1)
+            return {"distances": distances, "top": chosen, "mean": patches.mean(1, dtype=np.float64).astype(np.float32)}
 
-    def _method(self, number: int, folder: str) -> MemoryMethod:
-        if number not in self._methods:
-            method = load_model(folder, self._device).method
-            assert isinstance(method, MemoryMethod)
-            self._methods[number] = method
-        return self._methods[number]
+        return BatchFunction(method.input, compute)
 
 
 def describe_images(

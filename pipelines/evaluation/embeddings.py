@@ -1,39 +1,32 @@
 """Images embedded once, for protocols that fit and score many banks of the same images.
 
-    shards ─▶ actors: decode, embed, mask ─▶ patch files of both splits, one per part ─▶ any bank, any scoring
+    shards ─▶ actors: decode, embed, mask ─▶ cached patches of both splits ─▶ any bank, any scoring
 
-A set lies below its content key (shards, method, input …), so all protocols and draws with the same encoder share it,
-and a killed run continues. Patches are the very ones that jobs/train.py and jobs/score.py would make: with batches of
-one image to the last bit, with larger batches up to the rounding of the forward pass.
+All protocols and draws with the same encoder share the cache. Patches are the very ones that jobs/train.py and
+jobs/score.py would make: with batches of one image to the last bit, with larger batches up to the rounding of the
+forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from pipelines.data.reader import SampleReader
+from pipelines.data.feature_cache import CachedFeatures, Extractor, FeatureCache, SampleSource, part_name
+from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
 from pipelines.evaluation.options import EmbeddingOptions
-from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
-from pipelines.runtime.models import load_model
-from pipelines.runtime.progress import Progress
-from pipelines.training.memory_bank import PatchMatrix
 from pipelines.training.per_category import weights_digest
-from unianom import __version__, files
-from unianom.data.image import ImageLimits
+from unianom import files
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError, OptionError
+from unianom.errors import OptionError
 from unianom.memory_limit import memory_limit
-from unianom.methods import METHODS, MemoryMethod
+from unianom.methods import METHODS
 from unianom.methods.base import MaskedPatches
-from unianom.model import Model, is_model
+from unianom.model import Model
 from unianom.options import to_plain
 
 Side = Literal["train", "test"]
@@ -42,29 +35,9 @@ COLUMNS = ("sample_id", "category", "defect", "label")
 """What is known of an embedded image."""
 
 
-@dataclass(frozen=True)
-class EmbeddingSet:
-    """A finished set of embedded images.
-
-    Attributes:
-        uri: its folder.
-        shards: whose images.
-        selections: which of them, by side.
-    """
-
-    uri: str
-    shards: ShardSet
-    selections: dict[Side, Selection]
-
-    @property
-    def encoder(self) -> str:
-        """Model folder, without a bank, that embedded them."""
-        return files.join(self.uri, "encoder")
-
-
 def embed_once(
     name: str, config: Any, options: EmbeddingOptions, shards: ShardSet, selections: dict[Side, Selection]
-) -> EmbeddingSet:
+) -> EmbeddedImages:
     """Embed the images of both sides, or find them embedded.
 
     Args:
@@ -80,39 +53,24 @@ def embed_once(
     _check_scope(config, options.batch_size)
     plain = to_plain(config)
     del plain["bank"]
-    plan = {
-        "tool": __version__,
-        "method": name,
-        "config": plain,
-        "weights": weights_digest(config.backbone.weights),
-        "shards": shards.digest,
-        "selections": to_plain(selections),
-        "batch_size": options.batch_size,
-        "limits": to_plain(options.limits),
-        "device": options.runtime.device,
-        "threads": options.runtime.cpus_per_worker,
+    cache = FeatureCache.below(
+        files.full_uri(options.embeddings or files.beside(options.output, "embeddings")),
+        "embeddings",
+        {side: SampleSource(shards, selection, options.limits) for side, selection in selections.items()},
+        {"method": name, "config": plain, "weights": weights_digest(config.backbone.weights)},
+        options.runtime,
+        options.batch_size,
+    )
+
+    def encoder() -> Model:
+        with memory_limit(f"--method: {name}"):
+            return Model(METHODS[name](config), shards.categories)
+
+    extractors: dict[str, Extractor] = {
+        side: KeptPatches(cache.encoder, for_bank=side == "train") for side in selections
     }
-    folder = files.full_uri(options.embeddings or files.beside(options.output, "embeddings"))
-    uri = files.join(folder, files.digest_of(plan)[:20])
-    made = EmbeddingSet(uri, shards, selections)
-    with outputs.open_cache(uri, "embeddings", plan) as complete:
-        if complete:
-            return made
-        if not is_model(made.encoder):
-            with memory_limit(f"--method: {name}"):
-                Model(METHODS[name](config), shards.categories).save(made.encoder)
-        arguments = {
-            "embedded": made,
-            "batch_size": options.batch_size,
-            "limits": options.limits,
-            "device": options.runtime.device,
-            "threads": options.runtime.cpus_per_worker,
-        }
-        tasks = {patch_file(part, side): {"part": part, "side": side} for part in shards.parts for side in selections}
-        progress = Progress("embed", sum(shards.count(selection) for selection in selections.values()))
-        run_unfinished(PartEmbedder, arguments, tasks, uri, options.runtime, progress, "images")
-        outputs.finish(uri, {"images": {side: shards.count(selection) for side, selection in selections.items()}})
-        return made
+    cache.fill(extractors, options.batch_size, options.runtime, "embed", encoder)
+    return EmbeddedImages(cache, shards, selections)
 
 
 def _check_scope(config: Any, batch_size: int) -> None:
@@ -123,87 +81,40 @@ def _check_scope(config: Any, batch_size: int) -> None:
         )
 
 
-def patch_file(part: str, side: str) -> str:
-    """Name of the file of kept patches of one part and side."""
-    return f"{part.removesuffix('.parquet')}-{side}.npy"
-
-
-def keep_file(part: str, side: str) -> str:
-    """Name of the file that tells which patches of each image were kept."""
-    return f"{part.removesuffix('.parquet')}-{side}-keep.npy"
-
-
-class PartEmbedder:
-    """Writes the kept patches (M×D float32) of one part and side, and which they are (n×N bool). A `PartTask`.
+class EmbeddedImages:
+    """Reads embedded images: patches for banks, and embeddings to score, without the network.
 
     Args:
-        embedded: the set to write to.
-        batch_size: images in one forward pass.
-        limits: what an image may cost.
-        device: where the network runs.
-        threads: images decoded at the same time, ahead of the network.
-    """
-
-    def __init__(self, embedded: EmbeddingSet, batch_size: int, limits: ImageLimits, device: str, threads: int) -> None:
-        method = load_model(embedded.encoder, device).method
-        assert isinstance(method, MemoryMethod)
-        self._method, self._embedded = method, embedded
-        self._batch_size, self._limits, self._threads = batch_size, limits, threads
-
-    @torch.inference_mode()
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Write both files of a part and side, and their record."""
-        part, side = task["part"], task["side"]
-        shards, selection = self._embedded.shards, self._embedded.selections[side]
-        chosen = frozenset(row["sample_id"] for row in _rows(shards, part, selection))
-        reader = SampleReader(shards, selection, chosen, self._batch_size, self._limits, self._threads)
-        embed = self._method.embed_for_bank if side == "train" else self._method.embed
-        kept, keep = [], []
-        for batch in reader.batches(part, self._method):
-            embedding = embed(batch)
-            kept.append(embedding.patches[embedding.keep].float().cpu().numpy())
-            keep.append(embedding.keep.cpu().numpy())
-        patches = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
-        if not np.isfinite(patches).all():
-            raise DataError(f"patches of {part} hold NaN or infinite values; use --method.backbone.precision fp32")
-        folder, name = self._embedded.uri, patch_file(part, side)
-        keeps = np.concatenate(keep) if keep else np.zeros((0, 0), bool)
-        files.write_array(files.join(folder, keep_file(part, side)), keeps)
-        files.write_array(files.join(folder, name), patches)
-        record = {"name": name, "images": len(chosen), "rows": len(patches)}
-        outputs.commit_part(folder, name, record)
-        return record
-
-
-def _rows(shards: ShardSet, part: str, selection: Selection) -> list[dict[str, Any]]:
-    return [row for batch in shards.read(part, selection, list(COLUMNS)) for row in batch.to_pylist()]
-
-
-class EmbeddingReader:
-    """Reads an embedding set: patches for banks, and embeddings to score, without the network.
-
-    Args:
-        embedded: a finished set.
+        cache: a filled one.
+        shards: whose images they are.
+        selections: which of them, by side.
 
     Attributes:
         shards: whose images they are.
+        encoder: model folder, without a bank, of the method that embedded them.
     """
 
-    def __init__(self, embedded: EmbeddingSet) -> None:
-        self.shards = embedded.shards
-        self._embedded = embedded
-        self._copies = TemporaryDirectory(prefix="unianom-embeddings-")
-        self._samples = {
-            side: {part: _rows(embedded.shards, part, selection) for part in embedded.shards.parts}
-            for side, selection in embedded.selections.items()
+    def __init__(self, cache: FeatureCache, shards: ShardSet, selections: dict[Side, Selection]) -> None:
+        self.shards, self.encoder = shards, cache.encoder
+        self._selections, self._features = selections, CachedFeatures(cache.uri)
+
+    @cached_property
+    def _samples(self) -> dict[Side, dict[str, list[dict[str, Any]]]]:
+        """`COLUMNS` of every image, by side and part."""
+        return {
+            side: {
+                part: [row for batch in self.shards.read(part, selection, COLUMNS) for row in batch.to_pylist()]
+                for part in self.shards.parts
+            }
+            for side, selection in self._selections.items()
         }
 
     def samples(self, side: Side) -> list[dict[str, Any]]:
-        """`COLUMNS` of every image of a side, in the order of the parts."""
+        """Return `COLUMNS` of every image of a side, in the order of the parts."""
         return [row for rows in self._samples[side].values() for row in rows]
 
     def patches_of(self, chosen: frozenset[str]) -> PatchMatrix:
-        """Kept patches of some training images, by sample_id, as a fit on these alone would have them.
+        """Return the kept patches of some training images, by sample_id, as a fit on these alone would have them.
 
         Raises:
             DataError: not a single patch was kept.
@@ -223,7 +134,7 @@ class EmbeddingReader:
     def batches(
         self, batch_size: int, categories: tuple[str, ...] = ()
     ) -> Iterator[tuple[list[dict[str, Any]], MaskedPatches]]:
-        """Test images and their embeddings, at most `batch_size` at once, in the order of the parts.
+        """Return test images and their embeddings, at most `batch_size` at once, in the order of the parts.
 
         Args:
             batch_size: how many at once.
@@ -237,7 +148,7 @@ class EmbeddingReader:
             if not inside:
                 continue
             patches, ends = self._patches(part, "test")
-            keep = self._open(keep_file(part, "test"))
+            keep = self._features.array(part_name(part, "test"), KEEP)
             for start in range(0, len(inside), batch_size):
                 numbers = inside[start : start + batch_size]
                 own = keep[numbers]  # B N
@@ -247,8 +158,6 @@ class EmbeddingReader:
 
     def _patches(self, part: str, side: Side) -> tuple[np.ndarray, np.ndarray]:
         """Patches of a part, and where those of each image begin, with the end of the last."""
-        counts = self._open(keep_file(part, side)).sum(1)
-        return self._open(patch_file(part, side)), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-    def _open(self, name: str) -> np.ndarray:
-        return files.map_array(files.join(self._embedded.uri, name), Path(self._copies.name))
+        name = part_name(part, side)
+        counts = self._features.array(name, KEEP).sum(1)
+        return self._features.array(name, PATCHES), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -111,8 +111,8 @@ KNOCKING = 10.0
 
 
 def _unconnected(error: Exception, address: str | None, said: str) -> str:
-    """Say why no Ray could be joined or started, and what to do; `said` is what its native code wrote to stderr, the only
-    place that tells of a token that was refused."""
+    """Say why no Ray could be joined or started, and what to do; `said` is what its native code wrote to stderr, where
+    alone a token that was refused shows."""
     refused = "Unauthenticated" in said or "AuthToken" in said
     if refused or any(isinstance(cause, ray.exceptions.AuthenticationError) for cause in wrapped(error)):
         return (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from unianom.errors import ModelError
+from unianom.methods import METHODS, MemoryMethod, Method
+from unianom.methods.trained import TrainedMethod
 from unianom.model import Model, load
 
 
@@ -12,3 +15,47 @@ def load_model(folder: str, device: str) -> Model:
         ModelError, OptionError: as `unianom.load`.
     """
     return load(folder, device)
+
+
+def load_memory_method(folder: str, device: str) -> MemoryMethod:
+    """Load the method of a model folder that holds a memory method.
+
+    Raises:
+        ModelError: it holds another one, or no usable model.
+        OptionError: as `unianom.load`.
+    """
+    return memory_method(load_model(folder, device).method)
+
+
+def memory_method(method: Method) -> MemoryMethod:
+    """Return a method that is a memory method.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    if not isinstance(method, MemoryMethod):
+        raise ModelError(f"{method.name} has no memory bank; give a model of a memory method")
+    return method
+
+
+def memory_method_class(name: str) -> type[MemoryMethod]:
+    """Return the class of a memory method by its name.
+
+    Raises:
+        ModelError: the method is not a memory method.
+    """
+    method = METHODS[name]
+    if not issubclass(method, MemoryMethod):
+        raise ModelError(f"{name} has no memory bank; give a memory method")
+    return method
+
+
+def trained_method(method: Method) -> TrainedMethod:
+    """Return a method that is trained.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    if not isinstance(method, TrainedMethod):
+        raise ModelError(f"{method.name} is not trained; give a model of a trained method")
+    return method

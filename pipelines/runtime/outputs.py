@@ -170,10 +170,12 @@ KINDS: dict[str, OutputKind] = {
     "demo": OutputKind("a demo", "demo", (), done=None),
     # what jobs keep for each other, under a name that is the digest of its plan
     "features": OutputKind("frozen features", "train", (r".*",)),
+    "patches": OutputKind("patches of a bank", "train", (r".*",)),
     "calibration images": OutputKind("embeddings for calibration", "calibrate", (r".*",)),
     "cluster features": OutputKind("features for clustering", "cluster_anomalies", (r".*",)),
     "embeddings": OutputKind("embedded images", "semantic", (r".*",)),
     "encodings": OutputKind("encoded images", "tune", (r".*",)),
+    "validation outputs": OutputKind("outputs of validation images", "tune", (r".*",)),
     "validation set": OutputKind("validation images", "tune", (r".*",)),
     "test set": OutputKind("test images", "tune", (r".*",)),
 }

@@ -1,30 +1,38 @@
 """A fitted model and normal training images → the model with a calibrator, whose scores all categories share (CADA).
 
-    shards ─▶ actors: what the method finds in every normal image ─▶ kept embeddings and statistics ─▶ one actor: the
+    shards ─▶ actors: what the method makes of every normal image ─▶ cached embeddings and statistics ─▶ one actor: the
     head ─▶ calibrator in the model folder
 
-What the network finds is kept under a key of its own, so that another variant or another head runs no network, and a
-killed run continues; the head's training continues from its last checkpoint.
+The cache has a key of its own, so that another variant or another head runs no network, and a killed run continues; the
+head's training continues from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import io
-import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from pipelines.data.feature_cache import array_name, write_npy_header
-from pipelines.data.reader import SampleReader
+from pipelines.data.feature_cache import (
+    Arrays,
+    BatchFunction,
+    CachedFeatures,
+    FeatureCache,
+    ImageBatch,
+    JoinedRows,
+    SampleSource,
+    finite,
+)
 from pipelines.data.splits import held_out_normals, some
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import connect, run_unfinished, set_threads
+from pipelines.runtime.actors import connect, set_threads
 from pipelines.runtime.errors import user_error
 from pipelines.runtime.locks import exclusive
 from pipelines.runtime.model_set import ModelSet, write_index
@@ -35,19 +43,19 @@ from pipelines.training.options import CalibrateOptions
 from unianom import __version__, files
 from unianom.calibration import Calibrator, HeadTrainer, MapStatistics
 from unianom.configs.calibration import CalibrationConfig
-from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError
+from unianom.errors import DataError, OptionError
+from unianom.methods import Method
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 
 FEATURES, STATISTICS, CATEGORY = "embedding", "statistics", "category"
-"""Names of the arrays kept of a part: N×C×h×w; N×3 float64, mean, mean square and maximum of each map; N int32,
+"""Names of the cached arrays: N×C×h×w; N×3 float64, mean, mean square and maximum of each map; N int32,
 their classes."""
 
 MOMENTS = "moments"
-"""Name of the array of a part with the sums of the embedding's channels and of their squares, 2×C float64."""
+"""Name of the array of the sums of the embeddings' channels and of their squares, 2×C float64 for each batch."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def _calibrate(output: str, kept: EmbeddingCache, plan: dict[str, Any], options:
     """Fit a calibrator and write it; the output is claimed."""
     connect(options.runtime)
     kept.fill(options)
-    checkpoint = files.join(kept.uri, f"head-{files.digest_of(plan)[:12]}.pt")
+    checkpoint = files.join(kept.cache.uri, f"head-{files.digest_of(plan)[:12]}.pt")
     calibrator, metrics = _fit(kept, checkpoint, options)
     made = {
         "plan": plan,
@@ -227,19 +235,52 @@ def _choose(
 
 # ------------------------------------------------------------------------------------------- what the network finds
 @dataclass(frozen=True)
-class EmbeddingCache:
-    """Where what a model finds in normal images is kept for all calibrators, and of which images it is.
+class NormalEmbeddings:
+    """What a method makes of normal images, as calibrators learn from it. An `Extractor`.
 
     Attributes:
-        uri: the folder.
-        plan: everything its content depends on.
+        model: folder of the model.
+        categories: whose places are the classes.
+        half: keep embeddings as float16 instead of float32.
+    """
+
+    model: str
+    categories: tuple[str, ...]
+    half: bool
+
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        method = load(self.model)
+        kind = "half precision; give --precision full" if self.half else "float32; check the model's weights"
+
+        def compute(batch: ImageBatch) -> Arrays:
+            found = method.inspect(batch.tensor(method))
+            features = (found.features.half() if self.half else found.features.float()).cpu().numpy()
+            values = finite(features, f"embeddings of {batch.part} are not finite in {kind}").astype(np.float64)
+            sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
+            return {
+                FEATURES: features,
+                STATISTICS: np.stack(MapStatistics.of(found.unsmoothed), axis=1).astype(np.float64),
+                CATEGORY: np.array([self.categories.index(name) for name in batch.column("category")], np.int32),
+                MOMENTS: sums[None],
+            }
+
+        return BatchFunction(method.input, compute)
+
+
+@dataclass(frozen=True)
+class EmbeddingCache:
+    """The normal images that calibrators of a model learn from, and the cache of what the model makes of them.
+
+    Attributes:
+        cache: the cache.
+        plan: everything its content depends on, as calibrated models record it.
         model: folder of the model.
         shards, categories: the corpus.
         chosen: sample_ids.
         held_out: sample_ids of the normal images that the model's training held out.
     """
 
-    uri: str
+    cache: FeatureCache
     plan: dict[str, Any]
     model: str
     shards: ShardSet
@@ -249,18 +290,20 @@ class EmbeddingCache:
 
     @staticmethod
     def of(model: str, shards: ShardSet, options: CalibrateOptions) -> EmbeddingCache:
-        """Which images, and where.
+        """Return which images, and where.
 
         Raises:
             DataError: no normal training image, or which were held out cannot be told.
         """
         description = files.read_json(files.join(model, "model.json"))
         categories: list[str] = description["categories"]
-        shards.check(Selection(("train", "val"), tuple(categories), (NORMAL,)))
+        selection = Selection(("train", "val"), tuple(categories), (NORMAL,))
+        shards.check(selection)
         chosen, held_out = _choose(description, shards, categories, options)
+        network = network_key(description)
         plan = {
             "tool": __version__,
-            **{key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")},
+            **network,
             "shards": shards.digest,
             "images": files.digest_of({"ids": sorted(chosen)}),
             "batch_size": options.batch_size,
@@ -269,129 +312,30 @@ class EmbeddingCache:
             "device": options.runtime.device,
             "threads": options.runtime.cpus_per_worker,
         }
-        uri = files.join(options.folder or files.beside(model, "prepared"), files.digest_of(plan)[:20])
-        return EmbeddingCache(uri, plan, model, shards, categories, chosen, held_out)
+        cache = FeatureCache.below(
+            options.folder or files.beside(model, "prepared"),
+            "calibration images",
+            {"": SampleSource(shards, selection, options.limits, chosen, columns=("category",))},
+            {**network, "categories": categories, "half": options.precision == "half"},
+            options.runtime,
+            options.batch_size,
+        )
+        return EmbeddingCache(cache, plan, model, shards, categories, chosen, held_out)
 
     def fill(self, options: CalibrateOptions) -> None:
         """Compute embeddings and statistics of all these images, or find them computed."""
-        with outputs.open_cache(self.uri, "calibration images", self.plan) as complete:
-            if complete:
-                return
-            arguments = {
-                "model": self.model,
-                "shards": self.shards,
-                "selection": Selection(("train", "val"), tuple(self.categories), (NORMAL,)),
-                "chosen": self.chosen,
-                "categories": self.categories,
-                "output": self.uri,
-                "batch_size": options.batch_size,
-                "limits": options.limits,
-                "half": options.precision == "half",
-                "device": options.runtime.device,
-                "threads": options.runtime.cpus_per_worker,
-            }
-            progress = Progress("inspect normals", len(self.chosen))
-            tasks = {part: {"part": part} for part in self.shards.parts}
-            records, _ = run_unfinished(PartInspector, arguments, tasks, self.uri, options.runtime, progress, "rows")
-            shape = next(record["shape"] for record in records.values() if record["rows"])
-            outputs.finish(self.uri, {"rows": {part: r["rows"] for part, r in records.items()}, "shape": shape})
+        extractor = NormalEmbeddings(self.model, tuple(self.categories), options.precision == "half")
+        self.cache.fill({"": extractor}, options.batch_size, options.runtime, "inspect normals")
 
-    def made(self) -> dict[str, Any]:
-        """Rows of each part, and the shape of an embedding; once filled."""
-        made: dict[str, Any] = files.read_json(files.join(self.uri, "_manifest.json"))
-        return made
+    def moments(self, features: CachedFeatures) -> np.ndarray:
+        """Return the sums of the embeddings' channels and of their squares over all images, 2×C float64."""
+        # batch by batch and then part by part, so that the sums do not depend on the number of workers
+        return np.sum([reduce(np.add, rows) for rows in features.arrays(MOMENTS)], axis=0)
 
 
-class PartInspector:
-    """Keeps what a method finds in one part's chosen images. A `PartTask`."""
-
-    def __init__(
-        self,
-        model: str,
-        shards: ShardSet,
-        selection: Selection,
-        chosen: frozenset[str],
-        categories: list[str],
-        output: str,
-        batch_size: int,
-        limits: ImageLimits,
-        half: bool,
-        device: str,
-        threads: int,
-    ) -> None:
-        self._method = load_model(model, device).method
-        self._reader = SampleReader(shards, selection, chosen, batch_size, limits, threads)
-        self._shards, self._selection, self._chosen = shards, selection, chosen
-        self._categories, self._output, self._half = categories, output, half
-
-    @torch.inference_mode()
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Write the arrays of one part and their record."""
-        part = task["part"]
-        category = self._category(part)
-        statistics: list[np.ndarray] = []
-        moments: np.ndarray | None = None
-        shape: list[int] | None = None
-        with ExitStack() as stack:
-            handle: IO[bytes] | None = None
-            for images in self._reader.batches(part, self._method):
-                found = self._method.inspect(images)
-                features = self._checked(found.features, part)
-                if handle is None:
-                    shape = list(features.shape[1:])
-                    handle = stack.enter_context(files.open_atomic(self._path(part, FEATURES)))
-                    write_npy_header(handle, features.dtype, (len(category), *shape))
-                handle.write(features.tobytes())
-                statistics.append(np.stack(MapStatistics.of(found.unsmoothed), axis=1))
-                values = features.astype(np.float64)
-                sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
-                moments = sums if moments is None else moments + sums
-        self._save(part, CATEGORY, np.array(category, np.int32))
-        self._save(part, STATISTICS, np.concatenate([np.empty((0, 3)), *statistics]))
-        if moments is not None:
-            self._save(part, MOMENTS, moments)
-        record = {"part": part, "rows": len(category), "shape": shape}
-        outputs.commit_part(self._output, part, record)
-        return record
-
-    def _category(self, part: str) -> list[int]:
-        """The class of every chosen image of a part."""
-        found = []
-        for batch in self._shards.read(part, self._selection, ["sample_id", "category"]):
-            found += [
-                self._categories.index(r["category"]) for r in batch.to_pylist() if r["sample_id"] in self._chosen
-            ]
-        return found
-
-    def _checked(self, features: torch.Tensor, part: str) -> np.ndarray:
-        kept = (features.half() if self._half else features.float()).cpu().numpy()
-        if not np.isfinite(kept).all():
-            kind = "half precision; give --precision full" if self._half else "float32; check the model's weights"
-            raise DataError(f"embeddings of {part} are not finite in {kind}")
-        return kept
-
-    def _path(self, part: str, name: str) -> str:
-        return files.join(self._output, array_name(part, name))
-
-    def _save(self, part: str, name: str, array: np.ndarray) -> None:
-        files.write_array(self._path(part, name), array)
-
-
-class KeptRows:
-    """EmbeddingCache embeddings by the number of their image, through all parts.
-
-    Args:
-        arrays: of the parts, in order, n×C×h×w each.
-    """
-
-    def __init__(self, arrays: list[np.ndarray]) -> None:
-        self._arrays = arrays
-        self._starts = np.cumsum([0, *(len(array) for array in arrays)])
-
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """Those of some images, n×C×h×w."""
-        parts = np.searchsorted(self._starts, indices, side="right") - 1
-        return np.stack([self._arrays[part][i - self._starts[part]] for part, i in zip(parts, indices)])
+def network_key(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the outputs of a model depend on, from its `model.json`."""
+    return {key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")}
 
 
 # ------------------------------------------------------------------------------------------------------- the head
@@ -415,7 +359,7 @@ def _fit(kept: EmbeddingCache, checkpoint: str, options: CalibrateOptions) -> tu
         if known is None:
             raise
         raise known from error
-    channels, height, width = kept.made()["shape"]
+    channels, height, width = kept.cache.open().row_shape(FEATURES)
     calibrator = Calibrator(config, kept.categories, channels, (height, width))
     calibrator.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     return calibrator.eval(), metrics
@@ -436,7 +380,6 @@ class HeadActor:
     ) -> None:
         set_threads(threads)
         self._kept, self._config, self._checkpoint, self._device = kept, config, checkpoint, device
-        self._copies = tempfile.TemporaryDirectory(prefix="unianom-calibration-")
         self._loss = 0.0
         # made by the first call, since what fails in an actor's constructor is told as the actor's death
         self._calibrator: Calibrator | None = None
@@ -446,22 +389,16 @@ class HeadActor:
         """The calibrator with its statistics, at the last checkpoint."""
         if self._calibrator is not None:
             return self._calibrator
-        config, made = self._config, self._kept.made()
-        filled = [part for part in self._kept.shards.parts if made["rows"][part]]
-        copies = Path(self._copies.name)
-
-        def load(name: str) -> list[np.ndarray]:
-            return [files.map_array(files.join(self._kept.uri, array_name(part, name)), copies) for part in filled]
-
-        statistics = MapStatistics(*np.concatenate(load(STATISTICS)).T)
-        self._category = np.concatenate(load(CATEGORY))
-        channels, height, width = made["shape"]
-        moments = np.sum(load(MOMENTS), axis=0) / (len(self._category) * height * width)
+        config, features = self._config, self._kept.cache.open()
+        statistics = MapStatistics(*np.concatenate(features.arrays(STATISTICS)).T)
+        self._category = np.concatenate(features.arrays(CATEGORY))
+        self._rows = JoinedRows(features.arrays(FEATURES))
+        channels, height, width = features.row_shape(FEATURES)
+        moments = self._kept.moments(features) / (len(self._category) * height * width)
         calibrator = Calibrator(config, self._kept.categories, channels, (height, width))
         calibrator.set_statistics(statistics, self._category, *moments)
         self._calibrator = calibrator.to(self._device).eval()
         self._targets = statistics.targets(config.statistics)
-        self._rows = KeptRows(load(FEATURES))
         if config.has_head:
             self._trainer = HeadTrainer(self._calibrator, self._rows, self._targets, self._category)
             if self._checkpoint is not None and files.exists(self._checkpoint):
@@ -470,9 +407,14 @@ class HeadActor:
         return self._calibrator
 
     def run(self, end: int) -> tuple[int, float]:
-        """Train up to a step and keep a checkpoint; the step reached, and the mean loss of the last steps."""
+        """Train up to a step and keep a checkpoint; the step reached, and the mean loss of the last steps.
+
+        Raises:
+            OptionError: the calibrator has no head.
+        """
         self.calibrator()
-        assert self._trainer is not None
+        if self._trainer is None:
+            raise OptionError(f"calibration.variant={self._config.variant} has no head to train; take cada")
         if self._trainer.step < end:
             losses: list[float] = []
             self._trainer.run(end, lambda _, loss: losses.append(loss))
@@ -493,7 +435,7 @@ class HeadActor:
 
 @torch.inference_mode()
 def head_metrics(
-    calibrator: Calibrator, rows: KeptRows, targets: np.ndarray, category: np.ndarray, size: int = 64
+    calibrator: Calibrator, rows: JoinedRows, targets: np.ndarray, category: np.ndarray, size: int = 64
 ) -> dict[str, float]:
     """How well a trained head knows its own training images.
 

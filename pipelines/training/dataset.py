@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipelines.data.feature_cache import DESCRIPTOR, MASKS, PIXELS, Arrays, learnable
+from pipelines.data.feature_cache import CachedFeatures
 from pipelines.data.reader import decode_row_mask
 from pipelines.training.augment import flip_and_turn
+from pipelines.training.prepared import DESCRIPTOR, MASKS, PIXELS, learnable
 from pipelines.training.sampler import EpochIndex, ReferenceSampler
 from pipelines.training.samples import TrainingImages
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import Synthesiser
+from unianom.errors import OptionError
 from unianom.methods.trained import BatchSpec, TrainingBatch
 
 # One for all shard images, so that they can be pickled: a batch is made ahead while validation asks for others.
@@ -95,18 +96,36 @@ class ShardImages:
 
 
 class PreparedImages:
-    """Prepared images from a memory-mapped set."""
+    """Prepared images from a cache."""
 
-    def __init__(self, arrays: Arrays, images: TrainingImages) -> None:
-        self._arrays, self._images = arrays, images
+    def __init__(self, cached: CachedFeatures, images: TrainingImages) -> None:
+        self._cached, self._images = cached, images
 
     def pixels(self, index: int) -> np.ndarray:
         """S×S×3 uint8."""
-        return self._arrays.row(PIXELS, int(self._images.part[index]), int(self._images.row[index]))
+        return self._cached.row(PIXELS, int(self._images.part[index]), int(self._images.row[index]))
 
     def mask(self, index: int) -> np.ndarray:
         """S×S bool."""
-        return self._arrays.row(MASKS, int(self._images.part[index]), int(self._images.row[index]))
+        return self._cached.row(MASKS, int(self._images.part[index]), int(self._images.row[index]))
+
+
+class PreparedFeatures:
+    """Frozen features from a cache.
+
+    Args:
+        cached: the cache.
+        names: of the features.
+        images: whose features.
+    """
+
+    def __init__(self, cached: CachedFeatures, names: Sequence[str], images: TrainingImages) -> None:
+        self._cached, self._names, self._images = cached, names, images
+
+    def features(self, index: int) -> dict[str, np.ndarray]:
+        """Those of one image, by name."""
+        part, row = int(self._images.part[index]), int(self._images.row[index])
+        return {name: self._cached.row(name, part, row) for name in self._names}
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -133,7 +152,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         categories: list[str],
         needs: BatchSpec,
         pixels: ShardImages | PreparedImages | None,
-        features: Arrays | None,
+        features: PreparedFeatures | None,
         references: ReferenceSampler | None,
         synthesiser: Synthesiser | None,
         seed: int,
@@ -177,7 +196,7 @@ class TrainingSet(Dataset[TrainingBatch]):
             if augment and augmentation.active:
                 pixels, mask = flip_and_turn(pixels, mask, self._categories[sample["category"]], augmentation, rng)
         if self._features is not None:
-            sample["features"] = self._row(index)
+            sample["features"] = self._features.features(index)
         if pixels is not None and (self._features is None or self._needs.images):
             sample["images"] = _channels_first(pixels)
         if mask is not None:
@@ -185,38 +204,36 @@ class TrainingSet(Dataset[TrainingBatch]):
         if self._references is not None and self._needs.prompts is not None:
             prompt = self._references.prompt(index, rng)
             if self._features is not None:
-                sample["prompt_features"] = self._row(prompt)
+                sample["prompt_features"] = self._features.features(prompt)
             elif self._pixels is not None:
                 sample["prompt_images"] = _channels_first(self._pixels.pixels(prompt))
-        if self._synthesiser is not None and self._references is not None and self._pixels is not None:
-            other = self._pixels.pixels(self._references.other(index, rng))
-            assert pixels is not None
-            made = self._synthesiser(np.ascontiguousarray(pixels), rng, other)
+        synthesiser, references = self._synthesiser, self._references
+        if synthesiser is not None and references is not None and self._pixels is not None and pixels is not None:
+            other = self._pixels.pixels(references.other(index, rng))
+            made = synthesiser(np.ascontiguousarray(pixels), rng, other)
             sample["synthetic_images"] = _channels_first(made.image)
             sample["synthetic_mask"] = made.mask[None].astype(np.float32)
         return sample
-
-    def _row(self, index: int) -> dict[str, np.ndarray]:
-        assert self._features is not None
-        part, row = int(self._images.part[index]), int(self._images.row[index])
-        return {name: self._features.row(name, part, row) for name in self._features.names}
 
 
 def _channels_first(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def descriptors(uri: str, parts: list[str], images: TrainingImages, copies: Path) -> np.ndarray:
-    """N×D descriptors of images, from a set of frozen features."""
-    arrays = Arrays(uri, parts, (DESCRIPTOR,), copies)
+def descriptors(cached: CachedFeatures, images: TrainingImages) -> np.ndarray:
+    """N×D descriptors of images, from their cached frozen features."""
     places = zip(images.part.tolist(), images.row.tolist(), strict=True)
-    return np.stack([arrays.row(DESCRIPTOR, part, row) for part, row in places])
+    return np.stack([cached.row(DESCRIPTOR, part, row) for part, row in places])
 
 
 def to_input(batch: TrainingBatch, device: torch.device, policy: InputPolicy) -> TrainingBatch:
-    """A batch on its device, with images normalised and features in float32."""
-    assert policy.mean is not None
-    assert policy.std is not None
+    """Return a batch on its device, with images normalised and features in float32.
+
+    Raises:
+        OptionError: the policy has no mean and std.
+    """
+    if policy.mean is None or policy.std is None:
+        raise OptionError("input.mean and input.std are not set; a method fills them in from its backbone")
     mean = torch.tensor(policy.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(policy.std, device=device).view(1, 3, 1, 1)
 

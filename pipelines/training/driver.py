@@ -21,19 +21,18 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.data.feature_cache import PreparedSet, learnable, prepare
 from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
-from pipelines.runtime.actors import connect, pool_size, error_from_plain
+from pipelines.runtime.actors import connect, error_from_plain, pool_size
 from pipelines.runtime.errors import reason
 from pipelines.runtime.models import load_model
-from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.signals import own_signals
 from pipelines.runtime.tracking import Run, scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
 from pipelines.training.options import WORK, DataOptions, TrainingOptions
 from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
+from pipelines.training.prepared import feature_names, learnable, prepare_features, prepare_pixels
 from pipelines.training.samples import TrainingImages
 from pipelines.training.threshold import held_out_threshold
 from pipelines.training.trainer import evaluation_mode
@@ -198,32 +197,29 @@ def plan_job(
     job.phases()  # wrong options, and
     synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
     folder = files.full_uri(options.data.folder or files.beside(options.output, "prepared"))
-    rows = shards.count(learnable(categories, needs.labels))
+    selection = learnable(categories, needs.labels)
+    rows = shards.count(selection)
     features = keeps_features(method, options.data, rows)
-
-    def prepared(runtime: RuntimeOptions, encoder: TrainedMethod | None) -> PreparedSet:
-        return prepare(
+    if features:
+        made = prepare_features(
             shards,
             categories,
-            method.input,
+            selection,
+            method,
+            weights_digest(config.backbone.weights),
+            options.data.feature_precision == "half",
             folder,
             options.limits,
-            runtime,
-            encoder,
-            None if encoder is None else {**encoder.feature_key(), "weights": weights_digest(config.backbone.weights)},
-            options.data.feature_precision == "half",
+            options.runtime,
             options.batch_size,
-            needs.labels,
-            needs.masks and encoder is None,
         )
-
-    if features:
-        made = prepared(options.runtime, method)
-        job = replace(job, features=made.uri, feature_names=made.names)
+        job = replace(job, features=made.uri, feature_names=feature_names(made))
     size = rows * (4 if needs.masks else 3) * method.input.side**2
     keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
     if keep_pixels and wants_pixels(needs, features):
-        job = replace(job, pixels=prepared(replace(options.runtime, gpus_per_worker=0), None).uri)
+        runtime = replace(options.runtime, gpus_per_worker=0)
+        made = prepare_pixels(shards, selection, method.input, folder, options.limits, runtime, needs.masks)
+        job = replace(job, pixels=made.uri)
     return job
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from pipelines.data.feature_cache import MASKS, PIXELS, Arrays
-from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors
+from pipelines.data.feature_cache import CachedFeatures
+from pipelines.runtime.models import trained_method
+from pipelines.training.dataset import PreparedFeatures, PreparedImages, ShardImages, TrainingSet, descriptors
 from pipelines.training.options import TrainingOptions
 from pipelines.training.sampler import ReferenceSampler
 from pipelines.training.samples import TrainingImages
@@ -48,7 +49,7 @@ class Job:
         shards, categories: the corpus.
         images: URI of the `TrainingImages`.
         held_out: sample_ids for validation.
-        pixels, features: URIs of prepared sets, or None.
+        pixels, features: URIs of caches, or None.
         feature_names: arrays of the latter.
         iterations: of the run.
         output: where the trained model goes.
@@ -96,11 +97,10 @@ class Job:
     def data(self, method: TrainedMethod, copies: Path) -> tuple[TrainingSet, TrainingImages]:
         """What makes the batches."""
         images = TrainingImages.load(self.images)
-        needs, options, parts = method.batch_spec, self.options, self.shards.parts
+        needs, options = method.batch_spec, self.options
         pixels: ShardImages | PreparedImages | None = None
         if self.pixels is not None:
-            names = (PIXELS, MASKS) if needs.masks else (PIXELS,)
-            pixels = PreparedImages(Arrays(self.pixels, parts, names, copies), images)
+            pixels = PreparedImages(CachedFeatures(self.pixels, copies), images)
         elif self.streams(method):
             pixels = ShardImages(
                 self.shards,
@@ -112,13 +112,13 @@ class Job:
                 needs.labels,
                 needs.masks,
             )
-        features = None if self.features is None else Arrays(self.features, parts, self.feature_names, copies)
+        features = near = None
+        if self.features is not None:
+            cached = CachedFeatures(self.features, copies)
+            features = PreparedFeatures(cached, self.feature_names, images)
+            near = descriptors(cached, images) if needs.prompts == "nearest" else None
         references = None
         if needs.prompts or needs.synthetic:
-            near = None
-            if needs.prompts == "nearest":
-                assert self.features is not None
-                near = descriptors(self.features, parts, images, copies)
             references = ReferenceSampler(images, isinstance(pixels, ShardImages), near)
         synthesiser = synthesiser_of(method)
         seed = method.config.training.seed
@@ -135,8 +135,7 @@ def make_method(name: str, config: Any) -> TrainedMethod:
         torch.manual_seed(config.training.seed)
         with memory_limit(f"--method: {name}"):
             method = method_class(config)
-    assert isinstance(method, TrainedMethod)
-    return method
+    return trained_method(method)
 
 
 def wants_pixels(needs: BatchSpec, features: bool) -> bool:

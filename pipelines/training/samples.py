@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data.feature_cache import learnable
+from pipelines.training.prepared import learnable
 from unianom import files
 from unianom.data.shards import ShardSet
 

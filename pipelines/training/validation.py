@@ -3,18 +3,16 @@ none, on synthetic anomalies made of those normals. The test split is never read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from pipelines.data.validation_set import ValidationImage, choose_validation_images, has_labelled
 from unianom.configs.synthesis import SynthesisConfig
-from unianom.data.image import ImageLimits, decode_mask, decode_prepared, prepare_mask
-from unianom.data.schema import ANOMALOUS, NORMAL
-from unianom.data.shards import Selection, ShardSet
-from unianom.data.splits import hash_order
-from unianom.data.synthesis import Synthesiser
+from unianom.data.image import ImageLimits
+from unianom.data.shards import ShardSet
+from unianom.data.synthesis import Synthesiser, Synthetic
 from unianom.data.tensors import normalise
 from unianom.methods import Method
 from unianom.metrics.image import image_metrics
@@ -47,14 +45,6 @@ class ValidatorConfig(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class _Image:
-    category: str
-    pixels: np.ndarray
-    label: int
-    mask: np.ndarray | None
-
-
 class Validation:
     """Scores validation images and compares with what is known of them.
 
@@ -84,7 +74,7 @@ class Validation:
         self._shards, self._categories, self._held_out = shards, categories, held_out
         self._method, self._synthesiser = method, synthesiser or Synthesiser(SynthesisConfig())
         self._count, self._batch_size, self._limits, self._seed = count, batch_size, limits, seed
-        self._images: list[_Image] | None = None
+        self._images: list[ValidationImage] | None = None
 
     def cache_outputs(self) -> None:
         """Keep nothing: these images are for this training alone."""
@@ -110,7 +100,7 @@ class Validation:
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
-    def _predict(self, images: list[_Image]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _predict(self, images: list[ValidationImage]) -> tuple[np.ndarray, list[np.ndarray]]:
         scores: list[float] = []
         maps: list[np.ndarray] = []
         for start in range(0, len(images), self._batch_size):
@@ -121,41 +111,20 @@ class Validation:
             maps += list(prediction.anomaly_map.float().cpu().numpy())
         return np.array(scores), maps
 
-    def _load(self) -> list[_Image]:
-        normals = Selection(("train", "val"), tuple(self._categories), (NORMAL,))
-        images = self._read(normals, self._chosen(normals, self._held_out))
-        anomalous = Selection(("val",), tuple(self._categories), (ANOMALOUS,))
-        if self._shards.count(anomalous):
-            return images + self._read(anomalous, self._chosen(anomalous, None))
-        return images + [self._anomalous(image, number) for number, image in enumerate(images)]
+    def _load(self) -> list[ValidationImage]:
+        labelled = has_labelled(self._shards, self._categories)
+        return choose_validation_images(
+            self._shards,
+            self._categories,
+            self._held_out,
+            self._method.input,
+            self._limits,
+            normals=self._count // 2,
+            anomalous=self._count // 2,
+            labelled=labelled,
+            makers={"": self._synthesise},
+            seed=self._seed,
+        )
 
-    def _chosen(self, selection: Selection, among: frozenset[str] | None) -> set[str]:
-        """Names of half the images: an even share of every category."""
-        groups: dict[str, list[str]] = {}
-        for row in self._shards.table(selection, ["sample_id", "category"]).to_pylist():
-            if among is None or row["sample_id"] in among:
-                groups.setdefault(row["category"], []).append(row["sample_id"])
-        share = max(1, self._count // 2 // max(1, len(groups)))
-        return {name for names in groups.values() for name in hash_order(names, self._seed)[:share]}
-
-    def _read(self, selection: Selection, chosen: set[str]) -> list[_Image]:
-        images = []
-        policy = self._method.input
-        for part in self._shards.parts:
-            for batch in self._shards.read(part, selection, ["sample_id", "category", "label", "image", "mask"]):
-                for row in batch.to_pylist():
-                    if row["sample_id"] not in chosen:
-                        continue
-                    pixels = decode_prepared(row["image"], policy, self._limits)
-                    mask = None if row["label"] else np.zeros((policy.side, policy.side), bool)
-                    if row["mask"] is not None:
-                        mask = prepare_mask(decode_mask(row["mask"], limits=self._limits), policy)
-                        if row["label"] and not mask.any():
-                            mask = None  # the crop leaves the defect out
-                    images.append(_Image(row["category"], pixels, row["label"], mask))
-        return images
-
-    def _anomalous(self, image: _Image, number: int) -> _Image:
-        rng = np.random.default_rng([self._seed, number])
-        made = self._synthesiser(image.pixels, rng, image.pixels)
-        return _Image(image.category, made.image, int(made.mask.any()), made.mask)
+    def _synthesise(self, pixels: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> Synthetic:
+        return self._synthesiser(pixels, rng, pixels)  # its own texture

@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint
 
-from pipelines.runtime.actors import UNEXPECTED, set_threads, error_to_plain
+from pipelines.runtime.actors import UNEXPECTED, error_to_plain, set_threads
 from pipelines.training.dataset import TrainingSet, to_input
 from pipelines.training.job import Job, synthesiser_of
 from pipelines.training.loader import BatchLoader
@@ -49,7 +49,7 @@ class MetricsChannel:
         return taken
 
     def fail(self, error: list[str], final: bool) -> None:
-        """Report an error as `error_to_plain` gives it; a `final` one only the user can mend: the run is not tried again.
+        """Report an error as `error_to_plain` gives it; a `final` one only the user can mend, so there is no other try.
 
         Of others the first is kept: those of other workers come of it.
         """

@@ -1,12 +1,12 @@
-"""A campaign that calibrates one model: heads trained on kept embeddings, no network run.
+"""A campaign that calibrates one model: heads trained on cached embeddings, no network run.
 
-model ─▶ what it finds in normal training images, and in validation images, once ─▶ trials: heads ─▶ calibrated scores
+model ─▶ cached outputs of normal training images, and of validation images ─▶ trials: heads ─▶ calibrated scores
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,24 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.validation_set import ValidationSet
-from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
+from pipelines.data.feature_cache import (
+    Arrays,
+    BatchFunction,
+    CachedFeatures,
+    FeatureCache,
+    ImageBatch,
+    ValidationSource,
+    finite,
+)
 from pipelines.runtime.models import load_model
-from pipelines.runtime.progress import Progress
-from pipelines.training.calibrate import EmbeddingCache, HeadActor
+from pipelines.training.calibrate import EmbeddingCache, HeadActor, network_key
 from pipelines.training.options import CalibrateOptions
-from pipelines.tuning.objective import RAW_OUTPUTS, load_readings, save_readings
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
-from unianom.errors import DataError
-from unianom.methods import Inspection, Maps
+from unianom.errors import ModelError
+from unianom.methods import Inspection, Maps, Method
 from unianom.methods.layers.distillation import top_mean
 
-IMAGES_PER_UNIT = 64
-"""Validation images that one task looks at."""
+MAPS, EMBEDDINGS = "anomaly_map", "features"
+"""Names of the cached arrays."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,14 @@ class CadaCampaign(Campaign):
 
     Attributes:
         model: its folder.
-        kept: what it finds in the normal images that heads learn from.
-        seen: folder of what it finds in the validation images; empty until `see`.
+        kept: the normal images that heads learn from, and the cache of what it makes of them.
+        outputs: URI of the cache of what it makes of the validation images; empty until `cache_outputs`.
         validation_set: URI of these.
     """
 
     model: str = ""
     kept: EmbeddingCache | None = None
-    seen: str = ""
+    outputs: str = ""
     validation_set: str = ""
 
     @property
@@ -55,21 +59,20 @@ class CadaCampaign(Campaign):
         return CalibrationConfig
 
     def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
-        return self._found(values, self.seen, self.validation_set)
+        return self._found(values, self.outputs, self.validation_set)
 
     def tests(self, values: Mapping[str, Any], folder: str) -> tuple[str, str]:
         uri = self.tests_for(load_model(self.model, "cpu").method, folder)
-        seen = files.join(folder, "seen")
-        see(self, uri, seen)
-        return seen, uri
+        return cache_outputs(self, uri, files.join(folder, "seen")), uri
 
     def find_in_tests(self, values: Mapping[str, Any], tests: tuple[str, str], device: str) -> FittedTrial:
         return self._found(values, *tests)
 
-    def _found(self, values: Mapping[str, Any], seen: str, validation_set: str) -> FittedTrial:
+    def _found(self, values: Mapping[str, Any], outputs: str, validation_set: str) -> FittedTrial:
         calibrator = train_head(self, self.config_of(values))
         size = sum(tensor.numel() * tensor.element_size() for tensor in calibrator.state_dict().values())
-        return FittedTrial(CalibratedPostprocessor(calibrator), load_seen(seen), validation_set, 0.0, size / 1e6)
+        raw_outputs = cached_outputs(outputs)
+        return FittedTrial(CalibratedPostprocessor(calibrator), raw_outputs, validation_set, 0.0, size / 1e6)
 
 
 class CalibratedPostprocessor:
@@ -87,8 +90,8 @@ class CalibratedPostprocessor:
 
     def anomaly_maps(self, raw_outputs: Mapping[str, Tensor], config: Any = None) -> Maps:
         """Calibrated maps, B×S×S."""
-        raw = raw_outputs["anomaly_map"]
-        found = Inspection(raw, raw.new_zeros(len(raw)), raw, raw_outputs["features"])
+        raw = raw_outputs[MAPS]
+        found = Inspection(raw, raw.new_zeros(len(raw)), raw, raw_outputs[EMBEDDINGS])
         calibrated = self._calibrator.calibrate(found).maps(raw)
         return Maps(calibrated, calibrated)
 
@@ -99,8 +102,13 @@ class CalibratedPostprocessor:
 
 
 def train_head(campaign: CadaCampaign, config: CalibrationConfig) -> Calibrator:
-    """The calibrator of a trial, on the CPU, as jobs/calibrate.py would train it."""
-    assert campaign.kept is not None
+    """Return the calibrator of a trial, on the CPU, as jobs/calibrate.py would train it.
+
+    Raises:
+        ModelError: the campaign has no cached embeddings.
+    """
+    if campaign.kept is None:
+        raise ModelError("this campaign has no embeddings to train heads on; start it by jobs/tune.py cada")
     runtime = campaign.options.runtime
     actor = HeadActor(campaign.kept, config, None, runtime.device, runtime.cpus_per_worker)
     actor.run(config.iterations)
@@ -108,62 +116,58 @@ def train_head(campaign: CadaCampaign, config: CalibrationConfig) -> Calibrator:
 
 
 # ------------------------------------------------------------------------------------------------- what the model finds
-def see(campaign: CadaCampaign, validation_set: str, folder: str) -> None:
-    """Keep what the model finds in the images of a validation set, by tasks over actors, or find it kept."""
-    if files.exists(files.join(folder, RAW_OUTPUTS)):
-        return
+@dataclass(frozen=True)
+class MapsAndEmbeddings:
+    """Anomaly maps N×S×S and embeddings N×C×h×w of images, float32. An `Extractor`.
+
+    Attributes:
+        model: folder of the model.
+    """
+
+    model: str
+
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        method = load(self.model)
+
+        def compute(batch: ImageBatch) -> Arrays:
+            found = method.inspect(batch.tensor(method))
+            error = "maps or embeddings of validation images hold NaN or infinite values; check the model"
+            return {
+                MAPS: finite(found.anomaly_map.float().cpu().numpy(), error),
+                EMBEDDINGS: finite(found.features.float().cpu().numpy(), error),
+            }
+
+        return BatchFunction(method.input, compute)
+
+
+def cache_outputs(campaign: CadaCampaign, validation_set: str, folder: str) -> str:
+    """Compute what the model makes of the images of a validation set, or find it computed.
+
+    Args:
+        campaign: of the model.
+        validation_set: URI of the images.
+        folder: below which caches lie.
+
+    Returns:
+        URI of the cache, for `cached_outputs`.
+    """
     options = campaign.options
-    arguments = {
-        "model": campaign.model,
-        "validation_set": validation_set,
-        "folder": folder,
-        "batch_size": options.batch_size,
-        "device": options.runtime.device,
-    }
-    count = len(ValidationSet(validation_set))
-    tasks = {f"seen-{start}": {"start": start} for start in range(0, count, IMAGES_PER_UNIT)}
-    records, _ = run_unfinished(
-        ValidationInspector, arguments, tasks, folder, options.runtime, Progress("inspect", count), "images"
+    cache = FeatureCache.below(
+        folder,
+        "validation outputs",
+        {"": ValidationSource(validation_set)},
+        network_key(files.read_json(files.join(campaign.model, "model.json"))),
+        options.runtime,
+        options.batch_size,
     )
-    found: dict[str, list[np.ndarray]] = {}
-    for name in records:
-        for key in ("anomaly_map", "features"):
-            found.setdefault(key, []).append(files.read_array(files.join(folder, f"{name}-{key}.npy")))
-    save_readings(folder, {key: torch.from_numpy(np.concatenate(parts)) for key, parts in found.items()}, 0.0)
+    cache.fill({"": MapsAndEmbeddings(campaign.model)}, options.batch_size, options.runtime, "inspect")
+    return cache.uri
 
 
-def load_seen(folder: str) -> dict[str, Tensor]:
-    """What `see` kept: anomaly maps N×S×S and embeddings N×C×h×w."""
-    return load_readings(folder)[0]
-
-
-class ValidationInspector:
-    """Keeps what a model finds in some images of a validation set. A `PartTask`."""
-
-    def __init__(self, model: str, validation_set: str, folder: str, batch_size: int, device: str) -> None:
-        self._method = load_model(model, device).method
-        self._validation_set, self._folder, self._batch_size = ValidationSet(validation_set), folder, batch_size
-
-    @torch.inference_mode()
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Write maps and embeddings of one task, and commit it."""
-        start, method = int(task["start"]), self._method
-        maps, features = [], []
-        for images in self._validation_set.batches(
-            self._batch_size, method.input, method.device, start, start + IMAGES_PER_UNIT
-        ):
-            found = method.inspect(images)
-            maps.append(found.anomaly_map.float().cpu().numpy())
-            features.append(found.features.float().cpu().numpy())
-        name = f"seen-{start}"
-        arrays = {"anomaly_map": np.concatenate(maps), "features": np.concatenate(features)}
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise DataError("maps or embeddings of validation images hold NaN or infinite values; check the model")
-        for key, array in arrays.items():
-            files.write_array(files.join(self._folder, f"{name}-{key}.npy"), array)
-        record = {"name": name, "images": len(arrays["features"])}
-        outputs.commit_part(self._folder, name, record)
-        return record
+def cached_outputs(uri: str) -> dict[str, Tensor]:
+    """Return what `cache_outputs` computed: anomaly maps N×S×S and embeddings N×C×h×w, by name."""
+    features = CachedFeatures(uri)
+    return {name: torch.from_numpy(np.concatenate(features.arrays(name))) for name in (MAPS, EMBEDDINGS)}
 
 
 def recipe_options(options: CalibrateOptions) -> CalibrateOptions:

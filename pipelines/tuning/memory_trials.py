@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from pipelines.runtime.models import load_model
+from pipelines.runtime.models import load_memory_method, memory_method_class
 from pipelines.training.memory_bank import build_bank
-from pipelines.tuning.encodings import EncodingReader, EncodingSet, encode_once
+from pipelines.tuning.encodings import EncodedImages, encode_once
 from pipelines.tuning.objective import latency, memory
 from pipelines.tuning.space import key_of
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
-from unianom.methods import METHODS, MemoryMethod
+from unianom.methods import MemoryMethod
 from unianom.methods.base import MaskedPatches
 
 
@@ -27,17 +27,17 @@ class MemoryCampaign(Campaign):
         encodings: encoded images by `encoding_key`.
     """
 
-    encodings: dict[str, EncodingSet] = field(default_factory=dict)
+    encodings: dict[str, EncodedImages] = field(default_factory=dict)
 
-    def encoding_of(self, values: Mapping[str, Any]) -> EncodingSet:
+    def encoding_of(self, values: Mapping[str, Any]) -> EncodedImages:
         """The encoded images of a trial."""
         return self.encodings[encoding_key(values, self.name)]
 
     def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
         return self._found(values, self.encoding_of(values))
 
-    def tests(self, values: Mapping[str, Any], folder: str) -> EncodingSet:
-        method = load_model(self.encoding_of(values).encoder, "cpu").method
+    def tests(self, values: Mapping[str, Any], folder: str) -> EncodedImages:
+        method = load_memory_method(self.encoding_of(values).encoder, "cpu")
         encodings = files.join(folder, "encodings")
         return encode_once(
             self.name,
@@ -50,19 +50,18 @@ class MemoryCampaign(Campaign):
             encodings,
         )
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: EncodingSet, device: str) -> FittedTrial:
+    def find_in_tests(self, values: Mapping[str, Any], tests: EncodedImages, device: str) -> FittedTrial:
         return self._found(values, tests)
 
-    def _found(self, values: Mapping[str, Any], seen: EncodingSet) -> FittedTrial:
+    def _found(self, values: Mapping[str, Any], encoded: EncodedImages) -> FittedTrial:
         method = fit_bank(self, values)
-        raw_outputs = find_distances(self, method, EncodingReader(seen).compared(self.config_of(values)))
-        return FittedTrial(method, raw_outputs, seen.validation_set, latency(method), memory(method))
+        raw_outputs = find_distances(self, method, encoded.compared_patches(method, self.config_of(values)))
+        return FittedTrial(method, raw_outputs, encoded.validation_set, latency(method), memory(method))
 
 
 def encoding_key(values: Mapping[str, Any], name: str) -> str:
     """Trials of a memory method with the same key share encoded images."""
-    method = METHODS[name]
-    assert issubclass(method, MemoryMethod)
+    method = memory_method_class(name)
     return key_of({option: value for option, value in values.items() if not is_bank_option(method, option)})
 
 
@@ -73,10 +72,10 @@ def is_bank_option(method: type[MemoryMethod], option: str) -> bool:
 
 def fit_bank(campaign: MemoryCampaign, values: Mapping[str, Any]) -> MemoryMethod:
     """The method of a trial with its bank."""
-    config = campaign.config_of(values)
-    reader = EncodingReader(campaign.encoding_of(values))
-    reader.method.bank, _ = build_bank(reader.bank_patches(config), config.bank)
-    return reader.method
+    config, encoded = campaign.config_of(values), campaign.encoding_of(values)
+    method = load_memory_method(encoded.encoder, "cpu")
+    method.bank, _ = build_bank(encoded.bank_patches(method, config), config.bank)
+    return method
 
 
 @torch.inference_mode()

@@ -36,7 +36,12 @@ from pipelines.training.job import make_method
 from pipelines.training.options import WORK, FitOptions
 from pipelines.training.per_category import inputs_of, weights_digest
 from pipelines.training.validation import PROGRESS
-from pipelines.tuning.calibration_trials import CadaCampaign, CalibratedPostprocessor, recipe_options, see
+from pipelines.tuning.calibration_trials import (
+    CadaCampaign,
+    CalibratedPostprocessor,
+    cache_outputs,
+    recipe_options,
+)
 from pipelines.tuning.encodings import encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, is_bank_option
 from pipelines.tuning.objective import OBJECTIVE
@@ -467,9 +472,8 @@ class CadaDriver(Driver):
         campaign.kept.fill(campaign.options)
         validation_set = campaign.validation_set_of(load_model(campaign.model, "cpu").method)
         ValidationSet(validation_set).check(campaign.objective)
-        seen = files.join(campaign.folder, "seen")
-        see(campaign, validation_set, seen)
-        self.campaign = dataclasses.replace(campaign, validation_set=validation_set, seen=seen)
+        cached = cache_outputs(campaign, validation_set, files.join(campaign.folder, "seen"))
+        self.campaign = dataclasses.replace(campaign, validation_set=validation_set, outputs=cached)
 
     def _trial_gpus(self) -> float:
         return self.options.runtime.gpus_per_worker

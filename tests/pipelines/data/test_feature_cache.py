@@ -1,311 +1,417 @@
-"""Prepared pixels and frozen features, part by part, without Ray."""
+"""The cache of what networks compute of images: its key, its files, and what is refused."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
+from pipelines.data import feature_cache
 from pipelines.data.feature_cache import (
-    DESCRIPTOR,
-    MASKS,
-    PIXELS,
     Arrays,
-    PartPreparer,
+    BatchFunction,
+    CachedFeatures,
+    CacheWriter,
+    FeatureCache,
+    ImageBatch,
+    JoinedRows,
+    SampleSource,
+    ValidationSource,
     array_name,
-    learnable,
-    normals,
-    prepare,
+    part_name,
 )
+from pipelines.data.options import ValidationOptions
+from pipelines.data.patch_matrix import PatchMatrix
+from pipelines.data.validation_set import ValidationSet, build_validation_set
 from pipelines.runtime import outputs
 from pipelines.runtime.options import RuntimeOptions
-from tests.methods.conftest import TINY
-from tests.pipelines.sharded import (
-    CATEGORIES,
-    LABELLED,
-    LABELLED_PARTS,
-    LIMITS,
-    NORMALS,
-    POLICY,
-    SIDE,
-    forbid_test_rows,
-    masked,
-    sample,
-    samples,
-    truth,
-    write_shards,
-)
+from tests.pipelines.sharded import LIMITS, POLICY, masked, samples, write_shards
 from unianom import files
-from unianom.data.image import decode_prepared
-from unianom.data.shards import ShardSet
-from unianom.data.tensors import normalise
+from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
+from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
-from unianom.methods import METHODS
-from unianom.methods.trained import FeatureMaps, TrainedMethod
-from unianom.model import Model
+from unianom.memory.coreset import random_projection
+from unianom.methods import Method
 
+NORMAL = Selection(("train",), (), (0,))
 
-class Pooled(TrainedMethod):
-    """Its features are block means of the image, times a factor."""
+PARTS = [
+    samples("bolt", "train", 5) + samples("bolt", "test", 2),
+    samples("nut", "test", 3),  # nothing selected
+    samples("nut", "train", 4) + masked("nut", "train", 1),
+    samples("bolt", "train", 3, first=5),
+]
 
-    def __init__(self, factor: float = 1.0) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
-
-    def frozen_features(self, images: Tensor) -> FeatureMaps:
-        coarse, fine = nn.functional.avg_pool2d(images, 16), nn.functional.avg_pool2d(images, 8)[:, :1]
-        return {"fine": fine * self.factor, "coarse": coarse}
+ONE = RuntimeOptions(workers=1)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return write_shards(tmp_path_factory.mktemp("shards"))
+    return write_shards(tmp_path_factory.mktemp("shards") / "set", PARTS)
 
 
-def preparer(shards: ShardSet, output: Any, **changes: Any) -> PartPreparer:
-    arguments: dict[str, Any] = {
-        "shards": shards,
-        "selection": normals(CATEGORIES),
-        "policy": POLICY,
-        "output": str(output),
-        "limits": LIMITS,
-        "model": None,
-        "half": True,
-        "batch_size": 4,
-        "device": "cpu",
-        "threads": 2,
-    }
-    return PartPreparer(**{**arguments, **changes})
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sums of the channels of images; and of each image as many rows as its first pixel says, four at most."""
+
+    factor: float = 1.0
+
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        def compute(batch: ImageBatch) -> Arrays:
+            pixels = np.stack([sample.pixels for sample in batch.samples])
+            ragged = np.concatenate([image[0, : 1 + int(image[0, 0, 0]) % 4] for image in pixels])
+            return {"sums": self.factor * pixels.sum((1, 2), dtype=np.float64), "ragged": ragged.astype(np.float32)}
+
+        return BatchFunction(POLICY, compute)
 
 
-def pooling(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> Pooled:
-    """The method that preparers find in whatever model folder they are given."""
-    method = Pooled(factor)
-    monkeypatch.setattr(
-        "pipelines.data.feature_cache.load_model", lambda folder, device: SimpleNamespace(method=method)
-    )
-    return method
+def make(shards: ShardSet, folder: Path | str, group: str = "", **changes: Any) -> FeatureCache:
+    source = SampleSource(shards, NORMAL, LIMITS)
+    given: dict[str, Any] = {"images": {group: source}, "computed": {"factor": 1.0}, "runtime": ONE, "batch_size": 2}
+    return FeatureCache.below(str(folder), "features", **{**given, **changes})
 
 
-def prepared(part: int) -> list[np.ndarray]:
-    return [decode_prepared(row["image"], POLICY) for row in NORMALS[part]]
+def fill(cache: FeatureCache, runtime: RuntimeOptions = ONE, factor: float = 1.0) -> CachedFeatures:
+    cache.fill(dict.fromkeys(cache.images, Statistics(factor)), 2, runtime, "statistics")
+    return cache.open()
 
 
-def all_of(folder: Any, part: str, name: str) -> np.ndarray:
-    return np.load(Path(folder) / array_name(part, name), allow_pickle=False)
+def content(cache: FeatureCache) -> dict[str, bytes]:
+    """All files but the lock of who was here."""
+    return {path.name: path.read_bytes() for path in Path(cache.uri).iterdir() if path.is_file()}
 
 
-# ---- pixels -------------------------------------------------------------------------------------------------------
+def expected(rows: list[dict[str, Any]]) -> Arrays:
+    """By a plain loop over the images of a part that are selected."""
+    sums, ragged = [], []
+    for row in rows:
+        if (row["split"], row["label"]) == ("train", 0):
+            pixels = decode_prepared(row["image"], POLICY)
+            sums.append([float(pixels[:, :, channel].astype(int).sum()) for channel in range(3)])
+            ragged += [pixels[0, n].astype(np.float32) for n in range(1 + int(pixels[0, 0, 0]) % 4)]
+    return {"sums": np.array(sums), "ragged": np.array(ragged)}
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_pixels_are_those_of_the_normal_images_in_the_order_of_the_part(shards, tmp_path, batch_size, monkeypatch):
-    forbid_test_rows(monkeypatch)
-    worker = preparer(shards, tmp_path, batch_size=batch_size)
-    for number, part in enumerate(shards.parts):
-        record = worker.run({"part": part})
-        path = tmp_path / array_name(part, PIXELS)
-        if not NORMALS[number]:
-            assert record == {"part": part, "rows": 0, "names": [], "bytes": 0}
-            assert not path.exists()
-        else:
-            size = path.stat().st_size
-            assert record == {"part": part, "rows": len(NORMALS[number]), "names": [PIXELS], "bytes": size}
-            pixels = np.load(path, allow_pickle=False)
-            assert (pixels.dtype, pixels.shape) == (np.uint8, (len(NORMALS[number]), SIDE, SIDE, 3))
-            assert np.array_equal(pixels, np.stack(prepared(number)))
-        assert outputs.part_record(str(tmp_path), part) == record
-    assert [len(rows) for rows in NORMALS] == [14, 0, 11, 8]
-    assert not list(tmp_path.glob("*.tmp"))
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(CacheWriter, "run", never)
 
 
-def test_only_the_selected_categories_are_prepared(shards, tmp_path):
-    worker = preparer(shards, tmp_path, selection=normals(["nut"]))
-    assert [worker.run({"part": part})["rows"] for part in shards.parts] == [7, 0, 5, 0]
-    expected = [decode_prepared(row["image"], POLICY) for row in NORMALS[2] if row["category"] == "nut"]
-    assert np.array_equal(all_of(tmp_path, "part-2.parquet", PIXELS), np.stack(expected))
+# ---- what is written ------------------------------------------------------------------------------------------------
 
 
-# ---- labels and masks ---------------------------------------------------------------------------------------------
+def test_arrays_are_those_of_a_plain_loop_in_plain_npy_files(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    cache = make(shards, tmp_path)
+    features = fill(cache)
+    assert features.parts == ["part-0", "part-1", "part-2", "part-3"]
+    assert [features.rows(part) for part in features.parts] == [5, 0, 4, 3]
+    for rows, part in zip(PARTS, features.parts, strict=True):
+        for name, array in expected(rows).items():
+            path = Path(cache.uri, array_name(part, name))
+            assert features.has(part, name) == path.exists() == bool(len(array))
+            if len(array):
+                np.testing.assert_array_equal(features.array(part, name), array)
+                np.save(tmp_path / "plain.npy", array)
+                assert path.read_bytes() == (tmp_path / "plain.npy").read_bytes()
+    assert isinstance(features.array("part-0", "sums"), np.memmap)
+    manifest = features.manifest()
+    assert (manifest["names"], manifest["rows"]) == (["sums", "ragged"], 12)
+    assert manifest["bytes"] == sum(path.stat().st_size for path in Path(cache.uri).glob("*.npy"))
+    assert not list(Path(cache.uri).glob("*.tmp"))
 
 
-@pytest.mark.parametrize("batch_size", [3, 100])
-def test_anomalous_training_images_and_masks_lie_in_the_order_of_the_part(tmp_path, batch_size, monkeypatch):
-    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
-    forbid_test_rows(monkeypatch)
-    selection = learnable(CATEGORIES, labels=True)
-    worker = preparer(shards, tmp_path / "set", selection=selection, masks=True, batch_size=batch_size)
-    for part, rows in zip(shards.parts, LABELLED, strict=True):
-        record = worker.run({"part": part})
-        assert (record["rows"], record["names"]) == (len(rows), [PIXELS, MASKS] if rows else [])
-        if not rows:
-            continue
-        pixels, masks = (all_of(tmp_path / "set", part, name) for name in (PIXELS, MASKS))
-        assert (masks.dtype, masks.shape) == (bool, (len(rows), SIDE, SIDE))
-        for row, image, mask in zip(rows, pixels, masks, strict=True):
-            assert np.array_equal(image, decode_prepared(row["image"], POLICY))
-            assert np.array_equal(mask, truth(row))
-            assert mask.any() == bool(row["label"])
-    assert [len(rows) for rows in LABELLED] == [7, 0, 11]
+def test_groups_lie_beside_each_other(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    images = {"normal": SampleSource(shards, NORMAL, LIMITS), "all": SampleSource(shards, Selection(), LIMITS)}
+    cache = make(shards, tmp_path, images=images)
+    features = fill(cache)
+    assert cache.parts("all") == [part_name(part, "all") for part in shards.parts]
+    assert features.parts == [*cache.parts("normal"), *cache.parts("all")]
+    rows = {name: sum(features.rows(part) for part in cache.parts(name)) for name in images}
+    assert rows == {"normal": 12, "all": 18}
+    alone = fill(make(shards, tmp_path / "alone"))
+    for one, other in zip(alone.arrays("sums"), features.arrays("sums", cache.parts("normal")), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-def test_features_of_anomalous_training_images_are_kept_in_the_same_rows(tmp_path, monkeypatch):
-    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
-    method = pooling(monkeypatch)
-    selection = learnable(CATEGORIES, labels=True)
-    preparer(shards, tmp_path / "set", selection=selection, model="somewhere", half=False).run(
-        {"part": shards.parts[2]}
-    )
-    images = [decode_prepared(row["image"], POLICY) for row in LABELLED[2]]
-    expected = method.frozen_features(normalise(images, POLICY))["fine"].detach()
-    np.testing.assert_allclose(all_of(tmp_path / "set", shards.parts[2], "fine"), expected, rtol=1e-6)
+def test_bytes_do_not_depend_on_the_number_of_workers(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    one, two = make(shards, tmp_path / "one"), make(shards, tmp_path / "two")
+    fill(one)
+    fill(two, RuntimeOptions(workers=2))
+    assert content(one) == content(two)
 
 
-def test_an_anomalous_image_without_mask_is_named(tmp_path):
-    rows = [*masked("nut", "train", 2), sample("nut", "train", 7, 1), *samples("nut", "train", 2)]
-    shards = write_shards(tmp_path / "shards", [rows])
-    selection = learnable(["nut"], labels=True)
-    message = r"^set/nut/train/1/007.png is anomalous but has no mask, which .*; add the mask, or leave the image out"
+def test_a_killed_run_continues_to_the_same_bytes(
+    inline: None, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = make(shards, tmp_path / "whole"), make(shards, tmp_path / "killed")
+    fill(whole)
+    real, ran = CacheWriter.run, []
+
+    def mortal(self: CacheWriter, task: dict[str, Any]) -> dict[str, Any]:
+        ran.append(task["part"])
+        if len(ran) == 3:
+            # as a process that dies while it writes leaves it
+            Path(killed.uri, "part-2-sums.npy.0123abcd.tmp").write_bytes(b"half")
+            Path(killed.uri, "part-2-ragged.npy").write_bytes(b"written, but not declared")
+            raise KeyboardInterrupt
+        return real(self, task)
+
+    monkeypatch.setattr(CacheWriter, "run", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        fill(killed)
+    with pytest.raises(DataError, match=r"is not finished; run the same command again"):
+        killed.open()
+    fill(killed)
+    assert ran == ["part-0.parquet", "part-1.parquet", "part-2.parquet", "part-2.parquet", "part-3.parquet"]
+    assert content(killed) == content(whole)
+
+
+def test_two_runs_share_one_cache(
+    inline: None, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make(shards, tmp_path)
+    fill(first)
+    before = content(first)
+    forbid(monkeypatch)
+    again = make(shards, tmp_path)
+    assert again.uri == first.uri
+    assert again.fill({"": Statistics()}, 2, ONE, "statistics") == 0.0
+    assert content(first) == before
+    with pytest.raises(AssertionError, match="computed again"):
+        fill(make(shards, tmp_path, batch_size=3))
+
+
+def test_all_that_results_depend_on_is_in_the_key(shards: ShardSet, tmp_path: Path) -> None:
+    other = write_shards(tmp_path / "other", PARTS[:1])
+
+    def of(source: SampleSource) -> dict[str, Any]:
+        return {"images": {"": source}}
+
+    chosen = frozenset(row["sample_id"] for row in PARTS[0][:2])
+    changes: list[dict[str, Any]] = [
+        {},
+        {"computed": {"factor": 2.0}},
+        {"computed": {"factor": 1.0, "weights": "0" * 64}},
+        of(SampleSource(other, NORMAL, LIMITS)),
+        of(SampleSource(shards, Selection(("train",)), LIMITS)),
+        of(SampleSource(shards, NORMAL, ImageLimits(max_pixels=10**6))),
+        of(SampleSource(shards, NORMAL, LIMITS, chosen)),
+        of(SampleSource(shards, NORMAL, LIMITS, frozenset(list(chosen)[:1]))),
+        of(SampleSource(shards, NORMAL, LIMITS, frozenset())),
+        {"images": {"normal": SampleSource(shards, NORMAL, LIMITS)}},
+        {"batch_size": 3},
+        {"runtime": RuntimeOptions(workers=1, cpus_per_worker=2)},
+        {"runtime": None},
+    ]
+    uris = [make(shards, tmp_path, **change).uri for change in changes]
+    assert len(set(uris)) == len(uris)
+    # how many work on it does not count
+    assert make(shards, tmp_path, runtime=RuntimeOptions(workers=7)).uri == uris[0]
+
+
+def test_another_format_has_another_key(shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = make(shards, tmp_path).uri
+    monkeypatch.setattr(feature_cache, "FORMAT", feature_cache.FORMAT + 1)
+    assert make(shards, tmp_path).uri != uri
+
+
+def test_rows_of_another_shape_are_a_fault_of_the_extractor(shards: ShardSet, tmp_path: Path) -> None:
+    class Growing:
+        def open(self, load: Callable[[str], Method]) -> BatchFunction:
+            counts = iter(range(1, 9))
+            return BatchFunction(POLICY, lambda batch: {"x": np.zeros((len(batch), next(counts)))})
+
+    writer = CacheWriter(make(shards, tmp_path), {"": Growing()}, 2, "cpu", 1)
+    with pytest.raises(ValueError, match=r"rows of float64 \(2,\) after rows of float64 \(1,\)"):
+        writer.run({"group": "", "part": "part-0.parquet"})
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def other_bytes(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+
+
+def other_shape(path: Path) -> None:
+    np.save(path, np.load(path)[:-1])
+
+
+def other_type(path: Path) -> None:
+    np.save(path, np.load(path).view(np.int64))
+
+
+FAULTS: dict[str, Callable[[Path], Any]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-8]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no array": lambda path: path.write_bytes(b"something else" * 20),
+    "other bytes": other_bytes,
+    "other shape": other_shape,
+    "other type": other_type,
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_is_refused_and_named(inline: None, shards: ShardSet, tmp_path: Path, fault: str) -> None:
+    cache = make(shards, tmp_path)
+    fill(cache)
+    FAULTS[fault](Path(cache.uri, "part-2-sums.npy"))
+    features = cache.open()
+    features.array("part-0", "sums")
+    message = rf"^{cache.uri}/part-2-sums.npy is missing, damaged or another one .*; remove the folder {cache.uri} and"
     with pytest.raises(DataError, match=message):
-        preparer(shards, tmp_path / "set", selection=selection, masks=True).run({"part": "part-0.parquet"})
-    preparer(shards, tmp_path / "set", selection=selection).run({"part": "part-0.parquet"})
+        features.arrays("sums")
 
 
-def test_a_mask_that_cannot_be_read_is_named(tmp_path):
-    rows = masked("nut", "train", 2)
-    rows[1]["mask"] = rows[1]["mask"][:40]
-    shards = write_shards(tmp_path / "shards", [rows])
-    worker = preparer(shards, tmp_path / "set", selection=learnable(["nut"], labels=True), masks=True)
-    with pytest.raises(DataError, match=r"^mask of set/nut/train/1/001.png: .*; give --limits as at ingest, or"):
-        worker.run({"part": "part-0.parquet"})
+def test_the_file_of_another_part_is_refused(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    """Though it is whole, and of the right type."""
+    cache, other = make(shards, tmp_path), make(shards, tmp_path, computed={"factor": 2.0})
+    fill(cache)
+    fill(other, factor=2.0)
+    path = Path(cache.uri, "part-0-sums.npy")
+    path.write_bytes(Path(other.uri, "part-0-sums.npy").read_bytes())
+    with pytest.raises(DataError, match=r"part-0-sums.npy is missing, damaged or another one"):
+        cache.open().array("part-0", "sums")
 
 
-def test_sets_with_and_without_anomalous_images_and_masks_are_told_apart(tmp_path, monkeypatch):
-    shards = write_shards(tmp_path / "shards", LABELLED_PARTS)
-    monkeypatch.setattr("pipelines.runtime.actors.connect", lambda runtime: None)
-    made: list[str] = []
-
-    def run_here(worker: Any, arguments: dict[str, Any], tasks: list[Any], runtime: Any) -> list[Any]:
-        made.append(arguments["output"])
-        return [worker(**arguments).run(task) for task in tasks]
-
-    monkeypatch.setattr("pipelines.runtime.actors.run_tasks", run_here)
-    sets = {
-        flags: prepare(
-            shards,
-            ["bolt", "nut"],
-            POLICY,
-            str(tmp_path / "sets"),
-            LIMITS,
-            RuntimeOptions(),
-            labels=flags[0],
-            masks=flags[1],
-        )
-        for flags in [(False, False), (True, False), (True, True), (True, True)]
-    }
-    assert made == [found.uri for found in sets.values()]  # the last was there already
-    rows = {flags: files.read_json(f"{found.uri}/_manifest.json")["rows"] for flags, found in sets.items()}
-    assert rows == {(False, False): 11, (True, False): 18, (True, True): 18}
-    assert [found.names for found in sets.values()] == [(PIXELS,), (PIXELS,), (PIXELS, MASKS)]
+@pytest.mark.parametrize("name", ["_manifest.json", "_part-0.json"])
+def test_a_damaged_record_is_refused(inline: None, shards: ShardSet, tmp_path: Path, name: str) -> None:
+    cache = make(shards, tmp_path)
+    fill(cache)
+    Path(cache.uri, name).write_bytes(b"{")
+    with pytest.raises(DataError, match=rf"{name} is missing, damaged or another one"):
+        cache.open().array("part-0", "sums")
 
 
-# ---- features -----------------------------------------------------------------------------------------------------
+def test_what_the_cache_does_not_hold_is_refused(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    features = fill(make(shards, tmp_path))
+    with pytest.raises(DataError, match="holds no products of part-0"):
+        features.array("part-0", "products")
+    with pytest.raises(DataError, match="holds no sums of part-1"):
+        features.array("part-1", "sums")  # no image of it is selected
+    with pytest.raises(DataError, match="has no part part-9"):
+        features.rows("part-9")
+    with pytest.raises(DataError, match="holds no products; remove"):
+        features.row_shape("products")
+    assert features.row_shape("sums") == (3,)
 
 
-@pytest.mark.parametrize("half", [True, False])
-def test_features_are_the_encoders_in_the_precision_asked_for(shards, tmp_path, monkeypatch, half):
-    method = pooling(monkeypatch)
-    record = preparer(shards, tmp_path, model="somewhere", half=half).run({"part": "part-0.parquet"})
-    kept = np.float16 if half else np.float32
-    with torch.inference_mode():
-        expected = method.frozen_features(normalise(prepared(0), POLICY))
-    assert record["names"] == ["fine", "coarse"]
-    for name, shape in (("fine", (14, 1, 8, 8)), ("coarse", (14, 3, 4, 4))):
-        array = all_of(tmp_path, "part-0.parquet", name)
-        assert (array.dtype, array.shape) == (kept, shape)
-        assert np.array_equal(array, expected[name].numpy().astype(kept))
-    assert not (tmp_path / array_name("part-0.parquet", PIXELS)).exists()
-    assert record["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+def test_a_folder_of_something_else_is_not_taken(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    cache = make(shards, tmp_path)
+    Path(cache.uri).mkdir(parents=True)
+    Path(cache.uri, "letters.txt").write_text("of somebody")
+    with pytest.raises(DataError, match=r"holds other files \(letters.txt\)"):
+        fill(cache)
+    assert Path(cache.uri, "letters.txt").read_text() == "of somebody"
 
 
-def test_descriptors_are_means_over_places_in_full_precision(shards, tmp_path, monkeypatch):
-    method = pooling(monkeypatch)
-    preparer(shards, tmp_path, model="somewhere", half=True).run({"part": "part-3.parquet"})
-    descriptors = all_of(tmp_path, "part-3.parquet", DESCRIPTOR)
-    assert (descriptors.dtype, descriptors.shape) == (np.float32, (8, 4))
-    for pixels, descriptor in zip(prepared(3), descriptors, strict=True):
-        features = {k: v[0].tolist() for k, v in method.frozen_features(normalise([pixels], POLICY)).items()}
-        means = []
-        for channel in [*features["fine"], *features["coarse"]]:
-            values = [value for line in channel for value in line]
-            means.append(sum(values) / len(values))
-        assert descriptor == pytest.approx(means, abs=1e-6)
+def test_a_cache_of_another_plan_is_not_taken(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    """Should two plans ever meet in one folder."""
+    old = dataclasses.replace(make(shards, tmp_path), plan={"shards": shards.digest, "half": True})
+    with outputs.open_cache(old.uri, "features", old.plan):
+        outputs.finish(old.uri, {"names": ["pixels"], "bytes": 0, "rows": 0})
+    with pytest.raises(DataError, match="of another run"):
+        fill(make(shards, tmp_path))
 
 
-def test_features_of_a_saved_method_are_those_it_computes_itself(shards, tmp_path):
-    method = METHODS["uniad"](TINY["uniad"].config).eval()
-    assert isinstance(method, TrainedMethod)
-    Model(method, CATEGORIES).save(tmp_path / "encoder")
-    worker = preparer(shards, tmp_path, policy=method.input, model=str(tmp_path / "encoder"), half=False)
-    worker.run({"part": "part-2.parquet"})
-    images = [decode_prepared(row["image"], method.input) for row in NORMALS[2]]
-    with torch.inference_mode():
-        expected = method.frozen_features(normalise(images, method.input))
-    assert list(expected) == ["neck"]
-    np.testing.assert_allclose(all_of(tmp_path, "part-2.parquet", "neck"), expected["neck"], rtol=1e-4, atol=1e-5)
+def test_parts_recorded_by_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    outputs.commit_part(str(tmp_path), "part-0", {"part": "part-0.parquet", "rows": 3, "names": ["x"], "bytes": 9})
+    with pytest.raises(DataError, match="has no part part-0; remove that folder"):
+        CachedFeatures(str(tmp_path), parts=["part-0"]).rows("part-0")
 
 
-def test_features_that_half_precision_cannot_hold_are_refused(shards, tmp_path, monkeypatch):
-    pooling(monkeypatch, factor=1e5)
-    message = r"^frozen features of part-0.parquet are not finite in half precision; use --data.feature_precision full$"
-    with pytest.raises(DataError, match=message):
-        preparer(shards, tmp_path / "half", model="somewhere", half=True).run({"part": "part-0.parquet"})
-    assert outputs.part_record(str(tmp_path / "half"), "part-0.parquet") is None
-    assert files.list_names(str(tmp_path / "half")) == []
-    preparer(shards, tmp_path / "full", model="somewhere", half=False).run({"part": "part-0.parquet"})
-    assert np.abs(all_of(tmp_path / "full", "part-0.parquet", "fine")).max() > 65504
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def test_features_that_are_not_finite_at_all_point_to_the_weights(shards, tmp_path, monkeypatch):
-    pooling(monkeypatch, factor=float("nan"))
-    with pytest.raises(DataError, match=r"features of part-3.parquet are not finite in float32; check weights"):
-        preparer(shards, tmp_path, model="somewhere", half=False).run({"part": "part-3.parquet"})
+def test_readers_travel_without_their_maps(inline: None, shards: ShardSet, tmp_path: Path) -> None:
+    features = fill(make(shards, tmp_path))
+    before = [np.array(array) for array in features.arrays("sums")]
+    travelled = pickle.dumps(features)
+    assert len(travelled) < 4000
+    for one, other in zip(before, pickle.loads(travelled).arrays("sums"), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_found_by_part_and_row(shards, tmp_path):
-    worker = preparer(shards, tmp_path / "set")
-    for part in shards.parts:
-        worker.run({"part": part})
-    arrays = Arrays(str(tmp_path / "set"), shards.parts, (PIXELS,), tmp_path / "copies")
-    for reader in (arrays, pickle.loads(pickle.dumps(arrays))):
-        for part, row in ((0, 0), (3, 7), (0, 13), (2, 5)):
-            assert np.array_equal(reader.row(PIXELS, part, row), prepared(part)[row])
-        with pytest.raises(IndexError):
-            reader.row(PIXELS, 3, 8)
-    assert len(pickle.dumps(arrays)) < 2000  # maps do not travel with it
-    assert not (tmp_path / "copies").exists()
-
-
-def test_sets_on_an_object_store_are_copied_to_disk_once(shards, tmp_path):
-    uri = "memory://test-features/set"
+def test_copies_of_an_object_store_are_removed_with_their_reader(inline: None, shards: ShardSet) -> None:
+    uri = "memory://test-feature-cache"
     try:
-        worker = preparer(shards, uri)
-        for part in shards.parts:
-            worker.run({"part": part})
-        arrays = Arrays(uri, shards.parts, (PIXELS,), tmp_path)
-        assert np.array_equal(arrays.row(PIXELS, 2, 3), prepared(2)[3])
-        assert len(list(tmp_path.iterdir())) == 1
-        files.remove("memory://test-features")
-        again = pickle.loads(pickle.dumps(arrays))
-        assert np.array_equal(again.row(PIXELS, 2, 4), prepared(2)[4])
+        features = fill(make(shards, uri))
+        array = features.array("part-0", "sums")
+        np.testing.assert_array_equal(array, expected(PARTS[0])["sums"])
+        copies = Path(array.filename).parent  # type: ignore[attr-defined]
+        assert len(list(copies.iterdir())) == 1
+        again = pickle.loads(pickle.dumps(features))
+        again.array("part-0", "sums")
+        del features
+        gc.collect()
+        assert not copies.exists()
+        np.testing.assert_array_equal(again.array("part-0", "sums"), array)
     finally:
-        files.remove("memory://test-features")
+        files.remove(uri)
+
+
+def test_joined_rows_are_those_of_one_array() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.random((count, 2, 3)).astype(np.float16) for count in (4, 0, 1, 7)]
+    joined, whole = JoinedRows(arrays), np.concatenate(arrays)
+    assert joined.rows == 12
+    for indices in ([0], [11, 4, 4, 0, 3], rng.permutation(12), np.arange(12), np.array([], int)):
+        taken = joined.take(np.asarray(indices, int))
+        assert taken.dtype == np.float16
+        np.testing.assert_array_equal(taken, whole[np.asarray(indices, int)])
+
+
+def test_a_matrix_of_patches_is_projected_array_by_array() -> None:
+    rng = np.random.default_rng(1)
+    arrays = [rng.normal(size=(count, 8)).astype(np.float32) for count in (5, 3)]
+    patches = PatchMatrix([arrays[0], np.zeros((0, 0), np.float32), arrays[1]])
+    assert (patches.rows, patches.dimension) == (8, 8)
+    np.testing.assert_array_equal(patches.projected(0, 3), np.concatenate(arrays))
+    matrix = random_projection(8, 4, seed=3)
+    np.testing.assert_array_equal(patches.projected(4, 3), np.concatenate([array @ matrix for array in arrays]))
+    np.testing.assert_array_equal(patches.take(np.array([6, 1])), np.stack([arrays[1][1], arrays[0][1]]))
+    with pytest.raises(DataError, match="masking left no patch for the bank"):
+        PatchMatrix([np.zeros((0, 8), np.float32)])
+
+
+# ---- validation images ----------------------------------------------------------------------------------------------
+
+
+def test_validation_images_are_cached_in_parts(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_TASK", 4)
+    rows = samples("nut", "val", 3) + masked("nut", "val", 3)
+    held_out = frozenset(row["sample_id"] for row in rows if row["label"] == 0)
+    uri = build_validation_set(
+        write_shards(tmp_path / "shards", [rows]), ["nut"], held_out, POLICY, ValidationOptions(), LIMITS, str(tmp_path)
+    )
+    cache = FeatureCache.below(str(tmp_path), "validation outputs", {"": ValidationSource(uri)}, {}, ONE, 3)
+    seen: list[int] = []
+
+    class Sums:
+        def open(self, load: Callable[[str], Method]) -> BatchFunction:
+            def compute(batch: ImageBatch) -> Arrays:
+                seen.append(len(batch))
+                return {"sums": np.array([int(sample.pixels.sum()) for sample in batch.samples])}
+
+            return BatchFunction(InputPolicy("stretch", 8, None), compute)  # the images are input already
+
+    writer = CacheWriter(cache, {"": Sums()}, 3, "cpu", 1)
+    records = [writer.run({"group": "", "part": part}) for part in cache.images[""].parts()]
+    assert [(record["part"], record["rows"]) for record in records] == [("images-000000", 4), ("images-000004", 2)]
+    assert seen == [3, 1, 2]
+    sums = np.concatenate(CachedFeatures(cache.uri, parts=cache.parts()).arrays("sums"))
+    np.testing.assert_array_equal(sums, ValidationSet(uri).pixels.astype(int).sum((1, 2, 3)))
+    # another set of validation images is another cache
+    assert FeatureCache.below(str(tmp_path), cache.kind, {"": ValidationSource(f"{uri}0")}, {}, ONE, 3).uri != cache.uri

@@ -16,9 +16,9 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 import unianom
+from pipelines.data.feature_cache import CacheWriter
 from pipelines.evaluation import clustering
 from pipelines.evaluation.clustering import (
-    PartFeatures,
     cluster_anomalies,
     cluster_vectors,
     describe_images,
@@ -183,7 +183,7 @@ def test_another_variant_takes_no_network_and_a_second_run_nothing(
     first = options(model, shards, tmp_path / "out", shown=1)
     assert cluster_anomalies(first).fresh
     whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(PartFeatures, "run", lambda *_: pytest.fail("the network ran again"))
+    monkeypatch.setattr(CacheWriter, "run", lambda *_: pytest.fail("the network ran again"))
     assert not cluster_anomalies(first).fresh
     (tmp_path / "out" / "_manifest.json").unlink()
     assert cluster_anomalies(first).fresh

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.evaluation import embeddings
+from pipelines.data.feature_cache import CacheWriter
 from pipelines.evaluation.bank_protocol import spread
 from pipelines.evaluation.low_shot import low_shot, plan_draws, print_low_shot, summarise
 from pipelines.evaluation.options import ClusterOptions, LowShotOptions, SemanticOptions, protocol_options
@@ -189,7 +189,7 @@ def test_another_bank_takes_no_network(
     def broken(*_: Any) -> None:
         raise AssertionError("the network ran again")
 
-    monkeypatch.setattr(embeddings.PartEmbedder, "run", broken)
+    monkeypatch.setattr(CacheWriter, "run", broken)
     other = tiny_method(bank=BankConfig(coreset_ratio=0.9))
     assert low_shot(low_shot_options(shards, tmp_path / "other", shots=(1,), draws=1, method=other)).fresh
 

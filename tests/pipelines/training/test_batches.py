@@ -15,10 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.feature_cache import MASKS, PIXELS, Arrays, PartPreparer, learnable, normals
+from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, SampleSource, part_name
 from pipelines.training.augment import flip_and_turn
-from pipelines.training.dataset import PreparedImages, ShardImages, TrainingSet, descriptors, to_input
+from pipelines.training.dataset import (
+    PreparedFeatures,
+    PreparedImages,
+    ShardImages,
+    TrainingSet,
+    descriptors,
+    to_input,
+)
 from pipelines.training.loader import BatchLoader
+from pipelines.training.prepared import FrozenFeatures, PreparedPixels, learnable, normals
 from pipelines.training.sampler import NEAREST_PROMPTS, ReferenceSampler, StepSampler
 from pipelines.training.samples import TrainingImages
 from tests.methods.test_trained import flat
@@ -36,8 +44,8 @@ from tests.pipelines.sharded import (
 )
 from unianom.configs.synthesis import SynthesisConfig
 from unianom.configs.training import Augmentation
-from unianom.data.image import decode_prepared
-from unianom.data.shards import ShardSet
+from unianom.data.image import InputPolicy, decode_prepared
+from unianom.data.shards import Selection, ShardSet
 from unianom.data.synthesis import Synthesiser
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
@@ -249,13 +257,33 @@ class Pooled(TrainedMethod):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
+    @property
+    def input(self) -> InputPolicy:
+        return POLICY
+
     def frozen_features(self, images: Tensor) -> FeatureMaps:
         return {"coarse": nn.functional.avg_pool2d(images, 16), "fine": nn.functional.avg_pool2d(images, 8)[:, :1]}
 
 
+def write_cache(shards: ShardSet, folder: str, selection: Selection, extractor: Extractor, masks: bool = False) -> None:
+    """Fill the parts of a cache in this process; the model of features is `Pooled`."""
+    cache = FeatureCache(folder, "features", {}, {"": SampleSource(shards, selection, LIMITS, masks=masks)})
+    writer = CacheWriter(cache, {"": extractor}, 4, "cpu", 1)
+    writer._methods[POOLED] = Pooled()
+    for part in shards.parts:
+        writer.run({"group": "", "part": part})
+
+
+POOLED = "folder of the model"
+
+
+def cached(shards: ShardSet, folder: str) -> CachedFeatures:
+    return CachedFeatures(folder, Path("nowhere"), [part_name(part) for part in shards.parts])
+
+
 @dataclasses.dataclass(frozen=True)
-class EmbeddingCache:
-    """Folders of prepared sets."""
+class Kept:
+    """Folders of caches."""
 
     pixels: str
     features: str
@@ -263,14 +291,11 @@ class EmbeddingCache:
 
 
 @pytest.fixture(scope="module")
-def kept(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingCache:
-    made = EmbeddingCache(*(str(tmp_path_factory.mktemp(name)) for name in ("pixels", "features", "full")))
-    for folder, encoder in ((made.pixels, None), (made.features, Pooled()), (made.full, Pooled())):
-        half = folder == made.features
-        worker = PartPreparer(shards, normals(CATEGORIES), POLICY, folder, LIMITS, None, half, 4, "cpu", 1)
-        worker._encoder = encoder
-        for part in shards.parts:
-            worker.run({"part": part})
+def kept(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    made = Kept(*(str(tmp_path_factory.mktemp(name)) for name in ("pixels", "features", "full")))
+    write_cache(shards, made.pixels, normals(CATEGORIES), PreparedPixels(POLICY))
+    write_cache(shards, made.features, normals(CATEGORIES), FrozenFeatures(POOLED, half=True))
+    write_cache(shards, made.full, normals(CATEGORIES), FrozenFeatures(POOLED, half=False))
     return made
 
 
@@ -278,8 +303,8 @@ def from_shards(shards: ShardSet, images: TrainingImages, keep: int = 2) -> Shar
     return ShardImages(shards, CATEGORIES, images, POLICY, LIMITS, keep)
 
 
-def from_prepared(shards: ShardSet, images: TrainingImages, kept: EmbeddingCache) -> PreparedImages:
-    return PreparedImages(Arrays(kept.pixels, shards.parts, (PIXELS,), Path("nowhere")), images)
+def from_prepared(shards: ShardSet, images: TrainingImages, kept: Kept) -> PreparedImages:
+    return PreparedImages(cached(shards, kept.pixels), images)
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random"])
@@ -455,7 +480,7 @@ class Bench:
 
     shards: ShardSet
     images: TrainingImages
-    kept: EmbeddingCache
+    kept: Kept
 
     def make(
         self,
@@ -478,15 +503,15 @@ class Bench:
     def prepared(self) -> PreparedImages:
         return from_prepared(self.shards, self.images, self.kept)
 
-    def arrays(self, uri: str) -> Arrays:
-        return Arrays(uri, self.shards.parts, ("coarse", "fine"), Path("nowhere"))
+    def arrays(self, uri: str) -> PreparedFeatures:
+        return PreparedFeatures(cached(self.shards, uri), ("coarse", "fine"), self.images)
 
     def descriptors(self) -> np.ndarray:
-        return descriptors(self.kept.features, self.shards.parts, self.images, Path("nowhere"))
+        return descriptors(cached(self.shards, self.kept.features), self.images)
 
 
 @pytest.fixture(scope="module")
-def bench(shards: ShardSet, images: TrainingImages, kept: EmbeddingCache) -> Bench:
+def bench(shards: ShardSet, images: TrainingImages, kept: Kept) -> Bench:
     return Bench(shards, images, kept)
 
 
@@ -651,14 +676,16 @@ class Labelled:
 
     shards: ShardSet
     images: TrainingImages
-    folder: str
+    pixels: str
+    features: str
 
     def make(self, needs: BatchSpec = MARKED, stream: bool = False, features: str | None = None) -> TrainingSet:
-        arrays = Arrays(self.folder, self.shards.parts, (PIXELS, MASKS), Path("nowhere"))
-        source: Any = PreparedImages(arrays, self.images)
+        source: Any = PreparedImages(cached(self.shards, self.pixels), self.images)
         if stream:
             source = ShardImages(self.shards, ["nut", "bolt"], self.images, POLICY, LIMITS, 2, True, needs.masks)
-        kept = None if features is None else Arrays(features, self.shards.parts, ("coarse", "fine"), Path("nowhere"))
+        kept = None
+        if features is not None:
+            kept = PreparedFeatures(cached(self.shards, features), ("coarse", "fine"), self.images)
         return TrainingSet(self.images, ["nut", "bolt"], needs, source, kept, None, None, 4)
 
 
@@ -667,14 +694,11 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
     shards = write_shards(tmp_path_factory.mktemp("labelled"), LABELLED_PARTS)
     learn = frozenset(row["sample_id"] for row in LEARNED_LABELLED)
     images = TrainingImages.choose(shards, ["nut", "bolt"], learn, labels=True)
-    folder = str(tmp_path_factory.mktemp("prepared"))
+    pixels, features = (str(tmp_path_factory.mktemp(name)) for name in ("pixels", "features"))
     selection = learnable(["nut", "bolt"], labels=True)
-    for encoder in (None, Pooled()):
-        worker = PartPreparer(shards, selection, POLICY, folder, LIMITS, None, False, 4, "cpu", 1, encoder is None)
-        worker._encoder = encoder
-        for part in shards.parts:
-            worker.run({"part": part})
-    return Labelled(shards, images, folder)
+    write_cache(shards, pixels, selection, PreparedPixels(POLICY, masks=True), masks=True)
+    write_cache(shards, features, selection, FrozenFeatures(POOLED, half=False))
+    return Labelled(shards, images, pixels, features)
 
 
 def test_anomalous_training_images_are_learned_from_in_the_order_of_the_parts(labelled, tmp_path):
@@ -715,13 +739,13 @@ def test_labels_come_without_masks_and_images_beside_kept_features(labelled, str
     places = [(0, 3), (0, 9), (1, 16)]
     assert set(flat(labelled.make(BatchSpec(labels=True), stream).batch(places))) == {"category", "images", "label"}
     needs = BatchSpec(labels=True, images=True)
-    both = labelled.make(needs, stream, labelled.folder).batch(places)
+    both = labelled.make(needs, stream, labelled.features).batch(places)
     assert set(flat(both)) == {"category", "images", "label", "features.coarse", "features.fine"}
     with torch.inference_mode():
         now = Pooled().frozen_features(to_input(both, torch.device("cpu"), POLICY).images)
     for name, value in now.items():
         torch.testing.assert_close(both.features[name], value, rtol=1e-6, atol=1e-7)
-    alone = labelled.make(dataclasses.replace(MARKED, images=False), stream, labelled.folder).batch(places)
+    alone = labelled.make(dataclasses.replace(MARKED, images=False), stream, labelled.features).batch(places)
     assert set(flat(alone)) == {"category", "label", "mask", "features.coarse", "features.fine"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 import unianom
-from pipelines.data.feature_cache import array_name
 from pipelines.data.splits import held_out_normals
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
@@ -26,7 +24,6 @@ from pipelines.training.calibrate import (
     STATISTICS,
     EmbeddingCache,
     HeadActor,
-    PartInspector,
     calibrate,
 )
 from pipelines.training.options import CalibrateOptions, ThresholdOptions
@@ -202,24 +199,20 @@ def test_which_images_were_held_out_must_be_told(small: Small, model: Path) -> N
     assert held_out_normals({**before, "held_out_normals": 0}, rows, "the model") == frozenset()
 
 
-def test_a_killed_head_ends_the_same(small: Small, model: Path, tmp_path: Path) -> None:
+def test_a_killed_head_ends_the_same(inline: None, small: Small, model: Path, tmp_path: Path) -> None:
     """Without Ray: arrays part by part, then the head in one go, and in pieces by an actor made anew each time."""
-    shards, loaded = ShardSet.open(small.shards), unianom.load(model)
-    selection = Selection(("train",), labels=(NORMAL,))
-    chosen = frozenset(shards.table(selection, ["sample_id"])["sample_id"].to_pylist())
-    inspector = PartInspector(
-        str(model), shards, selection, chosen, loaded.categories, str(tmp_path), 4, ImageLimits(), False, "cpu", 1
-    )
-    records = [inspector.run({"part": part}) for part in shards.parts]
-    assert sum(record["rows"] for record in records) == len(chosen)
-    for record in records:
-        if record["rows"]:
-            arrays = [np.load(tmp_path / array_name(record["part"], name)) for name in (FEATURES, STATISTICS, CATEGORY)]
-            assert {len(array) for array in arrays} == {record["rows"]}
-    shape = next(record["shape"] for record in records if record["rows"])
-    made = {"rows": {record["part"]: record["rows"] for record in records}, "shape": shape}
-    (tmp_path / "_manifest.json").write_text(json.dumps(made))
-    kept = EmbeddingCache(str(tmp_path), {}, str(model), shards, loaded.categories, chosen, frozenset())
+    shards = ShardSet.open(small.shards)
+    chosen = frozenset(shards.table(Selection(("train",), labels=(NORMAL,)), ["sample_id"])["sample_id"].to_pylist())
+    given = options(small, model, images="all", folder=str(tmp_path / "kept"), batch_size=4)
+    kept = EmbeddingCache.of(str(model), shards, given)
+    assert kept.chosen == chosen
+    kept.fill(given)
+    features = kept.cache.open()
+    assert sum(features.rows(part) for part in features.parts) == len(chosen)
+    for part in features.parts:
+        if features.rows(part):
+            arrays = [features.array(part, name) for name in (FEATURES, STATISTICS, CATEGORY)]
+            assert {len(array) for array in arrays} == {features.rows(part)}
 
     def actor(name: str) -> HeadActor:
         checkpoint = str(tmp_path / name)

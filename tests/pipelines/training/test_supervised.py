@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
-from pipelines.data.feature_cache import learnable
 from pipelines.data.splits import choose_samples
 from pipelines.runtime.models import load_model
 from pipelines.training import driver as module
@@ -26,6 +25,7 @@ from pipelines.training.driver import train_networks
 from pipelines.training.loader import BatchLoader
 from pipelines.training.options import DataOptions, ThresholdOptions, TrainingOptions
 from pipelines.training.per_category import FitResult
+from pipelines.training.prepared import learnable
 from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer

@@ -17,15 +17,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import unianom
+from pipelines.data import feature_cache
 from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import choose_samples
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.cli import parse
+from pipelines.runtime.models import load_memory_method
 from pipelines.training.driver import WorkersLostError
 from pipelines.training.memory_bank import fit_banks
 from pipelines.training.options import FitOptions, ThresholdOptions, train_options
-from pipelines.tuning import encodings, trial
-from pipelines.tuning.encodings import EncodingReader, EncodingSet, encode_once
+from pipelines.tuning import trial
+from pipelines.tuning.encodings import EncodedImages, encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, fit_bank, is_bank_option
 from pipelines.tuning.objective import save_readings
 from pipelines.tuning.results import CampaignRun, read_settings, recipe, recipe_text
@@ -102,7 +104,7 @@ def in_this_process() -> Iterator[None]:
             for name, stand_in in (("run_tasks", run_inline), ("connect", lambda _: None)):
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
-        patch.setattr(encodings, "IMAGES_PER_UNIT", 7)
+        patch.setattr(feature_cache, "IMAGES_PER_TASK", 7)
         yield
 
 
@@ -132,7 +134,7 @@ def prepared(
     return made
 
 
-def encode(campaign: MemoryCampaign, own: Any, validation_set: str) -> EncodingSet:
+def encode(campaign: MemoryCampaign, own: Any, validation_set: str) -> EncodedImages:
     learn, folder = campaign.chosen.learn, f"{campaign.folder}/encodings"
     return encode_once(
         campaign.name, own, campaign.options, campaign.shards, campaign.categories, learn, validation_set, folder
@@ -261,21 +263,23 @@ def test_a_recipe_makes_the_bank_of_the_trial(
 def test_patches_are_projected_part_by_part(campaign: MemoryCampaign) -> None:
     """As jobs/train.py does it: products of other shapes differ in their last bits, and so may the coreset."""
     made, own = campaign.encoding_of({}), campaign.config_of({"mask": "off"})
-    arrays = [np.load(f"{made.uri}/learned-part-{part}.npy") for part in (0, 2)]
+    arrays = [np.load(f"{made.cache.uri}/part-{part}-learned-patches.npy") for part in (0, 2)]
     assert len(arrays[0]) > 32
     matrix = random_projection(48, 16, seed=0)
     expected = np.concatenate([array.reshape(-1, 48) @ matrix for array in arrays])
-    np.testing.assert_array_equal(EncodingReader(made).bank_patches(own).projected(16, 0), expected)
+    method = load_memory_method(made.encoder, "cpu")
+    np.testing.assert_array_equal(made.bank_patches(method, own).projected(16, 0), expected)
 
 
 def test_masks_of_a_trial_count(campaign: MemoryCampaign) -> None:
     """The values above do mask something, or the banks would be compared for nothing."""
-    reader = EncodingReader(campaign.encoding_of({}))
+    made = campaign.encoding_of({})
+    method = load_memory_method(made.encoder, "cpu")
     patches = {
-        threshold: reader.bank_patches(campaign.config_of({"mask_threshold": threshold})).rows
+        threshold: made.bank_patches(method, campaign.config_of({"mask_threshold": threshold})).rows
         for threshold in (0.0, 0.9)
     }
-    everything = reader.bank_patches(campaign.config_of({"mask": "off"})).rows
+    everything = made.bank_patches(method, campaign.config_of({"mask": "off"})).rows
     assert 0 < patches[0.9] < patches[0.0] <= everything
     assert everything == len(campaign.chosen.learn) * 64
 
@@ -286,10 +290,10 @@ def test_masks_of_a_trial_count(campaign: MemoryCampaign) -> None:
 @pytest.mark.parametrize("values", [{}, {"mask_threshold": 0.9, "mask_kernel": 1}, {"mask": "off"}, {"mask": "soft"}])
 def test_encoded_images_are_what_the_method_embeds(campaign: MemoryCampaign, values: dict[str, Any]) -> None:
     made = campaign.encoding_of({})
-    reader, own = EncodingReader(made), campaign.config_of(values)
-    method = remade(reader.method, own)
+    encoder, own = load_memory_method(made.encoder, "cpu"), campaign.config_of(values)
+    method = remade(encoder, own)
     assert isinstance(method, MemoryMethod)
-    found = list(reader.compared(own))
+    found = list(made.compared_patches(encoder, own))
     validation_set = ValidationSet(made.validation_set)
     batches = list(validation_set.batches(7, method.input, torch.device("cpu")))
     with torch.inference_mode():
@@ -310,7 +314,7 @@ def test_images_are_encoded_once_for_all_banks(
         def __init__(self, **_: Any) -> None:
             raise AssertionError("encoded again")
 
-    monkeypatch.setattr(encodings, "PartEncoder", Never)
+    monkeypatch.setattr(feature_cache, "CacheWriter", Never)
     other = {"bank.coreset_ratio": 0.2, "mask_threshold": 0.5, "mask": "soft", "k_ratio": 0.3, "neighbours": 9}
     assert encode(prepared, prepared.config_of(other), made.validation_set) == made
     with pytest.raises(AssertionError, match="encoded again"):
@@ -325,26 +329,26 @@ def test_a_killed_encoding_goes_on(
 ) -> None:
     whole, own = prepared.encoding_of({}), prepared.config_of({})
     elsewhere = dataclasses.replace(prepared, folder=str(tmp_path))
-    encoder, left = encodings.PartEncoder, [4]
+    writer, left = feature_cache.CacheWriter, [4]
 
-    class Mortal(encoder):  # type: ignore[misc, valid-type]
+    class Mortal(writer):  # type: ignore[misc, valid-type]
         def run(self, task: dict[str, Any]) -> dict[str, Any]:
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
             return super().run(task)
 
-    monkeypatch.setattr(encodings, "PartEncoder", Mortal)
+    monkeypatch.setattr(feature_cache, "CacheWriter", Mortal)
     with pytest.raises(KeyboardInterrupt):
         encode(elsewhere, own, whole.validation_set)
     left[0] = 10**9
     again = encode(elsewhere, own, whole.validation_set)
-    names = [name for name in files.list_names(whole.uri) if name.endswith(".npy")]
+    names = [name for name in files.list_names(whole.cache.uri) if name.endswith(".npy")]
     assert len(names) > 8
-    assert [name for name in files.list_names(again.uri) if name.endswith(".npy")] == names
+    assert [name for name in files.list_names(again.cache.uri) if name.endswith(".npy")] == names
     for name in names:
-        np.testing.assert_array_equal(np.load(f"{again.uri}/{name}"), np.load(f"{whole.uri}/{name}"))
-    tasks = [name for name in names if not name.endswith("-attention.npy")]
+        assert Path(again.cache.uri, name).read_bytes() == Path(whole.cache.uri, name).read_bytes()
+    tasks = [*whole.cache.parts("learned"), *whole.cache.parts("compared")]
     assert 10**9 - left[0] == len(tasks) - 4, "what was encoded is not encoded again"
 
 
