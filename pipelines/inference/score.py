@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.ingest import map_ahead
+from pipelines.data.ahead import map_ahead
 from pipelines.inference.options import ScoreOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, run_tasks
