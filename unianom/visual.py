@@ -90,12 +90,12 @@ class HeatScale:
         return np.rint(share * 255).astype(np.uint8)
 
     def colours(self, anomaly_map: ArrayLike) -> Pixels:
-        """Heat map H×W×3 uint8 RGB of an H×W map."""
+        """Return the heat map H×W×3 uint8 RGB of an H×W map."""
         return heat_colours()[self.levels(anomaly_map)]
 
 
 def heat_scale(normal: ArrayLike, anomalous: ArrayLike) -> HeatScale:
-    """A scale on which the ordinary is dark and the brightest is what few pixels reach.
+    """Return a scale on which the ordinary is dark and the brightest is what few pixels reach.
 
     Args:
         normal: map values of pixels of normal images, any shape, may be empty.
@@ -137,7 +137,7 @@ def overlay(image: Pixels, anomaly_map: ArrayLike, scale: HeatScale, opacity: fl
 
 
 def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
-    """Pixels just outside a mask: not in it, but at most `width` pixels from it in each direction (H×W bool)."""
+    """Return pixels just outside a mask: not in it, but at most `width` pixels from it in each direction (H×W bool)."""
     side = 2 * width + 1
     grown = sliding_window_view(np.pad(mask, width), (side, side)).any(axis=(2, 3))
     return grown & ~mask
@@ -146,7 +146,7 @@ def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
 def draw_outline(
     image: Pixels, mask: NDArray[np.bool_], width: int = 1, colour: tuple[int, int, int] = OUTLINE
 ) -> Pixels:
-    """A copy of an H×W×3 uint8 image with the outline of an H×W bool mask; the masked pixels stay visible."""
+    """Return a copy of an H×W×3 uint8 image with the outline of an H×W bool mask; the masked pixels stay visible."""
     drawn = image.copy()
     drawn[outline(mask, width)] = colour
     return drawn
@@ -169,7 +169,7 @@ def heat_png(anomaly_map: ArrayLike, scale: HeatScale) -> bytes:
 
 
 def new_figure(panels: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side, each 3.1 × 2.6 inches, with a title above them if one is given."""
+    """Return a figure of panels side by side, each 3.1 × 2.6 inches, with a title above them if one is given."""
     from matplotlib.figure import Figure
 
     height = _PANEL_HEIGHT + (_TITLE_HEIGHT if title else 0)
@@ -235,7 +235,7 @@ def draw_curves(
 
 
 def _cut(curve: Curve, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """x and y of a curve up to x = limit, where it ends on an interpolated point."""
+    """Return x and y of a curve up to x = limit, where it ends on an interpolated point."""
     if len(curve.x) == 0 or curve.x[-1] <= limit:
         return curve.x, curve.y
     inside = curve.x < limit
@@ -323,7 +323,7 @@ def score_rows(
 
 
 def _draw_row(axes: Axes, edges: NDArray[np.float64], normal: ArrayLike, anomalous: ArrayLike) -> None:
-    """Normal and anomalous scores of one category, each to its own height."""
+    """Return the normal and anomalous scores of one category, each to its own height."""
     for scores, colour in ((normal, NORMAL_COLOUR), (anomalous, ANOMALOUS_COLOUR)):
         counts = np.histogram(np.asarray(scores, np.float64), edges)[0]
         if counts.any():
@@ -340,7 +340,7 @@ def _draw_row(axes: Axes, edges: NDArray[np.float64], normal: ArrayLike, anomalo
 
 
 def quiet(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Axes with a light grid, no frame and small type."""
+    """Give axes a light grid, no frame and small type."""
     axes.set_title(title, fontsize=9, color=_INK, loc="left", fontweight="bold", parse_math=False)
     axes.set_xlabel(x_label, fontsize=8, color=_INK)
     axes.set_ylabel(y_label, fontsize=8, color=_INK)
@@ -358,7 +358,7 @@ def _dress(
     y_label: str,
     legend: Literal["best", "lower right"],
 ) -> None:
-    """Quiet axes, with a legend where there is anything to tell."""
+    """Dress axes quietly, with a legend where there is anything to tell."""
     quiet(axes, title, x_label, y_label)
     axes.grid(color=_GRID, linewidth=0.6, clip_on=False)
     if axes.get_legend_handles_labels()[1]:
@@ -370,7 +370,7 @@ def _write_undefined(axes: Axes) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG on white, 160 dots an inch; equal figures give equal bytes.
+    """Return a figure as PNG on white, 160 dots an inch; equal figures give equal bytes.
 
     Letters that the font lacks are taken from other fonts of this machine, and written as `drawable` does where it has
     none.
@@ -416,7 +416,8 @@ def letters_of(file: str) -> frozenset[int]:
 
 @cache
 def _other_fonts(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Families of this machine that have some of the missing letters, as few as there must be, and these letters."""
+    """Return families of this machine that have some of the missing letters, as few as there must be, and these
+    letters."""
     from matplotlib.font_manager import fontManager
 
     families: list[str] = []
@@ -433,7 +434,7 @@ def _other_fonts(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[in
 
 @contextmanager
 def _drawable_texts(figure: Figure) -> Iterator[None]:
-    """For the length of the block, a figure whose texts can be drawn without boxes."""
+    """Make all texts of a figure drawable without boxes, for the length of the block."""
     from matplotlib.text import Text
 
     before: list[tuple[Text, str, list[str], float | str]] = []
@@ -466,7 +467,7 @@ def _shrink_to_fit(text: Text, figure: Figure) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an <svg> element for an HTML page.
+    """Return a figure as an <svg> element for an HTML page.
 
     Text stays text in the page's font, so that letters which the fonts here lack show all the same. What is neither
     blue nor orange takes the page's CSS variables --ink, --faint and --grid, so that it shows on light and dark

@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[T], ahead: int) -> Iterator[R]:
-    """`function` over items in order, at most `ahead` of them being worked on or waiting, so memory is bounded."""
+    """Yield `function` of items in order, at most `ahead` of them being worked on or waiting, so memory is bounded."""
     waiting: list[Future[R]] = []
     for item in items:
         waiting.append(pool.submit(function, item))

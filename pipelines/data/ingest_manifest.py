@@ -74,7 +74,7 @@ def _counts(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def summarise(
     table: list[dict[str, Any]], records: list[dict[str, Any]], left_out: LeftOut | None = None
 ) -> dict[str, Any]:
-    """What a user should know of the data before trusting a figure made from it.
+    """Return what a user should know of the data before trusting a figure made from it.
 
     The keys "left_out" and "sixteen_bits", and under "masks" those of `MASK_DOUBTS`, are there only where there is
     something to tell, so that the manifest of a set without such stays what it always was.

@@ -114,7 +114,7 @@ class PartIngester:
         return record
 
     def _read(self, ref: SampleRef) -> tuple[dict[str, Any], FileFindings]:
-        """A row of SAMPLE_SCHEMA and what its files were like, or a row of REJECTED_SCHEMA."""
+        """Return a row of SAMPLE_SCHEMA and what its files were like, or a row of REJECTED_SCHEMA."""
         known = {
             key: getattr(ref, key) for key in ("sample_id", "dataset", "category", "split", "label", "defect", "uri")
         }
@@ -142,7 +142,8 @@ class PartIngester:
         return row, dataclasses.replace(found, largest=facts.largest)
 
     def _crop(self, data: bytes, crop: Crop | None) -> tuple[ImageFacts, bytes, CropWindow | None]:
-        """Facts of the whole image, the bytes that its sample is made of, and the window of it that they hold."""
+        """Return facts of the whole image, the bytes that its sample is made of, and the window of it that they
+        hold."""
         if crop is None:
             return check_image(data, self._limits), data, None
         decoded = decode_image(data, self._limits)
@@ -152,7 +153,7 @@ class PartIngester:
     def _read_mask(
         self, ref: SampleRef, image: ImageFacts, window: CropWindow | None, stored: tuple[int, int]
     ) -> tuple[bytes | None, FileFindings]:
-        """PNG of the mask of an image and what is wrong with it; cropped and reduced as its image was."""
+        """Return the PNG of the mask of an image and what is wrong with it; cropped and reduced as its image was."""
         if ref.mask_uri is None:
             return None, FileFindings("missing" if ref.label == ANOMALOUS else None)
         threshold = ref.mask_threshold if self._mask_threshold is None else self._mask_threshold
@@ -178,7 +179,7 @@ class PartIngester:
         return encode_png(mask), FileFindings(empty, tuple(dict.fromkeys(doubts)))
 
     def _upright(self, mask: np.ndarray, own: int | None, image: ImageFacts) -> tuple[np.ndarray, str | None]:
-        """A mask as its image lies, and what is in doubt about it."""
+        """Return a mask as its image lies, and what is in doubt about it."""
         orientation = image.orientation or 1
         # a mask with an orientation of its own has been turned by it
         if orientation == 1 or own is not None or self._mask_orientation == "shown":
@@ -209,7 +210,7 @@ class FileFindings:
 
 
 def read_image_file(uri: str, tries: int = 3) -> bytes:
-    """The bytes of an image file; what may pass (a lost connection) is tried again.
+    """Return the bytes of an image file; what may pass (a lost connection) is tried again.
 
     Raises:
         ImageError: the file is not there, is no file but a folder or a named pipe, or may not be read.

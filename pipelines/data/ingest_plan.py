@@ -21,7 +21,7 @@ def check_unique(refs: Sequence[SampleRef]) -> None:
 
 
 def contaminated(refs: Sequence[SampleRef], fraction: float, seed: int) -> list[SampleRef]:
-    """The samples with a share of each category's anomalous test images among the normal training images.
+    """Return the samples with a share of each category's anomalous test images among the normal training images.
 
     Raises:
         DataError: there is no category with two anomalous test images, one to move and one to keep.
@@ -81,5 +81,5 @@ def digest_of_refs(refs: Sequence[SampleRef]) -> str:
 
 
 def part_name(number: int) -> str:
-    """File name of a part."""
+    """Return the file name of a part."""
     return f"part-{number:05d}.parquet"

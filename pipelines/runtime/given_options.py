@@ -72,8 +72,8 @@ class GivenOptions:
             raise OptionError(message + (f"; did you mean --{near}?" if near else ""))
 
     def _known(self, name: str) -> str:
-        """The option that an argument names, with dashes as underscores; the key of a dict stays as it is, unless it
-        is an option's name itself."""
+        """Return the option that an argument names, with dashes as underscores; the key of a dict stays as it is,
+        unless it is an option's name itself."""
         plain = name.replace("-", "_")
         if plain in self._fields or plain in self._groups or plain in ("config", "print_config"):
             return plain
@@ -86,7 +86,7 @@ class GivenOptions:
         )
 
     def _dict_of(self, name: str) -> str:
-        """The option that holds a dict with the rest of the name as a key, or nothing."""
+        """Return the option that holds a dict with the rest of the name as a key, or nothing."""
         for option, (hint, _) in self._fields.items():
             if name.startswith(option + ".") and name != option + "." and typing.get_origin(hint) is dict:
                 return option
@@ -130,7 +130,7 @@ class GivenOptions:
         self._put(option, value)
 
     def _get(self, name: str) -> Any:
-        """What an option holds now: as given, else its default; None for a required one."""
+        """Return what an option holds now: as given, else its default; None for a required one."""
         inside: Any = self.values
         for part in name.split("."):
             if part not in inside:
@@ -160,7 +160,7 @@ class GivenOptions:
         return _built(self._options, self.values)
 
     def printed(self) -> dict[str, Any]:
-        """Plain data that `--config` takes; null for required options that are not given."""
+        """Return plain data that `--config` takes; null for required options that are not given."""
         plain = merged(_plain_defaults(self._options), to_plain(self.values))
         required = (f.name for f in dataclasses.fields(self._options) if default_of(f) is dataclasses.MISSING)  # type: ignore[arg-type]
         if all(plain[name] is not None for name in required):
@@ -171,7 +171,7 @@ class GivenOptions:
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:
-    """Options by name from YAML."""
+    """Return options by name from YAML."""
     try:
         values = read_yaml(text)
     except (yaml.YAMLError, RecursionError) as error:
@@ -183,7 +183,7 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def _fields(options: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
-    """Options by dotted name, with their type and what their field says of them."""
+    """Yield options by dotted name, with their type and what their field says of them."""
     hints = typing.get_type_hints(options)
     for option in dataclasses.fields(options):
         name = f"{prefix}{option.name}"
@@ -195,15 +195,15 @@ def _fields(options: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, M
 
 
 def default_of(field: dataclasses.Field[Any], base: Any = None) -> Any:
-    """The default of an option: that of the group it is in, where the group has one, else that of its class; `MISSING`
-    for a required one."""
+    """Return the default of an option: that of the group it is in, where the group has one, else that of its class;
+    `MISSING` for a required one."""
     if base is not None and base is not dataclasses.MISSING:
         return getattr(base, field.name)
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _plain_defaults(options: type, base: Any = None) -> dict[str, Any]:
-    """Plain defaults; null for required options, and for those that a preset or others fill in."""
+    """Return plain defaults; null for required options, and for those that a preset or others fill in."""
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         hint, default = hints_of(options)[field.name], default_of(field, base)
@@ -217,7 +217,7 @@ def _plain_defaults(options: type, base: Any = None) -> dict[str, Any]:
 
 
 def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
-    """An instance with the options that are given; the others are those of `base`, or defaults."""
+    """Return an instance with the options that are given; the others are those of `base`, or defaults."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         hint, default = hints_of(options)[field.name], default_of(field, base)
@@ -237,7 +237,7 @@ def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
 
 
 def _nearest(unknown: str, names: Sequence[str]) -> str | None:
-    """The known option that resembles an unknown one in its last part, in the same group if there is one."""
+    """Return the known option that resembles an unknown one in its last part, in the same group if there is one."""
     group = unknown.rpartition(".")[0]
     for known in ([name for name in names if name.rpartition(".")[0] == group], names):
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}

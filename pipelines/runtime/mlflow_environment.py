@@ -40,7 +40,7 @@ def explained(what: str, cure: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own words where disk or network failed, else MLflow's, on one line."""
+    """Return the system's own words where disk or network failed, else MLflow's, on one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.strerror):
@@ -63,7 +63,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def quiet_loggers() -> Iterator[None]:
-    """Warnings and errors only from MLflow and its database migrations, for the length of the block."""
+    """Let through only warnings and errors of MLflow and its database migrations, for the length of the block."""
     level = os.environ["MLFLOW_LOGGING_LEVEL"].upper()
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
     before = [logger.level for logger in loggers]
@@ -78,7 +78,7 @@ def quiet_loggers() -> Iterator[None]:
 
 @contextmanager
 def global_tracking_uri(uri: str) -> Iterator[None]:
-    """MLflow's global tracking URI, without which no model is logged or registered, for the length of the block."""
+    """Set MLflow's global tracking URI, without which no model is logged or registered, for the length of the block."""
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow keeps its global in this variable as well

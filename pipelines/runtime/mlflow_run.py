@@ -184,7 +184,7 @@ class MlflowRun(Run):
 
 
 def open_run(uri: str, experiment: str, job: str, output: str, plan: str, parent: str | None) -> MlflowRun:
-    """The job's run, new or continued."""
+    """Return the job's run, new or continued."""
     from mlflow import MlflowClient
 
     where = f"cannot record in MLflow at {mask_credentials(uri)}"
@@ -215,7 +215,7 @@ def open_run(uri: str, experiment: str, job: str, output: str, plan: str, parent
 
 
 def pinned_requirements() -> list[str]:
-    """What a model needs to run, in the versions installed here."""
+    """Return what a model needs to run, in the versions installed here."""
     names = ["torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pyarrow", "fsspec", "scipy", "pyyaml"]
     names += ["annotated-types"]
     pins = [f"{name}=={_public_version(name)}" for name in names]
@@ -228,12 +228,12 @@ def pinned_requirements() -> list[str]:
 
 
 def _public_version(name: str) -> str:
-    """Without a local part such as "+cu130", which package indexes do not know."""
+    """Return a package's version without a local part such as "+cu130", which package indexes do not know."""
     return version(name).split("+")[0]
 
 
 def _example_image() -> bytes:
-    """A small grey ramp as PNG."""
+    """Return a small grey ramp as PNG."""
     import numpy as np
 
     return encode_png(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)))

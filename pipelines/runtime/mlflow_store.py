@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def experiment_id_of(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """Id of the experiment, made if it is not there."""
+    """Return the id of the experiment, made if it is not there."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -39,7 +39,7 @@ def experiment_id_of(client: MlflowClient, name: str, artifacts: str | None) -> 
 
 
 def default_uri(default_folder: str | None, output: str) -> str | None:
-    """The SQLite store beside the output; None beside an output that is not on this machine's disk."""
+    """Return the SQLite store beside the output; None beside an output that is not on this machine's disk."""
     if not files.is_local(default_folder or output):
         return None
     path = Path(files.full_uri(default_folder)) if default_folder else Path(output).parent
@@ -82,7 +82,7 @@ def _mlflow_tables() -> set[str]:
 
 
 def sqlite_uri(path: Path) -> str:
-    """MLflow's URI of an SQLite file.
+    """Return MLflow's URI of an SQLite file.
 
     Raises:
         TrackingError: its name cannot be written as a URI.
@@ -105,7 +105,7 @@ def sqlite_uri(path: Path) -> str:
 
 
 def artifact_folder(uri: str) -> str | None:
-    """Where the artifacts of an SQLite store lie: MLflow would put them into the working directory."""
+    """Return where the artifacts of an SQLite store lie: MLflow would put them into the working directory."""
     if not uri.startswith("sqlite:///"):
         return None
     from sqlalchemy import make_url

@@ -16,7 +16,7 @@ _SECRET = re.compile(r"([?&][^=&\s]*(?:sig|token|key|secret|password|credential)
 
 
 def mask_credentials(text: str) -> str:
-    """Text with user names, passwords and secret query values taken out of its URIs."""
+    """Return text with user names, passwords and secret query values taken out of its URIs."""
     return _SECRET.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
@@ -29,7 +29,7 @@ def mask_all(plain: Any) -> Any:
 
 
 def to_text(value: Any) -> str:
-    """As it is written in YAML and on the command line, without credentials."""
+    """Return a value as it is written in YAML and on the command line, without credentials."""
     return mask_credentials(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 

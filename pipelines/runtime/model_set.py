@@ -56,7 +56,7 @@ class ModelSet:
         return [self.by_category[c] for c in sorted(self.by_category)] if self.by_category else [self.uri]
 
     def folder_of(self, category: str) -> str:
-        """The model folder that scores a category.
+        """Return the model folder that scores a category.
 
         Raises:
             DataError: no model was fitted for it.
@@ -69,7 +69,7 @@ class ModelSet:
         return self.by_category[category]
 
     def descriptions(self) -> list[dict[str, Any]]:
-        """`model.json` of every model with its digest, without what only loading needs.
+        """Return `model.json` of every model with its digest, without what only loading needs.
 
         Raises:
             ModelError: one is missing or damaged.

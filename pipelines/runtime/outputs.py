@@ -151,7 +151,7 @@ def _sweep(output: str, kind: str) -> None:
 
 
 def _foreign_names(output: str) -> list[str]:
-    """What lies in a folder, besides the files of this module."""
+    """Return what lies in a folder, besides the files of this module."""
     names = []
     for name in files.list_names(output):
         if name == PLAN or (files.is_half_written(name) and name.startswith(PLAN)):
@@ -167,7 +167,7 @@ def _foreign_names(output: str) -> list[str]:
 
 
 def _look(output: str, names: Sequence[str]) -> tuple[str | None, dict[str, Any] | None] | None:
-    """Which kind of output lies in a folder, and its plan; None if no job wrote it.
+    """Return which kind of output lies in a folder, and its plan; None if no job wrote it.
 
     The kind is None where the plan's job is not known, and the plan where an earlier version kept none.
     """
@@ -208,7 +208,7 @@ def _described(output: str, kind: str | None) -> str:
 
 
 def _on_the_way(folder: str) -> str | None:
-    """Which file, or link that leads nowhere, lies where a folder is to be made or above it, in words."""
+    """Return which file, or link that leads nowhere, lies where a folder is to be made or above it, in words."""
     if not files.is_local(folder):
         return f"{folder} is a file" if files.is_file(folder) else None
     path = Path(files.full_uri(folder))

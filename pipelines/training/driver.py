@@ -226,7 +226,7 @@ def check_masks(shards: ShardSet, categories: list[str]) -> None:
 
 
 def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> bool:
-    """Whether frozen features are computed once.
+    """Return whether frozen features are computed once.
 
     Args:
         method: whose features.
@@ -250,7 +250,7 @@ def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> boo
 
 
 def feature_bytes(method: TrainedMethod, data: DataOptions) -> int:
-    """What the frozen features of an image take, from a forward pass of one."""
+    """Return what the frozen features of an image take, from a forward pass of one."""
     side = method.input.side
     with evaluation_mode(method), torch.inference_mode():
         features = method.frozen_features(torch.zeros(1, 3, side, side, device=method.device))

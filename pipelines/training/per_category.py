@@ -182,7 +182,7 @@ def inputs_of(shards: str, config: Any) -> dict[str, str | None]:
 
 
 def weights_digest(weights: str) -> str | None:
-    """Checksum of a weights file, so that another file under the same name is another plan."""
+    """Return the checksum of a weights file, so that another file under the same name is another plan."""
     if weights in ("pretrained", "random") or not files.exists(weights):
         return None  # a missing file is told by the backbone, with the ways out
     return files.sha256_file(weights)

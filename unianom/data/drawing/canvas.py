@@ -30,11 +30,12 @@ class Canvas:
         self.y, self.x = np.meshgrid(centres, centres, indexing="ij")
 
     def fill(self, distance: Array) -> Array:
-        """Coverage in [0, 1] of a shape given by its signed distance (negative inside), edges antialiased."""
+        """Return the coverage in [0, 1] of a shape given by its signed distance (negative inside), edges
+        antialiased."""
         return np.clip(0.5 - distance * self.n, 0, 1)
 
     def noise(self, rng: np.random.Generator, sigma_y: float, sigma_x: float) -> Array:
-        """White noise smoothed by a Gaussian of these standard deviations; mean 0, variance 1, periodic; n×n."""
+        """Return white noise smoothed by a Gaussian of these standard deviations; mean 0, variance 1, periodic; n×n."""
         spectrum = scipy.fft.rfft2(rng.standard_normal((self.n, self.n), dtype=np.float32))
         frequency = np.fft.fftfreq(self.n, 1 / self.n).astype(np.float32)
         gain_y = np.exp(-2 * (np.pi * sigma_y * frequency) ** 2)
@@ -43,7 +44,8 @@ class Canvas:
         return scipy.fft.irfft2(spectrum, (self.n, self.n)) / np.sqrt(np.mean(gain_y**2) * np.mean(gain_x**2))
 
     def blob(self, rng: np.random.Generator, y: float, x: float, radius: float) -> Array:
-        """Signed distance (to first order) of an irregular patch around (y, x), at least two final pixels in radius."""
+        """Return the signed distance (to first order) of an irregular patch around (y, x), at least two final pixels in
+        radius."""
         radius = max(radius, 2 * OVERSAMPLING / self.n)
         stretch = math.sqrt(rng.uniform(1, 2))
         along, across = turn(self.y - y, self.x - x, rng.uniform(0, math.pi))
@@ -57,7 +59,7 @@ class Canvas:
     def stroke(
         self, rng: np.random.Generator, y: float, x: float, angle: float, length: float, width: float, wobble: float
     ) -> Array:
-        """Signed distance (to first order) of a line through (y, x) that wanders by about `wobble`.
+        """Return the signed distance (to first order) of a line through (y, x) that wanders by about `wobble`.
 
         `angle` is against the y axis; the line is never thinner than 1.3 final pixels, so that its mask has no gaps.
         """
@@ -74,22 +76,24 @@ class Canvas:
 
 
 def turn(y: Array, x: Array, angle: float) -> tuple[Array, Array]:
-    """Coordinates in axes turned by `angle` (radians): along the new first axis, and across it."""
+    """Return coordinates in axes turned by `angle` (radians): along the new first axis, and across it."""
     cos, sin = math.cos(angle), math.sin(angle)
     return y * cos + x * sin, x * cos - y * sin
 
 
 def mix(low: Array, high: Array, share: Array | float) -> Array:
-    """Colours between `low` and `high`: (3,) or n×n×3 each, by `share` n×n or one number."""
+    """Return colours between `low` and `high`: (3,) or n×n×3 each, by `share` n×n or one number."""
     return low + (high - low) * np.asarray(share, np.float32)[..., None]
 
 
 def rgb(*channels: float) -> Array:
+    """Return a colour, (3,) float32."""
     return np.array(channels, np.float32)
 
 
 def soft_shadow(coverage: Array, dy: float, dx: float, blur: float) -> Array:
-    """Shadow of a shape, moved by (dy, dx) and blurred; computed at half the resolution, as it has no detail."""
+    """Return the shadow of a shape, moved by (dy, dx) and blurred; computed at half the resolution, as it has no
+    detail."""
     small = reduce(coverage)
     n = len(small)
     moved = scipy.ndimage.shift(small, (round(dy * n), round(dx * n)), order=0)
@@ -97,23 +101,24 @@ def soft_shadow(coverage: Array, dy: float, dx: float, blur: float) -> Array:
 
 
 def relief(height: Array, light: float, blur: float) -> Array:
-    """Shading of the bevelled edges of a shape under light from direction `light`; about -1 to 1."""
+    """Return the shading of the bevelled edges of a shape under light from direction `light`; about -1 to 1."""
     rounded = scipy.ndimage.gaussian_filter(height, blur * len(height), truncate=2.5)
     slope_y, slope_x = np.gradient(rounded)
     return (slope_y * math.sin(light) + slope_x * math.cos(light)) * (blur * len(height) * 2.5)
 
 
 def changed(clean: Array, altered: Array) -> Array:
-    """Coverage of a defect of shape and of the shadow it moves: 1 where they show above the sensor noise, else 0."""
+    """Return the coverage of a defect of shape and of the shadow it moves: 1 where they show above the sensor noise,
+    else 0."""
     difference = np.abs(altered - clean).max(axis=-1)
     return scipy.ndimage.binary_fill_holes(difference > 0.015).astype(np.float32)
 
 
 def reduce(picture: Array) -> Array:
-    """From the canvas to the size of the picture: mean over blocks of 2×2 pixels."""
+    """Reduce from the canvas to the size of the picture: mean over blocks of 2×2 pixels."""
     return (picture[::2, ::2] + picture[1::2, ::2] + picture[::2, 1::2] + picture[1::2, 1::2]) / 4
 
 
 def enlarge(picture: Array) -> Array:
-    """From the size of the picture to the canvas: each pixel becomes 2×2."""
+    """Enlarge from the size of the picture to the canvas: each pixel becomes 2×2."""
     return picture.repeat(2, axis=0).repeat(2, axis=1)

@@ -123,7 +123,7 @@ def draw_corpus(
 
 
 def _expose(picture: Array, rng: np.random.Generator) -> Array:
-    """Light, colour cast and sensor noise on a reduced scene, n×n×3."""
+    """Lay light, colour cast and sensor noise on a reduced scene, n×n×3."""
     n = len(picture)
     centres = (np.arange(n, dtype=np.float32) + 0.5) / n - 0.5
     slope_y, slope_x = rng.normal(0, 0.06, 2)
@@ -135,7 +135,7 @@ def _expose(picture: Array, rng: np.random.Generator) -> Array:
 
 
 def _generator(seed: int, category: str, index: int, part: str) -> np.random.Generator:
-    """A generator of its own for each part of each scene."""
+    """Return a generator of its own for each part of each scene."""
     words = (seed, zlib.crc32(category.encode()), index, zlib.crc32(part.encode()))
     return np.random.default_rng(np.random.SeedSequence(words))
 

@@ -39,7 +39,7 @@ class Scene(abc.ABC):
 
     @abc.abstractmethod
     def draw(self) -> Array:
-        """The scene without defect, n×n×3 reflectance, float32, about 0 to 1."""
+        """Return the scene without defect, n×n×3 reflectance, float32, about 0 to 1."""
 
 
 class Weave(Scene):
@@ -170,7 +170,7 @@ class Cog(Scene):
         self.ground = 0.80 * rng.normal(1, 0.03) + 0.012 * canvas.noise(rng, 0.05, 0.05)
 
     def outer_edge(self, heights: Array) -> Array:
-        """Signed distance to the toothed outline; `heights`: of each tooth, (teeth,), 1 is a whole one."""
+        """Return the signed distance to the toothed outline; `heights`: of each tooth, (teeth,), 1 is a whole one."""
         position = self.angle * (self.teeth / (2 * math.pi))
         height = self.tooth * self.scale * heights[np.floor(position).astype(np.intp) % self.teeth].astype(np.float32)
         wave = 0.5 - 0.85 * np.cos(2 * math.pi * position)
@@ -179,7 +179,7 @@ class Cog(Scene):
         return (self.radius - self.root - height * np.clip(wave, 0, 1)) / np.hypot(1, steepness)
 
     def body(self, heights: Array) -> Array:
-        """Coverage of the whole wheel, n×n."""
+        """Return the coverage of the whole wheel, n×n."""
         sector = 2 * math.pi / self.holes
         folded = self.angle % sector - sector / 2
         ring = self.hole_ring * self.scale
@@ -247,7 +247,7 @@ class Cap(Scene):
         self.whole = canvas.fill(self.radius - self.rim - 0.007 * np.cos(self.crimps * self.angle))
 
     def draw_pebbles(self, rng: np.random.Generator) -> Array:
-        """Rounded stones around the points of a jittered lattice (Worley 1996: cells by nearest point), n×n×3.
+        """Return rounded stones around the points of a jittered lattice (Worley 1996: cells by nearest point), n×n×3.
 
         Drawn at half the resolution: the ground lies below the plane of focus.
         """
@@ -272,7 +272,7 @@ class Cap(Scene):
         return enlarge(colours[stone[..., 0], stone[..., 1]] * (0.45 + 0.55 * dome)[..., None])
 
     def print_coverage(self) -> Array:
-        """Coverage of the printed ring and star, n×n."""
+        """Return the coverage of the printed ring and star, n×n."""
         ring = np.abs(self.radius - 0.68 * self.rim) - 0.03 * self.rim
         sector = 2 * math.pi / self.star_points
         folded = np.abs(self.angle % sector - sector / 2)

@@ -31,7 +31,7 @@ class CropWindow:
 
 
 def find_crop(pixels: np.ndarray, crop: Crop, limits: ImageLimits | None = None) -> CropWindow:
-    """Where a crop lies in an image.
+    """Find where a crop lies in an image.
 
     Args:
         pixels: H×W×3 uint8, upright.
@@ -62,7 +62,8 @@ def find_crop(pixels: np.ndarray, crop: Crop, limits: ImageLimits | None = None)
 
 
 def _before(length: int, side: int) -> int:
-    """Pixels before the middle `side` of `length`, below 0 if that is less; as torchvision's CenterCrop counts."""
+    """Return pixels before the middle `side` of `length`, below 0 if that is less; as torchvision's CenterCrop
+    counts."""
     return round((length - side) / 2) if length >= side else -((side - length) // 2)
 
 
@@ -85,19 +86,19 @@ def _fundus_window(pixels: np.ndarray, crop: Crop) -> CropWindow:
 
 
 def _extent(counts: np.ndarray) -> tuple[float, int]:
-    """Centroid and length along one axis of a region that has so many pixels in each row."""
+    """Return the centroid and length along one axis of a region that has so many pixels in each row."""
     rows = np.flatnonzero(counts)
     return float((counts * np.arange(len(counts))).sum() / counts.sum()), int(rows[-1] - rows[0]) + 1
 
 
 def crop_image(pixels: np.ndarray, window: CropWindow) -> np.ndarray:
-    """The window of an H×W×3 image; where its size changes, bilinear and antialiased."""
+    """Return the window of an H×W×3 image; where its size changes, bilinear and antialiased."""
     cut = Image.fromarray(_cut_window(pixels, window))
     return np.asarray(cut.resize((window.side, window.side), Image.Resampling.BILINEAR))
 
 
 def crop_mask(mask: np.ndarray, window: CropWindow) -> np.ndarray:
-    """The window of an H×W mask, where `crop_image` has that of its image; resized as by `reduce_mask`."""
+    """Return the window of an H×W mask, where `crop_image` has that of its image; resized as by `reduce_mask`."""
     return reduce_mask(_cut_window(mask, window), window.side, window.side)
 
 

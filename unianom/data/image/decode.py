@@ -43,6 +43,11 @@ class ImageFile:
 
 
 def open_image(data: bytes, limits: ImageLimits) -> ImageFile:
+    """Open a file and read its header, without decoding the image.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     if not data:
         raise ImageError("corrupt", "the file is empty")
     limits.check_bytes(len(data))
@@ -84,7 +89,7 @@ _BITS_PER_SAMPLE, _LARGEST_SAMPLE = 258, 341  # tags of TIFF; the latter is SMax
 
 
 def _significant_bits(data: bytes) -> int | None:
-    """The largest figure in the sBIT chunk of a PNG file; None if it has none."""
+    """Return the largest figure in the sBIT chunk of a PNG file; None if it has none."""
     place = 8
     while place + 8 <= len(data):
         length, name = struct.unpack(">I4s", data[place : place + 8])
@@ -97,8 +102,8 @@ def _significant_bits(data: bytes) -> int | None:
 
 
 def _bits_of_maximum(value: Any) -> int | None:
-    """Bits of samples whose largest possible value a TIFF file states. A value that is not all ones is none: some
-    programs state the largest value that occurs, and scaling by that would change from image to image."""
+    """Return bits of samples whose largest possible value a TIFF file states. A value that is not all ones is none:
+    some programs state the largest value that occurs, and scaling by that would change from image to image."""
     largest = max(value) if isinstance(value, tuple) and value else value
     if not isinstance(largest, int | float) or largest < 1 or largest != int(largest):
         return None
@@ -129,7 +134,7 @@ def load_image(image: Image.Image) -> tuple[Image.Image, int | None]:
 
 
 def to_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
-    """Any colour mode to 8-bit RGB; alpha is dropped, 16 bits are scaled to 8 (Pillow would clip them)."""
+    """Convert any colour mode to 8-bit RGB; alpha is dropped, 16 bits are scaled to 8 (Pillow would clip them)."""
     if image.mode == "RGB":
         if file.stated_bits is not None and _is_unscaled_colour(image, file.stated_bits):
             raise ImageError(
@@ -167,14 +172,14 @@ def _samples(image: Image.Image) -> np.ndarray:
 
 
 def _is_scaled_up(values: np.ndarray, bits: int) -> bool:
-    """Whether samples of so many bits were scaled up to 16, as PNG asks for (ISO/IEC 15948, 12.5), though many cameras'
-    programs leave them as they are: the lower bits are then all 0 or repeat the upper ones."""
+    """Return whether samples of so many bits were scaled up to 16, as PNG asks for (ISO/IEC 15948, 12.5), though many
+    cameras' programs leave them as they are: the lower bits are then all 0 or repeat the upper ones."""
     lower = values & ((1 << (16 - bits)) - 1)
     return bool((lower == 0).all() or (bits >= 8 and (lower == values >> bits).all()))
 
 
 def _is_unscaled_colour(image: Image.Image, bits: int) -> bool:
-    """Whether samples of so many bits lie at the lower end of 16, as far as the upper 8 bits show it."""
+    """Return whether samples of so many bits lie at the lower end of 16, as far as the upper 8 bits show it."""
     largest = int(np.asarray(image).max())
     return 0 < largest < 1 << max(bits - 8, 0)
 

@@ -80,8 +80,8 @@ def read_mask(
 
 
 def _mask_values(image: Image.Image, file: ImageFile) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Values H×W that a threshold is held against, brightness H×W (of all but palettes the same), and which pixels are
-    not wholly transparent, None for all."""
+    """Return values H×W that a threshold is held against, brightness H×W (of all but palettes the same), and which
+    pixels are not wholly transparent, None for all."""
     if image.mode.startswith("I"):
         values = np.asarray(image)  # values of more than 8 bits
         hidden = image.info.get("transparency")
@@ -110,15 +110,15 @@ def _mask_values(image: Image.Image, file: ImageFile) -> tuple[np.ndarray, np.nd
 
 
 def _has_grey_palette(image: Image.Image) -> bool:
-    """Whether this is a grey image saved with a palette; the order of its entries then means nothing."""
+    """Return whether this is a grey image saved with a palette; the order of its entries then means nothing."""
     colours = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
     return bool((colours == colours[:, :1]).all())
 
 
 def _has_other_ground(image: Image.Image, layers: np.ndarray) -> bool:
-    """Whether the background of a mask in colours, black or transparent, has another number than 0, as editors order
-    palettes. Black may come again among the entries: where entry 0 is black, too, it is the background if it is used.
-    """
+    """Return whether the background of a mask in colours, black or transparent, has another number than 0, as editors
+    order palettes. Black may come again among the entries: where entry 0 is black, too, it is the background if it is
+    used."""
     entries = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
     numbers = np.asarray(image)
     if len(entries) and (_is_transparent(image, 0) or (not entries[0].any() and (numbers == 0).any())):
@@ -136,7 +136,7 @@ def _is_transparent(image: Image.Image, entry: int) -> bool:
 
 
 def _are_shades(values: np.ndarray, white: int) -> bool:
-    """Whether values between 0 and white are shades and no class numbers.
+    """Return whether values between 0 and white are shades and no class numbers.
 
     They are if most of their pixels lie between a darker and a brighter neighbour, as at anti-aliased edges; or if few
     of them lie in areas of one value, and there are several up to three quarters of white or one that is nearly white,
@@ -158,8 +158,8 @@ def _are_shades(values: np.ndarray, white: int) -> bool:
 
 
 def covers_nearly_all(mask: np.ndarray) -> bool:
-    """Whether an H×W mask marks so much that background and defect look exchanged: nine tenths of the image, or more
-    than half of it and nine tenths of its border."""
+    """Return whether an H×W mask marks so much that background and defect look exchanged: nine tenths of the image, or
+    more than half of it and nine tenths of its border."""
     marked = mask > 0
     share = marked.mean()
     border = np.concatenate([marked[0], marked[-1], marked[:, 0], marked[:, -1]])

@@ -83,7 +83,7 @@ def prepare_image(pixels: np.ndarray, policy: InputPolicy) -> np.ndarray:
 
 
 def decode_prepared(data: bytes, policy: InputPolicy, limits: ImageLimits | None = None) -> np.ndarray:
-    """`prepare_image` of `decode_image`'s pixels, to the bit, in less time: grey is repeated after it is scaled.
+    """Return `prepare_image` of `decode_image`'s pixels, to the bit, in less time: grey is repeated after it is scaled.
 
     Raises:
         ImageError: as `decode_image`.

@@ -49,7 +49,7 @@ def iter_samples(
     options: LayoutOptions | None = None,
     left_out: LeftOut | None = None,
 ) -> Iterator[SampleRef]:
-    """Samples of a source, lazily and always in the same order.
+    """Return samples of a source, lazily and always in the same order.
 
     Args:
         layout: name in `LAYOUTS`.

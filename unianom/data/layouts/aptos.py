@@ -36,7 +36,7 @@ class AptosOptions(LayoutOptions):
 
 
 def samples(source: Source, options: AptosOptions) -> Iterator[SampleRef]:
-    """Samples of APTOS 2019: grade 0 is normal, the other grades are the defects "grade_1" … "grade_4".
+    """Yield samples of APTOS 2019: grade 0 is normal, the other grades are the defects "grade_1" … "grade_4".
 
     Only Kaggle's training part has grades; its test part is not read. The normal images are drawn by shuffling them
     in the order of train.csv with Python's generator, as the published split is, so this draw alone depends on the

@@ -52,7 +52,8 @@ class Layout:
 
 
 def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
-    """Options of a layout from plain values, as a YAML file holds them or `unianom.written.read_yaml` gives them.
+    """Return options of a layout from plain values, as a YAML file holds them or `unianom.written.read_yaml` gives
+    them.
 
     Raises:
         OptionError: an unknown key, or a value of the wrong type.

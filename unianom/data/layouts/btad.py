@@ -28,7 +28,7 @@ class BtadOptions(LayoutOptions):
 
 
 def samples(source: Source, options: BtadOptions) -> Iterator[SampleRef]:
-    """Samples of BTAD as published: bmp and png files, its few anomalous training images left as they are."""
+    """Yield samples of BTAD as published: bmp and png files, its few anomalous training images left as they are."""
     source, categories = find_categories(source, "ok", EXPECTED)
     for category in choose(options.categories, categories, source.uri()):
         yield from category_samples(source, category, "ok", EXPECTED)

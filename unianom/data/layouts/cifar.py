@@ -39,7 +39,7 @@ class CifarOptions(ClassOptions):
 
 
 def samples(source: Source, options: CifarOptions) -> Iterator[SampleRef]:
-    """Samples of CIFAR-10 or CIFAR-100, whichever lies in the root or in its folder of the published name.
+    """Yield samples of CIFAR-10 or CIFAR-100, whichever lies in the root or in its folder of the published name.
 
     Images of the binary files are encoded as PNG and named <file>#<index>. The Python distribution is pickled and
     therefore never opened.
@@ -90,7 +90,7 @@ def _folder_samples(source: Source, options: CifarOptions) -> Iterator[SampleRef
 
 
 def _binary_samples(source: Source, options: CifarOptions, files: dict[str, str]) -> Iterator[SampleRef]:
-    """Records of one label byte (CIFAR-10), or a coarse and a fine one (CIFAR-100), and 3×32×32 pixels."""
+    """Yield records of one label byte (CIFAR-10), or a coarse and a fine one (CIFAR-100), and 3×32×32 pixels."""
     if files is _CIFAR_10_FILES:
         label_bytes, label_at = 1, 0
         classes: tuple[str, ...] = CIFAR_10

@@ -54,18 +54,18 @@ class Task:
     normal: frozenset[str] | None
 
     def keeps(self, split: str, name: str) -> bool:
-        """Whether samples of class `name` belong to the split: training takes normal classes only."""
+        """Return whether samples of class `name` belong to the split: training takes normal classes only."""
         return self.normal is None or split != "train" or name in self.normal
 
     def label(self, name: str) -> int | None:
-        """Label of class `name`."""
+        """Return the label of class `name`."""
         if self.normal is None:
             return None
         return NORMAL if name in self.normal else ANOMALOUS
 
 
 def choose_task(classes: Sequence[str], options: ClassOptions, where: str) -> Task:
-    """Which of the `classes`, sorted, the options call normal.
+    """Return which of the `classes`, sorted, the options call normal.
 
     Raises:
         OptionError: none is named, or one that is not there.
@@ -102,12 +102,13 @@ def choose_task(classes: Sequence[str], options: ClassOptions, where: str) -> Ta
 
 
 def samples(source: Source, options: ClassOptions) -> Iterator[SampleRef]:
-    """Samples of class folders; `defect` is the class, of normal samples too, and the data set is one category."""
+    """Yield samples of class folders; `defect` is the class, of normal samples too, and the data set is one
+    category."""
     yield from class_samples(source, options, {})
 
 
 def class_samples(source: Source, options: ClassOptions, class_of: Mapping[str, str]) -> Iterator[SampleRef]:
-    """As `samples`; folders that are keys of `class_of` belong to the class given there, others to their own."""
+    """Yield as `samples`; folders that are keys of `class_of` belong to the class given there, others to their own."""
     for parents in ({"train": "one_class_train", "test": "one_class_test"}, {"train": "train", "test": "test"}):
         if all(source.has_folder(parent) for parent in parents.values()):
             break

@@ -35,7 +35,7 @@ class KolektorOptions(LayoutOptions):
 
 
 def samples(source: Source, options: KolektorOptions) -> Iterator[SampleRef]:
-    """Samples of KolektorSDD, split by commutator: flawless surfaces of one item are all on the same side.
+    """Yield samples of KolektorSDD, split by commutator: flawless surfaces of one item are all on the same side.
 
     Cracked surfaces are all tested. Nearly every commutator has one, so those of the training items are tested
     too; leaving them out would halve the 52 cracks there are.
@@ -68,7 +68,7 @@ def samples(source: Source, options: KolektorOptions) -> Iterator[SampleRef]:
 
 
 def _surfaces(source: Source, item: str) -> list[tuple[Entry, Entry]]:
-    """Image and mask of each surface of one commutator."""
+    """Return the image and mask of each surface of one commutator."""
     images = source.images(item)
     masks = {same_name(entry.stem.removesuffix("_label")): entry for entry in images if entry.stem.endswith("_label")}
     surfaces = [entry for entry in images if not entry.stem.endswith("_label")]

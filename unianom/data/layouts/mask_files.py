@@ -10,8 +10,8 @@ from unianom.errors import DataError
 
 
 def masks_by_stem(source: Source, folder: str) -> dict[str, str]:
-    """Mask paths of a folder by the stem of the image they belong to ("000_mask.png" and "000.png" → "000"), as
-    `same_name` has it.
+    """Return the mask paths of a folder by the stem of the image they belong to ("000_mask.png" and "000.png" → "000"),
+    as `same_name` has it.
 
     Raises:
         DataError: two masks belong to one stem.
@@ -30,7 +30,7 @@ def masks_by_stem(source: Source, folder: str) -> dict[str, str]:
 
 
 def mask_of(source: Source, image: Entry, masks: Mapping[str, str], folder: str) -> str:
-    """Path of the mask of an image among the `masks` of `folder`, as `masks_by_stem` gives them.
+    """Return the path of the mask of an image among the `masks` of `folder`, as `masks_by_stem` gives them.
 
     Raises:
         DataError: there is none.

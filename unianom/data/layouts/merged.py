@@ -30,7 +30,7 @@ class MergedOptions(LayoutOptions):
 
 
 def samples(source: Source, options: MergedOptions) -> Iterator[SampleRef]:
-    """Samples of all sources in the order of the YAML file, which is the root.
+    """Yield samples of all sources in the order of the YAML file, which is the root.
 
     Relative sources are taken from the folder of the YAML file. Data set names must differ, which keeps the
     sample_ids unique; categories of one name in two sources become one category.
@@ -64,7 +64,7 @@ class _Part:
 
 
 def _read_parts(source: Source, layouts: Mapping[str, Layout]) -> list[_Part]:
-    """The items of the YAML file, all checked before the first is listed."""
+    """Return the items of the YAML file, all checked before the first is listed."""
     where = source.uri()
     try:
         items = read_yaml(source.read())

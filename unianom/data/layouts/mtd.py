@@ -36,7 +36,7 @@ class MtdOptions(LayoutOptions):
 
 
 def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
-    """Samples of MTD: a seeded share of MT_Free for training, the rest and all defects for testing.
+    """Yield samples of MTD: a seeded share of MT_Free for training, the rest and all defects for testing.
 
     A few Uneven tiles come with an empty mask; they stay anomalous.
     """

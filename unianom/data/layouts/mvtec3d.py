@@ -48,7 +48,7 @@ class Mvtec3dOptions(LayoutOptions):
 
 
 def samples(source: Source, options: Mvtec3dOptions) -> Iterator[SampleRef]:
-    """Samples of MVTec 3D-AD or of one of its categories: `rgb` alone, masks paired by stem.
+    """Yield samples of MVTec 3D-AD or of one of its categories: `rgb` alone, masks paired by stem.
 
     `validation`, all normal, becomes the split "val".
     """

@@ -10,7 +10,7 @@ from unianom.errors import OptionError
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names for an error message: "a, b and 3 more"."""
+    """Return names for an error message: "a, b and 3 more"."""
     names = list(names)
     if not names:
         return "nothing"
@@ -18,13 +18,13 @@ def listed(names: Iterable[str], most: int = 12) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The question "did you mean", in brackets after a blank, if a known name resembles `name`, else nothing."""
+    """Return the question "did you mean", in brackets after a blank, if a known name resembles `name`, else nothing."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def choose(wanted: Iterable[str], found: list[str], where: str) -> list[str]:
-    """The wanted categories in the order found, or all if none is named.
+    """Return the wanted categories in the order found, or all if none is named.
 
     Raises:
         OptionError: a wanted category is not there.
@@ -37,5 +37,5 @@ def choose(wanted: Iterable[str], found: list[str], where: str) -> list[str]:
 
 
 def same_name(text: str) -> str:
-    """A name to find masks by: with accents composed in one way, as macOS and others compose them in two."""
+    """Return a name to find masks by: with accents composed in one way, as macOS and others compose them in two."""
     return unicodedata.normalize("NFC", text)

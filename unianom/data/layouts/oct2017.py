@@ -29,7 +29,7 @@ class Oct2017Options(LayoutOptions):
 
 
 def samples(source: Source, options: Oct2017Options) -> Iterator[SampleRef]:
-    """Samples of OCT2017: NORMAL is normal, the other classes are defects by their names.
+    """Yield samples of OCT2017: NORMAL is normal, the other classes are defects by their names.
 
     `val`, which some editions have, becomes the validation split.
     """

@@ -64,7 +64,7 @@ class PolypOptions(LayoutOptions):
 
 
 def samples(source: Source, options: PolypOptions) -> Iterator[SampleRef]:
-    """Samples of several sets of polyps, or of the one that is the root; each is a category.
+    """Yield samples of several sets of polyps, or of the one that is the root; each is a category.
 
     Every image shows a polyp, so all are anomalous, those of the training split too: the sets are for supervised
     segmentation. An undivided set is split by a seeded draw. Frames of one video lie on both sides of it, as they do
@@ -113,7 +113,7 @@ def _sample(source: Source, category: str, split: str, image: Entry, mask: str, 
 
 
 def _pairs(source: Source, images: str, masks: str) -> list[tuple[Entry, str]]:
-    """Images of a folder, each with its mask."""
+    """Return images of a folder, each with its mask."""
     by_stem = masks_by_stem(source, masks)
     return [(image, mask_of(source, image, by_stem, masks)) for image in source.images(images)]
 
@@ -148,7 +148,7 @@ def _draw(category: str, names: list[str], options: PolypOptions, where: str) ->
 
 
 def _plain(name: str) -> str:
-    """Small letters and digits only: "CVC-ClinicDB" → "cvcclinicdb"."""
+    """Return a name in small letters and digits only: "CVC-ClinicDB" → "cvcclinicdb"."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 

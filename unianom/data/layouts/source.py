@@ -53,8 +53,8 @@ class LeftOut:
     links: set[str] = field(default_factory=set)
 
     def summary(self) -> dict[str, Any]:
-        """Counts and examples as a manifest holds them: files by ending, folders with an image, links; what there is
-        none of has no key."""
+        """Return counts and examples as a manifest holds them: files by ending, folders with an image, links; what
+        there is none of has no key."""
         endings: dict[str, dict[str, Any]] = {}
         for folder in sorted(self.files):
             for ending, (count, example) in self.files[folder].items():
@@ -125,7 +125,7 @@ class Source:
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str], dataset: str = "", left_out: LeftOut | None = None) -> Source:
-        """The source at a local path or URI; `dataset` is the root's name if empty.
+        """Return the source at a local path or URI; `dataset` is the root's name if empty.
 
         Raises:
             DataError: unknown URI scheme, or a chained URI ("zip://…::file.zip").
@@ -141,7 +141,7 @@ class Source:
         return cls(fs, root, dataset or posixpath.basename(root) or "data", left_out or LeftOut())
 
     def at(self, folder: str) -> Source:
-        """A folder below the root as the root; ".." is the folder above."""
+        """Return a folder below the root as the root; ".." is the folder above."""
         return replace(self, root=posixpath.dirname(self.root) if folder == ".." else self._inside(folder))
 
     @property
@@ -153,12 +153,13 @@ class Source:
         return posixpath.join(self.root, path) if path else self.root
 
     def uri(self, path: str = "") -> str:
-        """Absolute path or URI of something below the root."""
+        """Return the absolute path or URI of something below the root."""
         inside = self._inside(path)
         return inside if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(inside)
 
     def locate(self, path: str) -> str:
-        """Path or URI of what an option or manifest names: relative to the root, unless absolute or a URI."""
+        """Return the path or URI of what an option or manifest names: relative to the root, unless absolute or a
+        URI."""
         if "://" in path or path.startswith("/"):
             return path
         return replace(self, root=posixpath.normpath(self._inside(path))).uri()
@@ -179,7 +180,8 @@ class Source:
         mask_threshold: int | None = None,
         crop: Crop | None = None,
     ) -> SampleRef:
-        """The sample of a listed image; `mask` is the path of its mask, if it has one, or of several to be united."""
+        """Return the sample of a listed image; `mask` is the path of its mask, if it has one, or of several to be
+        united."""
         masks = [mask] if isinstance(mask, str) else list(mask or ())
         return SampleRef(
             sample_id=self.sample_id(image.path),
@@ -197,7 +199,7 @@ class Source:
         )
 
     def entries(self, folder: str = "") -> list[Entry]:
-        """Files and folders directly in `folder`, sorted by name, without dot files and other litter.
+        """Return files and folders directly in `folder`, sorted by name, without dot files and other litter.
 
         Raises:
             DataError: the folder is not there, is a file or cannot be listed, or a name is not valid UTF-8.
@@ -228,26 +230,26 @@ class Source:
         return sorted(entries, key=lambda entry: entry.path)
 
     def _leads_back(self, folder: str, link: str) -> bool:
-        """Whether a link in `folder` leads to a folder that it lies in, by whatever links one came there."""
+        """Return whether a link in `folder` leads to a folder that it lies in, by whatever links one came there."""
         target = os.path.realpath(link)
         parts = folder.split("/") if folder else []
         places = [os.path.realpath(self._inside("/".join(parts[:depth]))) for depth in range(len(parts) + 1)]
         return any(os.path.commonpath([place, target]) == target for place in places)
 
     def folders(self, folder: str = "") -> list[str]:
-        """Sorted names of the folders in `folder`, without those named like images."""
+        """Return sorted names of the folders in `folder`, without those named like images."""
         return [entry.name for entry in self.entries(folder) if entry.is_folder and not entry.is_image]
 
     def has_folder(self, path: str) -> bool:
-        """Whether there is such a folder."""
+        """Return whether there is such a folder."""
         return bool(self.fs.isdir(self._inside(path)))
 
     def has_file(self, path: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         return bool(self.fs.isfile(self._inside(path)))
 
     def read(self, path: str = "") -> bytes:
-        """Content of a file that belongs to the layout itself: a split file, a mask that tells the label.
+        """Return the content of a file that belongs to the layout itself: a split file, a mask that tells the label.
 
         Raises:
             DataError: the file is not there.
@@ -261,7 +263,7 @@ class Source:
             raise storage_error(error) or DataError(f"cannot read {self.uri(path)}: {error}") from error
 
     def images(self, folder: str) -> list[Entry]:
-        """Images directly in `folder`, sorted; what else lies there is left out.
+        """Return images directly in `folder`, sorted; what else lies there is left out.
 
         Raises:
             DataError: there are none.
@@ -274,7 +276,7 @@ class Source:
         return images
 
     def walk(self, folder: str = "") -> Iterator[Entry]:
-        """All images in and below `folder`, lazily, each folder sorted; other files are left out."""
+        """Yield all images in and below `folder`, lazily, each folder sorted; other files are left out."""
         entries = self.entries(folder)
         self.leave_out(folder, [entry for entry in entries if not (entry.is_image or entry.is_folder)])
         for entry in entries:
@@ -310,14 +312,15 @@ class Source:
         return count
 
     def spelt(self, path: str) -> str:
-        """A path as the file system spells it, where its accents are composed otherwise; else the path itself."""
+        """Return a path as the file system spells it, where its accents are composed otherwise; else the path
+        itself."""
         found = None if path.isascii() else composed_otherwise(self.uri(path))
         if found is None or self.has_folder(path):
             return path
         return posixpath.relpath(found, self.uri())
 
     def images_below(self, folder: str) -> Iterator[Entry]:
-        """As `walk`.
+        """Walk as `walk` does.
 
         Raises:
             DataError: there are none.
@@ -330,7 +333,7 @@ class Source:
             raise DataError(f"no images in or below {self.uri(folder)}; found: {self.found(folder)}")
 
     def require(self, folder: str, below: str, expected: str) -> str:
-        """Path of the folder `below` in `folder`.
+        """Return the path of the folder `below` in `folder`.
 
         Raises:
             DataError: it is not there; says what is, and the layout that was `expected`.
@@ -346,7 +349,7 @@ class Source:
         return reached
 
     def found(self, folder: str = "") -> str:
-        """What lies in a folder, for error messages."""
+        """Return what lies in a folder, for error messages."""
         return listed(entry.name + "/" * entry.is_folder for entry in self.entries(folder))
 
 

@@ -11,7 +11,7 @@ from unianom.errors import DataError
 
 
 def read_table(source: Source, path: str, columns: Sequence[str], key: str) -> list[tuple[str, dict[str, str]]]:
-    """Rows of a CSV file, each with what to call its place in an error message.
+    """Return rows of a CSV file, each with what to call its place in an error message.
 
     Args:
         source: where it lies.

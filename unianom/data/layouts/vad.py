@@ -25,7 +25,7 @@ class VadOptions(LayoutOptions):
 
 
 def samples(source: Source, options: VadOptions) -> Iterator[SampleRef]:
-    """Samples of VAD, for supervised methods: the training split holds defects too. There are no masks.
+    """Yield samples of VAD, for supervised methods: the training split holds defects too. There are no masks.
 
     Unseen defects, of kinds that training does not show, are a defect type of their own: "bad_unseen_defects".
     """

@@ -41,7 +41,7 @@ class VisaOptions(LayoutOptions):
 
 
 def samples(source: Source, options: VisaOptions) -> Iterator[SampleRef]:
-    """Samples of VisA: raw if the split file is there, else prepared. Any mask value above 0 is anomalous."""
+    """Yield samples of VisA: raw if the split file is there, else prepared. Any mask value above 0 is anomalous."""
     if source.has_file(options.split_csv):
         yield from _raw_samples(source, options)
         return
@@ -85,7 +85,7 @@ def _raw_samples(source: Source, options: VisaOptions) -> Iterator[SampleRef]:
 
 
 def _read_split(source: Source, path: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of the split file by category.
+    """Return rows of the split file by category.
 
     Raises:
         DataError: a column is missing, a split or label is unknown, or an image is named twice.
