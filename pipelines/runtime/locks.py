@@ -345,7 +345,7 @@ def exclusive(uri: str, what: str, wait: bool = False) -> Iterator[None]:
 
 def _take(uri: str, what: str, wait: bool) -> _Lock:
     kind: Any = _LocalLock if files.is_local(uri) else _StoreLock
-    told = False
+    announced = False
     while True:
         taken = kind.take(uri)
         if not isinstance(taken, Holder):
@@ -353,7 +353,7 @@ def _take(uri: str, what: str, wait: bool) -> _Lock:
             return lock
         if not wait:
             raise BusyError(taken.sentence(what))
-        if not told:
+        if not announced:
             print(f"waiting for process {taken.process} on {taken.host}, which is making {what}", file=sys.stderr)
-            told = True
+            announced = True
         time.sleep(POLL)
