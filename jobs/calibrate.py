@@ -13,8 +13,8 @@ def main(options: CalibrateOptions) -> None:
 
     for result in calibrate(options):
         done = "calibrated" if result.fresh else "was calibrated already"
-        told = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
-        console.print(f"model {done}: {result.folder} ({', '.join(result.categories)}; {told})")
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+        console.print(f"model {done}: {result.folder} ({', '.join(result.categories)}; {figures})")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
 """
 
 from pipelines.runtime.cli import console, run
-from pipelines.training.options import train_options
+from pipelines.training.options import TrainJobOptions, train_options
 
 
-def main(options: object) -> None:
+def main(options: TrainJobOptions) -> None:
     """Train and print what came of it."""
     from pipelines.training.train import train
 

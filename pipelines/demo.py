@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from pipelines.data.ingest import ingest
 from pipelines.data.options import IngestOptions
@@ -16,9 +15,9 @@ from pipelines.reporting.html import write_report
 from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console
+from pipelines.runtime.mlflow_store import sqlite_uri
 from pipelines.runtime.options import DemoOptions
-from pipelines.runtime.tracking import sqlite_uri
-from pipelines.training.options import ThresholdOptions, train_options
+from pipelines.training.options import ThresholdOptions, TrainJobOptions, train_options
 from pipelines.training.train import train
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.bank import BankConfig
@@ -78,7 +77,7 @@ def _run(options: DemoOptions, root: Path, paths: dict[str, str], report: str) -
     console.print(f"model:   unianom.load('{paths['model']}'), registered as models:/{REGISTERED}@candidate")
 
 
-def _train_options(options: DemoOptions, paths: dict[str, str]) -> Any:
+def _train_options(options: DemoOptions, paths: dict[str, str]) -> TrainJobOptions:
     method = UniFormalyConfig(
         backbone=BackboneConfig(options.backbone, weights=options.weights),
         input=InputPolicy(resize="stretch", size=224, crop=None),

@@ -13,7 +13,7 @@ from pipelines.runtime import locks
 from pipelines.runtime.locks import BusyError, exclusive
 from tests.s3_stub import Store, serving
 from unianom import files, s3
-from unianom.data.layouts.base import Source
+from unianom.data.layouts.source import Source
 from unianom.errors import DataError, MachineError, storage_error
 from unianom.s3 import PatientS3
 

@@ -16,11 +16,11 @@ from PIL import Image
 from unianom import visual
 from unianom.metrics.curves import Curve
 from unianom.visual import (
-    HEAT_COLOURS,
     HeatScale,
     draw_curves,
     draw_histogram,
     draw_outline,
+    heat_colours,
     heat_png,
     heat_scale,
     jpeg,
@@ -82,7 +82,7 @@ def test_overlay_is_transparent_where_nothing_is_anomalous_and_blends_by_level()
     for column, alpha in ((1, 0.2), (2, 0.5)):
         level = (0, 102, 255)[column]
         expected = [
-            round(p * (1 - alpha) + int(c) * alpha) for p, c in zip((200, 100, 50), HEAT_COLOURS[level], strict=True)
+            round(p * (1 - alpha) + int(c) * alpha) for p, c in zip((200, 100, 50), heat_colours()[level], strict=True)
         ]
         assert got[0, column].tolist() == expected
     assert image[0, 2].tolist() == [200, 100, 50], "the image itself stays as it was"
@@ -232,7 +232,7 @@ def test_figures_are_the_same_bytes_every_time():
 
 # ---- letters that the font lacks -------------------------------------------------------------------------------------
 
-STIX = visual.FONT.replace("DejaVuSans", "STIXGeneral")
+STIX = visual.font_file().replace("DejaVuSans", "STIXGeneral")
 FOREIGN = "螺丝 ضوء 🦊"
 
 
@@ -293,7 +293,9 @@ def test_a_page_keeps_the_letters_and_nothing_warns():
 
 def test_other_fonts_of_the_machine_are_taken(monkeypatch):
     """The letter is one that DejaVu Sans lacks and a mathematical font has."""
-    letter = next(iter(sorted(visual._letters(STIX) - visual._letters(visual.FONT) - set(range(0xE000, 0xF900)))))
+    letter = next(
+        iter(sorted(visual.letters_of(STIX) - visual.letters_of(visual.font_file()) - set(range(0xE000, 0xF900))))
+    )
     families, found = visual._other_fonts(frozenset({letter, 0x87BA}))
     assert letter in found
     assert families

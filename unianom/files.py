@@ -77,7 +77,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9.\-_]{1,255}|arn:.*")
 
 
 def is_chained(uri: str | os.PathLike[str]) -> bool:
-    """Whether a URI chains file systems, as fsspec does by two colons."""
+    """Return whether a URI chains file systems, as fsspec does by two colons."""
     text = os.fspath(uri)
     scheme = _SCHEME.match(text)
     if scheme is None or "::" not in text:
@@ -93,36 +93,36 @@ def is_chained(uri: str | os.PathLike[str]) -> bool:
 
 
 def is_local(uri: str | os.PathLike[str]) -> bool:
-    """Whether `uri` lies on this machine's file system."""
+    """Return whether `uri` lies on this machine's file system."""
     return isinstance(resolve(uri)[0], LocalFileSystem)
 
 
 def full_uri(uri: str | os.PathLike[str]) -> str:
-    """The same place named absolutely, so that a process with another working directory finds it."""
+    """Return the same place named absolutely, so that a process with another working directory finds it."""
     fs, path = resolve(uri)
     return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
-    """Path or URI of something below `uri`."""
+    """Return the path or URI of something below `uri`."""
     text = os.fspath(uri)
     return posixpath.join(text if text.endswith("://") else text.rstrip("/") or "/", *parts)
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is there."""
+    """Return whether a file or folder is there."""
     fs, path = resolve(uri)
     fs.invalidate_cache()
     return bool(fs.exists(path))
 
 
 def beside(uri: str | os.PathLike[str], name: str) -> str:
-    """Path or URI of `name` in the folder that a file or folder lies in."""
+    """Return the path or URI of `name` in the folder that a file or folder lies in."""
     return join(full_uri(uri).rstrip("/").rpartition("/")[0], name)
 
 
 def list_names(uri: str | os.PathLike[str]) -> list[str]:
-    """Sorted names of what lies directly in a folder; empty if the folder does not exist."""
+    """Return sorted names of what lies directly in a folder; empty if the folder does not exist."""
     fs, path = resolve(uri)
     fs.invalidate_cache()
     if not fs.isdir(path):
@@ -131,7 +131,8 @@ def list_names(uri: str | os.PathLike[str]) -> list[str]:
 
 
 def list_files(uri: str | os.PathLike[str]) -> list[str]:
-    """Sorted paths, relative to a folder, of all files below it; links are not followed, but listed themselves."""
+    """Return sorted paths, relative to a folder, of all files below it; links are not followed, but listed
+    themselves."""
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         return sorted(_walk(path))
@@ -148,21 +149,21 @@ def _walk(root: str) -> Iterator[str]:
 
 
 def is_file(uri: str | os.PathLike[str]) -> bool:
-    """Whether a file, and no folder, is there."""
+    """Return whether a file, and no folder, is there."""
     fs, path = resolve(uri)
     fs.invalidate_cache()
     return bool(fs.isfile(path))
 
 
 def is_folder(uri: str | os.PathLike[str]) -> bool:
-    """Whether a folder is there."""
+    """Return whether a folder is there."""
     fs, path = resolve(uri)
     fs.invalidate_cache()
     return bool(fs.isdir(path))
 
 
 def lies_within(inner: str | os.PathLike[str], outer: str | os.PathLike[str]) -> bool:
-    """Whether a place is another one or lies below it, whatever links lead there."""
+    """Return whether a place is another one or lies below it, whatever links lead there."""
     (fs, path), (other_fs, other) = resolve(inner), resolve(outer)
     if isinstance(fs, LocalFileSystem) and isinstance(other_fs, LocalFileSystem):
         folder, real = Path(os.path.realpath(path)), Path(os.path.realpath(other))
@@ -176,12 +177,12 @@ def lies_within(inner: str | os.PathLike[str], outer: str | os.PathLike[str]) ->
 
 
 def same_place(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two paths or URIs name one place, whatever links lead there."""
+    """Return whether two paths or URIs name one place, whatever links lead there."""
     return lies_within(one, other) and lies_within(other, one)
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
-    """The content of a file.
+    """Return the content of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -193,8 +194,8 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
 
 
 def composed_otherwise(uri: str | os.PathLike[str]) -> str | None:
-    """Path or URI of the file or folder whose name is the same text with its accents composed otherwise (Unicode NFC
-    and NFD, which differ between macOS and other systems); None if there is none."""
+    """Return the path or URI of the file or folder whose name is the same text with its accents composed otherwise
+    (Unicode NFC and NFD, which differ between macOS and other systems); None if there is none."""
     fs, path = resolve(uri)
     if path.isascii():
         return None
@@ -246,7 +247,7 @@ def open_for_reading(uri: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def read_json(uri: str | os.PathLike[str]) -> Any:
-    """The parsed content of a JSON file.
+    """Return the parsed content of a JSON file.
 
     Raises:
         FileNotFoundError, NotAFileError: as `read_bytes`.
@@ -305,12 +306,12 @@ def write_json(uri: str | os.PathLike[str], content: Any) -> None:
 
 
 def json_bytes(content: Any) -> bytes:
-    """What `write_json` writes."""
+    """Return what `write_json` writes."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def csv_bytes(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> bytes:
-    """Rows as a CSV file; the columns are by default the keys of the rows, in the order they first come."""
+    """Return rows as a CSV file; the columns are by default the keys of the rows, in the order they first come."""
     text = io.StringIO()
     names = columns or list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -326,12 +327,12 @@ def write_array(uri: str | os.PathLike[str], array: np.ndarray) -> None:
 
 
 def read_array(uri: str | os.PathLike[str]) -> np.ndarray:
-    """A .npy file in memory."""
+    """Return a .npy file in memory."""
     return np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
 
 
 def map_array(uri: str, copies: Path) -> np.ndarray:
-    """A .npy file, memory-mapped; one on an object store is fetched to the local folder `copies` first, once."""
+    """Return a .npy file, memory-mapped; one on an object store is fetched to the local folder `copies` first, once."""
     if not is_local(uri):
         copy = copies / f"{sha256_of(uri.encode())[:16]}.npy"
         if not copy.exists():
@@ -348,7 +349,7 @@ def remove(uri: str | os.PathLike[str]) -> None:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether something read from a JSON file names one file directly inside a folder, and so none elsewhere."""
+    """Return whether something read from a JSON file names one file directly inside a folder, and so none elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
@@ -393,17 +394,17 @@ _HALF_WRITTEN = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
 
 def is_half_written(name: str) -> bool:
-    """Whether a name is one that `open_atomic` gives to a file until it is whole."""
+    """Return whether a name is one that `open_atomic` gives to a file until it is whole."""
     return _HALF_WRITTEN.search(name) is not None
 
 
 def sha256_of(content: bytes) -> str:
-    """Hexadecimal SHA-256 of bytes."""
+    """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_file(uri: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with open_for_reading(uri) as handle:
         while piece := handle.read(1 << 20):
@@ -412,7 +413,7 @@ def sha256_file(uri: str | os.PathLike[str]) -> str:
 
 
 def digest_of(content: Any) -> str:
-    """Hexadecimal SHA-256 of anything JSON can hold, independent of the order of keys.
+    """Return the hexadecimal SHA-256 of anything JSON can hold, independent of the order of keys.
 
     Values that compare equal have one digest: 4 and 4.0, which YAML and Python write for the same option.
     """

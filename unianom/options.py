@@ -68,7 +68,11 @@ class _ResolvedFirst(type):
     """Fills in, before an instance is made, what its preset or other options decide."""
 
     def __call__(cls: type[T], *args: Any, **given: Any) -> T:
-        return type.__call__(cls, *args, **cls.resolve(given))  # type: ignore[attr-defined, no-any-return]
+        names = [field.name for field in dataclasses.fields(cls)][: len(args)]  # type: ignore[arg-type]
+        if len(args) > len(names) or set(names) & set(given):
+            return type.__call__(cls, *args, **given)  # type: ignore[no-any-return]  # raises the usual TypeError
+        given = {**dict(zip(names, args, strict=True)), **given}
+        return type.__call__(cls, **cls.resolve(given))  # type: ignore[attr-defined, no-any-return]
 
 
 class Options(metaclass=_ResolvedFirst):
@@ -166,7 +170,7 @@ def _meets(value: Any, constraint: Any) -> bool:
 
 
 def _bounds(constraint: Any) -> list[tuple[Callable[[Any], bool], Any]]:
-    """Comparisons of a constraint, each with itself as a single bound; a comparison with NaN is false."""
+    """Return comparisons of a constraint, each with itself as a single bound; a comparison with NaN is false."""
     parts = list(constraint) if isinstance(constraint, Interval) else [constraint]
     known: dict[type, Callable[[Any], Callable[[Any], bool]]] = {
         Gt: lambda c: lambda value: value > c.gt,
@@ -213,8 +217,8 @@ def _constraints_in_words(constraints: tuple[Any, ...], plain: Any) -> str:
 
 
 def to_plain(options: Any) -> Any:
-    """Dataclasses to dicts, tuples to lists, recursively. A field of metadata `ADDED_LATER` is left out at its default,
-    so that options from before there was it are the same plain data still."""
+    """Convert dataclasses to dicts, tuples to lists, recursively. A field of metadata `ADDED_LATER` is left out at its
+    default, so that options from before there was it are the same plain data still."""
     if dataclasses.is_dataclass(options) and not isinstance(options, type):
         return {
             field.name: to_plain(getattr(options, field.name))
@@ -273,7 +277,7 @@ def inside_group(name: str) -> Iterator[None]:
 
 
 def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to one level with dotted keys, as MLflow's parameters want them."""
+    """Flatten nested dicts to one level with dotted keys, as MLflow's parameters want them."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
         if isinstance(value, dict) and value:
@@ -284,7 +288,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merged(plain: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested plain data with some values changed."""
+    """Return nested plain data with some values changed."""
     result = dict(plain)
     for key, value in changes.items():
         inside = result.get(key)
@@ -320,6 +324,6 @@ def with_values(config: Any, values: Mapping[str, Any], alone: bool = False) -> 
 
 
 def documented_arguments(*classes: type) -> str:
-    """The lines below "Args:" of the docstrings of some classes, each once, indented for another docstring's."""
+    """Return the lines below "Args:" of the docstrings of some classes, each once, indented for another docstring's."""
     texts = [(cls.__doc__ or "").split("Args:\n", 1)[1].rstrip() for cls in dict.fromkeys(classes)]
     return "\n".join(re.sub(r"(?m)^    ", "", text) for text in texts)

@@ -57,7 +57,7 @@ class Threshold:
     observed_fpr: float
 
     def decide(self, scores: ArrayLike) -> NDArray[np.str_]:
-        """Decision for each score.
+        """Return the decision for each score.
 
         Args:
             scores: image scores of any shape.
@@ -71,12 +71,12 @@ class Threshold:
         return np.where(_finite_scores(scores) > self.value, "fail", "pass")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """Return everything as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Threshold:
-        """The inverse of `to_dict`.
+        """Make an instance from what `to_dict` gave.
 
         Raises:
             ModelError: keys are missing or unknown, or a value is not a number.
@@ -153,7 +153,8 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
 
 
 def smallest_supported_rate(n: int, confidence: float = 0.95) -> float:
-    """Lowest false-positive rate that n normals can vouch for: 1 − (1 − confidence)^(1/n), about 3/n at 0.95.
+    """Return the lowest false-positive rate that n normals can vouch for: 1 − (1 − confidence)^(1/n), about 3/n at
+    0.95.
 
     At it the threshold is the highest normal score.
 
@@ -167,7 +168,8 @@ def smallest_supported_rate(n: int, confidence: float = 0.95) -> float:
 
 
 def normals_needed(rate: float, confidence: float = 0.95) -> int:
-    """Smallest number of normals that can vouch for a false-positive rate: log(1 − confidence) / log(1 − rate).
+    """Return the smallest number of normals that can vouch for a false-positive rate: log(1 − confidence) / log(1 −
+    rate).
 
     Raises:
         OptionError: a rate or confidence outside (0, 1).
@@ -211,17 +213,17 @@ class Bands:
         return np.where(values > self.fail.value, FAIL, np.where(values > self.review.value, REVIEW, PASS))
 
     def margin(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """How far each score lies above the threshold to fail, in standard deviations of normal scores; the same
+        """Return how far each score lies above the threshold to fail, in standard deviations of normal scores; the same
         shape."""
         return (np.asarray(scores, dtype=np.float64) - self.fail.value) / self.spread
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """Return everything as plain JSON values."""
         return {"fail": self.fail.to_dict(), "review": self.review.to_dict(), "spread": self.spread}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Bands:
-        """The inverse of `to_dict`.
+        """Make an instance from what `to_dict` gave.
 
         Raises:
             ModelError: keys are missing or unknown, or a value is not what it should be.
@@ -258,7 +260,7 @@ class DecisionRule:
             raise ModelError("a decision rule without any bands decides nothing; fit it again")
 
     def bands(self, category: str | None) -> Bands:
-        """The bands that judge a category; None for an image whose category is not known.
+        """Return the bands that judge a category; None for an image whose category is not known.
 
         Raises:
             DataError: neither bands of this category nor common ones.
@@ -273,11 +275,11 @@ class DecisionRule:
         return found
 
     def knows(self, category: str | None) -> bool:
-        """Whether there are bands for a category, or for images of unknown category (None)."""
+        """Return whether there are bands for a category, or for images of unknown category (None)."""
         return self.common is not None or category in self.categories
 
     def value(self, score: float, calibrated_score: float | None) -> float:
-        """The score that is judged.
+        """Return the score that is judged.
 
         Raises:
             DataError: it is the calibrated one and there is none.
@@ -297,7 +299,7 @@ class DecisionRule:
         return str(self.bands(category).decide(self.value(score, calibrated_score)))
 
     def restricted(self, categories: Collection[str]) -> DecisionRule:
-        """The same rule without what other categories have of their own.
+        """Return the same rule without what other categories have of their own.
 
         Raises:
             ModelError: nothing is left.
@@ -305,7 +307,7 @@ class DecisionRule:
         return DecisionRule(self.kind, self.common, {c: b for c, b in self.categories.items() if c in categories})
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """Return everything as plain JSON values."""
         return {
             "kind": self.kind,
             "common": None if self.common is None else self.common.to_dict(),
@@ -314,7 +316,7 @@ class DecisionRule:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DecisionRule:
-        """The inverse of `to_dict`.
+        """Make an instance from what `to_dict` gave.
 
         Raises:
             ModelError: keys are missing or unknown, or a value is not what it should be.
@@ -394,7 +396,7 @@ def fit_rule(
 
 
 def _shortages(counts: Mapping[str, int], confidence: float) -> str:
-    """Which categories have too few normals, and what rate they could support."""
+    """Return which categories have too few normals, and what rate they could support."""
     words = []
     for name, count in sorted(counts.items()):
         best = f" (which support {_rounded_up(smallest_supported_rate(count, confidence)):g} at best)" if count else ""
@@ -428,6 +430,6 @@ def _finite_scores(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def _rounded_up(rate: float) -> float:
-    """A rate with three significant digits that is not below it, so that asking for what was printed works."""
+    """Return a rate with three significant digits that is not below it, so that asking for what was printed works."""
     step = 10.0 ** (math.floor(math.log10(rate)) - 2)
     return math.ceil(rate / step) * step

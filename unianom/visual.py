@@ -15,29 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager, get_font
-from matplotlib.patches import Ellipse
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from unianom.metrics.curves import Curve
 
-Pixels = NDArray[np.uint8]
+if TYPE_CHECKING:  # Matplotlib takes a while to import, and most jobs draw at their end only, or never
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
-_table = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)
-HEAT_COLOURS: Pixels = np.ascontiguousarray(np.asarray(_table)[:, :3])
-"""256×3 RGB of the heat maps, from least to most anomalous: inferno, whose lightness rises evenly, so that it reads
-the same in grey and for colour-blind eyes."""
+Pixels = NDArray[np.uint8]
 
 OUTLINE = (0, 229, 255)
 """RGB of mask outlines: cyan, which neither the heat colours nor most products have."""
@@ -60,6 +52,18 @@ _LABEL_WIDTH, _ROW_WIDTH, _ROW_HEIGHT, _ROW_GAP = 1.45, 3.9, 0.36, 0.08
 _LABEL_LENGTH = 20
 
 
+@cache
+def heat_colours() -> Pixels:
+    """Return 256×3 RGB of the heat maps, from least to most anomalous.
+
+    They are inferno, whose lightness rises evenly, so that it reads the same in grey and for colour-blind eyes.
+    """
+    import matplotlib
+
+    table = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)
+    return np.ascontiguousarray(np.asarray(table)[:, :3])
+
+
 @dataclass(frozen=True)
 class HeatScale:
     """The range of anomaly values that all heat maps of a set share.
@@ -80,18 +84,18 @@ class HeatScale:
             raise ValueError(f"a heat scale needs finite low < high, got {self.low} and {self.high}")
 
     def levels(self, anomaly_map: ArrayLike) -> Pixels:
-        """Step of `HEAT_COLOURS`, 0 to 255, of each value of an H×W map."""
+        """Return the step of `heat_colours`, 0 to 255, of each value of an H×W map."""
         values = np.asarray(anomaly_map, dtype=np.float64)
         share = np.clip((values - self.low) / (self.high - self.low), 0, 1)
         return np.rint(share * 255).astype(np.uint8)
 
     def colours(self, anomaly_map: ArrayLike) -> Pixels:
-        """Heat map H×W×3 uint8 RGB of an H×W map."""
-        return HEAT_COLOURS[self.levels(anomaly_map)]
+        """Return the heat map H×W×3 uint8 RGB of an H×W map."""
+        return heat_colours()[self.levels(anomaly_map)]
 
 
 def heat_scale(normal: ArrayLike, anomalous: ArrayLike) -> HeatScale:
-    """A scale on which the ordinary is dark and the brightest is what few pixels reach.
+    """Return a scale on which the ordinary is dark and the brightest is what few pixels reach.
 
     Args:
         normal: map values of pixels of normal images, any shape, may be empty.
@@ -129,11 +133,11 @@ def overlay(image: Pixels, anomaly_map: ArrayLike, scale: HeatScale, opacity: fl
     if image.shape != (*levels.shape, 3):
         raise ValueError(f"an image of shape {image.shape} does not fit an anomaly map of shape {levels.shape}")
     alpha = opacity * levels[:, :, None] / 255  # H W 1
-    return np.rint(image * (1 - alpha) + HEAT_COLOURS[levels] * alpha).astype(np.uint8)
+    return np.rint(image * (1 - alpha) + heat_colours()[levels] * alpha).astype(np.uint8)
 
 
 def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
-    """Pixels just outside a mask: not in it, but at most `width` pixels from it in each direction (H×W bool)."""
+    """Return pixels just outside a mask: not in it, but at most `width` pixels from it in each direction (H×W bool)."""
     side = 2 * width + 1
     grown = sliding_window_view(np.pad(mask, width), (side, side)).any(axis=(2, 3))
     return grown & ~mask
@@ -142,7 +146,7 @@ def outline(mask: NDArray[np.bool_], width: int = 1) -> NDArray[np.bool_]:
 def draw_outline(
     image: Pixels, mask: NDArray[np.bool_], width: int = 1, colour: tuple[int, int, int] = OUTLINE
 ) -> Pixels:
-    """A copy of an H×W×3 uint8 image with the outline of an H×W bool mask; the masked pixels stay visible."""
+    """Return a copy of an H×W×3 uint8 image with the outline of an H×W bool mask; the masked pixels stay visible."""
     drawn = image.copy()
     drawn[outline(mask, width)] = colour
     return drawn
@@ -158,14 +162,16 @@ def jpeg(image: Pixels, quality: int = 85) -> bytes:
 def heat_png(anomaly_map: ArrayLike, scale: HeatScale) -> bytes:
     """Encode the heat map of an H×W map as a palette PNG: exact colours, a byte a pixel before compression."""
     image = Image.fromarray(scale.levels(anomaly_map), mode="P")
-    image.putpalette(HEAT_COLOURS.tobytes())
+    image.putpalette(heat_colours().tobytes())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def new_figure(panels: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
-    """A figure of panels side by side, each 3.1 × 2.6 inches, with a title above them if one is given."""
+    """Return a figure of panels side by side, each 3.1 × 2.6 inches, with a title above them if one is given."""
+    from matplotlib.figure import Figure
+
     height = _PANEL_HEIGHT + (_TITLE_HEIGHT if title else 0)
     figure = Figure(figsize=(panels * _PANEL_WIDTH, height))
     left, bottom, right, top = _MARGINS
@@ -201,6 +207,9 @@ def draw_curves(
         context: further curves, thin and without a label, e.g. of every category behind the union.
         point: false-positive and true-positive rate where a threshold operates.
     """
+    from matplotlib.patches import Ellipse
+    from matplotlib.ticker import PercentFormatter
+
     title, x_label, y_label, limit = _AXES[kind]
     for curve in context:
         axes.plot(*_cut(curve, limit), color=_FAINT, linewidth=0.6, alpha=0.7, clip_on=False)
@@ -226,7 +235,7 @@ def draw_curves(
 
 
 def _cut(curve: Curve, limit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """x and y of a curve up to x = limit, where it ends on an interpolated point."""
+    """Return x and y of a curve up to x = limit, where it ends on an interpolated point."""
     if len(curve.x) == 0 or curve.x[-1] <= limit:
         return curve.x, curve.y
     inside = curve.x < limit
@@ -242,6 +251,8 @@ def draw_histogram(axes: Axes, normal: ArrayLike, anomalous: ArrayLike, threshol
         anomalous: (m,) scores of anomalous images, may be empty.
         threshold: scores above it fail.
     """
+    from matplotlib.ticker import MaxNLocator
+
     groups = [
         (np.asarray(normal, dtype=np.float64), "normal", NORMAL_COLOUR),
         (np.asarray(anomalous, dtype=np.float64), "anomalous", ANOMALOUS_COLOUR),
@@ -276,6 +287,8 @@ def score_rows(
         names: of the categories.
         thresholds: of the first column; drawn through all rows.
     """
+    from matplotlib.figure import Figure
+
     rows = len(names)
     top, bottom, gap = 0.52, 0.34, 0.3
     height = top + bottom + rows * (_ROW_HEIGHT + _ROW_GAP)
@@ -310,7 +323,7 @@ def score_rows(
 
 
 def _draw_row(axes: Axes, edges: NDArray[np.float64], normal: ArrayLike, anomalous: ArrayLike) -> None:
-    """Normal and anomalous scores of one category, each to its own height."""
+    """Return the normal and anomalous scores of one category, each to its own height."""
     for scores, colour in ((normal, NORMAL_COLOUR), (anomalous, ANOMALOUS_COLOUR)):
         counts = np.histogram(np.asarray(scores, np.float64), edges)[0]
         if counts.any():
@@ -327,7 +340,7 @@ def _draw_row(axes: Axes, edges: NDArray[np.float64], normal: ArrayLike, anomalo
 
 
 def quiet(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Axes with a light grid, no frame and small type."""
+    """Give axes a light grid, no frame and small type."""
     axes.set_title(title, fontsize=9, color=_INK, loc="left", fontweight="bold", parse_math=False)
     axes.set_xlabel(x_label, fontsize=8, color=_INK)
     axes.set_ylabel(y_label, fontsize=8, color=_INK)
@@ -345,7 +358,7 @@ def _dress(
     y_label: str,
     legend: Literal["best", "lower right"],
 ) -> None:
-    """Quiet axes, with a legend where there is anything to tell."""
+    """Dress axes quietly, with a legend where there is anything to tell."""
     quiet(axes, title, x_label, y_label)
     axes.grid(color=_GRID, linewidth=0.6, clip_on=False)
     if axes.get_legend_handles_labels()[1]:
@@ -357,7 +370,7 @@ def _write_undefined(axes: Axes) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG on white, 160 dots an inch; equal figures give equal bytes.
+    """Return a figure as PNG on white, 160 dots an inch; equal figures give equal bytes.
 
     Letters that the font lacks are taken from other fonts of this machine, and written as `drawable` does where it has
     none.
@@ -375,20 +388,26 @@ def drawable(text: str, letters: Collection[int] | None = None) -> str:
         text: such as the name of a category.
         letters: code points that can be drawn; by default those of the font that Matplotlib brings along.
     """
-    known = _letters(FONT) if letters is None else letters
+    known = letters_of(font_file()) if letters is None else letters
     return "".join(
         letter if ord(letter) in known or letter == "\n" else letter.encode("unicode_escape").decode()
         for letter in text
     )
 
 
-FONT = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
-"""File of the font of all figures."""
+@cache
+def font_file() -> str:
+    """Return the file of the font of all figures."""
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
 @cache
-def _letters(file: str) -> frozenset[int]:
-    """Code points that a font file can draw; none for one that cannot be read."""
+def letters_of(file: str) -> frozenset[int]:
+    """Return the code points that a font file can draw; none for one that cannot be read."""
+    from matplotlib.font_manager import get_font
+
     try:
         return frozenset(get_font(file).get_charmap())
     except (OSError, RuntimeError):
@@ -397,14 +416,17 @@ def _letters(file: str) -> frozenset[int]:
 
 @cache
 def _other_fonts(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Families of this machine that have some of the missing letters, as few as there must be, and these letters."""
+    """Return families of this machine that have some of the missing letters, as few as there must be, and these
+    letters."""
+    from matplotlib.font_manager import fontManager
+
     families: list[str] = []
     found: frozenset[int] = frozenset()
     for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
         # the last resort has a box for every letter
         if missing <= found or "Last Resort" in entry.name or entry.style != "normal" or entry.name in families:
             continue
-        if new := (_letters(entry.fname) & missing) - found:
+        if new := (letters_of(entry.fname) & missing) - found:
             families.append(entry.name)
             found |= new
     return tuple(families), found
@@ -412,16 +434,18 @@ def _other_fonts(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[in
 
 @contextmanager
 def _drawable_texts(figure: Figure) -> Iterator[None]:
-    """For the length of the block, a figure whose texts can be drawn without boxes."""
+    """Make all texts of a figure drawable without boxes, for the length of the block."""
+    from matplotlib.text import Text
+
     before: list[tuple[Text, str, list[str], float | str]] = []
     for text in figure.findobj(Text):
         words = text.get_text()
-        missing = frozenset(map(ord, words)) - _letters(FONT) - {10}
+        missing = frozenset(map(ord, words)) - letters_of(font_file()) - {10}
         if missing:
             before.append((text, words, text.get_fontfamily(), text.get_fontsize()))
             families, found = _other_fonts(missing)
             text.set_fontfamily([*text.get_fontfamily(), *families])
-            text.set_text(drawable(words, _letters(FONT) | found))
+            text.set_text(drawable(words, letters_of(font_file()) | found))
             _shrink_to_fit(text, figure)
     try:
         yield
@@ -434,6 +458,8 @@ def _drawable_texts(figure: Figure) -> Iterator[None]:
 
 def _shrink_to_fit(text: Text, figure: Figure) -> None:
     """Make a text smaller that would run over the left or right edge of its figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     box = text.get_window_extent(FigureCanvasAgg(figure).get_renderer())
     over = max(-box.x0, box.x1 - figure.bbox.width, 0.0)
     if over:
@@ -441,12 +467,14 @@ def _shrink_to_fit(text: Text, figure: Figure) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an <svg> element for an HTML page.
+    """Return a figure as an <svg> element for an HTML page.
 
     Text stays text in the page's font, so that letters which the fonts here lack show all the same. What is neither
     blue nor orange takes the page's CSS variables --ink, --faint and --grid, so that it shows on light and dark
     grounds. It holds no ids, so that many fit on a page.
     """
+    import matplotlib
+
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # only measured here; the page draws it

@@ -149,7 +149,7 @@ _NO = object()
 
 
 def _as(value: Any, scalar: Any, kind: Any, or_text: bool, quoted_numbers: bool) -> Any:
-    """The value as one type that is no union, or `_NO`."""
+    """Return the value as one type that is no union, or `_NO`."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
@@ -213,7 +213,7 @@ def _members(hint: Any) -> Iterator[Any]:
 
 
 def _opened(text: Argument) -> Any:
-    """An argument of which nothing else is known: text in quotes is text, brackets hold YAML."""
+    """Return an argument of which nothing else is known: text in quotes is text, brackets hold YAML."""
     start, end = text[:1], text[-1:]
     if len(text) > 1 and (start + end in ("[]", "{}") or (start == end and start in "'\"")):
         try:
@@ -224,7 +224,7 @@ def _opened(text: Argument) -> Any:
 
 
 def _argument(text: Argument, kinds: list[Any]) -> Any:
-    """An argument as YAML would hold it where one of these types is wanted."""
+    """Return an argument as YAML would hold it where one of these types is wanted."""
     origins = {typing.get_origin(kind) or kind for kind in kinds}
     if text == "" and (str in origins or origins & {list, tuple}):
         return "" if str in origins else []
@@ -291,7 +291,7 @@ def plain_options(values: Mapping[str, Any], options: type) -> dict[str, Any]:
 
 
 def dotted_hints(options: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Types of the options of a dataclass and of its groups, by dotted name."""
+    """Yield types of the options of a dataclass and of its groups, by dotted name."""
     for name, hint in typing.get_type_hints(options).items():
         if dataclasses.is_dataclass(hint):
             yield from dotted_hints(hint, f"{prefix}{name}.")  # type: ignore[arg-type]

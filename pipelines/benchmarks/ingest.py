@@ -14,7 +14,8 @@ from pipelines.benchmarks.references import (
     open_rgb,
 )
 from pipelines.benchmarks.scoring import span
-from pipelines.data.ingest import PartIngester, plan_parts
+from pipelines.data.ingest_part import PartIngester
+from pipelines.data.ingest_plan import plan_parts
 from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.options import RuntimeOptions
 from unianom.data.image import ImageLimits

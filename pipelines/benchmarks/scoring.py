@@ -22,7 +22,8 @@ from pipelines.benchmarks.references import (
 )
 from pipelines.inference.score import PartScorer
 from pipelines.runtime.actors import ENDED, STARTED, connect, run_tasks
-from pipelines.runtime.models import ModelSet, load_model
+from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, prepare_image

@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from pipelines.runtime.options import RuntimeOptions
-from unianom.data.image import (
-    ImageLimits,
-    check_bits,
-)
+from unianom.data.image import Bits, ImageLimits
 from unianom.data.layouts import LAYOUTS
-from unianom.data.layouts.base import check_mask_threshold
+from unianom.data.layouts.base import MaskThreshold
 from unianom.errors import OptionError
-from unianom.options import AS_WRITTEN
+from unianom.options import (
+    AS_WRITTEN,
+    AtLeastOne,
+    OpenShare,
+    Options,
+    Share,
+    ShareBelowOne,
+    ValueRefused,
+)
 from unianom.written import plain_options
 
 MaskOrientation = Literal["auto", "shown", "stored"]
@@ -44,7 +51,7 @@ def check_objective(objective: Mapping[str, float]) -> None:
 
 
 @dataclass(frozen=True)
-class IngestOptions:
+class IngestOptions(Options):
     """Read a source in some layout into a shard set.
 
     Args:
@@ -76,34 +83,27 @@ class IngestOptions:
     source: str
     output: str
     layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
-    contaminate: float = 0.0
+    contaminate: ShareBelowOne = 0.0
     contaminate_seed: int = 0
-    mask_threshold: int | None = None
+    mask_threshold: MaskThreshold | None = None
     invert_masks: bool = False
     mask_orientation: MaskOrientation = "auto"
-    bits: int | None = None
-    resize: int | None = None
-    part_bytes: int = 256 << 20
-    min_parts: int = 16
-    max_reject_fraction: float = 0.01
+    bits: Bits | None = None
+    resize: Annotated[int, Ge(16)] | None = None
+    part_bytes: AtLeastOne = 256 << 20
+    min_parts: AtLeastOne = 16
+    max_reject_fraction: Share = 0.01
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
-    def __post_init__(self) -> None:
-        if self.layout in LAYOUTS:
-            given = plain_options(self.layout_options, LAYOUTS[self.layout].options)
-            object.__setattr__(self, "layout_options", given)
-        if self.part_bytes < 1 or self.min_parts < 1:
-            raise OptionError("part_bytes and min_parts must be positive")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
-        if not 0 <= self.contaminate < 1:
-            raise OptionError(f"contaminate={self.contaminate} must be in [0, 1)")
-        if self.resize is not None and self.resize < 16:
-            raise OptionError(f"resize={self.resize} must be at least 16 pixels")
-        check_mask_threshold(self.mask_threshold)
-        check_bits(self.bits)
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the values given, the layout's own options as plain data of their types."""
+        layout, written = given.get("layout"), given.get("layout_options")
+        if layout in LAYOUTS and isinstance(written, dict):
+            given = {**given, "layout_options": plain_options(written, LAYOUTS[layout].options)}
+        return super().resolve(given)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class IngestOptions:
 
 
 @dataclass(frozen=True)
-class SplitOptions:
+class SplitOptions(Options):
     """How normal training images are held out.
 
     Attributes:
@@ -125,15 +125,15 @@ class SplitOptions:
         target_fpr, confidence: of the threshold that the held-out images are to support.
     """
 
-    few_shot: int | None
+    few_shot: AtLeastOne | None
     seed: int
-    validation_fraction: float
-    target_fpr: float | None
-    confidence: float
+    validation_fraction: ShareBelowOne
+    target_fpr: OpenShare | None
+    confidence: OpenShare
 
 
 @dataclass(frozen=True)
-class ValidationOptions:
+class ValidationOptions(Options):
     """The images that settings are compared on.
 
     Args:
@@ -147,15 +147,13 @@ class ValidationOptions:
         seed: of the choice of images and of the anomalies.
     """
 
-    normals: int = 128
+    normals: AtLeastOne = 128
     recipes: tuple[AnomalyKind, ...] = ("cutpaste_patch", "cutpaste_scar", "texture", "shade")
     labelled: bool | None = None
     textures: str | None = None
-    pixel_stride: int = 4
+    pixel_stride: AtLeastOne = 4
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.normals < 1 or self.pixel_stride < 1:
-            raise OptionError("validation: normals and pixel_stride must be positive")
+    def check(self) -> None:
         if not self.recipes or len(set(self.recipes)) < len(self.recipes):
-            raise OptionError("validation.recipes: name at least one, and none twice")
+            raise ValueRefused("recipes: name at least one, and none twice")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipelines.data.ingest import map_ahead
+from pipelines.data.ahead import map_ahead
 from unianom.data.image import ImageLimits, InputPolicy, decode_mask, decode_prepared, prepare_mask
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet

@@ -92,7 +92,8 @@ def choose_samples(
 
 
 def held_out_record(shards: ShardSet, categories: list[str], options: SplitOptions) -> dict[str, Any]:
-    """What a model's provenance keeps of how `choose_samples` holds normals out, so that later jobs can tell which."""
+    """Return what a model's provenance keeps of how `choose_samples` holds normals out, so that later jobs can tell
+    which."""
     val = shards.count(Selection(("val",), tuple(categories), (NORMAL,)))
     return {
         "split": "val" if val else "train",
@@ -104,7 +105,7 @@ def held_out_record(shards: ShardSet, categories: list[str], options: SplitOptio
 def held_out_normals(
     provenance: Mapping[str, Any], listed: Iterable[Mapping[str, Any]], name: str, fraction: float | None = None
 ) -> frozenset[str]:
-    """Names of the normal images that a model's training held out, drawn again as it drew them.
+    """Return names of the normal images that a model's training held out, drawn again as it drew them.
 
     Args:
         provenance: the model's.
@@ -141,12 +142,13 @@ def held_out_normals(
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _anomalous_shots(rows: list[dict[str, Any]], options: SplitOptions) -> frozenset[str]:
-    """Names of the anomalous images to learn from: all, or of each category as many as of the normal ones at most."""
+    """Return names of the anomalous images to learn from: all, or of each category as many as of the normal ones at
+    most."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         groups.setdefault(row["category"], []).append(row["sample_id"])

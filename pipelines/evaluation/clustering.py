@@ -34,7 +34,8 @@ from pipelines.reporting.samples import STORED, as_seen, read_samples
 from pipelines.reporting.tables import percent
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console, print_table
-from pipelines.runtime.models import ModelSet, memory_method
+from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import memory_method
 from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files, visual
 from unianom.data.image import InputPolicy

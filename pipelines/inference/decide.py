@@ -29,7 +29,7 @@ from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.cli import console, print_table
 from pipelines.runtime.locks import exclusive
-from pipelines.runtime.models import ModelSet
+from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.ingest import map_ahead
+from pipelines.data.ahead import map_ahead
 from pipelines.inference.options import ScoreOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, run_tasks
-from pipelines.runtime.models import ModelSet, load_model
+from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files

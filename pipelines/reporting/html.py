@@ -150,7 +150,7 @@ def render(
         scopes=[{"title": scope.title, "panels": list(map(_svg, _panels(evaluation, scope)))} for scope in shown],
         gallery=_groups(gallery, [scope.name for scope in shown]),
         scale=gallery.scale,
-        heat_gradient=", ".join("rgb({} {} {})".format(*colour) for colour in visual.HEAT_COLOURS[::15]),
+        heat_gradient=", ".join("rgb({} {} {})".format(*colour) for colour in visual.heat_colours()[::15]),
         outline="rgb({} {} {})".format(*visual.OUTLINE),
         models=[_model_details(model) for model in evaluation["models"]],
         data=_data(evaluation, shard_manifest),

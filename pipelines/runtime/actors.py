@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import ray
 
 from pipelines.runtime import outputs
-from pipelines.runtime.cli import own_signals
 from pipelines.runtime.errors import WorkerError, reason, user_error, wrapped
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.signals import own_signals
 from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
 
 STARTED, ENDED = "_started", "_ended"
@@ -111,8 +111,8 @@ KNOCKING = 10.0
 
 
 def _unconnected(error: Exception, address: str | None, said: str) -> str:
-    """Why no Ray could be joined or started, and what to do; `said` is what its native code wrote to stderr, the only
-    place that tells of a token that was refused."""
+    """Say why no Ray could be joined or started, and what to do; `said` is what its native code wrote to stderr, where
+    alone a token that was refused shows."""
     refused = "Unauthenticated" in said or "AuthToken" in said
     if refused or any(isinstance(cause, ray.exceptions.AuthenticationError) for cause in wrapped(error)):
         return (
@@ -150,23 +150,23 @@ class PartTask(Protocol):
     """Does one task at a time; made once per actor."""
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Do a task, commit its output, and tell what came of it as plain data."""
+        """Do a task, commit its output, and return what came of it as plain data."""
 
 
 class _Actor:
     """What Ray Data runs: a batch of one task, as JSON, to a batch of one result, as JSON."""
 
     def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
-        # the worker is not made here: what fails in an actor's constructor is told as the actor's death
+        # the worker is not made here: what fails in an actor's constructor reaches the driver as the actor's death
         self._make = partial(worker, **arguments)
         self._threads = threads
         self._worker: PartTask | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self._told(task)) for task in batch["item"]]}
+        return {"result": [json.dumps(self._result(task)) for task in batch["item"]]}
 
-    def _told(self, task: dict[str, Any]) -> dict[str, Any]:
-        """A task's result, or the user's error as a result: Ray Data replaces exceptions by its own on their way."""
+    def _result(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Return a task's result, or its error as a result: Ray Data replaces exceptions by its own on their way."""
         try:
             if self._worker is None:
                 set_threads(self._threads)
@@ -174,20 +174,20 @@ class _Actor:
             start = time.time()
             return {**self._worker.run(task), STARTED: start, ENDED: time.time()}
         except Exception as error:
-            return {ERROR: told_error(error)}
+            return {ERROR: error_to_plain(error)}
 
 
-def told_error(error: Exception) -> list[str]:
-    """An error as plain data, which no Ray replaces on its way; see `ERROR`."""
+def error_to_plain(error: Exception) -> list[str]:
+    """Return an error as plain data, which no Ray replaces on its way; see `ERROR`."""
     known = user_error(error)
     if known is not None:
         return [type(known).__name__, str(known)]
     return [UNEXPECTED, reason(error), "".join(traceback.format_exception(error))]
 
 
-def raised_error(told: Sequence[str]) -> UnianomError | WorkerError:
-    """The error that `told_error` told of, to be raised where the job runs."""
-    name, message, *trace = told
+def error_from_plain(plain: Sequence[str]) -> UnianomError | WorkerError:
+    """Return the error that `error_to_plain` made plain, to be raised where the job runs."""
+    name, message, *trace = plain
     return WorkerError(message, *trace) if name == UNEXPECTED else ERRORS.get(name, UnianomError)(message)
 
 
@@ -251,12 +251,12 @@ def run_tasks(
             return
         result = json.loads(row["result"])
         if ERROR in result:
-            raise raised_error(result[ERROR])
+            raise error_from_plain(result[ERROR])
         yield result
 
 
 def lost_error(error: BaseException) -> Exception:
-    """What to raise for an error of Ray itself: a MachineError if it is about a machine, else the error as it is."""
+    """Return what to raise for an error of Ray itself: a MachineError if it is about a machine, else the error."""
     for cause in wrapped(error):
         if isinstance(cause, ray.exceptions.OutOfDiskError):
             return MachineError(

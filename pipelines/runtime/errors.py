@@ -21,7 +21,7 @@ class WorkerError(Exception):
 
 
 def wrapped(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that it wraps, was caused by or came in the handling of, the nearest first."""
+    """Yield an error and all that it wraps, was caused by or came in the handling of, the nearest first."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -39,7 +39,7 @@ def wrapped(error: BaseException) -> Iterator[BaseException]:
 
 
 def user_error(error: BaseException) -> UnianomError | None:
-    """The error meant for the user inside what Ray and others wrapped around it."""
+    """Return the error meant for the user inside what Ray and others wrapped around it."""
     for current in wrapped(error):
         if isinstance(current, UnianomError):
             return current
@@ -49,12 +49,12 @@ def user_error(error: BaseException) -> UnianomError | None:
 
 
 def worker_error(error: BaseException) -> WorkerError | None:
-    """The error of a worker inside what was wrapped around it."""
+    """Return the error of a worker inside what was wrapped around it."""
     return next((current for current in wrapped(error) if isinstance(current, WorkerError)), None)
 
 
 def reason(error: BaseException) -> str:
-    """Class and message of an unexpected error, on one line, without what Ray wrapped around it."""
+    """Return the class and message of an unexpected error, on one line, without what Ray wrapped around it."""
     if (worker := worker_error(error)) is not None:
         return worker.reason
     innermost = error

@@ -121,7 +121,7 @@ def _namespace() -> str:
 
 
 def _started(process: int) -> str | None:
-    """When a process of this machine started; None if there is none of that number."""
+    """Return when a process of this machine started; None if there is none of that number."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(process, 0)
@@ -217,7 +217,7 @@ def _flock(descriptor: int) -> tuple[bool, bool]:
 
 
 def _names(path: str, descriptor: int) -> bool:
-    """Whether a path still names an open file."""
+    """Return whether a path still names an open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))  # noqa: PTH116
     except FileNotFoundError:
@@ -225,7 +225,7 @@ def _names(path: str, descriptor: int) -> bool:
 
 
 def _unknown() -> Holder:
-    """A holder that has not written yet who it is."""
+    """Return a holder that has not written yet who it is."""
     return Holder("this machine", 0, "just now", _boot(), _namespace(), "", "", time.time())
 
 
@@ -345,7 +345,7 @@ def exclusive(uri: str, what: str, wait: bool = False) -> Iterator[None]:
 
 def _take(uri: str, what: str, wait: bool) -> _Lock:
     kind: Any = _LocalLock if files.is_local(uri) else _StoreLock
-    told = False
+    announced = False
     while True:
         taken = kind.take(uri)
         if not isinstance(taken, Holder):
@@ -353,7 +353,7 @@ def _take(uri: str, what: str, wait: bool) -> _Lock:
             return lock
         if not wait:
             raise BusyError(taken.sentence(what))
-        if not told:
+        if not announced:
             print(f"waiting for process {taken.process} on {taken.host}, which is making {what}", file=sys.stderr)
-            told = True
+            announced = True
         time.sleep(POLL)

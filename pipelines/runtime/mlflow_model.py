@@ -69,7 +69,8 @@ class UnianomPyfunc(PythonModel):
 
 
 def _to_bytes(image: Any, row: Any) -> bytes:
-    """An encoded image, as it came or from base64: MLflow decodes base64 in JSON requests, but not in data frames."""
+    """Return an encoded image, as it came or from base64: MLflow decodes base64 in JSON requests, but not in data
+    frames."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str):
@@ -83,7 +84,7 @@ def _to_bytes(image: Any, row: Any) -> bytes:
 
 
 def _name_row(error: ImageError, images: list[bytes], rows: list[Any]) -> ImageError:
-    """The same error with the row it is about, found by decoding the images one by one."""
+    """Return the same error with the row it is about, found by decoding the images one by one."""
     for image, row in zip(images, rows, strict=True):
         try:
             decode_image(image)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from unianom.errors import OptionError
+from unianom.options import AtLeastOne, NotNegative, Options, ValueRefused
 
 
 @dataclass(frozen=True)
-class RuntimeOptions:
+class RuntimeOptions(Options):
     """How much of the cluster a job takes.
 
     Args:
@@ -18,23 +18,19 @@ class RuntimeOptions:
         local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
     """
 
-    workers: int | None = None
-    cpus_per_worker: int = 1
-    gpus_per_worker: float = 0
-    local_cpus: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.cpus_per_worker < 1 or self.gpus_per_worker < 0 or (self.workers is not None and self.workers < 1):
-            raise OptionError("runtime: workers and cpus_per_worker must be >= 1, gpus_per_worker >= 0")
+    workers: AtLeastOne | None = None
+    cpus_per_worker: AtLeastOne = 1
+    gpus_per_worker: NotNegative = 0
+    local_cpus: AtLeastOne | None = None
 
     @property
     def device(self) -> str:
-        """Where networks run."""
+        """Device that networks run on."""
         return "cuda" if self.gpus_per_worker else "cpu"
 
 
 @dataclass(frozen=True)
-class TrackingOptions:
+class TrackingOptions(Options):
     """Where a job's parameters, metrics and figures are recorded.
 
     Args:
@@ -48,13 +44,13 @@ class TrackingOptions:
     experiment: str = "unianom"
     enabled: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.experiment.strip():
-            raise OptionError("tracking.experiment is empty; give it a name")
+            raise ValueRefused("experiment is empty; give it a name")
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(Options):
     """Draw a corpus, ingest it, fit UniFormaly, score, evaluate, register, report.
 
     Args:

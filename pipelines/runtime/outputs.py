@@ -14,174 +14,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.runtime.locks import Holder, exclusive
+from pipelines.runtime.output_kinds import KINDS, LOCK, PLAN
 from unianom import files
 from unianom.data.shards import MANIFEST
 from unianom.errors import DataError, OptionError
 
-PLAN, LOCK = "_plan.json", "_lock.json"
 
-_MODEL = (
-    r"model\.json",
-    r"weights\.safetensors",
-    r"calibrator\.safetensors",
-    r"bank/manifest\.json",
-    r"bank/shard-\d{5}-of-\d{5}\.faiss",
-)
-_PARTS = (r"_manifest\.json", r"_part-[\w.-]+\.json")
-
-
-@dataclass(frozen=True)
-class OutputKind:
-    """What one job writes.
-
-    Attributes:
-        words: what it is, in words.
-        job: the command that makes it.
-        owns: patterns of the files that the job writes, by their path below the output.
-        done: the file that comes last; None where an output can always be made longer.
-        keys: entries that only this job's plans have, by which plans are told that do not name their job yet.
-        unplanned: patterns of the files of an output from before this job wrote a plan; the first must be there.
-    """
-
-    words: str
-    job: str
-    owns: tuple[str, ...]
-    done: str | None = MANIFEST
-    keys: frozenset[str] = frozenset()
-    unplanned: tuple[str, ...] = ()
-
-    def wrote(self, path: str) -> bool:
-        """Return whether a file below the output has a name that this job gives, or is a half-written one of these."""
-        own = path if not files.is_half_written(path) else path.rsplit(".", 2)[0]
-        return own not in (PLAN, LOCK) and any(re.fullmatch(pattern, own) for pattern in self.owns)
-
-
-KINDS: dict[str, OutputKind] = {
-    "shard set": OutputKind(
-        "a shard set",
-        "ingest",
-        (*_PARTS, r"part-\d{5}\.parquet", r"_rejected\.parquet"),
-        keys=frozenset({"layout", "source"}),
-    ),
-    "score set": OutputKind(
-        "scores",
-        "score",
-        (*_PARTS, r"part-(\d{5}|rejected)-[0-9a-f]{12}\.parquet"),
-        keys=frozenset({"models", "maps", "fold_batch_norm"}),
-    ),
-    "model": OutputKind(
-        "a model",
-        "train",
-        (*_MODEL, r"_work/.*"),
-        done="model.json",
-        keys=frozenset({"method", "few_shot", "weights", "threshold"}),
-    ),
-    "models": OutputKind("models of single categories", "train", (r"models\.json",), done=None),
-    "calibrated model": OutputKind(
-        "a calibrated model", "calibrate", _MODEL, done="model.json", keys=frozenset({"found_by", "calibration"})
-    ),
-    "calibrated models": OutputKind(
-        "calibrated models of single categories", "calibrate", (r"models\.json",), done=None
-    ),
-    "evaluation": OutputKind(
-        "an evaluation",
-        "evaluate",
-        (r"evaluation\.json", r"categories\.csv", r"_pixel_counts/.*", r"_work/[0-9a-f]{12}/.*"),
-        done="evaluation.json",
-        unplanned=(r"evaluation\.json", r"categories\.csv", r"_work"),
-    ),
-    "comparison": OutputKind(
-        "a comparison",
-        "compare",
-        (r"comparison\.(json|csv|md|tex)", r"section\.json"),
-        done="comparison.json",
-        unplanned=(r"comparison\.json", r"comparison\.(csv|md|tex)", r"section\.json"),
-    ),
-    "decision set": OutputKind(
-        "decisions",
-        "decide",
-        (
-            *_PARTS,
-            r"part-(\d{5}|rejected)-[0-9a-f]{12}\.parquet",
-            r"thresholds\.json",
-            r"summary\.json",
-            r"queue\.csv",
-            r"queue_(anomalous|uncertain)\.png",
-            r"section\.json",
-        ),
-        keys=frozenset({"rule", "normals", "queue"}),
-    ),
-    "clustering": OutputKind(
-        "a clustering",
-        "cluster_anomalies",
-        (
-            *_PARTS,
-            r"clusters\.parquet",
-            r"clusters_.+\.png",
-            r"categories\.csv",
-            r"clustering\.json",
-            r"section\.json",
-        ),
-        keys=frozenset({"clusters", "n_init", "pooling"}),
-    ),
-    "semantic protocol": OutputKind(
-        "results of the semantic protocol",
-        "semantic",
-        (
-            *_PARTS,
-            r"_?scores-\d{5}\.(parquet|json)",
-            r"semantic\.(json|png)",
-            r"tasks\.csv",
-            r"section\.json",
-        ),
-        keys=frozenset({"protocol", "tasks"}),
-    ),
-    "low-shot protocol": OutputKind(
-        "results of the low-shot protocol",
-        "low_shot",
-        (
-            *_PARTS,
-            r"_?scores-\d{5}\.(parquet|json)",
-            r"low_shot\.(json|png)",
-            r"(draws|summary)\.csv",
-            r"section\.json",
-        ),
-        keys=frozenset({"protocol", "shots", "draws"}),
-    ),
-    "campaign": OutputKind(
-        "a campaign",
-        "tune",
-        (
-            r"(trials|encodings|validation|categories|diagnosis|seen|_tune)/.*",
-            r"(campaign|section|spent)\.json",
-            r"settings\.parquet",
-            r"best\.yaml",
-            r"trials\.csv",
-            r"(parallel|importance|slices|trials|pareto)\.png",
-        ),
-        done=None,
-        keys=frozenset({"space", "search", "objective"}),
-    ),
-    "demo": OutputKind("a demo", "demo", (), done=None),
-    # what jobs keep for each other, under a name that is the digest of its plan
-    "features": OutputKind("frozen features", "train", (r".*",)),
-    "patches": OutputKind("patches of a bank", "train", (r".*",)),
-    "calibration images": OutputKind("embeddings for calibration", "calibrate", (r".*",)),
-    "cluster features": OutputKind("features for clustering", "cluster_anomalies", (r".*",)),
-    "embeddings": OutputKind("embedded images", "semantic", (r".*",)),
-    "encodings": OutputKind("encoded images", "tune", (r".*",)),
-    "validation outputs": OutputKind("outputs of validation images", "tune", (r".*",)),
-    "validation set": OutputKind("validation images", "tune", (r".*",)),
-    "test set": OutputKind("test images", "tune", (r".*",)),
-}
-
-
-# ---------------------------------------------------------------------------------------------------- claiming a folder
 @contextmanager
 def open_output(
     output: str,
@@ -309,7 +151,7 @@ def _sweep(output: str, kind: str) -> None:
 
 
 def _foreign_names(output: str) -> list[str]:
-    """What lies in a folder, besides the files of this module."""
+    """Return what lies in a folder, besides the files of this module."""
     names = []
     for name in files.list_names(output):
         if name == PLAN or (files.is_half_written(name) and name.startswith(PLAN)):
@@ -325,7 +167,7 @@ def _foreign_names(output: str) -> list[str]:
 
 
 def _look(output: str, names: Sequence[str]) -> tuple[str | None, dict[str, Any] | None] | None:
-    """Which kind of output lies in a folder, and its plan; None if no job wrote it.
+    """Return which kind of output lies in a folder, and its plan; None if no job wrote it.
 
     The kind is None where the plan's job is not known, and the plan where an earlier version kept none.
     """
@@ -366,7 +208,7 @@ def _described(output: str, kind: str | None) -> str:
 
 
 def _on_the_way(folder: str) -> str | None:
-    """Which file, or link that leads nowhere, lies where a folder is to be made or above it, in words."""
+    """Return which file, or link that leads nowhere, lies where a folder is to be made or above it, in words."""
     if not files.is_local(folder):
         return f"{folder} is a file" if files.is_file(folder) else None
     path = Path(files.full_uri(folder))
@@ -395,7 +237,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-# --------------------------------------------------------------------------------------------------- inputs and outputs
 def check_apart(output: str, inputs: Mapping[str, str | None]) -> None:
     """Refuse an output that is, contains or lies within an input, whatever links lead there.
 
@@ -418,7 +259,6 @@ def check_apart(output: str, inputs: Mapping[str, str | None]) -> None:
                 )
 
 
-# -------------------------------------------------------------------------------------------------------- single files
 @contextmanager
 def open_file(
     output: str,
@@ -473,7 +313,6 @@ def _is_made(output: str, words: str, digest: str, made_by: Callable[[bytes], st
     return before == digest
 
 
-# --------------------------------------------------------------------------------------------------- parts of a folder
 def is_complete(output: str) -> bool:
     """Return whether the folder's manifest is there."""
     return files.exists(files.join(output, MANIFEST))

@@ -14,7 +14,7 @@ from unianom.configs.training import Augmentation
 def flip_and_turn(
     pixels: np.ndarray, mask: np.ndarray | None, category: str, augmentation: Augmentation, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A random mirroring, right-angle turn and rotation, as the category of the image allows.
+    """Return a random mirroring, right-angle turn and rotation, as the category of the image allows.
 
     Args:
         pixels: S×S×3 uint8.
@@ -42,7 +42,7 @@ def flip_and_turn(
 
 
 def _rotated(values: np.ndarray, angle: float) -> np.ndarray:
-    """An image turned bilinearly, or a mask of bool by nearest neighbours; what comes from outside is black."""
+    """Return an image turned bilinearly, or a mask of bool by nearest neighbours; what comes from outside is black."""
     if values.dtype == bool:
         return _rotated_by(values.astype(np.uint8), angle, Image.Resampling.NEAREST).astype(bool)
     return _rotated_by(values, angle, Image.Resampling.BILINEAR)

@@ -35,7 +35,8 @@ from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, set_threads
 from pipelines.runtime.errors import user_error
 from pipelines.runtime.locks import exclusive
-from pipelines.runtime.models import ModelSet, load_model, write_index
+from pipelines.runtime.model_set import ModelSet, write_index
+from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import scope, track
 from pipelines.training.options import CalibrateOptions

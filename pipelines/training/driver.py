@@ -9,47 +9,36 @@ ends with the same weights. Ray Train keeps the checkpoints and restarts workers
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-import ray
-import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
-from pipelines.runtime.actors import connect, pool_size, raised_error
-from pipelines.runtime.cli import own_signals
-from pipelines.runtime.errors import reason
+from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_model
-from pipelines.runtime.progress import Progress
 from pipelines.runtime.tracking import Run, scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
-from pipelines.training.network_options import ALL_PREPARED_BYTES
 from pipelines.training.options import WORK, DataOptions, TrainingOptions
-from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
+from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
 from pipelines.training.prepared import feature_names, learnable, prepare_features, prepare_pixels
-from pipelines.training.result import FitResult
+from pipelines.training.ray_training import run_job
 from pipelines.training.samples import TrainingImages
 from pipelines.training.threshold import held_out_threshold
 from pipelines.training.trainer import evaluation_mode
-from pipelines.training.worker import MetricsChannel, train_worker
 from unianom import files
 from unianom.data.schema import ANOMALOUS
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
-from unianom.methods.trained import LOSS, TrainedMethod
+from unianom.methods.trained import TrainedMethod
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 
-
-class WorkersLostError(DataError):
-    """Workers died more often than they may, or never came; not for what they were told to do."""
+ALL_PREPARED_BYTES = 32 << 30
+"""Up to this size prepared images are kept, and frozen features; beyond it they are made anew in every epoch."""
 
 
 def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -> list[FitResult]:
@@ -71,13 +60,13 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
 
 def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[FitTask]:
     """Plan what `train_networks` trains; arguments and errors are the same."""
-    needs = make_method(name, config).batch_spec
+    batch_spec = make_method(name, config).batch_spec
     weights = cache(weights_digest)
 
     def describe(own: Any, shards: ShardSet, categories: list[str]) -> tuple[TrainValSplit, str, dict[str, Any]]:
-        own_needs = needs if own == config else make_method(name, own).batch_spec
-        chosen, notice = choose_samples(shards, categories, options.split, validate=True, labels=own_needs.labels)
-        if own_needs.masks:
+        own_spec = batch_spec if own == config else make_method(name, own).batch_spec
+        chosen, notice = choose_samples(shards, categories, options.split, validate=True, labels=own_spec.labels)
+        if own_spec.masks:
             check_masks(shards, categories)
         plan = {
             "method": name,
@@ -100,7 +89,7 @@ def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[Fit
         }
         return chosen, notice, plan
 
-    return plan_fits(config, options, describe, needs.labels)
+    return plan_fits(config, options, describe, batch_spec.labels)
 
 
 def train_planned(name: str, tasks: Sequence[FitTask], options: TrainingOptions, run: Run) -> list[FitResult]:
@@ -113,7 +102,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
     chosen, notice = task.chosen, task.notice
     if is_model(output):
         return _result(load_model(output, "cpu"), output, fresh=False)
-    needs = make_method(name, config).batch_spec
+    batch_spec = make_method(name, config).batch_spec
     prefix = f"{scope(categories[0])}/" if options.per_category else ""
     connect(options.runtime)
     work = files.join(output, WORK)
@@ -130,7 +119,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
         "training": {
             "images": len(chosen.learn),
             "anomalous": len(chosen.anomalous),
-            "iterations": config.training.steps(len(chosen.learn), needs.repeats),
+            "iterations": config.training.steps(len(chosen.learn), batch_spec.repeats),
             "workers": options.workers,
             "precision": options.precision,
             "phases": to_plain(options.phases),
@@ -175,8 +164,8 @@ def plan_job(
 ) -> Job:
     """Prepare what is computed once, and write down which images are learned from."""
     method = make_method(name, config)
-    needs = method.batch_spec
-    images = TrainingImages.choose(shards, categories, chosen.learn, needs.labels)
+    batch_spec = method.batch_spec
+    images = TrainingImages.choose(shards, categories, chosen.learn, batch_spec.labels)
     places = files.join(work, "images.parquet")
     images.save(places)
     job = Job(
@@ -189,14 +178,14 @@ def plan_job(
         pixels=None,
         features=None,
         feature_names=(),
-        iterations=config.training.steps(len(images), needs.repeats),
+        iterations=config.training.steps(len(images), batch_spec.repeats),
         output=files.join(work, "trained"),
         options=options,
     )
     job.phases()  # wrong options, and
     synthesiser_of(method)  # a wrong folder of textures shows now, before hours of work
     folder = files.full_uri(options.data.folder or files.beside(options.output, "prepared"))
-    selection = learnable(categories, needs.labels)
+    selection = learnable(categories, batch_spec.labels)
     rows = shards.count(selection)
     features = keeps_features(method, options.data, rows)
     if features:
@@ -213,11 +202,11 @@ def plan_job(
             options.batch_size,
         )
         job = replace(job, features=made.uri, feature_names=feature_names(made))
-    size = rows * (4 if needs.masks else 3) * method.input.side**2
+    size = rows * (4 if batch_spec.masks else 3) * method.input.side**2
     keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
-    if keep_pixels and wants_pixels(needs, features):
+    if keep_pixels and wants_pixels(batch_spec, features):
         runtime = replace(options.runtime, gpus_per_worker=0)
-        made = prepare_pixels(shards, selection, method.input, folder, options.limits, runtime, needs.masks)
+        made = prepare_pixels(shards, selection, method.input, folder, options.limits, runtime, batch_spec.masks)
         job = replace(job, pixels=made.uri)
     return job
 
@@ -237,7 +226,7 @@ def check_masks(shards: ShardSet, categories: list[str]) -> None:
 
 
 def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> bool:
-    """Whether frozen features are computed once.
+    """Return whether frozen features are computed once.
 
     Args:
         method: whose features.
@@ -261,117 +250,8 @@ def keeps_features(method: TrainedMethod, data: DataOptions, images: int) -> boo
 
 
 def feature_bytes(method: TrainedMethod, data: DataOptions) -> int:
-    """What the frozen features of an image take, from a forward pass of one."""
+    """Return what the frozen features of an image take, from a forward pass of one."""
     side = method.input.side
     with evaluation_mode(method), torch.inference_mode():
         features = method.frozen_features(torch.zeros(1, 3, side, side, device=method.device))
     return sum(value.numel() for value in features.values()) * (2 if data.feature_precision == "half" else 4)
-
-
-def run_job(
-    job: Job, options: TrainingOptions, work: str, run: Run, prefix: str, callbacks: Sequence[Any] = ()
-) -> None:
-    """Ray Train from start, or from the last checkpoint, to end."""
-    resources: dict[str, float] = {"CPU": options.runtime.cpus_per_worker}
-    if options.runtime.gpus_per_worker:
-        resources["GPU"] = options.runtime.gpus_per_worker
-    _check_resources(options)
-    workers = options.workers
-    events: Any = ray.remote(num_cpus=0)(MetricsChannel).remote()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job, "events": events},
-        scaling_config=ScalingConfig(
-            num_workers=workers if options.min_workers is None else (options.min_workers, workers),  # type: ignore[arg-type]
-            use_gpu=bool(options.runtime.gpus_per_worker),
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=work,
-            failure_config=FailureConfig(max_failures=options.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[*callbacks],
-        ),
-    )
-    report = _Report(events, job.iterations, run, prefix)
-    try:
-        with own_signals():
-            trainer.fit()
-    except KeyboardInterrupt:
-        report.stop()
-        raise
-    except Exception as error:  # Ray wraps what a worker raised, in ways that differ by what else went wrong
-        report.close()
-        failure, first = ray.get([events.failure.remote(), events.first.remote()])
-        if failure is not None:
-            raise raised_error(failure) from error
-        if first is not None:
-            worker = raised_error(first)
-            raise WorkersLostError(f"training failed: {reason(worker)}; the same command continues it") from worker
-        raise WorkersLostError(f"training failed: {reason(error)}; the same command continues it") from error
-    report.close()
-    failure = ray.get(events.failure.remote())
-    if failure is not None:
-        raise raised_error(failure)
-
-
-def _check_resources(options: TrainingOptions) -> None:
-    """Ray Train would wait for ever for workers that the cluster cannot hold."""
-    need = options.min_workers or options.workers
-    if pool_size(options.runtime, need) < need:
-        raise OptionError(
-            f"{need} workers of {options.runtime.cpus_per_worker} CPUs and {options.runtime.gpus_per_worker:g} GPUs "
-            f"do not fit this Ray; lower --runtime.workers, or --min_workers"
-        )
-
-
-class _Report:
-    """Shows and records what the workers tell, while training runs."""
-
-    def __init__(self, events: Any, iterations: int, run: Run, prefix: str) -> None:
-        self._events, self._run, self._prefix = events, run, prefix
-        self._progress = Progress("train", iterations, "steps")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def _listen(self) -> None:
-        while not self._ended.wait(1.0):
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        for event in ray.get(self._events.take.remote()):
-            step = event["step"]
-            named = {
-                **{f"loss/{name}" if name != LOSS else LOSS: value for name, value in event.get("losses", {}).items()},
-                **event.get("rates", {}),
-                **{f"validation/{name}": value for name, value in event.get("validation", {}).items()},
-            }
-            self._run.metrics({self._prefix + name: value for name, value in named.items()}, step)
-            if "note" in event:
-                self._progress.note(event["note"])
-            elif "losses" in event:
-                self._progress.set(step, _words(event["losses"], event["rates"]))
-            else:
-                figures = ", ".join(f"{name} {value:.4g}" for name, value in event["validation"].items())
-                self._progress.note(f"step {step}: validation {figures}")
-
-    def stop(self) -> None:
-        """Ask the workers no more."""
-        self._ended.set()
-        self._thread.join()
-
-    def close(self) -> None:
-        """The last words."""
-        self.stop()
-        self._pass_on()
-        self._progress.close()
-
-
-def _words(losses: dict[str, float], rates: dict[str, float]) -> str:
-    named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    return (
-        f"{named}, {rates['images_per_second']:.1f} images/s, step {1000 * rates['step_seconds']:.0f} ms "
-        f"({100 * rates['data_share']:.0f} % waiting for data)"
-    )

@@ -37,7 +37,7 @@ class BatchLoader:
                 yield batch
 
     def _made(self, start: int, end: int) -> Iterator[TrainingBatch]:
-        """The batches start … end−1, each once."""
+        """Yield the batches start … end−1, each once."""
         places = (self._order.step(number) for number in range(start, end))
         if self._processes == 0:
             yield from _one_ahead(self._data, places, self._pin)

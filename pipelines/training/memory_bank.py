@@ -23,8 +23,7 @@ from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_memory_method, load_model
 from pipelines.runtime.progress import Progress
 from pipelines.training.options import WORK, FitOptions
-from pipelines.training.per_category import FitTask, fit_all, open_models, plan_fits, weights_digest
-from pipelines.training.result import FitResult
+from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
 from pipelines.training.threshold import held_out_threshold
 from unianom import files
 from unianom.configs.bank import BankConfig

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from pipelines.data.options import SplitOptions
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
@@ -12,7 +14,17 @@ from unianom.configs import all_configs, has_bank
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
-from unianom.options import AS_WRITTEN, documented_arguments
+from unianom.options import (
+    AS_WRITTEN,
+    AtLeastOne,
+    AtLeastZero,
+    OpenShare,
+    Options,
+    ShareBelowOne,
+    ValueRefused,
+    documented_arguments,
+    hints_of,
+)
 from unianom.written import plain_options
 
 WORK = "_work"
@@ -20,7 +32,7 @@ WORK = "_work"
 
 
 @dataclass(frozen=True)
-class ThresholdOptions:
+class ThresholdOptions(Options):
     """How the decision threshold is chosen, from normal images that are in no bank and no training batch.
 
     Args:
@@ -31,21 +43,13 @@ class ThresholdOptions:
             split; 0 for none, and then no threshold.
     """
 
-    target_fpr: float | None = None
-    confidence: float = 0.95
-    validation_fraction: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.target_fpr is not None and not 0 < self.target_fpr < 1:
-            raise OptionError(f"threshold.target_fpr={self.target_fpr} must be in (0, 1)")
-        if not 0 < self.confidence < 1:
-            raise OptionError(f"threshold.confidence={self.confidence} must be in (0, 1)")
-        if not 0 <= self.validation_fraction < 1:
-            raise OptionError(f"threshold.validation_fraction={self.validation_fraction} must be in [0, 1)")
+    target_fpr: OpenShare | None = None
+    confidence: OpenShare = 0.95
+    validation_fraction: ShareBelowOne = 0.2
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class FitOptions(Options):
     """What fitting any method needs besides the method's own options.
 
     Args:
@@ -71,9 +75,9 @@ class FitOptions:
     categories: tuple[str, ...] = ()
     per_category: bool = False
     category_options: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=AS_WRITTEN)
-    few_shot: int | None = None
+    few_shot: AtLeastOne | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     overwrite: bool = False
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
     limits: ImageLimits = field(default_factory=ImageLimits)
@@ -91,17 +95,9 @@ class FitOptions:
             confidence=threshold.confidence,
         )
 
-    def __post_init__(self) -> None:
-        method = getattr(self, "method", None)  # of the classes made for each method
-        if method is not None:
-            own = {name: plain_options(values, type(method)) for name, values in self.category_options.items()}
-            object.__setattr__(self, "category_options", own)
-        if self.batch_size < 1 or (self.few_shot is not None and self.few_shot < 1):
-            raise OptionError("batch_size and few_shot must be positive")
-
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """How images reach the network in training.
 
     Args:
@@ -121,16 +117,12 @@ class DataOptions:
     frozen_features: bool | None = None
     feature_precision: Literal["half", "full"] = "half"
     folder: str | None = None
-    processes: int | None = None
-    window: int = 4
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or (self.processes is not None and self.processes < 0):
-            raise OptionError("data.window must be >= 1, data.processes >= 0")
+    processes: AtLeastZero | None = None
+    window: AtLeastOne = 4
 
 
 @dataclass(frozen=True)
-class Phase:
+class Phase(Options):
     """From some step on, other values of options of the method.
 
     Args:
@@ -139,12 +131,12 @@ class Phase:
             go on.
     """
 
-    start: float
+    start: OpenShare
     method: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        if not 0 < self.start < 1 or not self.method:
-            raise OptionError(f"phases: start={self.start} must be in (0, 1), and method name an option that changes")
+    def check(self) -> None:
+        if not self.method:
+            raise ValueRefused("method must name an option that changes")
 
 
 @dataclass(frozen=True)
@@ -169,26 +161,21 @@ class TrainingOptions(FitOptions):
 
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    accumulate: int = 1
-    checkpoint_every: int = 500
-    validate_every: int | None = None
-    validation_images: int = 256
-    min_workers: int | None = None
-    max_failures: int = 3
+    accumulate: AtLeastOne = 1
+    checkpoint_every: AtLeastOne = 500
+    validate_every: AtLeastZero | None = None
+    validation_images: Annotated[int, Ge(2)] = 256
+    min_workers: AtLeastOne | None = None
+    max_failures: AtLeastZero = 3
     phases: tuple[Phase, ...] = ()
     data: DataOptions = field(default_factory=DataOptions)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.accumulate < 1 or self.checkpoint_every < 1 or self.validation_images < 2:
-            raise OptionError("accumulate and checkpoint_every must be >= 1, validation_images >= 2")
-        if (self.validate_every is not None and self.validate_every < 0) or self.max_failures < 0:
-            raise OptionError("validate_every and max_failures must be >= 0")
+    def check(self) -> None:
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise OptionError(f"phases begin at {starts}; give them in ascending order")
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
-            raise OptionError(f"min_workers={self.min_workers} must be in 1…{self.workers}, the runtime.workers")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueRefused(f"min_workers={self.min_workers} must be in 1…{self.workers}, the runtime.workers")
 
     @property
     def workers(self) -> int:
@@ -197,7 +184,7 @@ class TrainingOptions(FitOptions):
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(Options):
     """Calibrate a model's scores, so that one threshold serves images of any category.
 
     Args:
@@ -223,58 +210,66 @@ class CalibrateOptions:
     shards: str
     output: str | None = None
     images: Literal["train", "held_out", "all"] = "train"
-    held_out_fraction: float | None = None
+    held_out_fraction: OpenShare | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     folder: str | None = None
     precision: Literal["half", "full"] = "half"
-    checkpoint_every: int = 1000
+    checkpoint_every: AtLeastOne = 1000
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.checkpoint_every < 1:
-            raise OptionError("batch_size and checkpoint_every must be positive")
-        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
-            raise OptionError(f"held_out_fraction={self.held_out_fraction} must be in (0, 1)")
+
+CalibratorVariant = Literal["cada", "classifier", "labels"]
+"""Variants of calibrators that jobs/train.py can add."""
 
 
-JOB_ARGUMENTS = """    calibrate: also put a calibrator into the model, as jobs/calibrate.py does by default: "cada", or
-        by "classifier" or "labels"; null for none.
-    register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
-    tracking: where MLflow records the run.
-    method: the method's own options."""
+@dataclass(frozen=True)
+class TrainJobOptions(FitOptions):
+    """What jobs/train.py takes besides what fitting needs.
+
+    Args:
+        calibrate: also put a calibrator into the model, as jobs/calibrate.py does by default: "cada", or
+            by "classifier" or "labels"; null for none.
+        register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
+        tracking: where MLflow records the run.
+        method: the method's own options.
+    """
+
+    calibrate: CalibratorVariant | None = None
+    register_as: str | None = None
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    method: Options = field(kw_only=True)
+
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the values given, those of single categories as plain data of the method's types."""
+        written, config = given.get("category_options"), hints_of(cls)["method"]
+        if isinstance(written, dict):
+            own = {name: plain_options(values, config) for name, values in written.items()}
+            given = {**given, "category_options": own}
+        return super().resolve(given)
+
+    def check(self) -> None:
+        super().check()
+        name = self.register_as
+        if name is not None and not self.tracking.enabled:
+            raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
+        if name is not None and (set("/:") & set(name) or not name.strip(". ")):
+            raise OptionError(f"register_as={name}: MLflow takes no '/' or ':' in a model's name, and more than dots")
 
 
-Calibrated = Literal["cada", "classifier", "labels"]
-"""Kinds of calibrators that jobs/train.py can add."""
-
-
-def train_options() -> dict[str, type]:
-    """The options class of every method: what fitting needs, and the method's own options as `method`."""
-    classes: dict[str, type] = {}
+def train_options() -> dict[str, type[TrainJobOptions]]:
+    """Return the options class of every method: what fitting needs, and the method's own options as `method`."""
+    classes: dict[str, type[TrainJobOptions]] = {}
     for name, config in all_configs().items():
-        base = FitOptions if has_bank(name) else TrainingOptions
-        fields: list[Any] = [
-            ("calibrate", Calibrated | None, None),
-            ("register_as", str | None, None),
-            ("tracking", TrackingOptions, field(default_factory=TrackingOptions)),
-            ("method", config, field(default_factory=config)),
-        ]
-        added = {"__post_init__": _check}
-        cls = dataclasses.make_dataclass(f"Train_{name}", fields, bases=(base,), frozen=True, namespace=added)
+        bases = (TrainJobOptions,) if has_bank(name) else (TrainJobOptions, TrainingOptions)
+        method = ("method", config, field(default_factory=config))
+        cls = dataclasses.make_dataclass(f"Train_{name}", [method], bases=bases, frozen=True)
         summary = f"Fit {name}: {(config.__doc__ or '').splitlines()[0]}"
-        cls.__doc__ = "\n".join([summary, "", "Args:", documented_arguments(FitOptions, base), JOB_ARGUMENTS])
+        arguments = documented_arguments(FitOptions, *bases[1:], TrainJobOptions)
+        cls.__doc__ = "\n".join([summary, "", "Args:", arguments])
         classes[name] = cls
     return classes
-
-
-def _check(options: Any) -> None:
-    super(type(options), options).__post_init__()
-    if options.register_as is not None and not options.tracking.enabled:
-        raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
-    name = options.register_as
-    if name is not None and (set("/:") & set(name) or not name.strip(". ")):
-        raise OptionError(f"register_as={name}: MLflow takes no '/' or ':' in a model's name, and more than dots")

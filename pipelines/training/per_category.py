@@ -9,14 +9,14 @@ from typing import Any
 
 from pipelines.data.splits import TrainValSplit
 from pipelines.runtime import outputs
-from pipelines.runtime.models import INDEX, write_index
+from pipelines.runtime.model_set import INDEX, write_index
 from pipelines.training.options import FitOptions
-from pipelines.training.own_config import own_config
-from pipelines.training.result import FitResult
 from unianom import files
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError
+from unianom.errors import DataError, OptionError
+from unianom.options import from_plain, merged, to_plain
+from unianom.thresholds import Threshold
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,29 @@ class FitTask:
     chosen: TrainValSplit
     notice: str
     plan: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """One fitted model.
+
+    Attributes:
+        folder: its model folder.
+        categories: those it was fitted on.
+        fresh: whether this run wrote it.
+        summary: what it was made of, in words.
+        metrics: what it was made of, in numbers.
+        threshold: the stored threshold, or None.
+        notice: why there is no threshold, else "".
+    """
+
+    folder: str
+    categories: list[str]
+    fresh: bool
+    summary: str
+    metrics: dict[str, float]
+    threshold: Threshold | None
+    notice: str
 
 
 def plan_fits(
@@ -79,6 +102,28 @@ def plan_fits(
             folder = files.join(output, files.safe_name(group[0], (INDEX, "model.json")))
         tasks.append(FitTask(own, shards, group, folder, chosen, notice, plan))
     return tasks
+
+
+def own_config(config: Any, categories: list[str], options: FitOptions) -> Any:
+    """Return a method's options for the model of these categories.
+
+    Raises:
+        OptionError: one category's options are not the method's, or for a model of several categories.
+    """
+    if len(categories) > 1:
+        if named := sorted(set(options.category_options) & set(categories)):
+            raise OptionError(
+                f"category_options of {', '.join(named)} are for models of one category; give --per_category true, or "
+                f"leave them out"
+            )
+        return config
+    changes = options.category_options.get(categories[0], {})
+    if "preset" in changes:
+        raise OptionError(f"category_options.{categories[0]}.preset: a preset is chosen for all categories")
+    try:
+        return from_plain(type(config), merged(to_plain(config), changes))
+    except OptionError as error:
+        raise OptionError(f"category_options.{categories[0]}: {error}") from error
 
 
 @contextmanager
@@ -137,7 +182,7 @@ def inputs_of(shards: str, config: Any) -> dict[str, str | None]:
 
 
 def weights_digest(weights: str) -> str | None:
-    """Checksum of a weights file, so that another file under the same name is another plan."""
+    """Return the checksum of a weights file, so that another file under the same name is another plan."""
     if weights in ("pretrained", "random") or not files.exists(weights):
         return None  # a missing file is told by the backbone, with the ways out
     return files.sha256_file(weights)

@@ -64,7 +64,7 @@ class StepSampler:
         return self._end - self._start
 
     def step(self, number: int) -> list[EpochIndex]:
-        """This worker's images of a step."""
+        """Return this worker's images of a step."""
         if self._groups is None:
             first = number * self._batch_size
             return [self._at(place) for place in range(first + self._start, first + self._end)]
@@ -121,11 +121,11 @@ class ReferenceSampler:
             self._nearest = search.search(unit, min(NEAREST_PROMPTS, len(unit)))[1]
 
     def prompt(self, index: int, rng: np.random.Generator) -> int:
-        """A normal image like this one; it may be itself."""
+        """Return the index of a normal image like this one; it may be itself."""
         if self._nearest is not None:
             return int(rng.choice(self._nearest[index]))
         return int(rng.choice(self._alike[int(self._places[index]), int(self._category[index])]))
 
     def other(self, index: int, rng: np.random.Generator) -> int:
-        """Any normal image."""
+        """Return the index of any normal image."""
         return int(rng.choice(self._any[int(self._places[index])]))

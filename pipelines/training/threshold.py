@@ -35,7 +35,7 @@ class HeldOutScorer:
         self._reader = SampleReader(shards, selection, chosen, batch_size, limits, threads)
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Scores of one part's held-out images."""
+        """Return scores of one part's held-out images."""
         scores: list[float] = []
         for batch in self._reader.batches(task["part"], self._model.method):
             scores += self._model.method.predict(batch).score.float().cpu().tolist()
@@ -45,7 +45,7 @@ class HeldOutScorer:
 def score_held_out(
     model: str, shards: ShardSet, held_out: frozenset[str], categories: list[str], options: FitOptions
 ) -> list[float]:
-    """Image scores of held-out normals by a model folder."""
+    """Return the image scores of held-out normals by a model folder."""
     arguments = {
         "model": model,
         "shards": shards,
@@ -68,7 +68,7 @@ def score_held_out(
 def held_out_threshold(
     model: Model, folder: str, shards: ShardSet, held_out: frozenset[str], options: FitOptions
 ) -> Threshold | None:
-    """The decision threshold of a model, from the scores of held-out normals; None if there are none.
+    """Return the decision threshold of a model, from the scores of held-out normals; None if there are none.
 
     Args:
         model: fitted, without a threshold.

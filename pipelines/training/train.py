@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pipelines.runtime.tracking import Run, scope, track
 from pipelines.training.calibrate import calibrate_model
 from pipelines.training.driver import plan_trainings, train_planned
 from pipelines.training.memory_bank import fit_planned_banks, plan_banks
-from pipelines.training.options import CalibrateOptions
-from pipelines.training.per_category import open_models
-from pipelines.training.result import FitResult
+from pipelines.training.options import CalibrateOptions, CalibratorVariant, TrainingOptions, TrainJobOptions
+from pipelines.training.per_category import FitResult, open_models
 from unianom import files
-from unianom.configs import has_bank, method_of
+from unianom.configs import method_of
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
 from unianom.options import to_plain
 
 
-def train(options: Any) -> list[FitResult]:
+def train(options: TrainJobOptions) -> list[FitResult]:
     """Fit the method that `options` (one of `train_options()`) belongs to; record and register the result.
 
     Raises:
@@ -27,30 +24,32 @@ def train(options: Any) -> list[FitResult]:
     """
     name = method_of(options.method)
     output = files.full_uri(options.output)
-    memory = has_bank(name)
-    tasks = (plan_banks if memory else plan_trainings)(name, options.method, options)
+    if isinstance(options, TrainingOptions):
+        tasks = plan_trainings(name, options.method, options)
+    else:
+        tasks = plan_banks(name, options.method, options)
     params = {"method_name": name, **to_plain(options)}
     with open_models(tasks, options), track(options.tracking, "train", output, params) as run:
         if options.register_as is not None and run.id is None:
             raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
-        if memory:
-            results = fit_planned_banks(name, tasks, options)
-        else:
+        if isinstance(options, TrainingOptions):
             results = train_planned(name, tasks, options, run)
+        else:
+            results = fit_planned_banks(name, tasks, options)
         if options.calibrate is not None:
-            _calibrate(results, options)
+            _calibrate(results, options, options.calibrate)
         for result in results:
             _record(run, result, options, single=not options.per_category)
     return results
 
 
-def _calibrate(results: list[FitResult], options: Any) -> None:
-    """Put a calibrator into every fitted model."""
+def _calibrate(results: list[FitResult], options: TrainJobOptions, variant: CalibratorVariant) -> None:
+    """Put a calibrator of one variant into every fitted model."""
     shards = ShardSet.open(options.shards)
     how = CalibrateOptions(
         model=options.output,
         shards=options.shards,
-        calibration=CalibrationConfig(variant=options.calibrate),
+        calibration=CalibrationConfig(variant=variant),
         batch_size=options.batch_size,
         folder=files.beside(options.output, "prepared"),
         overwrite=options.overwrite,
@@ -61,7 +60,7 @@ def _calibrate(results: list[FitResult], options: Any) -> None:
         calibrate_model(result.folder, result.folder, shards, how)
 
 
-def _record(run: Run, result: FitResult, options: Any, single: bool) -> None:
+def _record(run: Run, result: FitResult, options: TrainJobOptions, single: bool) -> None:
     prefix = "" if single else f"{scope(result.categories[0])}/"
     values = dict(result.metrics)
     if result.threshold is not None:

@@ -142,7 +142,7 @@ class Trainer:
         return torch.autocast(self.method.device.type, torch.bfloat16) if self._autocast else nullcontext()
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; every worker must call it, for each has a random state."""
+        """Return all that the rest of the run depends on; every worker must call it, for each has a random state."""
         mine = {"cpu": torch.get_rng_state()}
         if self.method.device.type == "cuda":
             mine["cuda"] = torch.cuda.get_rng_state(self.method.device)
@@ -182,7 +182,8 @@ class Trainer:
 
 @contextmanager
 def evaluation_mode(method: TrainedMethod) -> Iterator[None]:
-    """Evaluation mode in between; neither random state nor mode of training is changed by what happens inside."""
+    """Keep a method in evaluation mode in between; neither random state nor mode of training is changed by what happens
+    inside."""
     devices = [method.device] if method.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         method.eval()
@@ -193,7 +194,7 @@ def evaluation_mode(method: TrainedMethod) -> Iterator[None]:
 
 
 def phase_configs(config: Any, phases: Sequence[Phase], method: type, iterations: int) -> list[tuple[int, Any]]:
-    """Steps at which phases begin, and the method's options from there on.
+    """Return steps at which phases begin, and the method's options from there on.
 
     Raises:
         OptionError: options that cannot change while the method is trained, or that it refuses.

@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint
 
-from pipelines.runtime.actors import UNEXPECTED, set_threads, told_error
+from pipelines.runtime.actors import UNEXPECTED, error_to_plain, set_threads
 from pipelines.training.dataset import TrainingSet, to_input
 from pipelines.training.job import Job, synthesiser_of
 from pipelines.training.loader import BatchLoader
@@ -40,43 +40,43 @@ class MetricsChannel:
         self._first: list[str] | None = None
 
     def put(self, event: dict[str, Any]) -> None:
-        """Tell something."""
+        """Report something."""
         self._events.append(event)
 
     def take(self) -> list[dict[str, Any]]:
-        """What was told since the last call."""
+        """Return what was reported since the last call."""
         taken, self._events = self._events, []
         return taken
 
-    def fail(self, told: list[str], final: bool) -> None:
-        """Tell a failure as `told_error` gives it; a `final` one only the user can mend: the run is not tried again.
+    def fail(self, error: list[str], final: bool) -> None:
+        """Report an error as `error_to_plain` gives it; a `final` one only the user can mend, so there is no other try.
 
         Of others the first is kept: those of other workers come of it.
         """
         if final:
-            self._failure = self._failure or told
+            self._failure = self._failure or error
         else:
-            self._first = self._first or told
+            self._first = self._first or error
 
     def failure(self) -> list[str] | None:
-        """The final failure."""
+        """Return the final failure."""
         return self._failure
 
     def first(self) -> list[str] | None:
-        """The first failure that was not final."""
+        """Return the first failure that was not final."""
         return self._first
 
 
 def train_worker(given: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
+    """Train in one worker of Ray Train, and report what fails."""
     events = given["events"]
     if ray.get(events.failure.remote()) is not None:
         return  # a restart would fail again
     try:
         _work(given["job"], lambda event: events.put.remote(event))
     except Exception as error:
-        told = told_error(error)
-        ray.get(events.fail.remote(told, told[0] != UNEXPECTED))
+        plain = error_to_plain(error)
+        ray.get(events.fail.remote(plain, plain[0] != UNEXPECTED))
         raise
 
 
@@ -142,10 +142,9 @@ def _work(job: Job, report: Callable[[dict[str, Any]], Any]) -> None:
                 options.seed,
             )
         _loop(trainer, data, fixed, validation, job, report if first else None)
-        if job.end < job.iterations:
+        if job.segment is not None and job.end < job.iterations:
             state = trainer.state()  # of every worker
             if first:
-                assert job.segment is not None
                 buffer = io.BytesIO()
                 torch.save(state, buffer)
                 files.write_bytes(job.segment.state, buffer.getvalue())
@@ -166,21 +165,21 @@ def _loop(
     job: Job,
     report: Callable[[dict[str, Any]], Any] | None,
 ) -> None:
-    """Steps with what happens between them: telling, validating, checkpoints."""
+    """Run the steps, and what happens between them: reports, validations, checkpoints."""
     options, method = job.options, trainer.method
     every = options.validate_every
     validate_every = max(1, job.iterations // 10) if every is None else every
     log_every = max(1, min(50, job.iterations // 20))
     seconds = {"data": 0.0, "all": 0.0}
     count, warned = 0, False
-    for told in trainer.steps(job.end):
+    for taken in trainer.steps(job.end):
         step = trainer.step
-        seconds["data"] += told["data"]
-        seconds["all"] += told["all"]
+        seconds["data"] += taken["data"]
+        seconds["all"] += taken["all"]
         count += 1
         if step % log_every == 0 or step == job.end:
             waited = time.perf_counter()
-            losses = {name: float(value) for name, value in told["losses"].items()}  # waits for the device
+            losses = {name: float(value) for name, value in taken["losses"].items()}  # waits for the device
             seconds["all"] += time.perf_counter() - waited
             if not all(math.isfinite(value) for value in losses.values()):
                 raise DataError(
@@ -213,7 +212,7 @@ def _loop(
 
 
 def _workers() -> str:
-    """Placement group of the workers of this training, as text; empty outside of Ray."""
+    """Return the placement group of the workers of this training, as text; empty outside of Ray."""
     group = ray.util.get_current_placement_group() if ray.is_initialized() else None
     return "" if group is None else group.id.hex()
 
@@ -229,7 +228,7 @@ def save_checkpoint(trainer: Trainer, first: bool) -> None:
 
 
 def fixed_places(category: np.ndarray, count: int) -> list[EpochIndex]:
-    """The images that `TrainedMethod.finish` sees: the first of every category in turn, up to `count`."""
+    """Return the images that `TrainedMethod.finalize` sees: the first of every category in turn, up to `count`."""
     nth = np.zeros(len(category), np.int64)
     for number in np.unique(category):
         mine = category == number
@@ -238,7 +237,7 @@ def fixed_places(category: np.ndarray, count: int) -> list[EpochIndex]:
 
 
 def finish(method: TrainedMethod, data: TrainingSet, fixed: list[EpochIndex], categories: list[str]) -> None:
-    """Call the method's own `finish` with its images, if it wants any."""
+    """Call the method's own `finalize` with its images, if it wants any."""
     if not fixed:
         return
     size = 16

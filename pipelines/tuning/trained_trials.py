@@ -10,9 +10,10 @@ from typing import Any, SupportsFloat
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.tracking import Run
-from pipelines.training.driver import plan_job, run_job
+from pipelines.training.driver import plan_job
 from pipelines.training.job import Segment, make_method
 from pipelines.training.options import WORK
+from pipelines.training.ray_training import run_job
 from pipelines.training.validation import PROGRESS
 from pipelines.tuning.objective import (
     OBJECTIVE,

@@ -25,8 +25,8 @@ from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import TrainValSplit
 from pipelines.data.validation_set import ValidationSet, build_tests, build_validation_set
 from pipelines.runtime.errors import reason, user_error
-from pipelines.training.driver import WorkersLostError
 from pipelines.training.options import WORK
+from pipelines.training.ray_training import WorkersLostError
 from pipelines.training.validation import PROGRESS
 from pipelines.tuning.objective import OBJECTIVE, Postprocessor, ScoredSetting, best_of, read, score_settings
 from pipelines.tuning.space import key_of

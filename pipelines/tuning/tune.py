@@ -25,9 +25,10 @@ from pipelines.data.splits import TrainValSplit, choose_samples
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, pool_size
-from pipelines.runtime.cli import own_signals
-from pipelines.runtime.models import ModelSet, load_model
+from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.signals import own_signals
 from pipelines.runtime.tracking import Run, track
 from pipelines.training.calibrate import EmbeddingCache
 from pipelines.training.driver import check_masks

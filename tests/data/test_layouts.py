@@ -27,7 +27,6 @@ from unianom.data.layouts import (
     make_options,
 )
 from unianom.data.layouts.aptos import AptosOptions
-from unianom.data.layouts.base import MOST_LISTED
 from unianom.data.layouts.btad import BtadOptions
 from unianom.data.layouts.cifar import CifarOptions
 from unianom.data.layouts.class_folders import ClassOptions, choose_task
@@ -42,6 +41,7 @@ from unianom.data.layouts.mvtec3d import Mvtec3dOptions
 from unianom.data.layouts.oct2017 import Oct2017Options
 from unianom.data.layouts.ped2 import Ped2Options
 from unianom.data.layouts.polyps import PolypOptions
+from unianom.data.layouts.source import MOST_LISTED
 from unianom.data.layouts.visa import VisaOptions
 from unianom.data.schema import Crop
 from unianom.errors import DataError, OptionError
@@ -756,7 +756,10 @@ def test_polyps_wrong(tmp_path):
     for split in ((900,), (0, 1), (1, 0), (2, -1, 3), (1, 2, 3, 4)):
         with pytest.raises(OptionError, match="must be two or three numbers"):
             PolypOptions(split=split)
-    for split in ((0.5, 0.6), (2.5, 1), (float("nan"), 1), (float("inf"), 1)):
+    for split in ((float("nan"), 1), (float("inf"), 1)):
+        with pytest.raises(OptionError, match="must be a list, each a finite number"):
+            PolypOptions(split=split)
+    for split in ((0.5, 0.6), (2.5, 1)):
         with pytest.raises(OptionError, match="whole numbers of images, or shares that add up to 1"):
             PolypOptions(split=split)
     assert make_options(LAYOUTS["polyps"], {"split": [900, 100]}) == PolypOptions(split=(900, 100))

@@ -146,7 +146,7 @@ class SampleRef:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> SampleRef:
-        """The sample that `dataclasses.asdict` made plain."""
+        """Return the sample that `dataclasses.asdict` made plain."""
         crop = values.get("crop")
         more = tuple(values.get("more_masks", ()))
         return cls(**{**values, "crop": None if crop is None else Crop(**crop), "more_masks": more})

@@ -53,7 +53,7 @@ class Selection:
     labels: tuple[int, ...] = ()
 
     def mask(self, batch: pa.RecordBatch) -> pa.BooleanArray:
-        """Which rows of a batch are selected; an unknown label is in no list of labels."""
+        """Return which rows of a batch are selected; an unknown label is in no list of labels."""
         keep = pa.array([True] * batch.num_rows)
         for column, values in (("split", self.splits), ("category", self.categories), ("label", self.labels)):
             if values:
@@ -80,7 +80,7 @@ class PartSet:
     version: ClassVar[int]
     kind: ClassVar[str]
     job: ClassVar[str]
-    told: ClassVar[dict[str, Any]] = {}
+    stated: ClassVar[dict[str, Any]] = {}
     """What a manifest tells that jobs rely on, by key: a type, or the same of a dict or of every entry of a list."""
 
     @classmethod
@@ -116,8 +116,8 @@ class PartSet:
             raise DataError(f"{path} is damaged: it names no counts or files; {cls._again(folder)}")
         for entry in manifest["files"]:
             _check_entry(entry, path)
-        told = {key: shape for key, shape in {**_COUNTS, **cls.told}.items() if key in manifest}
-        if fault := _shape_fault(manifest, told):
+        stated = {key: shape for key, shape in {**_COUNTS, **cls.stated}.items() if key in manifest}
+        if fault := _shape_fault(manifest, stated):
             raise DataError(f"{path} is damaged: {fault}; {cls._again(folder)}")
         return cls(folder, manifest, files.sha256_file(path))
 
@@ -137,7 +137,7 @@ class PartSet:
         return sorted({row["category"] for row in self.manifest["counts"]})
 
     def count(self, selection: Selection) -> int:
-        """How many samples a selection holds, from the manifest."""
+        """Return how many samples a selection holds, from the manifest."""
         return sum(
             row["count"]
             for row in self.manifest["counts"]
@@ -170,7 +170,7 @@ class PartSet:
         columns: Sequence[str] | None = None,
         rows: int = 64,
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of one part in their order, at most `rows` in a batch; row groups that cannot match are skipped.
+        """Yield rows of one part in their order, at most `rows` in a batch; row groups that cannot match are skipped.
 
         Raises:
             DataError: the part is missing, damaged, not the one in the manifest, or cannot be read.
@@ -185,7 +185,7 @@ class PartSet:
                     yield kept.select(wanted)
 
     def table(self, selection: Selection | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """Chosen columns of every part as one table; leave out images, masks and maps unless few rows are
+        """Return chosen columns of every part as one table; leave out images, masks and maps unless few rows are
         selected."""
         wanted = list(columns or self.schema.names)
         batches = [b for part in self.parts for b in self.read(part, selection, wanted, rows=4096)]
@@ -193,8 +193,8 @@ class PartSet:
         return pa.Table.from_batches([b.cast(schema) for b in batches], schema)
 
     def locate(self, selection: Selection, columns: Sequence[str]) -> pa.Table:
-        """Where the selected rows lie: the chosen columns, and of each row `part` (its number), `group` (row group)
-        and `row` (its place among the selected rows of the part)."""
+        """Return where the selected rows lie: the chosen columns, and of each row `part` (its number), `group` (row
+        group) and `row` (its place among the selected rows of the part)."""
         batches = []
         for number, part in enumerate(self.parts):
             row = 0
@@ -212,12 +212,12 @@ class PartSet:
         return pa.concat_tables(batches)
 
     def groups(self, part: str) -> int:
-        """How many row groups a part has."""
+        """Return how many row groups a part has."""
         with self._parquet(part) as parquet:
             return int(parquet.num_row_groups)
 
     def read_group(self, part: str, group: int, selection: Selection, columns: Sequence[str]) -> pa.Table:
-        """Chosen columns of the selected rows of one row group, in order; strings not dictionary-coded.
+        """Return chosen columns of the selected rows of one row group, in order; strings not dictionary-coded.
 
         Raises:
             DataError: as `read`.
@@ -232,7 +232,7 @@ class PartSet:
 
     @contextmanager
     def _parquet(self, part: str, columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-        """An open part that is the one in the manifest; what goes wrong inside becomes a DataError.
+        """Open a part that is the one in the manifest; what goes wrong inside becomes a DataError.
 
         Its rows and its schema are compared always. Its checksum is where `columns` hold images, masks or maps, which
         are nearly all of it, or where the part is small, once in a process as long as the file stays as it is; the
@@ -265,7 +265,7 @@ class PartSet:
 
     @contextmanager
     def _verified(self, part: str, sha256: str, heavy: bool) -> Iterator[Any]:
-        """An open part, after its checksum was compared if it is to be; see `_parquet`.
+        """Open a part, after its checksum was compared if it is to be; see `_parquet`.
 
         One on an object store is fetched whole for that and read from memory, so that nothing is fetched twice.
 
@@ -301,7 +301,7 @@ class PartSet:
             yield handle
 
     def _may_match(self, parquet: pq.ParquetFile, group: int, selection: Selection | None) -> bool:
-        """Whether a row group can hold a selected row, by its statistics of `split`."""
+        """Return whether a row group can hold a selected row, by its statistics of `split`."""
         if selection is None or not selection.splits:
             return True
         statistics = parquet.metadata.row_group(group).column(self.schema.names.index("split")).statistics
@@ -326,7 +326,7 @@ _COUNTS = {"counts": [{"dataset": str, "category": str, "split": str, "label": o
 
 
 def _shape_fault(content: Any, wanted: Any, name: str = "it") -> str | None:
-    """Where what was read from a JSON file is not what `told` says, in words."""
+    """Return where what was read from a JSON file is not what `stated` says, in words."""
     if isinstance(wanted, type):
         return None if isinstance(content, wanted) else f"{name} is no {wanted.__name__}"
     if not isinstance(content, type(wanted)):
@@ -342,7 +342,7 @@ def _shape_fault(content: Any, wanted: Any, name: str = "it") -> str | None:
 
 
 def _schema_fault(found: pa.Schema, expected: pa.Schema) -> str | None:
-    """Where the schema of a part differs from the one it should have, in words."""
+    """Return where the schema of a part differs from the one it should have, in words."""
     for field in expected:
         if field.name not in found.names:
             return f"it has no column {field.name}"
@@ -359,10 +359,10 @@ class ShardSet(PartSet):
     version: ClassVar[int] = SCHEMA_VERSION
     kind: ClassVar[str] = "shard set"
     job: ClassVar[str] = "jobs/ingest.py"
-    told: ClassVar[dict[str, Any]] = {"rejected": dict, "summary": {"masks": {"missing": {"count": int}}}}
+    stated: ClassVar[dict[str, Any]] = {"rejected": dict, "summary": {"masks": {"missing": {"count": int}}}}
 
     def rejected(self) -> pa.Table:
-        """Samples that ingest could not take, rows of `REJECTED_SCHEMA`.
+        """Return samples that ingest could not take, rows of `REJECTED_SCHEMA`.
 
         Raises:
             DataError: the file is missing, damaged or cannot be read.
@@ -389,7 +389,7 @@ class ScoreSet(PartSet):
     version: ClassVar[int] = SCORE_VERSION
     kind: ClassVar[str] = "score set"
     job: ClassVar[str] = "jobs/score.py"
-    told: ClassVar[dict[str, Any]] = {
+    stated: ClassVar[dict[str, Any]] = {
         "shards": {"digest": str},
         "models": [{"digest": str, "config": {"input": dict}}],
         "splits": list,

@@ -13,7 +13,7 @@ from unianom.errors import DataError, OptionError
 
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
-    """The names in a random order fixed by `seed`: ascending SHA-256 of "seed:name"."""
+    """Return the names in a random order fixed by `seed`: ascending SHA-256 of "seed:name"."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 

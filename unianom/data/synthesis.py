@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from unianom.configs.synthesis import SynthesisConfig
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
-from unianom.data.layouts.base import Source
+from unianom.data.layouts.source import Source
 from unianom.errors import DataError, ImageError, OptionError
 
 MIN_SIDE = 32
@@ -229,7 +229,7 @@ def shade(image: np.ndarray, rng: np.random.Generator) -> Synthetic:
 
 
 def _place(side: int, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Top and left of a rectangle inside the image, uniform."""
+    """Return the top and left of a rectangle inside the image, uniform."""
     return int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
 
 
@@ -264,7 +264,7 @@ def colour_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def perlin_mask(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Blobs where Perlin noise of 2, 4, 8, 16 or 32 cells each way, turned by up to 5°, exceeds 0.5.
+    """Return blobs where Perlin noise of 2, 4, 8, 16 or 32 cells each way, turned by up to 5°, exceeds 0.5.
 
     Args:
         side: S, in pixels.
@@ -282,7 +282,7 @@ def perlin_mask(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def perlin_noise(side: int, angles: np.ndarray) -> np.ndarray:
-    """Gradient noise of one octave with quintic fade (Perlin, SIGGRAPH 2002), times √2, so that it reaches ±1.
+    """Return gradient noise of one octave with quintic fade (Perlin, SIGGRAPH 2002), times √2, so that it reaches ±1.
 
     Args:
         side: S, a multiple of both numbers of cells.
@@ -305,7 +305,7 @@ def perlin_noise(side: int, angles: np.ndarray) -> np.ndarray:
 
 
 def _within_cell(pixels: int) -> np.ndarray:
-    """Positions of a cell's pixels along one axis, from 0 to below 1."""
+    """Return positions of a cell's pixels along one axis, from 0 to below 1."""
     return np.arange(pixels, dtype=np.float32) / pixels
 
 
@@ -342,7 +342,7 @@ _LEVELS = np.arange(256)
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
-    """A table from old to new levels, rounded and clipped to 0…255."""
+    """Return a table from old to new levels, rounded and clipped to 0…255."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
@@ -355,7 +355,7 @@ def _map_bands(image: Image.Image, mode: str, tables: dict[int, np.ndarray]) -> 
 
 
 def change_gamma(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each channel to the power of 0.5–2."""
+    """Raise each channel to the power of 0.5–2."""
     tables = [_levels(255 * (_LEVELS / 255) ** gamma) for gamma in rng.uniform(0.5, 2, 3)]
     return np.asarray(Image.fromarray(image).point(np.concatenate(tables).tolist()))
 
@@ -368,7 +368,7 @@ def change_brightness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def change_sharpness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Between smoothed (0), as it is (1) and sharpened (2)."""
+    """Smooth or sharpen: between smoothed (0), as it is (1) and sharpened (2)."""
     return np.asarray(ImageEnhance.Sharpness(Image.fromarray(image)).enhance(rng.uniform(0, 2)))
 
 
@@ -397,7 +397,7 @@ def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def invert(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """255 minus each value."""
+    """Return 255 minus each value."""
     return 255 - image
 
 

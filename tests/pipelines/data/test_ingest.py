@@ -18,20 +18,16 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipelines.data import ingest as module
-from pipelines.data.ingest import (
-    PartIngester,
-    check_unique,
-    contaminated,
-    ingest,
-    map_ahead,
-    part_name,
-    plan_parts,
-    read_image_file,
-    summarise,
-)
+from pipelines.data import ingest_part
+from pipelines.data.ahead import map_ahead
+from pipelines.data.ingest import ingest
+from pipelines.data.ingest_manifest import summarise
+from pipelines.data.ingest_part import PartIngester, read_image_file
+from pipelines.data.ingest_plan import check_unique, contaminated, digest_of_refs, part_name, plan_parts
 from pipelines.data.ingest_summary import print_summary
 from pipelines.data.options import IngestOptions
 from pipelines.runtime import outputs
+from pipelines.runtime.options import RuntimeOptions
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, decode_mask
 from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
@@ -547,7 +543,7 @@ def test_a_full_disk_is_told_as_such_and_leaves_nothing(tmp_path, monkeypatch, c
 def naps(monkeypatch):
     """Seconds that would have been slept."""
     slept = []
-    monkeypatch.setattr(module.time, "sleep", slept.append)
+    monkeypatch.setattr(ingest_part.time, "sleep", slept.append)
     return slept
 
 
@@ -810,7 +806,7 @@ def test_a_source_that_changed_is_another_plan(corpus, tmp_path, tasks):
 
 def test_crops_are_part_of_the_plan_and_plans_from_before_there_were_any_still_hold():
     refs = [ref("a", size=9, mask_uri="/m", mask_threshold=127), ref("b", data=b"x")]
-    digest = module._digest_of_refs
+    digest = digest_of_refs
     assert digest(refs) == "baf8b959863c1c70e89ada8e219a9b3bee8d0f008af3d540ee08799bb1d7e1e0"
     cropped = [dataclasses.replace(refs[0], crop=Crop("centre", 9)), refs[1]]
     wider = [dataclasses.replace(refs[0], crop=Crop("centre", 9, pad=True)), refs[1]]
@@ -819,7 +815,7 @@ def test_crops_are_part_of_the_plan_and_plans_from_before_there_were_any_still_h
 
 def test_workers_and_threads_are_no_part_of_the_plan(corpus, tmp_path, tasks):
     ingest(options(corpus, tmp_path))
-    runtime = module.RuntimeOptions(workers=3, cpus_per_worker=2)
+    runtime = RuntimeOptions(workers=3, cpus_per_worker=2)
     assert not ingest(options(corpus, tmp_path, runtime=runtime, max_reject_fraction=1.0)).fresh
 
 
@@ -1224,7 +1220,7 @@ def test_how_files_are_read_is_part_of_the_plan_where_it_is_not_the_default(corp
     for change in ({"invert_masks": True}, {"mask_threshold": 9}, {"mask_orientation": "stored"}, {"bits": 12}):
         with pytest.raises(DataError, match="differing in"):
             ingest(options(corpus, tmp_path, **change))
-    digest = module._digest_of_refs
+    digest = digest_of_refs
     plain = [ref("a", size=9, mask_uri="/m")]
     united = [dataclasses.replace(plain[0], more_masks=("/n",))]
     explicit = [dataclasses.replace(plain[0], mask_threshold=0)]

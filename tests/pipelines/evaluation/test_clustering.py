@@ -27,7 +27,7 @@ from pipelines.evaluation.clustering import (
     summarise_clusters,
 )
 from pipelines.evaluation.options import ClusterOptions
-from pipelines.runtime.models import write_index
+from pipelines.runtime.model_set import write_index
 from pipelines.runtime.options import RuntimeOptions
 from tests.data.test_shards import write_set
 from tests.pipelines.conftest import UNTRACKED, tiny_method

@@ -16,9 +16,11 @@ import yaml
 from pipelines.benchmarks.options import IngestBenchmark
 from pipelines.data.options import IngestOptions
 from pipelines.evaluation.options import SemanticOptions, protocol_options
-from pipelines.runtime.cli import DONE, FAILED, STOPS, WRONG_OPTIONS, console, own_signals, parse, print_table, run
+from pipelines.runtime.cli import console, parse, print_table, run
+from pipelines.runtime.exit_codes import DONE, FAILED, WRONG_OPTIONS
+from pipelines.runtime.signals import STOPS, own_signals
 from pipelines.training.options import train_options
-from pipelines.training.own_config import own_config
+from pipelines.training.per_category import own_config
 from pipelines.tuning.options import tune_options
 from unianom import files
 from unianom.data.layouts import LAYOUTS, make_options

@@ -4,15 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from pipelines.runtime.models import (
-    INDEX,
-    ModelSet,
-    load_memory_method,
-    load_model,
-    memory_method_class,
-    trained_method,
-    write_index,
-)
+from pipelines.runtime.model_set import INDEX, ModelSet, write_index
+from pipelines.runtime.models import load_memory_method, load_model, memory_method_class, trained_method
 from tests.methods.conftest import TINY, tiny_method
 from unianom import files
 from unianom.errors import DataError, ModelError

@@ -20,17 +20,12 @@ import pytest
 from mlflow import MlflowClient
 
 import unianom
-from pipelines.runtime import tracking
+from pipelines.runtime.mlflow_environment import TrackingError
+from pipelines.runtime.mlflow_run import MlflowRun, pinned_requirements
+from pipelines.runtime.mlflow_store import artifact_folder, sqlite_uri
+from pipelines.runtime.mlflow_text import legal_name, mask_credentials
 from pipelines.runtime.options import TrackingOptions
-from pipelines.runtime.tracking import (
-    CANDIDATE,
-    MlflowRun,
-    Run,
-    TrackingError,
-    mask_credentials,
-    pinned_requirements,
-    track,
-)
+from pipelines.runtime.tracking import CANDIDATE, Run, scope, track
 from pipelines.training.options import train_options
 from unianom import files
 from unianom.configs.backbone import BackboneConfig
@@ -315,7 +310,7 @@ def test_an_output_on_an_object_store_needs_a_tracking_uri(folder, monkeypatch, 
 
 
 def test_options_are_checked():
-    with pytest.raises(OptionError, match=r"tracking\.experiment"):
+    with pytest.raises(OptionError, match=r"experiment is empty"):
         TrackingOptions(experiment=" ")
 
 
@@ -563,18 +558,18 @@ NAMES = [
 def test_every_name_is_legal_and_no_two_become_one():
     from mlflow.utils.validation import _validate_metric_name, _validate_param_name, _validate_tag_name
 
-    legal = [tracking._legal_name(name) for name in NAMES]
+    legal = [legal_name(name) for name in NAMES]
     assert len(set(legal)) == len(NAMES)
     for name in legal:
         for validate in (_validate_metric_name, _validate_param_name, _validate_tag_name):
             validate(name)
     for name in ("mean/image_auroc", "calibrated/metal nut/pixel_ap", "_x", "method.input.size", "螺丝/x", "a-b.c"):
-        assert tracking._legal_name(name) == name
+        assert legal_name(name) == name
 
 
 def test_a_category_is_not_taken_for_what_is_measured_over_all():
     names = ["mean", "union", "calibrated", "mean/x", "screw", "mvtec/screw"]
-    scopes = [tracking.scope(name) for name in names]
+    scopes = [scope(name) for name in names]
     assert scopes[4:] == names[4:]
     assert not set(scopes[:4]) & set(names)
     assert len(set(scopes)) == len(names)
@@ -587,7 +582,7 @@ def test_artifacts_stay_inside_their_run(tmp_path):
         def log_artifacts(self, _, folder):
             seen.update({str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file()})
 
-    run = tracking.MlflowRun(Client(), "sqlite:///x", "1", "2")
+    run = MlflowRun(Client(), "sqlite:///x", "1", "2")
     run.artifacts({"../up.txt": b"1", f"{tmp_path}/away.txt": b"2", "a/_b [c].txt": b"3", "y" * 300: b"4"})
     assert sorted(seen.values()) == ["1", "2", "3", "4"]
     assert seen["a/_b [c].txt"] == "3"
@@ -599,15 +594,15 @@ def test_the_uri_of_a_store_leads_to_its_file(name):
     """As SQLAlchemy reads it; and MLflow, which makes the folder it sees in the URI, makes none that is not there."""
     from sqlalchemy import make_url
 
-    uri = tracking.sqlite_uri(Path("/data", name, "mlflow.db"))
+    uri = sqlite_uri(Path("/data", name, "mlflow.db"))
     assert (make_url(uri).database, dict(make_url(uri).query)) == (f"/data/{name}/mlflow.db", {})
     assert str(Path(uri.removeprefix("sqlite:///")).parent) in (".", f"/data/{name}")
-    artifacts = tracking._artifact_folder(uri)
+    artifacts = artifact_folder(uri)
     assert url2pathname(urlparse(artifacts).path) == f"/data/{name}/mlartifacts"
 
 
 def test_ordinary_stores_keep_their_uri():
-    assert tracking.sqlite_uri(Path("/data/a b/mlflow.db")) == "sqlite:////data/a b/mlflow.db"
+    assert sqlite_uri(Path("/data/a b/mlflow.db")) == "sqlite:////data/a b/mlflow.db"
 
 
 def test_a_store_lies_beside_the_output_whatever_its_name(tmp_path):
@@ -615,7 +610,7 @@ def test_a_store_lies_beside_the_output_whatever_its_name(tmp_path):
     with track(TrackingOptions(), "evaluate", str(folder / "eval"), {}) as run:
         run.metrics({"a:b/../x": 1.0})
         run.artifacts({"a.txt": b"kept"})
-        client = MlflowClient(tracking.sqlite_uri(folder / "mlflow.db"))
+        client = MlflowClient(sqlite_uri(folder / "mlflow.db"))
         assert [*client.get_run(run.id).data.metrics.values()] == [1.0]
         assert Path(client.download_artifacts(run.id, "a.txt")).read_text() == "kept"
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]

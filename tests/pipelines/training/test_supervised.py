@@ -24,8 +24,8 @@ from pipelines.training.dataset import ShardImages, TrainingSet, to_input
 from pipelines.training.driver import train_networks
 from pipelines.training.loader import BatchLoader
 from pipelines.training.options import DataOptions, ThresholdOptions, TrainingOptions
+from pipelines.training.per_category import FitResult
 from pipelines.training.prepared import learnable
-from pipelines.training.result import FitResult
 from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.samples import TrainingImages
 from pipelines.training.trainer import Trainer

@@ -23,9 +23,9 @@ from pipelines.data.splits import choose_samples
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.cli import parse
 from pipelines.runtime.models import load_memory_method
-from pipelines.training.driver import WorkersLostError
 from pipelines.training.memory_bank import fit_banks
 from pipelines.training.options import FitOptions, ThresholdOptions, train_options
+from pipelines.training.ray_training import WorkersLostError
 from pipelines.tuning import trial
 from pipelines.tuning.encodings import EncodedImages, encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, fit_bank, is_bank_option

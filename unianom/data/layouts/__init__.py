@@ -1,34 +1,20 @@
 """Published and common layouts of data sets: each walks a source and yields its samples without opening an image.
 
-The order of the samples, and every split a layout draws itself, depend on names and seeds only.
+The order of the samples, and every split a layout draws itself, depend on names and seeds only. A module of this
+package that has a `LAYOUT` is a layout; nothing else lists them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 
-from unianom.data.layouts import (
-    aptos,
-    btad,
-    cifar,
-    class_folders,
-    folder,
-    isic2018,
-    kolektor,
-    manifest,
-    merged,
-    mtd,
-    mvtec,
-    mvtec3d,
-    oct2017,
-    ped2,
-    polyps,
-    vad,
-    visa,
-)
-from unianom.data.layouts.base import Layout, LayoutOptions, LeftOut, Source, make_options, nearest
+from unianom.data.layouts.base import Layout, LayoutOptions, make_options
 from unianom.data.layouts.class_lists import IMAGENET_30, SPECIES_60, SPECIES_60_SPLITS
+from unianom.data.layouts.names import nearest
+from unianom.data.layouts.source import LeftOut, Source
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError, OptionError
 
@@ -45,33 +31,15 @@ __all__ = [
     "make_options",
 ]
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        Layout("mvtec", mvtec.MvtecOptions, mvtec.samples, "MVTec AD, one category of it, or its merged form"),
-        Layout("mvtec3d", mvtec3d.Mvtec3dOptions, mvtec3d.samples, "MVTec 3D-AD: its colour images, centre-cropped"),
-        Layout("visa", visa.VisaOptions, visa.samples, "VisA, raw with its split file or prepared"),
-        Layout("btad", btad.BtadOptions, btad.samples, "BTAD, the beanTech products 01, 02 and 03"),
-        Layout("mtd", mtd.MtdOptions, mtd.samples, "MTD, magnetic tiles: seeded split of the images without defect"),
-        Layout("kolektor", kolektor.KolektorOptions, kolektor.samples, "KolektorSDD: seeded split by commutator"),
-        Layout("vad", vad.VadOptions, vad.samples, "VAD: labelled images, defects in the training split too"),
-        Layout("aptos", aptos.AptosOptions, aptos.samples, "APTOS 2019: graded retinas, published draw, cropped"),
-        Layout("oct2017", oct2017.Oct2017Options, oct2017.samples, "OCT2017: retinal tomography in four classes"),
-        Layout("isic2018", isic2018.Isic2018Options, isic2018.samples, "ISIC 2018 task 3: skin lesions, naevi normal"),
-        Layout("polyps", polyps.PolypOptions, polyps.samples, "Kvasir, CVC-ClinicDB, CVC-ColonDB: polyps with masks"),
-        Layout("ped2", ped2.Ped2Options, ped2.samples, "UCSD Ped2: frames of surveillance video with labels or masks"),
-        Layout(
-            "class_folders",
-            class_folders.ClassOptions,
-            class_folders.samples,
-            "train and test folders of classes, some of them normal (ImageNet-30, Species-60)",
-        ),
-        Layout("cifar", cifar.CifarOptions, cifar.samples, "CIFAR-10 or CIFAR-100, binary or in class folders"),
-        Layout("folder", folder.FolderOptions, folder.samples, "folders named by you, or any images without labels"),
-        Layout("manifest", manifest.ManifestOptions, manifest.samples, "JSON lines naming every image (UniAD family)"),
-        Layout("merged", merged.MergedOptions, merged.samples, "several sources as one, named by a YAML file"),
-    )
-}
+
+def find_layouts() -> dict[str, Layout]:
+    """Return every layout by name: the `LAYOUT` of each module of this package that has one."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+    found = [module.LAYOUT for module in modules if hasattr(module, "LAYOUT")]
+    return {layout.name: layout for layout in sorted(found, key=lambda layout: layout.name)}
+
+
+LAYOUTS = find_layouts()
 """Every layout by name."""
 
 
@@ -81,7 +49,7 @@ def iter_samples(
     options: LayoutOptions | None = None,
     left_out: LeftOut | None = None,
 ) -> Iterator[SampleRef]:
-    """Samples of a source, lazily and always in the same order.
+    """Return samples of a source, lazily and always in the same order.
 
     Args:
         layout: name in `LAYOUTS`.

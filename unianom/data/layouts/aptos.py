@@ -6,9 +6,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, read_table
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, Crop, SampleRef
 from unianom.errors import DataError, OptionError
+from unianom.options import AtLeastOne
 
 EXPECTED = "the aptos layout: train.csv with the columns id_code,diagnosis and train_images/<id_code>.png"
 GRADES = ("0", "1", "2", "3", "4")
@@ -27,18 +30,13 @@ class AptosOptions(LayoutOptions):
     """
 
     dataset: str = "aptos"
-    train_normals: int = 1000
+    train_normals: AtLeastOne = 1000
     seed: int = 1
     crop: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_normals < 1:
-            raise OptionError(f"train_normals={self.train_normals} must be at least 1")
-
 
 def samples(source: Source, options: AptosOptions) -> Iterator[SampleRef]:
-    """Samples of APTOS 2019: grade 0 is normal, the other grades are the defects "grade_1" … "grade_4".
+    """Yield samples of APTOS 2019: grade 0 is normal, the other grades are the defects "grade_1" … "grade_4".
 
     Only Kaggle's training part has grades; its test part is not read. The normal images are drawn by shuffling them
     in the order of train.csv with Python's generator, as the published split is, so this draw alone depends on the
@@ -71,3 +69,6 @@ def samples(source: Source, options: AptosOptions) -> Iterator[SampleRef]:
             defect="good" if grade == "0" else f"grade_{grade}",
             crop=CROP if options.crop else None,
         )
+
+
+LAYOUT = Layout("aptos", AptosOptions, samples, "APTOS 2019: graded retinas, published draw, cropped")

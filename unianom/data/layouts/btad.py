@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source, choose
+from unianom.data.layouts.base import Layout, LayoutOptions
 from unianom.data.layouts.mvtec import category_samples, find_categories
+from unianom.data.layouts.names import choose
+from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
 
 EXPECTED = "the btad layout: {01,02,03}/train/ok, {01,02,03}/test/{ok,ko}, {01,02,03}/ground_truth/ko"
@@ -26,7 +28,10 @@ class BtadOptions(LayoutOptions):
 
 
 def samples(source: Source, options: BtadOptions) -> Iterator[SampleRef]:
-    """Samples of BTAD as published: bmp and png files, its few anomalous training images left as they are."""
+    """Yield samples of BTAD as published: bmp and png files, its few anomalous training images left as they are."""
     source, categories = find_categories(source, "ok", EXPECTED)
     for category in choose(options.categories, categories, source.uri()):
         yield from category_samples(source, category, "ok", EXPECTED)
+
+
+LAYOUT = Layout("btad", BtadOptions, samples, "BTAD, the beanTech products 01, 02 and 03")

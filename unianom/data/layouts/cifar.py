@@ -9,9 +9,11 @@ from typing import Literal
 import numpy as np
 
 from unianom.data.image import encode_png
-from unianom.data.layouts.base import Source, listed
+from unianom.data.layouts.base import Layout
 from unianom.data.layouts.class_folders import ClassOptions, choose_task, class_samples
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100
+from unianom.data.layouts.names import listed
+from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError
 
@@ -37,7 +39,7 @@ class CifarOptions(ClassOptions):
 
 
 def samples(source: Source, options: CifarOptions) -> Iterator[SampleRef]:
-    """Samples of CIFAR-10 or CIFAR-100, whichever lies in the root or in its folder of the published name.
+    """Yield samples of CIFAR-10 or CIFAR-100, whichever lies in the root or in its folder of the published name.
 
     Images of the binary files are encoded as PNG and named <file>#<index>. The Python distribution is pickled and
     therefore never opened.
@@ -88,7 +90,7 @@ def _folder_samples(source: Source, options: CifarOptions) -> Iterator[SampleRef
 
 
 def _binary_samples(source: Source, options: CifarOptions, files: dict[str, str]) -> Iterator[SampleRef]:
-    """Records of one label byte (CIFAR-10), or a coarse and a fine one (CIFAR-100), and 3×32×32 pixels."""
+    """Yield records of one label byte (CIFAR-10), or a coarse and a fine one (CIFAR-100), and 3×32×32 pixels."""
     if files is _CIFAR_10_FILES:
         label_bytes, label_at = 1, 0
         classes: tuple[str, ...] = CIFAR_10
@@ -124,3 +126,6 @@ def _binary_samples(source: Source, options: CifarOptions, files: dict[str, str]
                 index += 1
         if index == 0:
             raise DataError(f"{source.uri(file)} is empty; fetch the file again")
+
+
+LAYOUT = Layout("cifar", CifarOptions, samples, "CIFAR-10 or CIFAR-100, binary or in class folders")

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source, listed, nearest
+from unianom.data.layouts.base import Layout, LayoutOptions
 from unianom.data.layouts.class_lists import SPECIES_60, SPECIES_60_SPLITS
+from unianom.data.layouts.names import listed, nearest
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, OptionError
 
@@ -33,8 +35,8 @@ class ClassOptions(LayoutOptions):
     normal_classes: str | tuple[int | str, ...] = ()
     all_classes: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.all_classes and self.normal_classes:
             raise OptionError(
                 "normal_classes and all_classes exclude each other; name normal_classes or leave all open"
@@ -52,18 +54,18 @@ class Task:
     normal: frozenset[str] | None
 
     def keeps(self, split: str, name: str) -> bool:
-        """Whether samples of class `name` belong to the split: training takes normal classes only."""
+        """Return whether samples of class `name` belong to the split: training takes normal classes only."""
         return self.normal is None or split != "train" or name in self.normal
 
     def label(self, name: str) -> int | None:
-        """Label of class `name`."""
+        """Return the label of class `name`."""
         if self.normal is None:
             return None
         return NORMAL if name in self.normal else ANOMALOUS
 
 
 def choose_task(classes: Sequence[str], options: ClassOptions, where: str) -> Task:
-    """Which of the `classes`, sorted, the options call normal.
+    """Return which of the `classes`, sorted, the options call normal.
 
     Raises:
         OptionError: none is named, or one that is not there.
@@ -100,12 +102,13 @@ def choose_task(classes: Sequence[str], options: ClassOptions, where: str) -> Ta
 
 
 def samples(source: Source, options: ClassOptions) -> Iterator[SampleRef]:
-    """Samples of class folders; `defect` is the class, of normal samples too, and the data set is one category."""
+    """Yield samples of class folders; `defect` is the class, of normal samples too, and the data set is one
+    category."""
     yield from class_samples(source, options, {})
 
 
 def class_samples(source: Source, options: ClassOptions, class_of: Mapping[str, str]) -> Iterator[SampleRef]:
-    """As `samples`; folders that are keys of `class_of` belong to the class given there, others to their own."""
+    """Yield as `samples`; folders that are keys of `class_of` belong to the class given there, others to their own."""
     for parents in ({"train": "one_class_train", "test": "one_class_test"}, {"train": "train", "test": "test"}):
         if all(source.has_folder(parent) for parent in parents.values()):
             break
@@ -135,3 +138,11 @@ def class_samples(source: Source, options: ClassOptions, class_of: Mapping[str, 
                     yield source.sample(
                         image, category=source.dataset, split=split, label=task.label(name), defect=name
                     )
+
+
+LAYOUT = Layout(
+    "class_folders",
+    ClassOptions,
+    samples,
+    "train and test folders of classes, some of them normal (ImageNet-30, Species-60)",
+)

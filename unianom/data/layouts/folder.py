@@ -7,17 +7,13 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from unianom.data.layouts.base import (
-    Entry,
-    LayoutOptions,
-    Source,
-    check_mask_threshold,
-    check_train_fraction,
-    same_name,
-)
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, OptionError
+from unianom.options import PositiveShare
 
 
 @dataclass(frozen=True)
@@ -49,17 +45,15 @@ class FolderOptions(LayoutOptions):
     masks: str = ""
     mask_prefix: str = ""
     mask_suffix: str = ""
-    mask_threshold: int | None = None
+    mask_threshold: MaskThreshold | None = None
     abnormal_train: Literal["keep", "test"] = "keep"
-    train_fraction: float = 0.8
+    train_fraction: PositiveShare = 0.8
     seed: int = 0
     unlabelled: bool = False
     split: Literal["train", "val", "test"] = "test"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_train_fraction(self.train_fraction)
-        check_mask_threshold(self.mask_threshold)
+    def check(self) -> None:
+        super().check()
         if self.unlabelled and (self.normal or self.abnormal or self.masks):
             raise OptionError("unlabelled=true takes every image; it excludes normal, abnormal and masks")
         if self.masks and not self.abnormal:
@@ -72,7 +66,8 @@ class FolderOptions(LayoutOptions):
 
 
 def samples(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
-    """Samples of labelled or unlabelled folders. Of labelled ones only the named folders are read, at any depth."""
+    """Yield samples of labelled or unlabelled folders. Of labelled ones only the named folders are read, at any
+    depth."""
     if options.unlabelled:
         yield from _unlabelled(source, options)
         return
@@ -117,7 +112,7 @@ class _Group:
 
 
 def _level_groups(source: Source, options: FolderOptions, levels: list[str]) -> list[_Group]:
-    """{train,val,test}/{normal,abnormal…}."""
+    """Return the groups of {train,val,test}/{normal,abnormal…}."""
     expected = f"{{train,test}}/{{{','.join((options.normal, *options.abnormal))}}} or the same without train and test"
     source.require("", f"train/{options.normal}", expected)
     groups = []
@@ -134,7 +129,7 @@ def _level_groups(source: Source, options: FolderOptions, levels: list[str]) -> 
 
 
 def _root_groups(source: Source, options: FolderOptions) -> list[_Group]:
-    """{normal,abnormal…} in the root, a seeded share of the normal images for training."""
+    """Return the groups of {normal,abnormal…} in the root, a seeded share of the normal images for training."""
     expected = f"{{{','.join((options.normal, *options.abnormal))}}} or the same in train and test"
     normal = source.require("", options.normal, expected)
     paths = [image.path for image in source.images_below(normal)]
@@ -163,7 +158,7 @@ def _unlabelled(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
 
 
 def _pair_masks(source: Source, options: FolderOptions, folders: list[str]) -> dict[str, str]:
-    """Mask paths by image path, for the images below the defect folders.
+    """Return the mask paths by image path, for the images below the defect folders.
 
     A mask belongs to the image of its stem at the same place: below the mask folder it lies as the image does below
     the root, below train or test, or below its defect folder. A mask in any other folder belongs to the one image
@@ -206,7 +201,7 @@ def _pair_masks(source: Source, options: FolderOptions, folders: list[str]) -> d
 
 
 def _way_out(one: str, other: Entry) -> str:
-    """What tells the masks of two images of one stem apart."""
+    """Return what tells the masks of two images of one stem apart."""
     if posixpath.dirname(one) != posixpath.dirname(other.path):
         return "lay the masks out in the same folders as the images"
     names = f"{posixpath.basename(one)}.png and {other.name}.png"
@@ -214,7 +209,7 @@ def _way_out(one: str, other: Entry) -> str:
 
 
 def _masks_by_place(source: Source, options: FolderOptions) -> dict[tuple[str, str], str]:
-    """Paths of the masks by their folder below the mask folder and the stem of their image."""
+    """Return paths of the masks by their folder below the mask folder and the stem of their image."""
     masks: dict[tuple[str, str], str] = {}
     for entry in source.images_below(options.masks):
         if not (entry.stem.startswith(options.mask_prefix) and entry.stem.endswith(options.mask_suffix)):
@@ -233,9 +228,13 @@ def _masks_by_place(source: Source, options: FolderOptions) -> dict[tuple[str, s
 
 
 def _places(folder: str, image: Entry) -> list[tuple[str, str]]:
-    """Where the mask of an image may lie below the mask folder, and its name: from the most to the least specific."""
+    """Return where the mask of an image may lie below the mask folder, and its name: from the most to the least
+    specific."""
     directory = posixpath.dirname(image.path)
     level, _, rest = directory.partition("/")
     places = [directory, rest if level in SPLITS else directory, posixpath.relpath(directory, folder)]
     unique = ["" if place == "." else same_name(place) for place in dict.fromkeys(places)]
     return [(place, same_name(name)) for name in (image.name, image.stem) for place in unique]
+
+
+LAYOUT = Layout("folder", FolderOptions, samples, "folders named by you, or any images without labels")

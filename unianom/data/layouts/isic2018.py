@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, read_table
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
 
@@ -30,7 +32,7 @@ class Isic2018Options(LayoutOptions):
 
 
 def samples(source: Source, options: Isic2018Options) -> Iterator[SampleRef]:
-    """Samples of ISIC 2018 task 3: naevi (NV) are normal, the other classes are defects by their names.
+    """Yield samples of ISIC 2018 task 3: naevi (NV) are normal, the other classes are defects by their names.
 
     Training takes the normal images of the official training part, 6,705; the official validation part, 193 images,
     is the test split.
@@ -58,7 +60,7 @@ def samples(source: Source, options: Isic2018Options) -> Iterator[SampleRef]:
 
 
 def _read_classes(source: Source, folder: str) -> dict[str, str]:
-    """Class of each image of one part.
+    """Return the class of each image of one part.
 
     Raises:
         DataError: there is no CSV file or more than one, or a row does not name exactly one class.
@@ -79,3 +81,6 @@ def _read_classes(source: Source, folder: str) -> dict[str, str]:
             )
         classes[row["image"]] = named[0]
     return classes
+
+
+LAYOUT = Layout("isic2018", Isic2018Options, samples, "ISIC 2018 task 3: skin lesions, naevi normal")

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, check_train_fraction, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.options import PositiveShare
 
 EXPECTED = "the kolektor layout: kos01…kos50/PartK.jpg with the mask PartK_label.bmp (or .png) beside"
 
@@ -27,16 +30,12 @@ class KolektorOptions(LayoutOptions):
     """
 
     dataset: str = "kolektor"
-    train_fraction: float = 0.5
+    train_fraction: PositiveShare = 0.5
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_train_fraction(self.train_fraction)
 
 
 def samples(source: Source, options: KolektorOptions) -> Iterator[SampleRef]:
-    """Samples of KolektorSDD, split by commutator: flawless surfaces of one item are all on the same side.
+    """Yield samples of KolektorSDD, split by commutator: flawless surfaces of one item are all on the same side.
 
     Cracked surfaces are all tested. Nearly every commutator has one, so those of the training items are tested
     too; leaving them out would halve the 52 cracks there are.
@@ -69,7 +68,7 @@ def samples(source: Source, options: KolektorOptions) -> Iterator[SampleRef]:
 
 
 def _surfaces(source: Source, item: str) -> list[tuple[Entry, Entry]]:
-    """Image and mask of each surface of one commutator."""
+    """Return the image and mask of each surface of one commutator."""
     images = source.images(item)
     masks = {same_name(entry.stem.removesuffix("_label")): entry for entry in images if entry.stem.endswith("_label")}
     surfaces = [entry for entry in images if not entry.stem.endswith("_label")]
@@ -89,3 +88,6 @@ def _is_cracked(source: Source, mask: Entry) -> bool:
         return bool(decode_mask(source.read(mask.path)).any())
     except ImageError as error:
         raise DataError(f"mask {source.uri(mask.path)} cannot be read, so the label is unknown: {error}") from error
+
+
+LAYOUT = Layout("kolektor", KolektorOptions, samples, "KolektorSDD: seeded split by commutator")

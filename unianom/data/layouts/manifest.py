@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unianom.data.layouts.base import LayoutOptions, Source
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.files import resolve
@@ -40,7 +41,7 @@ class ManifestOptions(LayoutOptions):
 
 
 def samples(source: Source, options: ManifestOptions) -> Iterator[SampleRef]:
-    """Samples in the order of the rows.
+    """Yield samples in the order of the rows.
 
     A row is a JSON object with `filename`; `label` 0, 1 or null; `clsname` or `category`, else the fourth part of the
     path from its end; `maskname` or `mask`, empty or absent for none; `label_name` or `defect`; and in a manifest of
@@ -133,7 +134,7 @@ def _sample(source: Source, row: dict[str, Any], split: str, where: str) -> Samp
 
 
 def _text(row: dict[str, Any], where: str, *keys: str) -> str:
-    """The first of the keys that holds anything, "" if none does."""
+    """Return the first of the keys that holds anything, "" if none does."""
     for key in keys:
         value = row.get(key)
         if value is not None and not isinstance(value, str):
@@ -141,3 +142,6 @@ def _text(row: dict[str, Any], where: str, *keys: str) -> str:
         if value:
             return value
     return ""
+
+
+LAYOUT = Layout("manifest", ManifestOptions, samples, "JSON lines naming every image (UniAD family)")

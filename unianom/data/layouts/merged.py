@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from unianom.data.layouts.base import Layout, LayoutOptions, Source, make_options, nearest
+from unianom.data.layouts.base import Layout, LayoutOptions, make_options
+from unianom.data.layouts.names import nearest
+from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.written import natural, read_yaml
@@ -28,7 +30,7 @@ class MergedOptions(LayoutOptions):
 
 
 def samples(source: Source, options: MergedOptions) -> Iterator[SampleRef]:
-    """Samples of all sources in the order of the YAML file, which is the root.
+    """Yield samples of all sources in the order of the YAML file, which is the root.
 
     Relative sources are taken from the folder of the YAML file. Data set names must differ, which keeps the
     sample_ids unique; categories of one name in two sources become one category.
@@ -62,7 +64,7 @@ class _Part:
 
 
 def _read_parts(source: Source, layouts: Mapping[str, Layout]) -> list[_Part]:
-    """The items of the YAML file, all checked before the first is listed."""
+    """Return the items of the YAML file, all checked before the first is listed."""
     where = source.uri()
     try:
         items = read_yaml(source.read())
@@ -96,3 +98,6 @@ def _part(source: Source, item: Any, where: str, layouts: Mapping[str, Layout]) 
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
     return _Part(name, source.at("..").locate(item["source"]), part_options, item.get("category_prefix", ""))
+
+
+LAYOUT = Layout("merged", MergedOptions, samples, "several sources as one, named by a YAML file")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source, check_mask_threshold, check_train_fraction, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError
+from unianom.options import PositiveShare
 
 DEFECTS = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 EXPECTED = "the mtd layout: MT_{Blowhole,Break,Crack,Fray,Free,Uneven}/Imgs/<stem>.jpg with the mask <stem>.png beside"
@@ -27,18 +30,13 @@ class MtdOptions(LayoutOptions):
     """
 
     dataset: str = "mtd"
-    train_fraction: float = 0.8
+    train_fraction: PositiveShare = 0.8
     seed: int = 0
-    mask_threshold: int = 127
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_train_fraction(self.train_fraction)
-        check_mask_threshold(self.mask_threshold)
+    mask_threshold: MaskThreshold = 127
 
 
 def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
-    """Samples of MTD: a seeded share of MT_Free for training, the rest and all defects for testing.
+    """Yield samples of MTD: a seeded share of MT_Free for training, the rest and all defects for testing.
 
     A few Uneven tiles come with an empty mask; they stay anomalous.
     """
@@ -68,3 +66,6 @@ def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
                 mask=masks.get(same_name(image.stem)),
                 mask_threshold=options.mask_threshold,
             )
+
+
+LAYOUT = Layout("mtd", MtdOptions, samples, "MTD, magnetic tiles: seeded split of the images without defect")

@@ -6,7 +6,10 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, masks_by_stem, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.mask_files import masks_by_stem
+from unianom.data.layouts.names import choose, same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
 
@@ -34,7 +37,7 @@ class MvtecOptions(LayoutOptions):
 
 
 def samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef]:
-    """Samples of MVTec AD, of one of its categories, or of its merged form with all categories side by side.
+    """Yield samples of MVTec AD, of one of its categories, or of its merged form with all categories side by side.
 
     A root that is itself one category gives the same sample_ids as the whole set would.
     """
@@ -47,7 +50,8 @@ def samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef]:
 
 
 def find_categories(source: Source, normal: str, expected: str) -> tuple[Source, list[str]]:
-    """The source whose folders are categories, and those; of a root that is one category, the folder above it."""
+    """Return the source whose folders are categories, and those; of a root that is one category, the folder above
+    it."""
     folders = source.folders()
     if "train" in folders:
         source.require("", f"train/{normal}", expected)
@@ -58,8 +62,8 @@ def find_categories(source: Source, normal: str, expected: str) -> tuple[Source,
 
 
 def category_samples(source: Source, category: str, normal: str, expected: str) -> Iterator[SampleRef]:
-    """One category: train/<normal>, test/<normal>, test/<defect> and ground_truth/<defect>, masks paired by stem, and
-    as in MVTec LOCO AD validation/<normal>, the split "val".
+    """Yield samples of one category: train/<normal>, test/<normal>, test/<defect> and ground_truth/<defect>, masks
+    paired by stem, and as in MVTec LOCO AD validation/<normal>, the split "val".
 
     A defective image without a mask file gets none; masks of which none fits by name are an error. A folder of the
     image's stem in place of a mask file holds several, which are united (MVTec LOCO AD).
@@ -98,7 +102,7 @@ def category_samples(source: Source, category: str, normal: str, expected: str) 
 def folder_samples(
     source: Source, folder: str, category: str, split: str, defect: str | None, mask_folder: str = ""
 ) -> Iterator[SampleRef]:
-    """The images of one folder, all normal (`defect` None) or all of one defect with their masks."""
+    """Yield the images of one folder, all normal (`defect` None) or all of one defect with their masks."""
     images = source.images(folder)
     if defect is None:
         for image in images:
@@ -117,7 +121,7 @@ def folder_samples(
 
 
 def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, list[str]]:
-    """Paths of the masks of each stem or whole name of an image."""
+    """Return paths of the masks of each stem or whole name of an image."""
     folder = source.spelt(folder)
     if not source.has_folder(folder):
         return {}
@@ -140,7 +144,7 @@ def _masks(source: Source, images: list[Entry], folder: str) -> dict[str, list[s
 
 
 def _merged_samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef]:
-    """`train/<category>_good`, `test/<category>_<defect>`, `ground_truth/<category>_<defect>`."""
+    """Yield samples of `train/<category>_good`, `test/<category>_<defect>`, `ground_truth/<category>_<defect>`."""
     source.require("", "test", EXPECTED)
     strangers = [name for name in source.folders("train") if not name.endswith("_good")]
     if strangers:
@@ -166,3 +170,6 @@ def _merged_samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef
             yield from folder_samples(
                 source, f"test/{name}", category, "test", None if defect == "good" else defect, f"ground_truth/{name}"
             )
+
+
+LAYOUT = Layout("mvtec", MvtecOptions, samples, "MVTec AD, one category of it, or its merged form")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source, check_mask_threshold, choose, mask_of, masks_by_stem
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.mask_files import mask_of, masks_by_stem
 from unianom.data.layouts.mvtec import find_categories
+from unianom.data.layouts.names import choose
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, Crop, SampleRef
 from unianom.errors import DataError
 
@@ -41,15 +44,11 @@ class Mvtec3dOptions(LayoutOptions):
     dataset: str = "mvtec3d"
     categories: tuple[str, ...] = ()
     crop: bool = True
-    mask_threshold: int = 127
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_mask_threshold(self.mask_threshold)
+    mask_threshold: MaskThreshold = 127
 
 
 def samples(source: Source, options: Mvtec3dOptions) -> Iterator[SampleRef]:
-    """Samples of MVTec 3D-AD or of one of its categories: `rgb` alone, masks paired by stem.
+    """Yield samples of MVTec 3D-AD or of one of its categories: `rgb` alone, masks paired by stem.
 
     `validation`, all normal, becomes the split "val".
     """
@@ -83,3 +82,6 @@ def samples(source: Source, options: Mvtec3dOptions) -> Iterator[SampleRef]:
                         mask_threshold=options.mask_threshold,
                         crop=crop,
                     )
+
+
+LAYOUT = Layout("mvtec3d", Mvtec3dOptions, samples, "MVTec 3D-AD: its colour images, centre-cropped")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from unianom.data.layouts.base import LayoutOptions, Source
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.errors import DataError
 
@@ -28,7 +29,7 @@ class Oct2017Options(LayoutOptions):
 
 
 def samples(source: Source, options: Oct2017Options) -> Iterator[SampleRef]:
-    """Samples of OCT2017: NORMAL is normal, the other classes are defects by their names.
+    """Yield samples of OCT2017: NORMAL is normal, the other classes are defects by their names.
 
     `val`, which some editions have, becomes the validation split.
     """
@@ -49,3 +50,6 @@ def samples(source: Source, options: Oct2017Options) -> Iterator[SampleRef]:
                     label=NORMAL if normal else ANOMALOUS,
                     defect="good" if normal else name,
                 )
+
+
+LAYOUT = Layout("oct2017", Oct2017Options, samples, "OCT2017: retinal tomography in four classes")

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, mask_of, masks_by_stem, same_name
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.mask_files import mask_of, masks_by_stem
+from unianom.data.layouts.names import same_name
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.files import read_bytes
@@ -37,14 +40,14 @@ class Ped2Options(LayoutOptions):
     dataset: str = "ped2"
     labels: str = ""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.labels and not self.labels.lower().endswith((".csv", ".npy")):
             raise OptionError(f"labels='{self.labels}' must name a .csv or .npy file")
 
 
 def samples(source: Source, options: Ped2Options) -> Iterator[SampleRef]:
-    """Samples of Ped2, each frame one: training frames are normal, a test frame as its label or mask tells.
+    """Yield samples of Ped2, each frame one: training frames are normal, a test frame as its label or mask tells.
 
     Where only the masks tell which frames are anomalous, listing opens them, one small file per test frame.
     """
@@ -91,7 +94,7 @@ def _test_sample(source: Source, image: Entry, label: int, mask: str | None) -> 
 
 
 def _clips(source: Source, folder: str) -> list[str]:
-    """Paths of the folders of frames, in the order of their numbers."""
+    """Return paths of the folders of frames, in the order of their numbers."""
     names = [name for name in source.folders(folder) if not name.endswith(MASKS)]
     if not names:
         raise DataError(f"no clips in {source.uri(folder)}; found: {source.found(folder)}; expected {EXPECTED}")
@@ -99,12 +102,12 @@ def _clips(source: Source, folder: str) -> list[str]:
 
 
 def _frames(source: Source, clip: str) -> list[Entry]:
-    """Frames of a clip in the order of their numbers, with leading zeros or without."""
+    """Return frames of a clip in the order of their numbers, with leading zeros or without."""
     return sorted(source.images(clip), key=lambda image: (len(image.stem), image.stem))
 
 
 def _all_masks(source: Source, clips: list[str]) -> dict[str, str]:
-    """Masks by the path of their frame, where there are any."""
+    """Return masks by the path of their frame, where there are any."""
     masks: dict[str, str] = {}
     for clip in clips:
         if source.has_folder(clip + MASKS):
@@ -122,7 +125,7 @@ def _mask_label(source: Source, mask: str) -> int:
 
 
 def _read_labels(uri: str, frames: int) -> list[int]:
-    """Labels of the test frames.
+    """Return labels of the test frames.
 
     Raises:
         DataError: the file is missing, holds anything but 0 and 1, or labels for another number of frames.
@@ -157,3 +160,6 @@ def _parse_lines(data: bytes, uri: str) -> list[float]:
         return [float(line) for line in lines if line]
     except ValueError as error:
         raise DataError(f"{uri} should hold one 0 or 1 a line: {error}") from error
+
+
+LAYOUT = Layout("ped2", Ped2Options, samples, "UCSD Ped2: frames of surveillance video with labels or masks")

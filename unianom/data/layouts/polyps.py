@@ -6,15 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import (
-    Entry,
-    LayoutOptions,
-    Source,
-    check_mask_threshold,
-    choose,
-    mask_of,
-    masks_by_stem,
-)
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.mask_files import mask_of, masks_by_stem
+from unianom.data.layouts.names import choose
+from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, SPLITS, SampleRef
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, OptionError
@@ -53,11 +48,10 @@ class PolypOptions(LayoutOptions):
     categories: tuple[str, ...] = ()
     split: tuple[float, ...] = ()
     seed: int = 0
-    mask_threshold: int = 127
+    mask_threshold: MaskThreshold = 127
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_mask_threshold(self.mask_threshold)
+    def check(self) -> None:
+        super().check()
         if not self.split:
             return
         if len(self.split) not in (2, 3) or min(self.split) < 0 or not self.split[0] or not self.split[-1]:
@@ -70,7 +64,7 @@ class PolypOptions(LayoutOptions):
 
 
 def samples(source: Source, options: PolypOptions) -> Iterator[SampleRef]:
-    """Samples of several sets of polyps, or of the one that is the root; each is a category.
+    """Yield samples of several sets of polyps, or of the one that is the root; each is a category.
 
     Every image shows a polyp, so all are anomalous, those of the training split too: the sets are for supervised
     segmentation. An undivided set is split by a seeded draw. Frames of one video lie on both sides of it, as they do
@@ -119,7 +113,7 @@ def _sample(source: Source, category: str, split: str, image: Entry, mask: str, 
 
 
 def _pairs(source: Source, images: str, masks: str) -> list[tuple[Entry, str]]:
-    """Images of a folder, each with its mask."""
+    """Return images of a folder, each with its mask."""
     by_stem = masks_by_stem(source, masks)
     return [(image, mask_of(source, image, by_stem, masks)) for image in source.images(images)]
 
@@ -154,5 +148,8 @@ def _draw(category: str, names: list[str], options: PolypOptions, where: str) ->
 
 
 def _plain(name: str) -> str:
-    """Small letters and digits only: "CVC-ClinicDB" → "cvcclinicdb"."""
+    """Return a name in small letters and digits only: "CVC-ClinicDB" → "cvcclinicdb"."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+LAYOUT = Layout("polyps", PolypOptions, samples, "Kvasir, CVC-ClinicDB, CVC-ColonDB: polyps with masks")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import LayoutOptions, Source
+from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 
 EXPECTED = "the vad layout: train/{good,bad} and test/{good,bad,bad_unseen_defects}, directly or in vad"
@@ -24,7 +25,7 @@ class VadOptions(LayoutOptions):
 
 
 def samples(source: Source, options: VadOptions) -> Iterator[SampleRef]:
-    """Samples of VAD, for supervised methods: the training split holds defects too. There are no masks.
+    """Yield samples of VAD, for supervised methods: the training split holds defects too. There are no masks.
 
     Unseen defects, of kinds that training does not show, are a defect type of their own: "bad_unseen_defects".
     """
@@ -43,3 +44,6 @@ def samples(source: Source, options: VadOptions) -> Iterator[SampleRef]:
                     label=NORMAL if name == "good" else ANOMALOUS,
                     defect=name,
                 )
+
+
+LAYOUT = Layout("vad", VadOptions, samples, "VAD: labelled images, defects in the training split too")

@@ -6,8 +6,11 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Entry, LayoutOptions, Source, choose, read_table
+from unianom.data.layouts.base import Layout, LayoutOptions
 from unianom.data.layouts.mvtec import category_samples
+from unianom.data.layouts.names import choose
+from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, OptionError
 
@@ -31,14 +34,14 @@ class VisaOptions(LayoutOptions):
     categories: tuple[str, ...] = ()
     split_csv: str = "split_csv/1cls.csv"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if not self.split_csv.lower().endswith(".csv"):
             raise OptionError(f"split_csv='{self.split_csv}' must name a CSV file relative to the root")
 
 
 def samples(source: Source, options: VisaOptions) -> Iterator[SampleRef]:
-    """Samples of VisA: raw if the split file is there, else prepared. Any mask value above 0 is anomalous."""
+    """Yield samples of VisA: raw if the split file is there, else prepared. Any mask value above 0 is anomalous."""
     if source.has_file(options.split_csv):
         yield from _raw_samples(source, options)
         return
@@ -82,7 +85,7 @@ def _raw_samples(source: Source, options: VisaOptions) -> Iterator[SampleRef]:
 
 
 def _read_split(source: Source, path: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of the split file by category.
+    """Return rows of the split file by category.
 
     Raises:
         DataError: a column is missing, a split or label is unknown, or an image is named twice.
@@ -95,3 +98,6 @@ def _read_split(source: Source, path: str) -> dict[str, list[dict[str, str]]]:
             )
         rows.setdefault(row["object"], []).append(row)
     return rows
+
+
+LAYOUT = Layout("visa", VisaOptions, samples, "VisA, raw with its split file or prepared")

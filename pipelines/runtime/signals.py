@@ -1,0 +1,84 @@
+"""Signals that end a job in good order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from pipelines.runtime.exit_codes import FAILED
+
+STOPS = {
+    number: words
+    for name, words in (
+        ("SIGINT", "interrupted"),
+        ("SIGTERM", "terminated"),
+        ("SIGHUP", "hung up (its terminal was closed)"),
+    )
+    if (number := getattr(signal, name, None)) is not None  # Windows has no SIGHUP
+}
+"""Signals that end a job in good order, and what it then says."""
+
+
+class StopSignals:
+    """Makes every signal of `STOPS` end the job as Ctrl-C does: by a KeyboardInterrupt in the main thread.
+
+    One that is ignored from the start, as under nohup, stays so.
+
+    Attributes:
+        received: the first that came; None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._leaving = False
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._stop)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._leaving:
+            os._exit(FAILED)  # asked twice: what Ray started on this machine ends by itself
+        self.received = self.received or number
+        raise KeyboardInterrupt
+
+    def leave(self) -> NoReturn:
+        """Say so, end what was started, and exit."""
+        self._leaving = True
+        words = STOPS[signal.SIGINT if self.received is None else self.received]
+        print(f"error: {words}; the same command continues", file=sys.stderr, flush=True)
+        if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
+            # a thread that asks Ray for something would else start another one
+            os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+            threading.excepthook = lambda _: None
+            ray.shutdown()
+        sys.exit(FAILED)
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Keep this process's handlers of the signals in `STOPS` while a library runs that would put its own in their
+    place: Ray's, as it starts, ends the process by an abort; Ray Train's lets it end as if all were done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = {number: signal.getsignal(number) for number in STOPS}
+    setting = signal.signal
+
+    def set_others(number: int, handler: Any) -> Any:
+        return held[number] if number in held else setting(number, handler)
+
+    signal.signal = set_others  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = setting
+        for number, handler in held.items():
+            if handler is not None:  # None is a handler that was not set from Python
+                signal.signal(number, handler)  # native code replaces it unseen

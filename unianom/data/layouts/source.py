@@ -1,0 +1,360 @@
+"""A source folder that is listed but never opened."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from unianom.data.layouts.names import listed
+from unianom.data.schema import Crop, SampleRef
+from unianom.errors import DataError, storage_error
+from unianom.files import check_regular, composed_otherwise, is_chained, resolve
+
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".webp"),
+)
+"""Endings of an image's name, in any case."""
+
+_LITTER = frozenset(
+    {
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+        *("$recycle.bin", "recycler", "system volume information", "lost+found", "found.000"),
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@sharebin", "@tmp"),
+        *("network trash folder", "temporary items", "thevolumesettingsfolder", "__pycache__"),
+    }
+)
+"""What systems and network drives lay beside people's files, such as thumbnails and waste bins; in small letters."""
+
+
+MOST_LISTED = 20
+"""Folders that are listed to count the images in one that is left out; beside a data set may lie a whole archive."""
+
+
+@dataclass
+class LeftOut:
+    """What a listing saw in the places of images and did not take.
+
+    Attributes:
+        files: by the path or URI of their folder, how many of each ending, in small letters, and one of them.
+        folders: path or URI of each folder that no image is taken from, and how many images lie in and below it, as far
+            as `MOST_LISTED` listings tell.
+        links: those to a folder that the link itself lies in, which are not followed.
+    """
+
+    files: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    folders: dict[str, int] = field(default_factory=dict)
+    links: set[str] = field(default_factory=set)
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts and examples as a manifest holds them: files by ending, folders with an image, links; what
+        there is none of has no key."""
+        endings: dict[str, dict[str, Any]] = {}
+        for folder in sorted(self.files):
+            for ending, (count, example) in self.files[folder].items():
+                found = endings.setdefault(ending, {"count": 0, "example": example})
+                found["count"] += count
+        folders = {folder: images for folder, images in sorted(self.folders.items()) if images}
+        summary: dict[str, Any] = {}
+        if endings:
+            summary["files"] = dict(sorted(endings.items()))
+        if folders:
+            images = sum(folders.values())
+            summary["folders"] = {"count": len(folders), "images": images, "examples": list(folders)[:10]}
+        if self.links:
+            summary["links"] = {"count": len(self.links), "examples": sorted(self.links)[:10]}
+        return summary
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a listing says of one file or folder.
+
+    Attributes:
+        path: path relative to the source's root.
+        size: bytes of a file, None where the file system does not tell.
+        is_folder: whether it is a folder.
+    """
+
+    path: str
+    size: int | None
+    is_folder: bool
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return posixpath.basename(self.path)
+
+    @property
+    def stem(self) -> str:
+        """Name without its last ending."""
+        return posixpath.splitext(self.name)[0]
+
+    @property
+    def ending(self) -> str:
+        """Last ending of the name in small letters, with its dot; "" if it has none."""
+        return posixpath.splitext(self.name)[1].lower()
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the name ends like an image's. A folder may: it is listed as a sample, for ingest to reject."""
+        return self.ending in IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Source:
+    """A root folder on any file system. All paths in and out are relative to the root, "" being the root itself.
+
+    Attributes:
+        fs: file system.
+        root: path of the root on it.
+        dataset: data set name that sample_ids begin with.
+        left_out: what was seen and not taken, so far.
+    """
+
+    fs: fsspec.AbstractFileSystem
+    root: str
+    dataset: str
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+
+    @classmethod
+    def open(cls, uri: str | os.PathLike[str], dataset: str = "", left_out: LeftOut | None = None) -> Source:
+        """Return the source at a local path or URI; `dataset` is the root's name if empty.
+
+        Raises:
+            DataError: unknown URI scheme, or a chained URI ("zip://…::file.zip").
+        """
+        text = os.fspath(uri)
+        if is_chained(text):
+            raise DataError(
+                f"cannot list {text}: chained URIs are not supported; unpack the archive and name its folder"
+            )
+        fs, path = resolve(text)
+        fs.invalidate_cache()
+        root = posixpath.normpath(path) if isinstance(fs, LocalFileSystem) else path.rstrip("/")
+        return cls(fs, root, dataset or posixpath.basename(root) or "data", left_out or LeftOut())
+
+    def at(self, folder: str) -> Source:
+        """Return a folder below the root as the root; ".." is the folder above."""
+        return replace(self, root=posixpath.dirname(self.root) if folder == ".." else self._inside(folder))
+
+    @property
+    def name(self) -> str:
+        """Name of the root."""
+        return posixpath.basename(self.root)
+
+    def _inside(self, path: str) -> str:
+        return posixpath.join(self.root, path) if path else self.root
+
+    def uri(self, path: str = "") -> str:
+        """Return the absolute path or URI of something below the root."""
+        inside = self._inside(path)
+        return inside if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(inside)
+
+    def locate(self, path: str) -> str:
+        """Return the path or URI of what an option or manifest names: relative to the root, unless absolute or a
+        URI."""
+        if "://" in path or path.startswith("/"):
+            return path
+        return replace(self, root=posixpath.normpath(self._inside(path))).uri()
+
+    def sample_id(self, path: str) -> str:
+        """Name of the sample whose image lies at `path`."""
+        return f"{self.dataset}/{path}"
+
+    def sample(
+        self,
+        image: Entry,
+        *,
+        category: str,
+        split: str,
+        label: int | None,
+        defect: str | None,
+        mask: str | Sequence[str] | None = None,
+        mask_threshold: int | None = None,
+        crop: Crop | None = None,
+    ) -> SampleRef:
+        """Return the sample of a listed image; `mask` is the path of its mask, if it has one, or of several to be
+        united."""
+        masks = [mask] if isinstance(mask, str) else list(mask or ())
+        return SampleRef(
+            sample_id=self.sample_id(image.path),
+            dataset=self.dataset,
+            category=category,
+            split=split,
+            label=label,
+            defect=defect,
+            uri=self.uri(image.path),
+            mask_uri=self.uri(masks[0]) if masks else None,
+            mask_threshold=mask_threshold,
+            size=image.size,
+            crop=crop,
+            more_masks=tuple(self.uri(path) for path in masks[1:]),
+        )
+
+    def entries(self, folder: str = "") -> list[Entry]:
+        """Return files and folders directly in `folder`, sorted by name, without dot files and other litter.
+
+        Raises:
+            DataError: the folder is not there, is a file or cannot be listed, or a name is not valid UTF-8.
+        """
+        inside = self._inside(folder)
+        try:
+            listing = self.fs.ls(inside, detail=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"no folder {self.uri(folder)}; check the path of the source") from error
+        except Exception as error:  # a remote file system raises whatever its client library does
+            raise storage_error(error) or DataError(f"cannot list {self.uri(folder)}: {error}") from error
+        entries = []
+        for info in listing:
+            if info["name"] == inside and info["type"] == "file":
+                raise DataError(f"{self.uri(folder)} is a file; a folder is expected")
+            path = info["name"].rstrip("/")
+            name = posixpath.basename(path)
+            if path == inside or name.startswith(".") or name.lower() in _LITTER:
+                continue  # object stores list a folder's own placeholder in it
+            if not name.isascii():
+                _check_name(name, self.uri(folder))
+            is_folder = info["type"] == "directory" or (info.get("islink", False) and self.fs.isdir(path))
+            if is_folder and info.get("islink", False) and self._leads_back(folder, path):
+                self.left_out.links.add(self.uri(posixpath.join(folder, name)))
+                continue
+            size = None if is_folder else info.get("size")
+            entries.append(Entry(posixpath.join(folder, name), size, is_folder))
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def _leads_back(self, folder: str, link: str) -> bool:
+        """Return whether a link in `folder` leads to a folder that it lies in, by whatever links one came there."""
+        target = os.path.realpath(link)
+        parts = folder.split("/") if folder else []
+        places = [os.path.realpath(self._inside("/".join(parts[:depth]))) for depth in range(len(parts) + 1)]
+        return any(os.path.commonpath([place, target]) == target for place in places)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Return sorted names of the folders in `folder`, without those named like images."""
+        return [entry.name for entry in self.entries(folder) if entry.is_folder and not entry.is_image]
+
+    def has_folder(self, path: str) -> bool:
+        """Return whether there is such a folder."""
+        return bool(self.fs.isdir(self._inside(path)))
+
+    def has_file(self, path: str) -> bool:
+        """Return whether there is such a file."""
+        return bool(self.fs.isfile(self._inside(path)))
+
+    def read(self, path: str = "") -> bytes:
+        """Return the content of a file that belongs to the layout itself: a split file, a mask that tells the label.
+
+        Raises:
+            DataError: the file is not there.
+        """
+        try:
+            check_regular(self.fs, self._inside(path))
+            return bytes(self.fs.cat_file(self._inside(path)))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise DataError(f"no file {self.uri(path)}; check the path of the source") from error
+        except OSError as error:
+            raise storage_error(error) or DataError(f"cannot read {self.uri(path)}: {error}") from error
+
+    def images(self, folder: str) -> list[Entry]:
+        """Return images directly in `folder`, sorted; what else lies there is left out.
+
+        Raises:
+            DataError: there are none.
+        """
+        entries = self.entries(folder)
+        images = [entry for entry in entries if entry.is_image]
+        self.leave_out(folder, [entry for entry in entries if not entry.is_image])
+        if not images:
+            raise DataError(f"no images in {self.uri(folder)}; found: {self.found(folder)}")
+        return images
+
+    def walk(self, folder: str = "") -> Iterator[Entry]:
+        """Yield all images in and below `folder`, lazily, each folder sorted; other files are left out."""
+        entries = self.entries(folder)
+        self.leave_out(folder, [entry for entry in entries if not (entry.is_image or entry.is_folder)])
+        for entry in entries:
+            if entry.is_image:
+                yield entry
+            elif entry.is_folder:
+                yield from self.walk(entry.path)
+
+    def leave_out(self, folder: str, entries: Iterable[Entry]) -> None:
+        """Record that some entries of a folder are not taken, so that a summary can say so."""
+        endings: dict[str, tuple[int, str]] = {}
+        for entry in entries:
+            where = self.uri(entry.path)
+            if not entry.is_folder:
+                count, example = endings.get(entry.ending, (0, where))
+                endings[entry.ending] = (count + 1, example)
+            elif where not in self.left_out.folders:
+                self.left_out.folders[where] = self._count_images(entry.path)
+        if endings:
+            self.left_out.files[self.uri(folder)] = endings
+
+    def _count_images(self, folder: str) -> int:
+        count, pending = 0, [folder]
+        for _ in range(MOST_LISTED):
+            if not pending:
+                break
+            try:
+                entries = self.entries(pending.pop(0))
+            except DataError:  # what is not taken need not be readable
+                continue
+            count += sum(entry.is_image for entry in entries)
+            pending += [entry.path for entry in entries if entry.is_folder and not entry.is_image]
+        return count
+
+    def spelt(self, path: str) -> str:
+        """Return a path as the file system spells it, where its accents are composed otherwise; else the path
+        itself."""
+        found = None if path.isascii() else composed_otherwise(self.uri(path))
+        if found is None or self.has_folder(path):
+            return path
+        return posixpath.relpath(found, self.uri())
+
+    def images_below(self, folder: str) -> Iterator[Entry]:
+        """Walk as `walk` does.
+
+        Raises:
+            DataError: there are none.
+        """
+        empty = True
+        for entry in self.walk(folder):
+            empty = False
+            yield entry
+        if empty:
+            raise DataError(f"no images in or below {self.uri(folder)}; found: {self.found(folder)}")
+
+    def require(self, folder: str, below: str, expected: str) -> str:
+        """Return the path of the folder `below` in `folder`.
+
+        Raises:
+            DataError: it is not there; says what is, and the layout that was `expected`.
+        """
+        reached = folder
+        for part in below.split("/"):
+            if part not in self.folders(reached):
+                inside = "" if reached == folder else f" in {posixpath.relpath(reached, folder or '.')}"
+                raise DataError(
+                    f"no {below} under {self.uri(folder)}; found{inside}: {self.found(reached)}; expected {expected}"
+                )
+            reached = posixpath.join(reached, part)
+        return reached
+
+    def found(self, folder: str = "") -> str:
+        """Return what lies in a folder, for error messages."""
+        return listed(entry.name + "/" * entry.is_folder for entry in self.entries(folder))
+
+
+def _check_name(name: str, where: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the file name {name!r} in {where} is not valid UTF-8; rename the file") from error
