@@ -11,18 +11,11 @@ import pytest
 import yaml
 from scipy.stats import rankdata
 
-from pipelines.evaluation.compare import (
-    PUBLISHED,
-    Table,
-    compare,
-    latex,
-    markdown,
-    mean_ranks,
-    ranks,
-    read_published,
-    results_of,
-)
+from pipelines.evaluation.compare import compare
+from pipelines.evaluation.comparison import mean_ranks, ranks, results_of
 from pipelines.evaluation.options import CompareOptions
+from pipelines.evaluation.published import PUBLISHED, read_published
+from pipelines.reporting.table_formats import Table, latex, markdown
 from tests.pipelines.conftest import UNTRACKED
 from unianom.errors import DataError, OptionError
 
