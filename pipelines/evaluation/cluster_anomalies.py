@@ -52,7 +52,7 @@ PLANNED = (
 
 @dataclass(frozen=True)
 class ClusterResult:
-    """What a clustering found.
+    """Result of a clustering.
 
     Attributes:
         folder: where it lies.

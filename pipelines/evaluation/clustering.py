@@ -40,7 +40,7 @@ GOOD = "good"
 """Type of normal images that carry no defect name."""
 
 COLUMNS = ("sample_id", "category", "label", "defect")
-"""What is known of an image."""
+"""Columns of the shards that are kept with an image."""
 
 
 def model_k_ratio(options: ClusterOptions, model: Mapping[str, Any]) -> float:

@@ -23,7 +23,7 @@ from unianom.metrics.pixel import pixel_metrics
 from unianom.options import to_plain
 
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
-"""What is measured of every draw."""
+"""Metrics of every draw."""
 
 
 def plan_draws(shards: ShardSet, options: LowShotOptions) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What the jobs of evaluation take."""
+"""Options of the jobs of evaluation."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class MemoryConfig(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddingOptions(Options):
-    """What every protocol on embedded images needs. `protocol_options` adds the method's own options as `method`.
+    """Options of every protocol on embedded images. `protocol_options` adds the method's own options as `method`.
 
     Args:
         shards: shard set; path or URI.
@@ -212,6 +212,9 @@ class EmbeddingOptions(Options):
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    otherwise: ClassVar[str]
+    """What to do where a method has no memory bank."""
 
     if TYPE_CHECKING:
 
@@ -283,10 +286,10 @@ def protocol_options(base: type[EmbeddingOptions]) -> dict[str, type]:
     return classes
 
 
-def _method_check(base: type[EmbeddingOptions]) -> Callable[[Any], None]:
+def _method_check(base: type[EmbeddingOptions]) -> Callable[[EmbeddingOptions], None]:
     """Return a `check` that also refuses methods without a memory bank."""
 
-    def check(options: Any) -> None:
+    def check(options: EmbeddingOptions) -> None:
         base.check(options)
         name = method_of(options.method)
         if not has_bank(name):

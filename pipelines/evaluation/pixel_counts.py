@@ -41,7 +41,7 @@ RESAMPLED_MAPS = 20_000
 
 @dataclass(frozen=True)
 class PixelPlan:
-    """How the pixels of a score set are counted.
+    """Plan of counting the pixels of a score set.
 
     Attributes:
         binned: in bins, not exactly.

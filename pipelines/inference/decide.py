@@ -39,7 +39,7 @@ RECORDED = ("thresholds.json", "summary.json", "queue.csv")
 
 @dataclass(frozen=True)
 class DecideResult:
-    """What a decision job did.
+    """Result of a decision job.
 
     Attributes:
         decisions: the finished decision set.

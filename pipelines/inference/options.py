@@ -1,4 +1,4 @@
-"""What jobs/score.py and jobs/decide.py take."""
+"""Options of jobs/score.py and jobs/decide.py."""
 
 from __future__ import annotations
 

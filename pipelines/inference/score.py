@@ -38,7 +38,7 @@ IDENTITY = ("sample_id", "dataset", "category", "split", "label", "defect", "uri
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What a scoring did.
+    """Result of a scoring.
 
     Attributes:
         scores: the finished score set.

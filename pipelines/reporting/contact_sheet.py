@@ -1,4 +1,4 @@
-"""What all contact sheets have in common: their font and their file."""
+"""Font and file format of all contact sheets."""
 
 from __future__ import annotations
 

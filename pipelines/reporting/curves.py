@@ -21,7 +21,7 @@ from unianom.metrics.curves import Curve
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """What a set of curves and scores is about: a category, or all of them together.
+    """Scores and metrics that a set of curves is about: of a category, or of all of them together.
 
     Attributes:
         name: its category, or "union".

@@ -1,4 +1,4 @@
-"""Which images a report shows, and their heat maps."""
+"""Gallery of a report: the choice of its images, and their heat maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unianom.data.splits import hash_order
 from unianom.options import from_plain
 
 SCALE_MAPS = 64
-"""How many maps of normal images, and as many of anomalous ones, set the scale of the heat maps."""
+"""Number of maps of normal images, and as many of anomalous ones, that set the scale of the heat maps."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What jobs/report.py takes."""
+"""Options of jobs/report.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The notices on the page: what limits the figures."""
+"""Notices on the page: what limits the figures."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ LATEX = {
     "^": r"\textasciicircum{}",
     "–": "--",
 }
-"""What LaTeX would not print as it is."""
+"""Characters that LaTeX would not print as they are."""
 
 
 def latex_text(text: str) -> str:
