@@ -237,8 +237,8 @@ def type_of(row: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Described:
-    """The images of one category.
+class DescribedImages:
+    """Images of one category, as vectors to be clustered.
 
     Attributes:
         rows: `COLUMNS` of each, with its `type`.
@@ -266,7 +266,7 @@ def describe_category(
     models: Sequence[Mapping[str, Any]],
     folder: str,
     category: str,
-) -> Described:
+) -> DescribedImages:
     """Read the features of a category's images, and make of them what is clustered."""
     model_folder = model_set.folder_of(category)
     number = model_set.folders.index(model_folder)
@@ -299,4 +299,4 @@ def describe_category(
     )
     if options.scaling == "standard":
         vectors = standardise(vectors)
-    return Described(rows, vectors, distances, models[number])
+    return DescribedImages(rows, vectors, distances, models[number])

@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.evaluation.labelled_images import LabelledImages
 from pipelines.evaluation.metric_tables import UNION, scope_key
 from pipelines.evaluation.options import BootstrapOptions
-from pipelines.evaluation.pixel_counts import Counted
+from pipelines.evaluation.pixel_counts import PixelCounts
 from unianom.data.schema import ANOMALOUS
 from unianom.metrics.bootstrap import (
     chunks,
@@ -35,7 +35,7 @@ class Resampling:
     """
 
     def __init__(
-        self, images: LabelledImages, counted: Counted, kind: str, aupro_limit: float, options: BootstrapOptions
+        self, images: LabelledImages, counted: PixelCounts, kind: str, aupro_limit: float, options: BootstrapOptions
     ) -> None:
         self._images, self._counted, self._scores = images, counted, images.scores[kind]
         self._limit, self._options = aupro_limit, options

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.evaluation.labelled_images import LabelledImages
 from pipelines.evaluation.options import EvaluateOptions
-from pipelines.evaluation.pixel_counts import Counted
+from pipelines.evaluation.pixel_counts import PixelCounts
 from unianom.metrics.curves import Curve
 from unianom.metrics.image import image_curves, image_metrics
 
@@ -30,7 +30,7 @@ def scope_key(category: str) -> str:
 
 
 def kind_tables(
-    options: EvaluateOptions, images: LabelledImages, counted: Counted, kind: str, empty: Callable[[], Any]
+    options: EvaluateOptions, images: LabelledImages, counted: PixelCounts, kind: str, empty: Callable[[], Any]
 ) -> dict[str, Any]:
     """Return metrics and curves of categories, data sets and the union of all, of one kind of score."""
 
@@ -57,7 +57,7 @@ def kind_tables(
 def _scope_result(
     options: EvaluateOptions,
     images: LabelledImages,
-    counted: Counted,
+    counted: PixelCounts,
     kind: str,
     groups: tuple[int, ...],
     empty: Callable[[], Any],

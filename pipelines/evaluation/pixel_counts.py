@@ -92,7 +92,7 @@ def plan_pixels(options: EvaluateOptions, scores: ScoreSet, images: LabelledImag
 
 
 @dataclass(frozen=True, eq=False)
-class Counted:
+class PixelCounts:
     """Pixels of one kind of score, by group.
 
     Attributes:
@@ -250,7 +250,7 @@ def _identities(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {"identities": np.array([[row[name] for name in names] for row in rows], np.str_).reshape(-1, 3)}
 
 
-def read_counted(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, kind: str) -> Counted:
+def read_pixel_counts(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, kind: str) -> PixelCounts:
     """Read what `count_pixels` wrote, of one kind of score.
 
     Raises:
@@ -279,7 +279,7 @@ def read_counted(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: st
             _add_binned(binned, arrays, plan, kind)
         else:
             _add_exact(exact, arrays, plan, kind, [group for _, group in identities])
-    return Counted(binned if plan.binned else exact, histograms, left_out)
+    return PixelCounts(binned if plan.binned else exact, histograms, left_out)
 
 
 def _add_binned(

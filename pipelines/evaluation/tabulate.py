@@ -10,7 +10,7 @@ from pipelines.evaluation.labelled_images import CALIBRATED, RAW, LabelledImages
 from pipelines.evaluation.metric_tables import UNION, kind_tables
 from pipelines.evaluation.notes import evaluation_notes
 from pipelines.evaluation.options import EvaluateOptions
-from pipelines.evaluation.pixel_counts import Counted, PixelPlan, read_counted
+from pipelines.evaluation.pixel_counts import PixelCounts, PixelPlan, read_pixel_counts
 from pipelines.evaluation.threshold_rates import threshold_rates
 from unianom import __version__, files
 from unianom.data.shards import ScoreSet, ShardSet
@@ -24,7 +24,7 @@ def tabulate(
     intervals: dict[str, Any] = {}
     left_out: list[str] = []
     for kind in plan.kinds:
-        tables[kind], intervals[kind], left_out = _of_kind(options, scores, shards, images, plan, folder, kind)
+        tables[kind], intervals[kind], left_out = _evaluate_kind(options, scores, shards, images, plan, folder, kind)
     raw = tables[RAW]
     with_maps = raw["metrics"]["union"].get("n_maps") is not None
     return {
@@ -52,7 +52,7 @@ def tabulate(
     }
 
 
-def _of_kind(
+def _evaluate_kind(
     options: EvaluateOptions,
     scores: ScoreSet,
     shards: ShardSet,
@@ -63,9 +63,9 @@ def _of_kind(
 ) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
     """Return tables and intervals of one kind of score, and the images that its pixels leave out; the pixels are in
     memory no longer than this takes."""
-    counted = Counted({}, {})
+    counted = PixelCounts({}, {})
     if scores.manifest["maps"]:
-        counted = read_counted(scores, shards, plan, folder, kind)
+        counted = read_pixel_counts(scores, shards, plan, folder, kind)
     tables = kind_tables(options, images, counted, kind, plan.accumulator)
     if not options.bootstrap.resamples:
         return tables, None, counted.left_out
