@@ -9,9 +9,11 @@ from pipelines.runtime.cli import run
 
 def main(options: ClusterOptions) -> None:
     """Cluster and print what came of it."""
-    from pipelines.evaluation.clustering import cluster_anomalies, print_clustering
+    from pipelines.evaluation.cluster_anomalies import cluster_anomalies
+    from pipelines.reporting.cluster_report import print_clustering
 
-    print_clustering(cluster_anomalies(options))
+    result = cluster_anomalies(options)
+    print_clustering(result.content, result.folder, result.fresh)
 
 
 if __name__ == "__main__":

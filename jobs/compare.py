@@ -9,7 +9,8 @@ from pipelines.runtime.cli import console, run
 
 def main(options: CompareOptions) -> None:
     """Compare and print the tables."""
-    from pipelines.evaluation.compare import compare, print_comparison
+    from pipelines.evaluation.compare import compare
+    from pipelines.reporting.comparison_report import print_comparison
 
     print_comparison(compare(options))
     console.print(f"comparison written: {options.output} (comparison.csv, .md, .tex and .json)")

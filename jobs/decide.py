@@ -9,9 +9,11 @@ from pipelines.runtime.cli import run
 
 def main(options: DecideOptions) -> None:
     """Decide and print what came of it."""
-    from pipelines.inference.decide import decide, print_decisions
+    from pipelines.inference.decide import decide
+    from pipelines.reporting.decision_report import print_decisions
 
-    print_decisions(decide(options))
+    result = decide(options)
+    print_decisions(result.summary, result.decisions.uri, result.fresh, result.written)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pipelines.runtime.cli import run
 
 def main(options: EvaluateOptions) -> None:
     """Evaluate and print the tables."""
-    from pipelines.evaluation.evaluate import evaluate, print_evaluation
+    from pipelines.evaluation.evaluate import evaluate
+    from pipelines.reporting.evaluation_report import print_evaluation
 
     print_evaluation(evaluate(options))
 

@@ -7,11 +7,13 @@ from pipelines.evaluation.options import LowShotOptions, protocol_options
 from pipelines.runtime.cli import run
 
 
-def main(options: object) -> None:
+def main(options: LowShotOptions) -> None:
     """Run the draws and print their tables."""
-    from pipelines.evaluation.low_shot import low_shot, print_low_shot
+    from pipelines.evaluation.low_shot import low_shot
+    from pipelines.reporting.low_shot_report import print_low_shot
 
-    print_low_shot(low_shot(options))
+    result = low_shot(options)
+    print_low_shot(result.content, result.folder, result.fresh)
 
 
 if __name__ == "__main__":

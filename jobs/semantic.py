@@ -8,11 +8,13 @@ from pipelines.evaluation.options import SemanticOptions, protocol_options
 from pipelines.runtime.cli import run
 
 
-def main(options: object) -> None:
+def main(options: SemanticOptions) -> None:
     """Run the tasks and print their table."""
-    from pipelines.evaluation.semantic import print_semantic, semantic
+    from pipelines.evaluation.semantic import semantic
+    from pipelines.reporting.semantic_report import print_semantic
 
-    print_semantic(semantic(options))
+    result = semantic(options)
+    print_semantic(result.content, result.folder, result.fresh)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from pipelines.data.ingest import ingest
 from pipelines.data.options import IngestOptions
-from pipelines.evaluation.evaluate import evaluate, print_evaluation
+from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.options import EvaluateOptions
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
+from pipelines.reporting.evaluation_report import print_evaluation
 from pipelines.reporting.html import write_report
 from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs

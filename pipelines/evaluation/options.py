@@ -1,21 +1,33 @@
-"""What the jobs of evaluation take."""
+"""Options of the jobs of evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+
+from annotated_types import Ge
 
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.configs import all_configs, has_bank, method_of
-from unianom.data.image import ImageLimits
+from unianom.configs.backbone import BackboneConfig
+from unianom.configs.bank import BankConfig
+from unianom.configs.metrics import AuproVariant
+from unianom.data.image import ImageLimits, InputPolicy
 from unianom.errors import OptionError
-from unianom.metrics.region import AuproVariant, check_aupro_options
+from unianom.options import (
+    AtLeastOne,
+    AtLeastZero,
+    OpenShare,
+    Options,
+    PositiveShare,
+    documented_arguments,
+)
 
 
 @dataclass(frozen=True)
-class BootstrapOptions:
+class BootstrapOptions(Options):
     """Confidence intervals by resampling images.
 
     Args:
@@ -24,19 +36,13 @@ class BootstrapOptions:
         confidence: share of the resamples inside an interval.
     """
 
-    resamples: int = 1000
-    seed: int = 0
-    confidence: float = 0.95
-
-    def __post_init__(self) -> None:
-        if self.resamples < 0 or self.seed < 0:
-            raise OptionError("bootstrap: resamples and seed must be 0 or more")
-        if not 0 < self.confidence < 1:
-            raise OptionError(f"bootstrap.confidence={self.confidence} must be between 0 and 1, e.g. 0.95")
+    resamples: AtLeastZero = 1000
+    seed: AtLeastZero = 0
+    confidence: OpenShare = 0.95
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Evaluate a score set against the labels and masks of its shards.
 
     Args:
@@ -59,24 +65,19 @@ class EvaluateOptions:
     scores: str
     shards: str
     output: str
-    aupro_limit: float = 0.3
+    aupro_limit: PositiveShare = 0.3
     aupro_variant: AuproVariant = "exact"
     soft_dice: bool = False
-    exact_pixels: int = 250_000_000
-    curve_points: int = 400
+    exact_pixels: AtLeastZero = 250_000_000
+    curve_points: Annotated[int, Ge(2)] = 400
     overwrite: bool = False
     bootstrap: BootstrapOptions = field(default_factory=BootstrapOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
-        check_aupro_options(self.aupro_limit, self.aupro_variant)
-        if self.exact_pixels < 0:
-            raise OptionError(f"exact_pixels={self.exact_pixels} must be 0 or more")
-
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(Options):
     """Put many evaluations into one table, with ranks, and published results where they compare.
 
     Args:
@@ -95,7 +96,7 @@ class CompareOptions:
     overwrite: bool = False
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.evaluations:
             raise OptionError("evaluations is empty; give at least one folder that jobs/evaluate.py wrote")
         if self.names and len(self.names) != len(self.evaluations):
@@ -109,12 +110,12 @@ class CompareOptions:
 
     @property
     def labels(self) -> list[str]:
-        """The evaluations' names."""
+        """Return the evaluations' names."""
         return list(self.names) or [uri.rstrip("/").rsplit("/", 1)[-1] for uri in self.evaluations]
 
 
 @dataclass(frozen=True)
-class ClusterOptions:
+class ClusterOptions(Options):
     """Cluster the test images of each category by their anomalous patches, and compare with the defect types.
 
     Args:
@@ -152,38 +153,43 @@ class ClusterOptions:
     variant: Literal["top", "max", "all"] = "top"
     pooling: Literal["mean", "concat"] = "mean"
     scaling: Literal["none", "standard"] = "none"
-    k_ratio: float | None = None
-    keep_ratio: float = 0.1
+    k_ratio: PositiveShare | None = None
+    keep_ratio: PositiveShare = 0.1
     anomalous_only: bool = False
-    clusters: int | None = None
-    n_init: int = 10
-    seed: int = 42
-    shown: int = 8
+    clusters: AtLeastOne | None = None
+    n_init: AtLeastOne = 10
+    seed: AtLeastZero = 42
+    shown: AtLeastZero = 8
     features: str | None = None
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise OptionError(f"keep_ratio={self.keep_ratio} must be in (0, 1]")
-        if self.k_ratio is not None and not 0 < self.k_ratio <= self.keep_ratio:
-            raise OptionError(
-                f"k_ratio={self.k_ratio} must be above 0 and at most keep_ratio={self.keep_ratio}; raise --keep_ratio"
-            )
+    def check(self) -> None:
+        if self.k_ratio is not None and self.k_ratio > self.keep_ratio:
+            raise OptionError(f"k_ratio={self.k_ratio} exceeds keep_ratio={self.keep_ratio}; raise --keep_ratio")
         if self.variant == "all" and self.pooling == "concat":
             raise OptionError("pooling=concat takes the most anomalous patches; with variant=all give --pooling mean")
-        if self.clusters is not None and self.clusters < 1:
-            raise OptionError(f"clusters={self.clusters} must be at least 1")
-        if self.n_init < 1 or self.batch_size < 1 or self.shown < 0:
-            raise OptionError("n_init and batch_size must be at least 1, shown at least 0")
+
+
+class MemoryConfig(Protocol):
+    """Options of a method with a memory bank."""
+
+    @property
+    def backbone(self) -> BackboneConfig: ...
+
+    @property
+    def input(self) -> InputPolicy: ...
+
+    @property
+    def bank(self) -> BankConfig: ...
 
 
 @dataclass(frozen=True)
-class EmbeddingOptions:
-    """What every protocol on embedded images needs besides the method's own options.
+class EmbeddingOptions(Options):
+    """Options of every protocol on embedded images. `protocol_options` adds the method's own options as `method`.
 
     Args:
         shards: shard set; path or URI.
@@ -201,15 +207,20 @@ class EmbeddingOptions:
     shards: str
     output: str
     embeddings: str | None = None
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise OptionError(f"batch_size={self.batch_size} must be at least 1")
+    otherwise: ClassVar[str]
+    """What to do where a method has no memory bank."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def method(self) -> MemoryConfig:
+            """Return the method's own options."""
 
 
 @dataclass(frozen=True)
@@ -226,19 +237,16 @@ class LowShotOptions(EmbeddingOptions):
     """
 
     categories: tuple[str, ...] = ()
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
-    draws: int = 5
+    shots: tuple[AtLeastOne, ...] = (1, 2, 4, 8, 16, 50)
+    draws: AtLeastOne = 5
     seed: int = 0
     per_category: bool = True
 
     otherwise: ClassVar[str] = "use jobs/train.py with --few_shot, once for each draw, or take a memory method"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.shots or min(self.shots) < 1 or len(set(self.shots)) < len(self.shots):
+    def check(self) -> None:
+        if not self.shots or len(set(self.shots)) < len(self.shots):
             raise OptionError(f"shots={list(self.shots)} must be different numbers of at least 1")
-        if self.draws < 1:
-            raise OptionError(f"draws={self.draws} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -263,27 +271,31 @@ class SemanticOptions(EmbeddingOptions):
     )
 
 
-def protocol_options(base: type) -> dict[str, type]:
-    """The options class of a protocol for every method: those of `base`, and the method's own as `method`."""
+def protocol_options(base: type[EmbeddingOptions]) -> dict[str, type]:
+    """Return the options class of a protocol for every method: those of `base`, and the method's own as `method`."""
     classes: dict[str, type] = {}
     for name, config in all_configs().items():
         fields: list[Any] = [("method", config, field(default_factory=config))]
         cls = dataclasses.make_dataclass(
-            f"{base.__name__}_{name}", fields, bases=(base,), frozen=True, namespace={"__post_init__": _check}
+            f"{base.__name__}_{name}", fields, bases=(base,), frozen=True, namespace={"check": _method_check(base)}
         )
-        summary, arguments = (base.__doc__ or "").split("\n\n    Args:\n", 1)
-        inherited = (EmbeddingOptions.__doc__ or "").split("Args:\n", 1)[1].rstrip()
-        documented = f"{inherited}\n{arguments.rstrip()}\n        method: the method's own options."
-        cls.__doc__ = f"{summary}\n\nArgs:\n{re.sub('(?m)^    ', '', documented)}"
+        summary = (base.__doc__ or "").split("\n\n    Args:\n", 1)[0]
+        arguments = documented_arguments(EmbeddingOptions, base)
+        cls.__doc__ = f"{summary}\n\nArgs:\n{arguments}\n    method: the method's own options."
         classes[name] = cls
     return classes
 
 
-def _check(options: Any) -> None:
-    super(type(options), options).__post_init__()
-    name = method_of(options.method)
-    if not has_bank(name):
-        memory = ", ".join(sorted(filter(has_bank, all_configs())))
-        raise OptionError(
-            f"{name} is trained, so it cannot be fitted to embedded images; {options.otherwise} ({memory})"
-        )
+def _method_check(base: type[EmbeddingOptions]) -> Callable[[EmbeddingOptions], None]:
+    """Return a `check` that also refuses methods without a memory bank."""
+
+    def check(options: EmbeddingOptions) -> None:
+        base.check(options)
+        name = method_of(options.method)
+        if not has_bank(name):
+            memory = ", ".join(sorted(filter(has_bank, all_configs())))
+            raise OptionError(
+                f"{name} is trained, so it cannot be fitted to embedded images; {options.otherwise} ({memory})"
+            )
+
+    return check

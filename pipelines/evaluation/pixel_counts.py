@@ -8,12 +8,15 @@ A group is a data set and a category. Parts are read in their order, so nothing 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.labelled_images import CALIBRATED, RAW, Group, LabelledImages
+from pipelines.evaluation.map_histograms import Histograms, add_histograms, histogram_arrays, histogram_of
+from pipelines.evaluation.options import EvaluateOptions
 from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
@@ -21,35 +24,24 @@ from unianom import files
 from unianom.configs.metrics import AuproVariant
 from unianom.data.image import InputPolicy, decode_map, decode_mask, prepare_mask
 from unianom.data.shards import ScoreSet, ShardSet
-from unianom.errors import DataError
-from unianom.metrics.bootstrap import chunks
+from unianom.errors import DataError, OptionError
 from unianom.metrics.pixel import PixelAccumulator
 from unianom.metrics.region import SplitMap, split_maps
-from unianom.metrics.streaming import (
-    ANOMALOUS,
-    NORMAL_BESIDE,
-    NORMAL_ELSEWHERE,
-    WEIGHT,
-    BinnedPixelAccumulator,
-    map_table,
-)
+from unianom.metrics.streaming import BinnedPixelAccumulator
 from unianom.options import from_plain
-
-Group = tuple[str, str]
-"""Data set and category."""
 
 Accumulator = PixelAccumulator | BinnedPixelAccumulator
 
-RAW, CALIBRATED = "raw", "calibrated"
 LEFT_OUT = "left_out"
+"""Array with the names of the images that are left out."""
 
-RESAMPLING_BITS = 16
-"""Bits of a score that name its bin where images are resampled: 128 bins for every doubling of the score."""
+RESAMPLED_MAPS = 20_000
+"""Above so many maps, intervals of pixel metrics would need their histograms to be kept in gigabytes."""
 
 
 @dataclass(frozen=True)
 class PixelPlan:
-    """How the pixels of a score set are counted.
+    """Plan of counting the pixels of a score set.
 
     Attributes:
         binned: in bins, not exactly.
@@ -66,62 +58,41 @@ class PixelPlan:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which scores are counted."""
+        """Return the kinds of score that are counted."""
         return (RAW, CALIBRATED) if self.calibrated else (RAW,)
 
     def accumulator(self) -> Accumulator:
-        """An empty one."""
+        """Return an empty accumulator."""
         if self.binned:
             return BinnedPixelAccumulator(self.aupro_limit)
         return PixelAccumulator(self.aupro_limit, self.aupro_variant)
 
 
-@dataclass(frozen=True, eq=False)
-class Histograms:
-    """Histograms of the maps of a group, for resampling.
+def plan_pixels(options: EvaluateOptions, scores: ScoreSet, images: LabelledImages) -> PixelPlan:
+    """Decide how pixels are counted.
 
-    Attributes:
-        sample_ids: of the maps, in their order.
-        lengths: how many bins each map has.
-        bins: (k,) of all maps one after the other.
-        counts: (k, 3) normal pixels, anomalous pixels, weight of these.
+    Raises:
+        OptionError: a published approximation of AUPRO, of more pixels than are counted exactly.
     """
-
-    sample_ids: list[str] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    bins: list[np.ndarray] = field(default_factory=list)
-    counts: list[np.ndarray] = field(default_factory=list)
-
-    def resample(self, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Histograms of resamples of the maps.
-
-        Args:
-            drawn: (resamples, n) how often each map is in each.
-
-        Returns:
-            The bins that hold a pixel, (k,) ascending, and the three counts in each of them, (3, resamples, k)
-            float64. All are sums of whole numbers below 2**53 for the pixels, so no order of adding shows.
-        """
-        held, place = np.unique(np.concatenate(self.bins), return_inverse=True)
-        counts = np.concatenate(self.counts).astype(np.float64)
-        counts[:, 2] /= 1 << 16  # keeps sums of weights below 2**53 as well
-        counts[:, 2] = np.rint(counts[:, 2])
-        ends = np.cumsum(self.lengths)
-        sums = np.zeros((3, len(drawn), len(held)))
-        for maps in chunks(len(self.lengths), len(held)):
-            first = int(ends[maps[0]]) - self.lengths[maps[0]]
-            rows = slice(first, int(ends[maps[-1]]))
-            own = np.repeat(np.arange(len(maps)), self.lengths[maps[0] : maps[-1] + 1])
-            weights = drawn[:, maps[0] : maps[-1] + 1].astype(np.float64)
-            for column in range(3):
-                dense = np.zeros((len(maps), len(held)))
-                dense[own, place[rows]] = counts[rows, column]
-                sums[column] += weights @ dense
-        return held, sums
+    sides = [from_plain(InputPolicy, model["config"]["input"]).side for model in scores.manifest["models"]]
+    pixels = len(images.labels) * max(sides) ** 2
+    binned = pixels > options.exact_pixels
+    if binned and options.aupro_variant != "exact" and scores.manifest["maps"]:
+        raise OptionError(
+            f"aupro_variant={options.aupro_variant} needs every pixel, and {pixels:,} are more than --exact_pixels "
+            f"{options.exact_pixels:,}; raise that if there is the memory, or take the exact variant"
+        )
+    return PixelPlan(
+        binned=binned,
+        calibrated=CALIBRATED in images.scores,
+        resampled=options.bootstrap.resamples > 0 and len(images.labels) <= RESAMPLED_MAPS,
+        aupro_limit=options.aupro_limit,
+        aupro_variant=options.aupro_variant,
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class Counted:
+class PixelCounts:
     """Pixels of one kind of score, by group.
 
     Attributes:
@@ -130,8 +101,8 @@ class Counted:
         left_out: names of the anomalous images whose mask is empty at the model's resolution.
     """
 
-    accumulators: dict[Group, Accumulator]
-    histograms: dict[Group, Histograms]
+    accumulators: Mapping[Group, Accumulator]
+    histograms: Mapping[Group, Histograms]
     left_out: list[str] = field(default_factory=list)
 
 
@@ -156,12 +127,12 @@ def _rows(scores: ScoreSet, part: str) -> int:
 
 
 def shard_part(score_part: str) -> str:
-    """The shard part that a score part is of; of rejected samples, which have no map, a name that does not exist."""
+    """Return the shard part that a score part is of: a name that does not exist for rejected samples, without a map."""
     return "-".join(score_part.split("-")[:2]) + ".parquet"
 
 
 def part_file(score_part: str) -> str:
-    """Name of the file with the pixels of a score part."""
+    """Return the name of the file with the pixels of a score part."""
     return score_part.removesuffix(".parquet") + ".npz"
 
 
@@ -188,7 +159,7 @@ class MapReader:
         return {"rows": _rows(self._scores, part)}
 
     def _exact(self, part: str) -> dict[str, np.ndarray]:
-        """Every pixel, and how each map is calibrated."""
+        """Return every pixel, and how each map is calibrated."""
         rows, maps = [], []
         left_out: list[str] = []
         for row, scores, mask in self._maps(part, left_out):
@@ -196,7 +167,7 @@ class MapReader:
             maps += split_maps([scores], [mask])
         arrays = _identities(rows) | {LEFT_OUT: np.array(left_out, np.str_)}
         for kind in self._plan.kinds:
-            arrays |= self._tables(rows, maps, kind)
+            arrays |= self._histograms(rows, maps, kind)
         arrays["calibration"] = np.array([_calibration(row) for row in rows], np.float32).reshape(-1, 2)
         arrays["sizes"] = np.array([[len(m.normal), len(m.anomalous), len(m.region_sizes)] for m in maps], np.int64)
         for name in ("normal", "anomalous", "region", "region_sizes"):
@@ -204,41 +175,44 @@ class MapReader:
         return arrays
 
     def _binned(self, part: str) -> dict[str, np.ndarray]:
-        """An accumulator of each group, and each kind of score."""
-        found: dict[tuple[Group, str], BinnedPixelAccumulator] = {}
+        """Return an accumulator of each group, and each kind of score."""
+        accumulators: dict[tuple[Group, str], BinnedPixelAccumulator] = {}
         rows = []
-        tables: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {kind: [] for kind in self._plan.kinds}
+        histograms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {kind: [] for kind in self._plan.kinds}
         left_out: list[str] = []
         for row, scores, mask in self._maps(part, left_out):
             rows.append(row)
             (split,) = split_maps([scores], [mask])
             for kind in self._plan.kinds:
-                own = split if kind == RAW else calibrated(split, *_calibration(row))
+                of_kind = split if kind == RAW else calibrated(split, *_calibration(row))
                 group = (row["dataset"], row["category"])
-                found.setdefault((group, kind), BinnedPixelAccumulator(self._plan.aupro_limit)).add(own)
+                accumulators.setdefault((group, kind), BinnedPixelAccumulator(self._plan.aupro_limit)).add(of_kind)
                 if self._plan.resampled:
-                    tables[kind].append(map_table(own, RESAMPLING_BITS))
+                    histograms[kind].append(histogram_of(of_kind))
         arrays = _identities(rows) | {LEFT_OUT: np.array(left_out, np.str_)}
         if self._plan.resampled:
-            for kind, own_tables in tables.items():
-                arrays |= _packed(own_tables, kind)
-        groups = sorted({group for group, _ in found})
+            for kind, of_maps in histograms.items():
+                arrays |= histogram_arrays(of_maps, kind)
+        groups = sorted({group for group, _ in accumulators})
         arrays["groups"] = np.array(groups, np.str_).reshape(-1, 2)
-        for (group, kind), accumulator in found.items():
+        for (group, kind), accumulator in accumulators.items():
             prefix = f"{groups.index(group)}/{kind}/"
             arrays |= {prefix + name: array for name, array in accumulator.to_arrays().items()}
         return arrays
 
-    def _tables(self, rows: list[dict[str, Any]], maps: list[SplitMap], kind: str) -> dict[str, np.ndarray]:
+    def _histograms(self, rows: list[dict[str, Any]], maps: list[SplitMap], kind: str) -> dict[str, np.ndarray]:
         if not self._plan.resampled:
             return {}
         if kind == CALIBRATED:
             maps = [calibrated(split, *_calibration(row)) for row, split in zip(rows, maps, strict=True)]
-        return _packed([map_table(split, RESAMPLING_BITS) for split in maps], kind)
+        return histogram_arrays([histogram_of(split) for split in maps], kind)
 
     def _maps(self, part: str, left_out: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-        """Row, map and mask. Anomalous images whose mask is unknown take no part; nor do those whose mask is empty at
-        the model's resolution, as where a crop leaves the defect out: their names are added to `left_out`."""
+        """Yield row, map and mask of the images that count.
+
+        Anomalous images whose mask is unknown take no part; nor do those whose mask is empty at the model's resolution,
+        as where a crop leaves the defect out: their names are added to `left_out`.
+        """
         masks: dict[str, bytes | None] = {}
         for batch in self._shards.read(shard_part(part), None, ["sample_id", "mask"]):
             masks.update(zip(batch["sample_id"].to_pylist(), batch["mask"].to_pylist(), strict=True))
@@ -263,12 +237,12 @@ def _calibration(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def calibrated(split: SplitMap, offset: float, scale: float) -> SplitMap:
-    """The same map, calibrated: (score − offset) / scale."""
+    """Return the same map, calibrated: (score − offset) / scale."""
 
-    def moved(scores: np.ndarray) -> np.ndarray:
+    def scaled(scores: np.ndarray) -> np.ndarray:
         return (scores - np.float32(offset)) / np.float32(scale)
 
-    return SplitMap(moved(split.normal), moved(split.anomalous), split.region, split.region_sizes)
+    return SplitMap(scaled(split.normal), scaled(split.anomalous), split.region, split.region_sizes)
 
 
 def _identities(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -276,27 +250,16 @@ def _identities(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {"identities": np.array([[row[name] for name in names] for row in rows], np.str_).reshape(-1, 3)}
 
 
-def _packed(tables: list[tuple[np.ndarray, np.ndarray]], kind: str) -> dict[str, np.ndarray]:
-    """Histograms of maps one after the other."""
-    bins = np.concatenate([bins for bins, _ in tables]) if tables else np.empty(0)
-    counts = np.concatenate([counts for _, counts in tables]) if tables else np.empty((0, 4), np.int64)
-    return {
-        f"{kind}/lengths": np.array([len(bins) for bins, _ in tables], np.int64),
-        f"{kind}/bins": bins.astype(np.uint32),
-        f"{kind}/pixels": np.stack(
-            [counts[:, NORMAL_BESIDE] + counts[:, NORMAL_ELSEWHERE], counts[:, ANOMALOUS]], axis=1
-        ).astype(np.uint32),
-        f"{kind}/weight": counts[:, WEIGHT],
-    }
-
-
-def read_counted(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, kind: str) -> Counted:
-    """What `count_pixels` wrote, of one kind of score.
+def read_pixel_counts(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, kind: str) -> PixelCounts:
+    """Read what `count_pixels` wrote, of one kind of score.
 
     Raises:
         DataError: a file is missing or damaged.
     """
-    counted = Counted({}, {})
+    exact: dict[Group, PixelAccumulator] = {}
+    binned: dict[Group, BinnedPixelAccumulator] = {}
+    histograms: dict[Group, Histograms] = {}
+    left_out: list[str] = []
     for part in scores.parts:
         if shard_part(part) not in shards.parts:
             continue
@@ -304,27 +267,40 @@ def read_counted(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: st
         try:
             with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-                counted.left_out.extend(arrays[LEFT_OUT].tolist())
+                left_out.extend(arrays[LEFT_OUT].tolist())
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"cannot read {path}: {error}; remove {folder} and run the same command again") from error
-        _add_part(counted, arrays, plan, kind)
-    return counted
+        identities = [
+            (sample_id, (dataset, category)) for sample_id, dataset, category in arrays["identities"].tolist()
+        ]
+        if plan.resampled:
+            add_histograms(histograms, arrays, kind, identities)
+        if plan.binned:
+            _add_binned(binned, arrays, plan, kind)
+        else:
+            _add_exact(exact, arrays, plan, kind, [group for _, group in identities])
+    return PixelCounts(binned if plan.binned else exact, histograms, left_out)
 
 
-def _add_part(counted: Counted, arrays: dict[str, np.ndarray], plan: PixelPlan, kind: str) -> None:
-    identities = [(i[0], (i[1], i[2])) for i in arrays["identities"].tolist()]
-    if plan.resampled:
-        _add_histograms(counted, arrays, kind, identities)
-    if plan.binned:
-        for number, group in enumerate(map(tuple, arrays["groups"].tolist())):
-            prefix = f"{number}/{kind}/"
-            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            into = counted.accumulators.setdefault(group, plan.accumulator())
-            assert isinstance(into, BinnedPixelAccumulator)
-            into.merge(BinnedPixelAccumulator.from_arrays(own))
-        return
+def _add_binned(
+    accumulators: dict[Group, BinnedPixelAccumulator], arrays: dict[str, np.ndarray], plan: PixelPlan, kind: str
+) -> None:
+    for number, group in enumerate(map(tuple, arrays["groups"].tolist())):
+        prefix = f"{number}/{kind}/"
+        of_group = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        accumulator = accumulators.setdefault(group, BinnedPixelAccumulator(plan.aupro_limit))
+        accumulator.merge(BinnedPixelAccumulator.from_arrays(of_group))
+
+
+def _add_exact(
+    accumulators: dict[Group, PixelAccumulator],
+    arrays: dict[str, np.ndarray],
+    plan: PixelPlan,
+    kind: str,
+    groups: list[Group],
+) -> None:
     sizes, ends = arrays["sizes"], np.cumsum(arrays["sizes"], axis=0)
-    for number, (_, group) in enumerate(identities):
+    for number, group in enumerate(groups):
         normal, anomalous, regions = (
             slice(end - size, end) for end, size in zip(ends[number].tolist(), sizes[number].tolist(), strict=True)
         )
@@ -336,18 +312,4 @@ def _add_part(counted: Counted, arrays: dict[str, np.ndarray], plan: PixelPlan, 
         )
         if kind == CALIBRATED:
             split = calibrated(split, *arrays["calibration"][number].tolist())
-        counted.accumulators.setdefault(group, plan.accumulator()).add(split)
-
-
-def _add_histograms(
-    counted: Counted, arrays: dict[str, np.ndarray], kind: str, identities: list[tuple[str, Group]]
-) -> None:
-    lengths = arrays[f"{kind}/lengths"]
-    counts = np.column_stack([arrays[f"{kind}/pixels"].astype(np.int64), arrays[f"{kind}/weight"]])
-    ends = np.cumsum(lengths)
-    for (sample_id, group), length, end in zip(identities, lengths.tolist(), ends.tolist(), strict=True):
-        own = counted.histograms.setdefault(group, Histograms())
-        own.sample_ids.append(sample_id)
-        own.lengths.append(length)
-        own.bins.append(arrays[f"{kind}/bins"][end - length : end])
-        own.counts.append(counts[end - length : end])
+        accumulators.setdefault(group, PixelAccumulator(plan.aupro_limit, plan.aupro_variant)).add(split)

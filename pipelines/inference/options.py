@@ -1,4 +1,4 @@
-"""What jobs/score.py and jobs/decide.py take."""
+"""Options of jobs/score.py and jobs/decide.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Literal
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
+from unianom.options import AtLeastOne, AtLeastZero, OpenShare, Options, Share
 from unianom.thresholds import ScoreKind
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(Options):
     """Score a shard set with a model.
 
     Args:
@@ -37,22 +38,16 @@ class ScoreOptions:
     splits: tuple[str, ...] = ("test",)
     categories: tuple[str, ...] = ()
     maps: bool | None = None
-    batch_size: int = 8
+    batch_size: AtLeastOne = 8
     fold_batch_norm: bool = False
-    max_reject_fraction: float = 0.01
+    max_reject_fraction: Share = 0.01
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise OptionError("batch_size must be positive")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise OptionError(f"max_reject_fraction={self.max_reject_fraction} must be in [0, 1]")
-
 
 @dataclass(frozen=True)
-class DecideOptions:
+class DecideOptions(Options):
     """Judge stored scores: thresholds from held-out normal images, a decision for every image, and a review queue.
 
     Args:
@@ -86,29 +81,22 @@ class DecideOptions:
     scores_kind: ScoreKind = "raw"
     per_category: bool = False
     too_few: Literal["refuse", "pooled"] = "refuse"
-    target_fpr: float = 0.05
-    review_fpr: float = 0.2
-    confidence: float = 0.95
-    held_out_fraction: float | None = None
-    queue: int = 100
-    pictures: int = 24
+    target_fpr: OpenShare = 0.05
+    review_fpr: OpenShare = 0.2
+    confidence: OpenShare = 0.95
+    held_out_fraction: OpenShare | None = None
+    queue: AtLeastZero = 100
+    pictures: AtLeastZero = 24
     write_back: str | None = None
     overwrite: bool = False
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
-        for name in ("target_fpr", "review_fpr", "confidence"):
-            if not 0 < getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name):g} must be in (0, 1)")
+    def check(self) -> None:
         if self.review_fpr < self.target_fpr:
             raise OptionError(
                 f"review_fpr={self.review_fpr:g} is below target_fpr={self.target_fpr:g}; it counts the images that "
                 f"fail, too, so give at least as much"
             )
-        if self.held_out_fraction is not None and not 0 < self.held_out_fraction < 1:
-            raise OptionError(f"held_out_fraction={self.held_out_fraction:g} must be in (0, 1)")
-        if self.queue < 0 or self.pictures < 0:
-            raise OptionError(f"queue={self.queue} and pictures={self.pictures} must be 0 or more")
         if self.too_few == "pooled" and not self.per_category:
             raise OptionError("too_few=pooled is for thresholds of each category; add --per_category true")

@@ -1,4 +1,4 @@
-"""Shards and a model → scores.
+"""jobs/score.py: shards and a model → scores.
 
     shards ─▶ actors: read, decode ahead, forward, search ─▶ one score part per shard part ─▶ manifest
 
@@ -17,15 +17,16 @@ import numpy as np
 
 from pipelines.data.ahead import map_ahead
 from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
-from unianom import __version__, files
+from unianom import files
 from unianom.data.image import ImageLimits, decode_prepared, encode_map
-from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
+from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError
@@ -38,7 +39,7 @@ IDENTITY = ("sample_id", "dataset", "category", "split", "label", "defect", "uri
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What a scoring did.
+    """Result of a scoring.
 
     Attributes:
         scores: the finished score set.
@@ -101,13 +102,14 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "fold": options.fold_batch_norm,
             }
             rate = _write_parts(arguments, shards, selection, options.runtime)
-            _commit(output, digest, shards, selection, models, plan)
+            commit_scores(output, digest, shards, selection, models, plan)
     scores = ScoreSet.open(output)
-    _check_unscored(scores, options.max_reject_fraction)
+    check_unscored(scores, options.max_reject_fraction)
     return ScoreResult(scores, fresh, rate)
 
 
 def _write_parts(arguments: dict[str, Any], shards: ShardSet, selection: Selection, runtime: RuntimeOptions) -> float:
+    """Write the score parts that are not there yet; return the images per second."""
     output, digest = arguments["output"], arguments["plan"]
     tasks, done = [], 0
     for part in shards.parts:
@@ -124,11 +126,6 @@ def _write_parts(arguments: dict[str, Any], shards: ShardSet, selection: Selecti
     for record in run_tasks(PartScorer, arguments, tasks, runtime):
         progress.advance(record["rows"])
     return progress.close()
-
-
-def score_part(part: str, plan: str) -> str:
-    """Name of the score part of a shard part: it tells the plan, so parts of two plans never mix."""
-    return f"{part.removesuffix('.parquet')}-{plan[:12]}.parquet"
 
 
 class PartScorer:
@@ -164,7 +161,7 @@ class PartScorer:
         threads: int,
         fold: bool = False,
     ) -> None:
-        self._shards, self._selection, self._shelf, self._digests = shards, selection, model_set, digests
+        self._shards, self._selection, self._model_set, self._digests = shards, selection, model_set, digests
         self._output, self._plan, self._maps = output, plan, maps
         self._batch_size, self._limits, self._device, self._fold = batch_size, limits, device, fold
         self._pool = ThreadPoolExecutor(threads)
@@ -195,7 +192,7 @@ class PartScorer:
         return record
 
     def _scored(self, part: str) -> Iterator[dict[str, Any]]:
-        """Rows of SCORE_SCHEMA in the order of the part; a batch never mixes models."""
+        """Yield rows of SCORE_SCHEMA in the order of the part; a batch never mixes models."""
         waiting: list[tuple[dict[str, Any], np.ndarray]] = []
         folder = ""
         for row, pixels in map_ahead(self._pool, self._decode, self._rows(part), self._ahead):
@@ -214,7 +211,7 @@ class PartScorer:
     def _rows(self, part: str) -> Iterator[dict[str, Any]]:
         for batch in self._shards.read(part, self._selection, [*IDENTITY, "image"]):
             for row in batch.to_pylist():
-                folder = self._shelf.folder_of(row["category"])
+                folder = self._model_set.folder_of(row["category"])
                 self._model(folder)  # loaded here, in the actor's own thread, before a decoding thread asks for it
                 yield {**row, "folder": folder}
 
@@ -268,89 +265,3 @@ class PartScorer:
 
     def _row(self, row: dict[str, Any], **values: Any) -> dict[str, Any]:
         return {**{key: row[key] for key in IDENTITY}, "model": self._digests[row["folder"]], **values}
-
-
-def _commit(
-    output: str,
-    digest: str,
-    shards: ShardSet,
-    selection: Selection,
-    models: list[dict[str, Any]],
-    plan: dict[str, Any],
-) -> None:
-    records = [outputs.part_record(output, score_part(part, digest)) for part in shards.parts]
-    missing = [part for part, record in zip(shards.parts, records, strict=True) if record is None]
-    if missing:
-        raise DataError(f"{missing[0]} was not scored; run the same command again, it continues")
-    done = [record for record in records if record is not None]
-    rejected = _write_rejected(output, digest, shards, selection)
-    entries = [{key: record[key] for key in ("name", "rows", "sha256")} for record in [*done, rejected]]
-    draft = ScoreSet(output, {"files": entries}, "")
-    ids = draft.table(columns=["sample_id"])["sample_id"]
-    expected = shards.count(selection) + rejected["rows"]
-    if len(ids) != expected or len(ids.unique()) != expected:
-        twice = [found["values"] for found in ids.value_counts().to_pylist() if found["counts"] > 1]
-        raise DataError(
-            f"the shards {shards.uri} are damaged: their parts and rejected samples make {len(ids)} scores"
-            f"{f', two of them of {twice[0]}' if twice else ''}, their manifest counts {expected}; copy them again, or "
-            f"run jobs/ingest.py again"
-        )
-    statuses: Counter[str] = Counter()
-    for record in [*done, rejected]:
-        statuses.update(record["statuses"])
-    counts = [
-        row
-        for row in shards.manifest["counts"]
-        if (not selection.splits or row["split"] in selection.splits)
-        and (not selection.categories or row["category"] in selection.categories)
-    ]
-    manifest = {
-        "kind": ScoreSet.kind,
-        "schema_version": SCORE_VERSION,
-        "tool_version": __version__,
-        "plan_digest": digest,
-        "shards": {"digest": shards.digest},
-        "models": models,
-        **{key: plan[key] for key in ("splits", "categories", "maps", "batch_size", "device")},
-        "counts": counts,
-        "statuses": dict(sorted(statuses.items())),
-        "files": entries,
-    }
-    outputs.finish(output, manifest)
-
-
-def _write_rejected(output: str, digest: str, shards: ShardSet, selection: Selection) -> dict[str, Any]:
-    """What ingest had to reject appears among the scores too, so that no sample is ever silently absent."""
-    name = score_part("part-rejected.parquet", digest)
-    statuses: Counter[str] = Counter()
-    path = files.join(output, name)
-    with files.open_atomic(path) as handle:
-        writer = PartWriter(handle, SCORE_SCHEMA)
-        table = shards.rejected()
-        rows = table.to_pylist()
-        for row in sorted(rows, key=lambda row: (row["split"], row["sample_id"])):
-            if selection.splits and row["split"] not in selection.splits:
-                continue
-            if selection.categories and row["category"] not in selection.categories:
-                continue
-            writer.write({**row, "model": ""})
-            statuses[row["status"]] += 1
-        writer.close()
-    return {
-        "name": name,
-        "rows": sum(statuses.values()),
-        "statuses": dict(statuses),
-        "sha256": files.sha256_file(path),
-    }
-
-
-def _check_unscored(scores: ScoreSet, most: float) -> None:
-    statuses = scores.manifest["statuses"]
-    total = sum(statuses.values())
-    without = total - statuses.get("ok", 0)
-    if without > most * total:
-        reasons = ", ".join(f"{count} {status}" for status, count in statuses.items() if status != "ok")
-        raise DataError(
-            f"{without} of {total} samples have no score ({reasons}), more than --max-reject-fraction {most:g} allows; "
-            f"all others are scored in {scores.uri}"
-        )

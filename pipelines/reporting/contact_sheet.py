@@ -1,130 +1,17 @@
-"""Contact sheets: what all have in common, and those of a review queue, where image and heat map of each sample lie
-side by side, with its score.
-
-Only the images shown are read, and a few maps more of images that passed, which set the dark end of the heat scale.
-"""
+"""Font and file format of all contact sheets."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from pipelines.reporting.samples import STORED, as_seen, read_samples
-from unianom import visual
-from unianom.data.image import InputPolicy, decode_map
-from unianom.data.shards import ScoreSet, ShardSet
-from unianom.options import from_plain
-from unianom.thresholds import ScoreKind
-
-SIDE, GAP, LINE, TEXT, COLUMNS = 160, 12, 15, 11, 4
-"""Pixels of a picture's side, between cards, of a line of text and of its letters, and cards in a row."""
-
-MAP_COLUMNS = ("anomaly_map", "map_offset", "map_scale", "calibration_offset", "calibration_scale")
-
-
-def draw_queue(
-    queues: Mapping[str, Sequence[Mapping[str, Any]]],
-    ordinary: Iterable[str],
-    scores: ScoreSet,
-    shards: ShardSet,
-    kind: ScoreKind,
-) -> dict[str, bytes]:
-    """Draw each list of a review queue as one picture.
-
-    Args:
-        queues: rows with sample_id, category, score, margin, decision and model, in order, by name of the list.
-        ordinary: sample_ids of images that passed, whose maps set what counts as ordinary.
-        scores, shards: where maps and images are.
-        kind: whether maps are shown calibrated.
-
-    Returns:
-        PNG bytes by name of the list. Heat maps of a list share one scale; where the scores hold no maps, the image
-        stands alone. The outline of a mask is drawn where there is one.
-    """
-    rows = {row["sample_id"]: row for queue in queues.values() for row in queue}
-    maps = _read_maps(scores, {*rows, *ordinary}, kind)
-    policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in scores.manifest["models"]}
-    stored = {row["sample_id"]: row for row in read_samples(shards, set(rows), STORED)}
-    sheets = {}
-    for name, queue in queues.items():
-        scale = _scale(maps, [maps[row["sample_id"]] for row in queue if row["sample_id"] in maps], rows)
-        pictures = {
-            row["sample_id"]: _draw(stored[row["sample_id"]], maps.get(row["sample_id"]), scale, policies[row["model"]])
-            for row in queue
-        }
-        sheets[name] = _sheet(queue, pictures)
-    return sheets
-
-
-def _scale(
-    maps: Mapping[str, np.ndarray], shown: Sequence[np.ndarray], queued: Container[str]
-) -> visual.HeatScale | None:
-    """The scale of one sheet, from its own maps and from those that are not in any list; None without maps."""
-    if not shown:
-        return None
-    background = [m[::4, ::4].ravel() for name, m in maps.items() if name not in queued]
-    return visual.heat_scale(np.concatenate([*background, []]), np.concatenate([m[::4, ::4].ravel() for m in shown]))
-
-
-def _read_maps(scores: ScoreSet, sample_ids: set[str], kind: ScoreKind) -> dict[str, np.ndarray]:
-    """Anomaly maps, S×S float32, of those samples that have one."""
-    maps = {}
-    for row in read_samples(scores, sample_ids, MAP_COLUMNS):
-        if row["anomaly_map"] is None:
-            continue
-        anomaly_map = decode_map(row["anomaly_map"], row["map_offset"], row["map_scale"])
-        if kind == "calibrated":
-            anomaly_map = (anomaly_map - row["calibration_offset"]) / row["calibration_scale"]
-        maps[row["sample_id"]] = anomaly_map
-    return maps
-
-
-def _draw(
-    stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
-) -> list[Image.Image]:
-    """The image as the model saw it, and with its heat map and the outline of its mask laid over it."""
-    seen, marked = as_seen(stored, policy)
-    pixels = _sized(seen)
-    over = pixels
-    if anomaly_map is not None and scale is not None:
-        over = visual.overlay(pixels, _sized(anomaly_map.astype(np.float32)), scale)
-    if marked is not None:
-        over = visual.draw_outline(over, _sized(marked.astype(np.float32)) > 0.5)
-    return [Image.fromarray(pixels), Image.fromarray(over)]
-
-
-def _sized(pixels: np.ndarray) -> np.ndarray:
-    """S×S×3 uint8 or S×S float32 at SIDE."""
-    return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-
-
-def _sheet(queue: Sequence[Mapping[str, Any]], pictures: Mapping[str, list[Image.Image]]) -> bytes:
-    columns = min(COLUMNS, len(queue))
-    width, height = 2 * SIDE + GAP, SIDE + 2 * LINE + GAP
-    rows = -(-len(queue) // columns)
-    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, row in enumerate(queue):
-        left, top = GAP + number % columns * width, GAP + number // columns * height
-        for place, picture in enumerate(pictures[row["sample_id"]]):
-            sheet.paste(picture, (left + place * SIDE, top))
-        ink = {"fail": visual.ANOMALOUS_COLOUR, "review": "#8a6d00", "pass": visual.NORMAL_COLOUR}[row["decision"]]
-        head = f"{number + 1}  {row['decision']}  {row['score']:.4g}  ({row['margin']:+.2f} σ)"
-        pen.text((left, top + SIDE + 1), head, fill=ink, font=font(TEXT, bold=True))
-        name = row["sample_id"].split("/", 1)[-1]
-        pen.text((left, top + SIDE + LINE), _fitting(visual.drawable(name), 2 * SIDE), fill="#3a4150", font=font(TEXT))
-    return sheet_png(sheet)
+from PIL import Image, ImageFont
 
 
 def sheet_png(sheet: Image.Image) -> bytes:
-    """A sheet as PNG bytes."""
+    """Return a sheet as PNG bytes."""
     buffer = BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -132,15 +19,6 @@ def sheet_png(sheet: Image.Image) -> bytes:
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font that Matplotlib brings along: the same on every machine, with more letters than Pillow's own."""
+    """Return the font that Matplotlib brings along: the same on every machine, with more letters than Pillow's own."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def _fitting(text: str, width: int) -> str:
-    """A text, shortened from the left until it is not wider than so many pixels."""
-    if font(TEXT).getlength(text) <= width:
-        return text
-    while text and font(TEXT).getlength(f"…{text}") > width:
-        text = text[1:]
-    return f"…{text}"

@@ -12,8 +12,8 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.reporting.samples import _texts, labelled
-from pipelines.reporting.tables import aupro_keys, percent
+from pipelines.reporting.metric_text import aupro_keys, percent
+from pipelines.reporting.samples import labelled, text_column
 from unianom import files, visual
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.metrics.curves import Curve
@@ -21,11 +21,11 @@ from unianom.metrics.curves import Curve
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """What a set of curves and scores is about: a category, or all of them together.
+    """Scores and metrics that a set of curves is about: of a category, or of all of them together.
 
     Attributes:
         name: its category, or "union".
-        key: see `scope_key`.
+        key: its name among the curves of the evaluation.
         title: its name as shown.
         metrics: its row of the results.
         rates: what the threshold does to it, if there is one.
@@ -41,22 +41,23 @@ class Scope:
     anomalous: np.ndarray
 
 
-def scope_key(category: str) -> str:
-    """Return the name of a category where those of the mean and of the union of all stand, too.
+def curves_key(category: str, curves: Mapping[str, Any]) -> str:
+    """Return the name of a category among the curves of an evaluation.
 
-    It is the category's own unless it could be taken for one of these, or for what is made of such a name here.
+    It is its own, or "category:<name>" where its own could be taken for that of a total.
     """
-    return f"category:{category}" if category in ("mean", "union") or category.startswith("category:") else category
+    marked = f"category:{category}"
+    return marked if marked in curves else category
 
 
 def scopes(evaluation: Mapping[str, Any], table: pa.Table) -> list[Scope]:
-    """All categories together, then each of them; of a single category just that."""
+    """Return all categories together, then each of them; of a single category just that."""
     metrics, threshold = evaluation["metrics"], evaluation["threshold"]
     names = [row["category"] for row in metrics["categories"]]
     rates = {row["category"]: row for row in threshold["categories"]} if threshold else {}
-    category, label, score = _texts(table, "category"), table["label"].to_numpy(), table["score"].to_numpy()
+    category, label, score = text_column(table, "category"), table["label"].to_numpy(), table["score"].to_numpy()
     normal, anomalous = label == NORMAL, label == ANOMALOUS
-    found = [
+    shown = [
         Scope(
             name="union",
             key="union",
@@ -68,16 +69,17 @@ def scopes(evaluation: Mapping[str, Any], table: pa.Table) -> list[Scope]:
         )
     ]
     for name, row in zip(names, metrics["categories"], strict=True):
-        own = category == name
+        inside = category == name
         if len(names) > 1:
-            found.append(
-                Scope(name, scope_key(name), name, row, rates.get(name), score[own & normal], score[own & anomalous])
+            key = curves_key(name, evaluation["curves"])
+            shown.append(
+                Scope(name, key, name, row, rates.get(name), score[inside & normal], score[inside & anomalous])
             )
-    return found
+    return shown
 
 
 def figures(evaluation: Mapping[str, Any], scores_table: pa.Table) -> dict[str, bytes]:
-    """Curves and score histograms as pictures, the same as in the report.
+    """Draw curves and score histograms as pictures, the same as in the report.
 
     Args:
         evaluation: content of evaluation.json.
@@ -90,7 +92,7 @@ def figures(evaluation: Mapping[str, Any], scores_table: pa.Table) -> dict[str, 
     pictures = {}
     table = labelled(scores_table)
     for number, scope in enumerate(scopes(evaluation, table)):
-        panels = _panels(evaluation, scope)
+        panels = scope_panels(evaluation, scope)
         figure, axes = visual.new_figure(len(panels), scope.title)
         for draw, ax in zip(panels, axes, strict=True):
             draw(ax)
@@ -103,15 +105,17 @@ def figures(evaluation: Mapping[str, Any], scores_table: pa.Table) -> dict[str, 
 
 
 def score_rows(evaluation: Mapping[str, Any], table: pa.Table) -> Figure | None:
-    """Score histograms of every category on one axis, raw and, where there are any, calibrated; None of one category
-    without calibrated scores, whose histogram is shown anyway."""
+    """Draw score histograms of every category on one axis, raw and, where there are any, calibrated.
+
+    Return None for one category without calibrated scores, whose histogram is shown anyway.
+    """
     names = [row["category"] for row in evaluation["metrics"]["categories"]]
     kinds = {"Raw scores": "score"}
     if evaluation.get("calibrated"):
         kinds["Calibrated scores"] = "calibrated_score"
     if len(names) == 1 and len(kinds) == 1:
         return None
-    category, label = _texts(table, "category"), table["label"].to_numpy()
+    category, label = text_column(table, "category"), table["label"].to_numpy()
     columns = {}
     for title, column in kinds.items():
         scores = table[column].to_numpy()
@@ -124,18 +128,18 @@ def score_rows(evaluation: Mapping[str, Any], table: pa.Table) -> Figure | None:
     return visual.score_rows(columns, names, [] if threshold is None else [threshold])
 
 
-def _panels(evaluation: Mapping[str, Any], scope: Scope) -> list[Callable[[Axes], None]]:
-    """What draws each figure of a scope: ROC, precision–recall, PRO where there is one, score histogram."""
-    own = evaluation["curves"][scope.key]
+def scope_panels(evaluation: Mapping[str, Any], scope: Scope) -> list[Callable[[Axes], None]]:
+    """Return what draws each figure of a scope: ROC, precision–recall, PRO where there is one, score histogram."""
+    of_scope = evaluation["curves"][scope.key]
     others = [c for key, c in evaluation["curves"].items() if key != "union"] if scope.key == "union" else []
     rates = scope.rates or {}
 
     def curves(**keys: tuple[str, str]) -> dict[str, Curve]:
-        """Curves by their label, which carries the metric that sums the curve up."""
+        """Return curves by their label, which carries the metric that sums the curve up."""
         return {
-            f"{level} {percent(scope.metrics.get(metric))} %": _curve(own[key])
+            f"{level} {percent(scope.metrics.get(metric))} %": _curve(of_scope[key])
             for level, (key, metric) in keys.items()
-            if key in own
+            if key in of_scope
         }
 
     def context(key: str) -> list[Curve]:
@@ -150,7 +154,7 @@ def _panels(evaluation: Mapping[str, Any], scope: Scope) -> list[Callable[[Axes]
         partial(visual.draw_curves, kind="roc", curves=roc, context=context("roc"), point=point),
         partial(visual.draw_curves, kind="pr", curves=pr, context=context("pr")),
     ]
-    if "pro" in own:
+    if "pro" in of_scope:
         pro = curves(AUPRO=("pro", aupro_keys(scope.metrics)[0]))
         panels.append(partial(visual.draw_curves, kind="pro", curves=pro, context=context("pro")))
     histogram = partial(visual.draw_histogram, normal=scope.normal, anomalous=scope.anomalous)

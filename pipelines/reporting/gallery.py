@@ -1,4 +1,4 @@
-"""Which images a report shows, and their heat maps."""
+"""Gallery of a report: the choice of its images, and their heat maps."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.reporting.samples import STORED, _reduced, _texts, as_seen, data_uri, read_samples
+from pipelines.reporting.samples import STORED, as_seen, data_uri, read_samples, shown_size, text_column
 from unianom import visual
-from unianom.data.image import (
-    InputPolicy,
-    decode_map,
-)
+from unianom.data.image import InputPolicy, decode_map
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.data.splits import hash_order
 from unianom.options import from_plain
 
 SCALE_MAPS = 64
-"""How many maps of normal images, and as many of anomalous ones, set the scale of the heat maps."""
+"""Number of maps of normal images, and as many of anomalous ones, that set the scale of the heat maps."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +82,22 @@ class Gallery:
 
 
 def margins(table: pa.Table, models: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """How far each score lies above its model's threshold: (n,), in standard deviations of normal scores.
+    """Return how far each score lies above its model's threshold: (n,), in standard deviations of normal scores.
 
     The unit is the spread of the scores that the model gave to normal images (to all, if there are none), so that
     models whose raw scores differ can be compared. A model without a threshold is measured from the median of those
     scores instead.
     """
     thresholds = {model["digest"]: model["threshold"] for model in models}
-    model, label, score = _texts(table, "model"), table["label"].to_numpy(), table["score"].to_numpy()
-    found = np.zeros(len(score))
+    model, label, score = text_column(table, "model"), table["label"].to_numpy(), table["score"].to_numpy()
+    margin = np.zeros(len(score))
     for digest in sorted(set(model)):
-        own = model == digest
-        usual = score[own & (label == NORMAL)] if np.any(own & (label == NORMAL)) else score[own]
+        scored = model == digest
+        usual = score[scored & (label == NORMAL)] if np.any(scored & (label == NORMAL)) else score[scored]
         threshold = thresholds[digest]
         start = np.median(usual) if threshold is None else threshold["value"]
-        found[own] = (score[own] - start) / (usual.std() or 1.0)
-    return found
+        margin[scored] = (score[scored] - start) / (usual.std() or 1.0)
+    return margin
 
 
 def choose(table: pa.Table, margin: np.ndarray, count: int) -> GallerySamples:
@@ -114,13 +111,13 @@ def choose(table: pa.Table, margin: np.ndarray, count: int) -> GallerySamples:
     """
     if count == 0:
         return GallerySamples([], [], [])
-    label, category, defect = table["label"].to_numpy(), _texts(table, "category"), _texts(table, "defect")
+    label, category, defect = table["label"].to_numpy(), text_column(table, "category"), text_column(table, "defect")
     rising = np.argsort(margin, kind="stable")
     falling = np.argsort(-margin, kind="stable")
     missed = _first(rising[label[rising] == ANOMALOUS], category, count)
     alarms = _first(falling[label[falling] == NORMAL], category, count)
     shown = {choice.row for choice in missed}
-    failed = _texts(table, "decision") != "pass"
+    failed = text_column(table, "decision") != "pass"
     kinds: dict[tuple[str, str], list[int]] = {}
     for row in rising:
         if label[row] == ANOMALOUS and failed[row] and row not in shown:
@@ -134,7 +131,7 @@ def choose(table: pa.Table, margin: np.ndarray, count: int) -> GallerySamples:
 
 
 def _first(order: np.ndarray, category: np.ndarray, count: int) -> list[GallerySample]:
-    """The first `count` of an order of rows, and the first of each category in it."""
+    """Return the first `count` of an order of rows, and the first of each category in it."""
     overall = set(order[:count].tolist())
     chosen = set(overall)
     for name in set(category[order]):
@@ -160,7 +157,7 @@ def make_gallery(
     scale = None
     if scaling:
         pixels = {
-            label: [maps[i][::4, ::4].ravel() for i, own in scaling.items() if own == label]
+            label: [maps[i][::4, ::4].ravel() for i, of_map in scaling.items() if of_map == label]
             for label in (NORMAL, ANOMALOUS)
         }
         scale = visual.heat_scale(*(np.concatenate([*pixels[label], []]) for label in (NORMAL, ANOMALOUS)))
@@ -172,11 +169,11 @@ def make_gallery(
         drawn[sample_id] = _draw(stored, maps.get(sample_id), scale, policies[of_id[sample_id]["model"]])
 
     def cards(group: Iterable[GallerySample]) -> list[Card]:
-        found = []
+        shown = []
         for choice in group:
             sample = samples[choice.row]
             pictures, has_mask = drawn[sample["sample_id"]]
-            found.append(
+            shown.append(
                 Card(
                     sample,
                     choice.overall,
@@ -186,23 +183,23 @@ def make_gallery(
                     has_mask,
                 )
             )
-        return found
+        return shown
 
     return Gallery(cards(choices.missed), cards(choices.alarms), cards(choices.typical), scale)
 
 
 def _scaling_samples(table: pa.Table) -> dict[str, int]:
-    """sample_id and label of the samples whose maps set the scale: as good as drawn at random, the same every time."""
+    """Return sample_id and label of the samples whose maps set the scale, drawn by the hash of their names."""
     with_map = table.filter(pc.is_valid(table["map_offset"]))
-    found: dict[str, int] = {}
+    chosen: dict[str, int] = {}
     for label in (NORMAL, ANOMALOUS):
         ids = with_map.filter(pc.equal(with_map["label"], label))["sample_id"].to_pylist()
-        found |= dict.fromkeys(hash_order(ids, seed=0)[:SCALE_MAPS], label)
-    return found
+        chosen |= dict.fromkeys(hash_order(ids, seed=0)[:SCALE_MAPS], label)
+    return chosen
 
 
 def verdict(sample: Mapping[str, Any]) -> str:
-    """What became of a sample, in one word."""
+    """Return what became of a sample, in one word."""
     if sample["decision"] in (None, "review"):
         return sample["decision"] or ""
     failed = sample["decision"] == "fail"
@@ -214,15 +211,15 @@ def verdict(sample: Mapping[str, Any]) -> str:
 def _draw(
     stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
 ) -> tuple[list[tuple[str, str]], bool]:
-    """Pictures of a sample as the model saw it, and whether its mask is among them."""
+    """Return pictures of a sample as the model saw it, and whether its mask is among them."""
     seen, marked = as_seen(stored, policy)
-    image = _reduced(seen)
+    image = shown_size(seen)
     mask = np.zeros(image.shape[:2], bool)
     if marked is not None:
-        mask = _reduced(marked.astype(np.float32)) > 0
+        mask = shown_size(marked.astype(np.float32)) > 0
     pictures = [("image", data_uri("jpeg", visual.jpeg(image)))]
     if anomaly_map is not None and scale is not None:
-        shown = _reduced(anomaly_map)
+        shown = shown_size(anomaly_map)
         over = visual.draw_outline(visual.overlay(image, shown, scale), mask)
         pictures.append(("anomaly map", data_uri("png", visual.heat_png(shown, scale))))
         pictures.append(("overlay", data_uri("jpeg", visual.jpeg(over))))

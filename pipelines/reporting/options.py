@@ -1,4 +1,4 @@
-"""What jobs/report.py takes."""
+"""Options of jobs/report.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from pipelines.runtime.options import TrackingOptions
 from unianom.errors import OptionError
+from unianom.options import AtLeastZero, Options
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """Write an evaluation as one HTML file: tables, curves, score histograms and a gallery of heat maps.
 
     Args:
@@ -25,13 +26,11 @@ class ReportOptions:
 
     evaluation: str
     output: str
-    gallery: int = 8
+    gallery: AtLeastZero = 8
     sections: tuple[str, ...] = ()
     overwrite: bool = False
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.output.endswith(".html"):
             raise OptionError(f"output={self.output} must be a file name that ends in .html")
-        if self.gallery < 0:
-            raise OptionError(f"gallery={self.gallery} must be 0 or more")

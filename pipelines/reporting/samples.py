@@ -29,7 +29,7 @@ SHOWN_SIDE = 256
 
 
 def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """sample_id and further columns of some samples, in the order they are stored; parts without any are skipped."""
+    """Yield sample_id and further columns of some samples, in the order they are stored; skip parts without any."""
     wanted = pa.array(sorted(sample_ids), pa.string())
     for part in parts.parts:
         ids = (i for batch in parts.read(part, None, ["sample_id"], rows=4096) for i in batch["sample_id"].to_pylist())
@@ -40,7 +40,7 @@ def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -
 
 
 def as_seen(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray, np.ndarray | None]:
-    """A sample as the model saw it: S×S×3 uint8, and its mask, S×S bool, if it has one.
+    """Return a sample as the model saw it: S×S×3 uint8, and its mask, S×S bool, if it has one.
 
     Args:
         stored: its `STORED` columns.
@@ -54,23 +54,24 @@ def as_seen(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray,
     return image, prepare_mask(decode_mask(stored["mask"], limits=limits), policy)
 
 
-def _reduced(pixels: np.ndarray) -> np.ndarray:
-    """S×S×3 uint8 or S×S float32, at most SHOWN_SIDE a side."""
+def shown_size(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels, S×S×3 uint8 or S×S float32, at most SHOWN_SIDE a side."""
     if len(pixels) <= SHOWN_SIDE:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR))
 
 
 def data_uri(kind: str, content: bytes) -> str:
+    """Return a picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def labelled(table: pa.Table) -> pa.Table:
-    """The rows of a score table that an evaluation counts, scored and with a known label, by sample_id."""
+    """Return the rows of a score table that an evaluation counts, scored and with a known label, by sample_id."""
     kept = table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.is_valid(table["label"])))
     return kept.sort_by("sample_id")
 
 
-def _texts(table: pa.Table, column: str) -> np.ndarray:
-    """A text column as an (n,) array of str or None."""
+def text_column(table: pa.Table, column: str) -> np.ndarray:
+    """Return a text column as an (n,) array of str or None."""
     return np.asarray(table[column].cast(pa.string()).to_pylist(), dtype=object)

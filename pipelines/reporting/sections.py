@@ -11,7 +11,7 @@ from unianom.errors import DataError
 
 @dataclass(frozen=True)
 class Section:
-    """What another job has to say in the report.
+    """Section of a report that another job wrote.
 
     Attributes:
         title: its heading.
@@ -58,6 +58,7 @@ def read_section(folder: str) -> Section:
 
 
 def _section_picture(folder: str, name: str) -> str:
+    """Return a picture of a section as a data URI."""
     if not files.is_plain_name(name):
         raise DataError(f"section {folder} names the picture {name}; pictures must lie beside section.json")
     path = files.join(folder, name)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluation.evaluate import Images, pixel_plan, tabulate
+from pipelines.evaluation.labelled_images import LabelledImages
 from pipelines.evaluation.options import EvaluateOptions
-from pipelines.evaluation.pixel_counts import MapReader, shard_part
+from pipelines.evaluation.pixel_counts import MapReader, plan_pixels, shard_part
+from pipelines.evaluation.tabulate import tabulate
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
 from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION
@@ -97,8 +98,8 @@ def write_evaluation(
     scores = _write_scores(folder / "scores", samples, models, shards, parts)
     output = str(folder / "evaluation")
     options = EvaluateOptions(scores.uri, shards.uri, output, soft_dice=soft_dice, **options_changed)
-    images = Images.of(scores)
-    plan = pixel_plan(options, scores, images)
+    images = LabelledImages.read(scores)
+    plan = plan_pixels(options, scores, images)
     reader = MapReader(scores, shards, plan, str(folder / "counted"))
     for part in scores.parts:
         if scores.manifest["maps"] and shard_part(part) in shards.parts:

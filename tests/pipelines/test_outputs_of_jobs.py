@@ -13,7 +13,7 @@ import pytest
 from pipelines.data.ingest import ingest
 from pipelines.data.options import IngestOptions
 from pipelines.demo import run_demo
-from pipelines.evaluation.clustering import cluster_anomalies
+from pipelines.evaluation.cluster_anomalies import cluster_anomalies
 from pipelines.evaluation.compare import compare
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.low_shot import low_shot

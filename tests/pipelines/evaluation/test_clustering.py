@@ -18,15 +18,11 @@ from sklearn.metrics import adjusted_rand_score
 import unianom
 from pipelines.data.feature_cache import CacheWriter
 from pipelines.evaluation import clustering
-from pipelines.evaluation.clustering import (
-    cluster_anomalies,
-    cluster_vectors,
-    describe_images,
-    print_clustering,
-    standardise,
-    summarise_clusters,
-)
+from pipelines.evaluation.cluster_anomalies import cluster_anomalies
+from pipelines.evaluation.cluster_summary import summarise_clusters
+from pipelines.evaluation.clustering import cluster_vectors, describe_images, standardise
 from pipelines.evaluation.options import ClusterOptions
+from pipelines.reporting.cluster_report import print_clustering
 from pipelines.runtime.model_set import write_index
 from pipelines.runtime.options import RuntimeOptions
 from tests.data.test_shards import write_set
@@ -165,7 +161,7 @@ def test_a_clustering_tells_defects_apart(model: str, shards: str, tmp_path: Pat
     table = pq.read_table(tmp_path / "out" / "clusters.parquet").to_pylist()
     assert len({(r["defect"], r["cluster"]) for r in table}) == 3
     assert {r["sample_id"] for r in table} == {f"plate/{('good', 'red', 'blue')[n % 3]}/{n:02d}" for n in range(18)}
-    print_clustering(result)
+    print_clustering(result.content, result.folder, result.fresh)
     assert "6 blue" in capsys.readouterr().out
     sheet = Image.open(io.BytesIO((tmp_path / "out" / "clusters_plate.png").read_bytes()))
     assert sheet.size == (4 * 132 + 4, 3 * (24 + 2 * 132 + 14) + 4)

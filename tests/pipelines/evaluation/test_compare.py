@@ -11,18 +11,10 @@ import pytest
 import yaml
 from scipy.stats import rankdata
 
-from pipelines.evaluation.compare import (
-    PUBLISHED,
-    Table,
-    compare,
-    latex,
-    markdown,
-    mean_ranks,
-    ranks,
-    read_published,
-    results_of,
-)
+from pipelines.evaluation.compare import compare
+from pipelines.evaluation.comparison import mean_ranks, ranks, results_of
 from pipelines.evaluation.options import CompareOptions
+from pipelines.evaluation.published import PUBLISHED, read_published
 from tests.pipelines.conftest import UNTRACKED
 from unianom.errors import DataError, OptionError
 
@@ -231,14 +223,6 @@ def test_all_forms_hold_the_same_figures(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     compare(CompareOptions(tuple(str(tmp_path / name) for name in contents), str(output), tracking=UNTRACKED))
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-
-
-def test_special_letters_are_text_in_latex_and_markdown() -> None:
-    table = Table("50 % of a_b", ["x|y", "n"], [[r"\$1 & ~{z}^#", "–"]], frozenset({(0, 1)}))
-    tex = latex(table)
-    assert r"50 \% of a\_b" in tex
-    assert r"\textbackslash{}\$1 \& \textasciitilde{}\{z\}\textasciicircum{}\# & \textbf{--} \\" in tex
-    assert r"x\|y" in markdown(table)
 
 
 def test_wrong_inputs_are_named(tmp_path: Path) -> None:

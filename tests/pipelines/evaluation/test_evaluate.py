@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.evaluation.evaluate import evaluate, headline_rows, mean_row, print_evaluation
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.metric_tables import mean_row
 from pipelines.evaluation.options import BootstrapOptions, EvaluateOptions
+from pipelines.reporting.evaluation_report import print_evaluation
+from pipelines.reporting.headline import headline_rows
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from tests.pipelines.evaluated import Scored, model_entry, write_evaluation
 from unianom import files
@@ -278,8 +281,12 @@ def test_what_is_printed(content: dict[str, Any], capsys: pytest.CaptureFixture[
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path: Path):
-    for wrong in ({"resamples": -1}, {"confidence": 1.0}, {"seed": -1}):
-        with pytest.raises(OptionError, match="bootstrap"):
+    for wrong, match in (
+        ({"resamples": -1}, "resamples=-1 must be at least 0"),
+        ({"confidence": 1.0}, r"confidence=1\.0 must be in \(0, 1\)"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+    ):
+        with pytest.raises(OptionError, match=match):
             BootstrapOptions(**wrong)
     with pytest.raises(OptionError, match="exact_pixels=-1"):
         EvaluateOptions("s", "d", "o", exact_pixels=-1)

@@ -15,11 +15,15 @@ import yaml
 
 from pipelines.data.feature_cache import CacheWriter
 from pipelines.evaluation.bank_protocol import spread
-from pipelines.evaluation.low_shot import low_shot, plan_draws, print_low_shot, summarise
+from pipelines.evaluation.low_shot import low_shot
+from pipelines.evaluation.low_shot_draws import plan_draws, summarise
 from pipelines.evaluation.options import ClusterOptions, LowShotOptions, SemanticOptions, protocol_options
-from pipelines.evaluation.semantic import choose_tasks, print_semantic, semantic
+from pipelines.evaluation.semantic import semantic
+from pipelines.evaluation.semantic_tasks import choose_tasks
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
+from pipelines.reporting.low_shot_report import print_low_shot
+from pipelines.reporting.semantic_report import print_semantic
 from pipelines.runtime.cli import parse
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.training.memory_bank import fit_banks
@@ -155,7 +159,7 @@ def test_metrics_and_what_was_left_out(inline: None, shards: str, tmp_path: Path
     assert first["image_auroc"] == expected["image_auroc"]
     assert 0 < first["pixel_auroc"] < 1
     assert first["images"] == 1
-    print_low_shot(result)
+    print_low_shot(result.content, result.folder, result.fresh)
     printed = capsys.readouterr().out
     assert "nut has only 3 normal images, so it takes no part at 5 shots." in printed
     for name in ("low_shot.png", "draws.csv", "summary.csv", "section.json"):
@@ -250,7 +254,7 @@ def test_one_vs_rest_is_a_fit_on_each_class(inline: None, classes: str, tmp_path
         assert (task["image_auroc"], task["n_images"], task["n_anomalous"]) == (expected["image_auroc"], 12, 8)
     aurocs = [task["image_auroc"] for task in result.content["tasks"]]
     assert result.content["mean"]["image_auroc"] == pytest.approx(np.mean(aurocs))
-    print_semantic(result)
+    print_semantic(result.content, result.folder, result.fresh)
     assert "mean" in capsys.readouterr().out
     assert (tmp_path / "all" / "semantic.png").stat().st_size > 1000
 

@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 import unianom
-from pipelines.inference.decide import DecideResult, DecisionSet, decide, print_decisions
+from pipelines.inference.decide import DecideResult, decide
+from pipelines.inference.decision_parts import DecisionSet
 from pipelines.inference.options import DecideOptions
+from pipelines.reporting.decision_report import print_decisions
 from pipelines.runtime.options import RuntimeOptions
 from tests.pipelines.conftest import ONE, UNTRACKED, tiny_method
 from tests.pipelines.evaluated import Scored, _write_scores, _write_shards, model_entry
@@ -165,7 +167,7 @@ def test_summary_agrees_with_counting(written: Written, scores: str, capsys: pyt
         assert row["detection_rate"] == np.mean(anomalous > fail)
         assert row["review_rate"] == np.mean((both > review) & (both <= fail))
         assert row["pass"] + row["review"] + row["fail"] == row["images"] == len(both)
-    print_decisions(result)
+    print_decisions(result.summary, result.decisions.uri, result.fresh, result.written)
     assert "at most 15 % of normal images fail" in capsys.readouterr().out
 
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.evaluation.evaluate import print_evaluation
 from pipelines.reporting.curves import figures
+from pipelines.reporting.evaluation_report import print_evaluation
 from pipelines.reporting.gallery import choose, margins
-from pipelines.reporting.html import write_report
+from pipelines.reporting.html import SCORE_COLUMNS, write_report
+from pipelines.reporting.metric_text import percent
 from pipelines.reporting.options import ReportOptions
 from pipelines.reporting.samples import labelled
-from pipelines.reporting.tables import COLUMNS, percent
 from pipelines.runtime.options import TrackingOptions
 from tests.pipelines.evaluated import MODEL, Scored, model_entry, write_evaluation
 from unianom import files
@@ -423,7 +423,7 @@ def test_margins_are_distances_from_the_threshold_in_deviations_of_normal_scores
 
 def test_choice_does_not_depend_on_the_order_of_rows(evaluation: str):
     uri = files.read_json(f"{evaluation}/evaluation.json")["scores"]["uri"]
-    table = ScoreSet.open(uri).table(columns=COLUMNS)
+    table = ScoreSet.open(uri).table(columns=SCORE_COLUMNS)
     models = [model_entry(POLICY, THRESHOLD)]
 
     def chosen(rows: pa.Table) -> list[list[str]]:
@@ -561,7 +561,7 @@ def test_categories_called_as_the_tables_are_keep_their_own_curves(tmp_path: Pat
     assert content["metrics"]["union"]["image_auroc"] == pytest.approx((3 * 8 + 4) / 32)
     assert set(content["curves"]) == {"union", "category:union", "category:mean", "a/b", "a:b"}
     assert content["curves"]["union"]["roc"] != content["curves"]["category:union"]["roc"]
-    table = ScoreSet.open(content["scores"]["uri"]).table(columns=list(COLUMNS))
+    table = ScoreSet.open(content["scores"]["uri"]).table(columns=list(SCORE_COLUMNS))
     pictures = figures(content, table)
     assert len([name for name in pictures if name.startswith("category_")]) == 4
     assert len(set(pictures.values())) == len(pictures)

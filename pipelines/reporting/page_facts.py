@@ -1,0 +1,121 @@
+"""The facts on the page: what was evaluated, the models, and the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.reporting.page_tables import with_examples
+from unianom.data.image import InputPolicy
+from unianom.data.schema import ANOMALOUS, NORMAL
+from unianom.options import flatten, from_plain
+
+
+def page_title(evaluation: Mapping[str, Any]) -> str:
+    """Return the methods and the data sets."""
+    methods = sorted({model["method"] for model in evaluation["models"]})
+    datasets = sorted({row["dataset"] for row in evaluation["metrics"]["categories"]} - {""})
+    return f"{', '.join(methods)} on {', '.join(datasets)}"
+
+
+def evaluation_facts(
+    evaluation: Mapping[str, Any], score_manifest: Mapping[str, Any], table: pa.Table
+) -> list[tuple[str, str]]:
+    """Return name and value of what a reader must know before the figures."""
+    label = table["label"].to_numpy()
+    categories = [row["category"] for row in evaluation["metrics"]["categories"]]
+    splits = "split " + ", ".join(score_manifest["splits"]) if score_manifest["splits"] else "all splits"
+    normal, anomalous = np.sum(label == NORMAL), np.sum(label == ANOMALOUS)
+    facts = [
+        ("images", f"{len(label):,} ({splits}): {normal:,} normal, {anomalous:,} anomalous"),
+        ("categories", f"{len(categories)}: {listed(categories)}"),
+        ("data", f"{evaluation['shards']['uri']} (manifest {evaluation['shards']['digest'][:12]})"),
+    ]
+    models = [_model_facts(model) for model in evaluation["models"]]
+    if len(models) > 1:
+        facts.append(("models", f"{len(models)}, each for its own categories"))
+    for name in dict.fromkeys(name for model in models for name in model):
+        values = {model.get(name) for model in models}
+        facts.append((name, models[0][name] if len(values) == 1 else "differs between the models; see Models"))
+    return facts
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return names one after the other, at most so many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _model_facts(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a model is, by name."""
+    config, bank = model["config"], model["provenance"].get("bank")
+    facts = {
+        "method": model["method"] + (f", preset {config['preset']}" if "preset" in config else ""),
+        "backbone": f"{config['backbone']['name']}, {config['backbone']['precision']}",
+        "weights": config["backbone"]["weights"],
+        "input": _input_words(from_plain(InputPolicy, config["input"])),
+    }
+    if bank is not None:
+        ratio, index = config["bank"]["coreset_ratio"], config["bank"]["index"]
+        facts["memory bank"] = (
+            f"{bank['rows']:,} of {bank['patches']:,} patches of {bank['images']:,} images "
+            f"(coreset ratio {ratio:g}), {index} index"
+        )
+    threshold = model["threshold"]
+    facts["threshold"] = (
+        "none"
+        if threshold is None
+        else (
+            f"{threshold['value']:.4g}, from {threshold['n_normals']:,} held-out normal images: at most "
+            f"{100 * threshold['target_fpr']:g} % false positives with {100 * threshold['confidence']:g} % confidence"
+        )
+    )
+    return facts
+
+
+def _input_words(policy: InputPolicy) -> str:
+    if policy.resize == "stretch":
+        words = f"stretched to {policy.size} × {policy.size}"
+    else:
+        words = f"shorter side {policy.size}, centre crop {policy.crop}"
+    if policy.pad is not None:
+        words += f", padded to {policy.pad}"
+    return f"{words}, {policy.interpolation}; masks {policy.mask_resize}"
+
+
+def model_details(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's facts, and all of its config and provenance, one name and value a line."""
+    plain = {key: model[key] for key in ("config", "threshold", "provenance")}
+    return {
+        "digest": model["digest"],
+        "categories": ", ".join(model["categories"]),
+        "facts": _model_facts(model),
+        "details": [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in flatten(plain).items()],
+    }
+
+
+def data_facts(evaluation: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of what is known of the shard set and the scores."""
+    summary = manifest["summary"]
+    span = {key: " to ".join(str(v) for v in dict.fromkeys(summary[key])) for key in ("height", "width")}
+    rejected = ", ".join(f"{count:,} {status}" for status, count in manifest["rejected"].items()) or "none"
+    rows = [
+        ("source", f"{manifest['source']} ({manifest['layout']} layout)"),
+        ("shard set", f"{evaluation['shards']['uri']}"),
+        ("manifest SHA-256", evaluation["shards"]["digest"]),
+        ("size", f"{manifest['bytes'] / 1e6:,.1f} MB in {len(manifest['files']):,} parts"),
+        ("image sizes", f"height {span['height']}, width {span['width']}; {summary['distinct_sizes']:,} distinct"),
+        ("rejected by ingest", rejected),
+        ("groups of identical images", f"{summary['duplicates']['groups']:,}"),
+        ("… in more than one split", with_examples(summary["duplicates_across_splits"])),
+        ("… with different labels", with_examples(summary["duplicates_with_other_label"])),
+    ]
+    for problem, images in summary["masks"].items():
+        rows.append((f"masks {problem.replace('_', ' ')}", f"{images['count']:,}"))
+    rows.append(("scores", f"{evaluation['scores']['uri']}"))
+    rows.append(("scores SHA-256", evaluation["scores"]["digest"]))
+    return rows
