@@ -21,7 +21,7 @@ from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
 from pipelines.training.calibrate import EmbeddingCache, HeadActor
 from pipelines.training.options import CalibrateOptions
-from pipelines.tuning.objective import RAW_OUTPUTS, load_readings, save_readings
+from pipelines.tuning.raw_outputs import RAW_OUTPUTS, load_raw_outputs, save_raw_outputs
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.calibration import Calibrator
@@ -129,12 +129,12 @@ def see(campaign: CadaCampaign, validation_set: str, folder: str) -> None:
     for name in records:
         for key in ("anomaly_map", "features"):
             found.setdefault(key, []).append(files.read_array(files.join(folder, f"{name}-{key}.npy")))
-    save_readings(folder, {key: torch.from_numpy(np.concatenate(parts)) for key, parts in found.items()}, 0.0)
+    save_raw_outputs(folder, {key: torch.from_numpy(np.concatenate(parts)) for key, parts in found.items()}, 0.0)
 
 
 def load_seen(folder: str) -> dict[str, Tensor]:
     """What `see` kept: anomaly maps N×S×S and embeddings N×C×h×w."""
-    return load_readings(folder)[0]
+    return load_raw_outputs(folder)[0]
 
 
 class ValidationInspector:
