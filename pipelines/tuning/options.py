@@ -131,7 +131,7 @@ class TuneMethod(SearchOptions, FitOptions):
     """
 
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
-    method: Any = None
+    method: Options = field(kw_only=True)
 
     @classmethod
     def searched_class(cls) -> type:
