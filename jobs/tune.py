@@ -4,13 +4,12 @@ python jobs/tune.py uniformaly --shards shards/mvtec --output campaigns/uniforma
 """
 
 from pipelines.runtime.cli import console, run
-from pipelines.tuning.options import tune_options
+from pipelines.tuning.options import TuneOptions, tune_options
 
 
-def main(options: object) -> None:
+def main(options: TuneOptions) -> None:
     """Run a campaign and print what came of it."""
-    from pipelines.tuning.agreement import print_diagnosis
-    from pipelines.tuning.figures import print_campaign
+    from pipelines.tuning.printing import print_campaign, print_diagnosis
     from pipelines.tuning.tune import tune
 
     result = tune(options)

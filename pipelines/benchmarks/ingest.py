@@ -8,11 +8,12 @@ from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines.benchmarks.harness import OURS, Timing, _report, clocked, interleave
+from pipelines.benchmarks.harness import OURS, Timing, clocked, interleave
 from pipelines.benchmarks.options import IngestBenchmark
 from pipelines.benchmarks.references import (
     open_rgb,
 )
+from pipelines.benchmarks.report import write_report
 from pipelines.benchmarks.scoring import span
 from pipelines.data.ingest_part import PartIngester
 from pipelines.data.ingest_plan import plan_parts
@@ -69,4 +70,4 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
     notes = []
     if (seconds := min(timing.seconds for timing in measured.turns[OURS])) < MEANINGFUL_SECONDS:
         notes.append(f"ingest took {seconds:.1f} s: below {MEANINGFUL_SECONDS} s this measures Ray, take more images")
-    return _report(options, "images", measured, ratios, notes=notes)
+    return write_report(options, "images", measured, ratios, notes=notes)

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, _absent, _report, clocked, fixed_threads, interleave
+from pipelines.benchmarks.harness import OURS, clocked, fixed_threads, interleave
 from pipelines.benchmarks.options import CoresetBenchmark, SearchBenchmark
 from pipelines.benchmarks.references import (
     anomalib_coreset,
     plain_coreset,
 )
+from pipelines.benchmarks.report import missing_peers, write_report
 from pipelines.benchmarks.scoring import input_batches, memory_model
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
@@ -24,7 +25,6 @@ from unianom.errors import DataError
 from unianom.memory.coreset import farthest_points, greedy_coreset, random_projection
 from unianom.memory.index import MemoryBank
 from unianom.methods import MemoryMethod
-from unianom.model import Model
 
 
 def measure_coreset(options: CoresetBenchmark) -> dict[str, Any]:
@@ -53,24 +53,24 @@ def measure_coreset(options: CoresetBenchmark) -> dict[str, Any]:
         }
     for name, ours in same_rule.items():
         table[name]["picks we share by its start rule"] = f"{len(np.intersect1d(picks[name], ours))}/{options.count}"
-    return _report(
+    return write_report(
         options,
         "picks",
         measured,
         {f"{OURS} ÷ {name}": measured.ratio(OURS, name) for name in works if name != OURS},
         tables={f"{options.count} of {len(features)} rows in {features.shape[1]} dimensions": table},
-        notes=_absent(["anomalib"]),
+        notes=missing_peers(["anomalib"]),
     )
 
 
 def _features(options: CoresetBenchmark) -> np.ndarray:
-    """`rows` × `projection` float32."""
-    if options.features is not None:
-        everything = np.load(options.features, mmap_mode="r", allow_pickle=False)
+    """Return `rows` × `projection` float32."""
+    source = options.source
+    if isinstance(source, str):
+        everything = np.load(source, mmap_mode="r", allow_pickle=False)
     else:
-        assert options.model is not None
-        assert options.shards is not None
-        everything = patch_features(memory_model(options.model), ShardSet.open(options.shards), options.rows)
+        model, shards = source
+        everything = patch_features(memory_model(model), ShardSet.open(shards), options.rows)
     if everything.ndim != 2 or len(everything) < options.rows:
         raise DataError(f"{options.rows} rows are wanted, there are features of shape {everything.shape}; lower --rows")
     drawn = np.random.default_rng(options.seed).choice(len(everything), options.rows, replace=False)
@@ -81,12 +81,10 @@ def _features(options: CoresetBenchmark) -> np.ndarray:
 
 
 @torch.inference_mode()
-def patch_features(model: Model, shards: ShardSet, rows: int) -> np.ndarray:
-    """Kept patches of normal training images, M×D float32, from as many images as give at least `rows`."""
-    method = model.method
-    assert isinstance(method, MemoryMethod)
+def patch_features(method: MemoryMethod, shards: ShardSet, rows: int) -> np.ndarray:
+    """Return kept patches of normal training images, M×D float32, of as many images as give `rows` at least."""
     kept: list[np.ndarray] = []
-    for batch in input_batches(model, shards, Selection(("train",), (), (NORMAL,)), 1):
+    for batch in input_batches(method, shards, Selection(("train",), (), (NORMAL,)), 1):
         embedding = method.embed_for_bank(batch)
         kept.append(embedding.patches[embedding.keep].float().numpy())
         if sum(len(patches) for patches in kept) >= rows:
@@ -95,7 +93,7 @@ def patch_features(model: Model, shards: ShardSet, rows: int) -> np.ndarray:
 
 
 def cover_radius(features: np.ndarray, picks: np.ndarray) -> float:
-    """Largest distance of any row to its nearest pick, in float64."""
+    """Return the largest distance of any row to its nearest pick, in float64."""
     rows = torch.from_numpy(features).double()
     chosen = rows[torch.from_numpy(np.asarray(picks))]
     return max(float(torch.cdist(block, chosen).amin(1).max()) for block in rows.split(2048))
@@ -104,9 +102,8 @@ def cover_radius(features: np.ndarray, picks: np.ndarray) -> float:
 @torch.inference_mode()
 def measure_search(options: SearchBenchmark) -> dict[str, Any]:
     """Score the same patches with both kinds of bank, in turns."""
-    model = memory_model(options.model)
-    method: Any = model.method
-    batches = input_batches(model, ShardSet.open(options.shards), Selection(("test",)), options.batch_size)
+    method: Any = memory_model(options.model)
+    batches = input_batches(method, ShardSet.open(options.shards), Selection(("test",)), options.batch_size)
     embeddings = [method.embed(batch) for batch in islice(batches, max(1, options.images // options.batch_size))]
     if not embeddings:
         raise DataError(f"{options.shards} has fewer than {options.batch_size} test images; lower --batch_size")
@@ -139,7 +136,7 @@ def measure_search(options: SearchBenchmark) -> dict[str, Any]:
         "max |Δ image score|": float(change.max()),
         "relative": float((change / scores["flat"].abs()).max()),
     }
-    return _report(
+    return write_report(
         options,
         "queries",
         measured,

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from unianom import files
 from unianom.data.layouts import LAYOUTS
 from unianom.errors import OptionError
-from unianom.options import AS_WRITTEN
+from unianom.options import AS_WRITTEN, AtLeastOne, AtLeastZero, Options, Positive
 from unianom.written import plain_options
 
 
-def check_positive(options: Any, *names: str) -> None:
-    """Refuse options that are not null and below 1."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise OptionError(f"{name}={value} must be at least 1")
+class Benchmark(Protocol):
+    """What the options of all benchmarks have."""
 
-
-# --- coreset: against the plain algorithm ----------------------------------------------------------------------------
+    @property
+    def output(self) -> str:
+        """JSON file to write; path or URI."""
 
 
 @dataclass(frozen=True)
-class CoresetBenchmark:
+class CoresetBenchmark(Options):
     """The greedy coreset against the plain algorithm and anomalib's, on the same projected features.
 
     Args:
@@ -44,26 +41,35 @@ class CoresetBenchmark:
     features: str | None = None
     model: str | None = None
     shards: str | None = None
-    rows: int = 40_000
-    count: int = 4_000
-    projection: int = 128
+    rows: AtLeastOne = 40_000
+    count: AtLeastOne = 4_000
+    projection: AtLeastZero = 128
     seed: int = 0
-    rounds: int = 1
-    threads: int = 1
+    rounds: AtLeastOne = 1
+    threads: AtLeastOne = 1
 
-    def __post_init__(self) -> None:
-        check_positive(self, "rows", "count", "rounds", "threads")
-        if (self.features is None) == (self.model is None or self.shards is None):
-            raise OptionError("give either features, or model and shards")
-        if self.count > self.rows or self.projection < 0:
-            raise OptionError("need count <= rows, and projection >= 0")
+    def check(self) -> None:
+        _ = self.source
+        if self.count > self.rows:
+            raise OptionError("need count <= rows")
 
+    @property
+    def source(self) -> str | tuple[str, str]:
+        """File of features, or model and shard set.
 
-# --- search: exact against inverted lists ----------------------------------------------------------------------------
+        Raises:
+            OptionError: neither is given, or both.
+        """
+        embedded = None if self.model is None or self.shards is None else (self.model, self.shards)
+        if self.features is not None and embedded is None:
+            return self.features
+        if self.features is None and embedded is not None:
+            return embedded
+        raise OptionError("give either features, or model and shards")
 
 
 @dataclass(frozen=True)
-class SearchBenchmark:
+class SearchBenchmark(Options):
     """A fitted model's bank searched exactly and by inverted lists, with what the latter changes.
 
     Args:
@@ -80,21 +86,15 @@ class SearchBenchmark:
     model: str
     shards: str
     output: str
-    images: int = 64
-    nprobe: int = 8
-    batch_size: int = 8
-    rounds: int = 5
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "images", "nprobe", "batch_size", "rounds", "threads")
-
-
-# --- metrics: against the codes that papers report with --------------------------------------------------------------
+    images: AtLeastOne = 64
+    nprobe: AtLeastOne = 8
+    batch_size: AtLeastOne = 8
+    rounds: AtLeastOne = 5
+    threads: AtLeastOne = 1
 
 
 @dataclass(frozen=True)
-class MetricsBenchmark:
+class MetricsBenchmark(Options):
     """Pixel metrics against scikit-learn and a plain AUPRO, a sweep of 200 thresholds, anomalib and ADEval, on drawn
     anomaly maps: time, memory and values.
 
@@ -107,20 +107,14 @@ class MetricsBenchmark:
     """
 
     output: str
-    maps: int = 200
-    size: int = 256
-    rounds: int = 5
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "maps", "size", "rounds", "threads")
-
-
-# --- pixels: a thousand million of them in bounded memory ------------------------------------------------------------
+    maps: AtLeastOne = 200
+    size: AtLeastOne = 256
+    rounds: AtLeastOne = 5
+    threads: AtLeastOne = 1
 
 
 @dataclass(frozen=True)
-class PixelsBenchmark:
+class PixelsBenchmark(Options):
     """Binned pixel metrics of very many pixels: time, memory, and how far off they are where the exact ones are known.
 
     Args:
@@ -132,17 +126,14 @@ class PixelsBenchmark:
     """
 
     output: str
-    pixels: int = 1_000_000_000
-    size: int = 256
-    drawn: int = 200
-    exact_maps: int = 200
-
-    def __post_init__(self) -> None:
-        check_positive(self, "pixels", "size", "drawn", "exact_maps")
+    pixels: AtLeastOne = 1_000_000_000
+    size: AtLeastOne = 256
+    drawn: AtLeastOne = 200
+    exact_maps: AtLeastOne = 200
 
 
 @dataclass(frozen=True)
-class IngestBenchmark:
+class IngestBenchmark(Options):
     """R_ingest: images ingested per second ÷ those that a pool of processes opens with Pillow.
 
     Args:
@@ -158,20 +149,26 @@ class IngestBenchmark:
     source: str
     output: str
     layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
-    workers: int | None = None
-    rounds: int = 5
+    workers: AtLeastOne | None = None
+    rounds: AtLeastOne = 5
 
-    def __post_init__(self) -> None:
-        check_positive(self, "rounds", "workers")
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        given = super().resolve(given)
+        layout, own = given.get("layout"), given.get("layout_options")
+        if layout not in LAYOUTS or not isinstance(own, dict):
+            return given
+        return {**given, "layout_options": plain_options(own, LAYOUTS[layout].options)}
+
+    def check(self) -> None:
         if self.layout not in LAYOUTS:
             raise OptionError(f"no layout '{self.layout}'; known: {', '.join(LAYOUTS)}")
-        object.__setattr__(self, "layout_options", plain_options(self.layout_options, LAYOUTS[self.layout].options))
         if not files.is_local(self.source):
             raise OptionError(f"source={self.source}: Pillow opens files of this machine only; give a local folder")
 
 
 @dataclass(frozen=True)
-class TrainingBenchmark:
+class TrainingBenchmark(Options):
     """Training steps on kept frozen features ÷ steps that run the frozen encoder on prepared images.
 
     Args:
@@ -189,22 +186,16 @@ class TrainingBenchmark:
     model: str
     shards: str
     output: str
-    images: int = 128
-    steps: int = 10
-    rounds: int = 3
-    threads: int = 1
-    device: str = "cpu"
-    precision: str = "fp32"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "images", "steps", "rounds", "threads")
-
-
-# --- inference: batch norm folded against left alone -----------------------------------------------------------------
+    images: AtLeastOne = 128
+    steps: AtLeastOne = 10
+    rounds: AtLeastOne = 3
+    threads: AtLeastOne = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
-class InferenceBenchmark:
+class InferenceBenchmark(Options):
     """Predictions of a network with its batch norm folded into convolutions ÷ those of the network as it was trained.
 
     Args:
@@ -219,21 +210,15 @@ class InferenceBenchmark:
 
     model: str
     output: str
-    images: int = 32
-    batch_size: int = 8
-    rounds: int = 5
-    threads: int = 1
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "images", "batch_size", "rounds", "threads")
-
-
-# --- similarity: UniNet's loss in blocks against whole matrices ------------------------------------------------------
+    images: AtLeastOne = 32
+    batch_size: AtLeastOne = 8
+    rounds: AtLeastOne = 5
+    threads: AtLeastOne = 1
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
-class SimilarityBenchmark:
+class SimilarityBenchmark(Options):
     """UniNet's similarities (forward and backward pass) in blocks of rows ÷ with whole HW×HW matrices.
 
     Args:
@@ -248,20 +233,17 @@ class SimilarityBenchmark:
     """
 
     output: str
-    batch_size: int = 8
-    channels: int = 256
-    side: int = 64
-    temperature: float = 0.1
-    rounds: int = 3
-    threads: int = 1
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "channels", "side", "rounds", "threads")
+    batch_size: AtLeastOne = 8
+    channels: AtLeastOne = 256
+    side: AtLeastOne = 64
+    temperature: Positive = 0.1
+    rounds: AtLeastOne = 3
+    threads: AtLeastOne = 1
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
-class PipeBenchmark:
+class PipeBenchmark(Options):
     """R_pipe: images scored end to end per second ÷ (workers × those of the bare backbone on one thread).
 
     Args:
@@ -277,13 +259,10 @@ class PipeBenchmark:
     model: str
     shards: str
     output: str
-    workers: int | None = None
-    rounds: int = 3
+    workers: AtLeastOne | None = None
+    rounds: AtLeastOne = 3
     maps: bool = False
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        check_positive(self, "rounds", "batch_size", "workers")
+    batch_size: AtLeastOne = 8
 
 
 BENCHMARKS: dict[str, type] = {

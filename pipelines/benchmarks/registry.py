@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.benchmarks.inference import measure_inference
 from pipelines.benchmarks.ingest import measure_ingest
 from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
-from pipelines.benchmarks.metrics import measure_metrics, measure_pixels
+from pipelines.benchmarks.metrics import measure_metrics
 from pipelines.benchmarks.options import (
+    Benchmark,
     CoresetBenchmark,
     InferenceBenchmark,
     IngestBenchmark,
@@ -24,8 +26,10 @@ from pipelines.benchmarks.options import (
     SimilarityBenchmark,
     TrainingBenchmark,
 )
+from pipelines.benchmarks.pixels import measure_pixels
 from pipelines.benchmarks.scoring import measure_pipe
-from pipelines.benchmarks.training import measure_inference, measure_similarity, measure_training
+from pipelines.benchmarks.similarity import measure_similarity
+from pipelines.benchmarks.training import measure_training
 from unianom import files
 from unianom.errors import DataError
 
@@ -40,11 +44,11 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     InferenceBenchmark: measure_inference,
     SimilarityBenchmark: measure_similarity,
 }
-"""What each benchmark's options are measured with."""
+"""The function that measures each benchmark."""
 
 
-def measure(options: Any) -> dict[str, Any]:
-    """Run the benchmark that these options belong to; returns what is written to its output.
+def measure(options: Benchmark) -> dict[str, Any]:
+    """Run the benchmark that these options belong to; return what is written to its output.
 
     Raises:
         UnianomError: wrong options or inputs, or an output that is there already: figures are never replaced.

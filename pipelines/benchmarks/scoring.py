@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.benchmarks.harness import OURS, Side, Timing, _report, interleave
+from pipelines.benchmarks.bare_forward import BareForward
+from pipelines.benchmarks.harness import OURS, Side, Timing, interleave
 from pipelines.benchmarks.options import PipeBenchmark
-from pipelines.benchmarks.references import (
-    BareForward,
-)
+from pipelines.benchmarks.report import write_report
 from pipelines.inference.score import PartScorer
 from pipelines.runtime.actors import ENDED, STARTED, connect, run_tasks
 from pipelines.runtime.model_set import ModelSet
@@ -30,7 +29,7 @@ from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import OptionError
-from unianom.methods import MemoryMethod
+from unianom.methods import MemoryMethod, Method
 from unianom.model import Model
 from unianom.options import to_plain
 
@@ -54,21 +53,21 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
     shards = ShardSet.open(options.shards)
     workers = options.workers or os.cpu_count() or 1
     runtime = RuntimeOptions(workers=workers)
-    model = memory_model(options.model)
+    method = memory_model(options.model)
     images = shards.count(Selection())
     connect(runtime)
     alone, together = "bare forward, 1 process", f"bare forward, {workers} processes at once"
     walls: list[float] = []
     with TemporaryDirectory(prefix="unianom-benchmark-") as folder:
         cached = str(Path(folder) / "images.npy")
-        batches = input_batches(model, shards, Selection(), options.batch_size)
+        batches = input_batches(method, shards, Selection(), options.batch_size)
         np.save(cached, np.concatenate(list(islice(batches, max(1, FORWARD_IMAGES // options.batch_size)))))
 
         def score() -> Timing:
             with TemporaryDirectory(dir=folder) as output:
                 start = time.perf_counter()
                 results = list(
-                    run_tasks(PartScorer, scorer_arguments(options, shards, output), _units(shards), runtime)
+                    run_tasks(PartScorer, scorer_arguments(options, shards, output), _part_tasks(shards), runtime)
                 )
                 walls.append(time.perf_counter() - start)
             return Timing(images, span(results))
@@ -85,7 +84,7 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
     notes = [f"Ray's start-up (actors, loading the model), not in R_pipe: {statistics.median(starts):.1f} s (median)"]
     if images < MEANINGFUL_IMAGES:
         notes.append(f"only {images} images: take at least {MEANINGFUL_IMAGES} for a figure that means something")
-    return _report(
+    return write_report(
         options,
         "images",
         measured,
@@ -100,7 +99,7 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
 
 
 def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> dict[str, Any]:
-    """Arguments of `PartScorer`, as jobs/score.py gives them."""
+    """Return the arguments of `PartScorer`, as jobs/score.py gives them."""
     model_set = ModelSet.open(options.model)
     return {
         "shards": shards,
@@ -118,27 +117,32 @@ def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> d
 
 
 def span(results: Sequence[dict[str, Any]]) -> float:
-    """Seconds from the start of the first task to the end of the last."""
+    """Return the seconds from the start of the first task to the end of the last."""
     return max(result[ENDED] for result in results) - min(result[STARTED] for result in results)
 
 
-def _units(shards: ShardSet) -> list[dict[str, Any]]:
+def _part_tasks(shards: ShardSet) -> list[dict[str, Any]]:
     return [{"part": part} for part in shards.parts]
 
 
-def memory_model(folder: str) -> Model:
+def memory_model(folder: str) -> MemoryMethod:
+    """Return the method of a model folder.
+
+    Raises:
+        OptionError: it holds several models, or one without a memory bank.
+    """
     model_set = ModelSet.open(folder)
     if model_set.by_category:
         raise OptionError(f"{folder} holds a model for each category; give the folder of one of them")
-    model = load_model(model_set.uri, "cpu")
-    if not isinstance(model.method, MemoryMethod):
-        raise OptionError(f"{folder} holds a {model.method.name}; this benchmark takes models with a memory bank")
-    return model
+    method = load_model(model_set.uri, "cpu").method
+    if not isinstance(method, MemoryMethod):
+        raise OptionError(f"{folder} holds a {method.name}; this benchmark takes models with a memory bank")
+    return method
 
 
-def input_batches(model: Model, shards: ShardSet, selection: Selection, batch_size: int) -> Iterator[torch.Tensor]:
-    """Selected images as the network's input, B×3×S×S; a smaller last batch is left out."""
-    policy = model.method.input
+def input_batches(method: Method, shards: ShardSet, selection: Selection, batch_size: int) -> Iterator[torch.Tensor]:
+    """Yield selected images as the network's input, B×3×S×S; a smaller last batch is left out."""
+    policy = method.input
     waiting: list[np.ndarray] = []
     for part in shards.parts:
         for rows in shards.read(part, selection, ["image"]):
@@ -190,8 +194,8 @@ class StagedScorer(PartScorer):
 
 
 def stage_split(options: PipeBenchmark, shards: ShardSet, folder: str) -> dict[str, dict[str, float]]:
-    """CPU milliseconds an image of each stage of one worker, and its share."""
-    tasks = _units(shards)
+    """Return CPU milliseconds an image of each stage of one worker, and its share."""
+    tasks = _part_tasks(shards)
     entries = shards.manifest["files"]
     enough = next((n for n in range(1, len(tasks)) if sum(e["rows"] for e in entries[:n]) >= STAGE_IMAGES), len(tasks))
     seconds: dict[str, float] = {}

@@ -30,6 +30,7 @@ from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
 from unianom.methods import Method
+from unianom.methods.layers.postprocess import upsample_and_blur
 
 GOOD = "good"
 """Type of normal images that carry no defect name."""

@@ -1,10 +1,11 @@
-"""The search over options that act after the network: many settings, one set of kept raw_outputs, no network run."""
+"""The search over options that act after the network: many settings, one set of kept raw outputs, no network run; and
+what a trial costs."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from pipelines.data.validation_set import Measured, Table, ValidationSet
 from pipelines.tuning.space import key_of
-from unianom import files
 from unianom.errors import DataError
 from unianom.methods import MemoryMethod, Method
 from unianom.options import with_values
@@ -23,10 +23,7 @@ IMAGES_AT_ONCE = 32
 """Maps of the input's size held at a time."""
 
 OBJECTIVE = "objective"
-"""What a trial reports: how well it does."""
-
-RAW_OUTPUTS = "_readings.json"
-"""Names the arrays of kept raw_outputs, once all are written, and tells the latency."""
+"""Name of what a trial reports: how well it does."""
 
 TIMED_PREDICTIONS = 9
 """Predictions of one image each whose median time is the latency."""
@@ -44,7 +41,7 @@ class Postprocessor(Protocol):
 
 @dataclass(frozen=True)
 class ScoredSetting:
-    """One setting of the reading options and what came of it.
+    """One setting of the postprocess options and what came of it.
 
     Attributes:
         values: of the options, by name.
@@ -56,16 +53,6 @@ class ScoredSetting:
 
 
 @torch.inference_mode()
-def compute_raw_outputs(method: Method, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Raw outputs of all images, N×… by name, where the method lies."""
-    found = []
-    for images in batches:
-        method.check_images(images)
-        found.append(method.forward(images).tensors)
-    return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
-
-
-@torch.inference_mode()
 def score_settings(
     method: Postprocessor,
     raw_outputs: Mapping[str, Tensor],
@@ -74,7 +61,7 @@ def score_settings(
     validation_set: ValidationSet,
     objective: Mapping[str, float],
 ) -> list[ScoredSetting]:
-    """Compare settings of the reading options.
+    """Compare settings of the postprocess options.
 
     Settings that share the options of the map share its making and its pixel metrics.
 
@@ -82,7 +69,7 @@ def score_settings(
         method: on the CPU, or where the raw outputs lie.
         raw_outputs: N×… each.
         config: the method's options where a setting says nothing.
-        settings: reading options by name.
+        settings: postprocess options by name.
         validation_set: the N images.
         objective: weights of the metrics.
 
@@ -96,7 +83,7 @@ def score_settings(
     results: dict[int, ScoredSetting] = {}
     for numbers in groups.values():
         configs = [with_values(config, settings[number]) for number in numbers]
-        scores, maps = read(method, raw_outputs, configs, validation_set)
+        scores, maps = postprocess_all(method, raw_outputs, configs, validation_set)
         pixel = _pixels(validation_set, maps, objective)
         for number, own in zip(numbers, scores, strict=True):
             results[number] = ScoredSetting(dict(settings[number]), _measured(validation_set, own, pixel, objective))
@@ -106,7 +93,7 @@ def score_settings(
 def measure(
     validation_set: ValidationSet, scores: np.ndarray, maps: np.ndarray, objective: Mapping[str, float]
 ) -> Measured:
-    """The verdict on N scores and N×s×s thinned maps."""
+    """Return the metrics of N scores and N×s×s thinned maps."""
     return validation_set.measured(
         validation_set.image_table(scores), _pixels(validation_set, maps, objective), objective
     )
@@ -120,10 +107,10 @@ def gain_interval(
     resamples: int = 100,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Between what 95 % of the gains lie that one setting has over another on images drawn anew.
+    """Return the interval that holds 95 % of the gains of one setting over another on images drawn anew.
 
-    The same images for both, each time. It does not know of how many settings the better one is the best, so a gain
-    that is not beyond chance by this is none.
+    The same images for both, each time. The interval does not know of how many settings the better one is the best, so
+    a gain that is not beyond chance by this is none.
 
     Args:
         validation_set: the N images.
@@ -142,7 +129,7 @@ def gain_interval(
 
 
 def _pixels(validation_set: ValidationSet, maps: np.ndarray, objective: Mapping[str, float]) -> Table:
-    """Pixel metrics, where the objective has any."""
+    """Return pixel metrics, where the objective has any."""
     if not any("pixel" in name for name in objective):
         return {}
     return validation_set.pixel_table(maps, union=any(name.startswith("union_pixel") for name in objective))
@@ -156,10 +143,10 @@ def _measured(
     return validation_set.measured(validation_set.image_table(scores), pixel, objective)
 
 
-def read(
+def postprocess_all(
     method: Postprocessor, raw_outputs: Mapping[str, Tensor], configs: Sequence[Any], validation_set: ValidationSet
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Scores of all images for each config, and the maps N×s×s that all these configs share, thinned.
+    """Return scores of all images for each config, and the maps N×s×s that all these configs share, thinned.
 
     Args:
         method, raw_outputs, validation_set: as of `score_settings`.
@@ -182,96 +169,20 @@ def read(
     return [torch.cat(own).numpy() for own in scores], thinned
 
 
-def best_of(raw_outputs: Sequence[ScoredSetting]) -> ScoredSetting:
-    """The one with the largest objective; of equals the first.
+def best_setting(scored: Sequence[ScoredSetting]) -> tuple[ScoredSetting, Measured]:
+    """Return the setting with the largest objective, of equals the first, and its metrics.
 
     Raises:
         DataError: none has finite scores.
     """
-    good = [(one.measured.objective, one) for one in raw_outputs if one.measured is not None]
+    good = [(one, one.measured) for one in scored if one.measured is not None]
     if not good:
         raise DataError("no setting gives finite scores on the validation images")
-    return max(good, key=lambda pair: pair[0])[1]
-
-
-# --------------------------------------------------------------------------------------------- in a trial that trains
-@dataclass(frozen=True)
-class ObjectiveValidation:
-    """What a trained trial is compared on with others.
-
-    Attributes:
-        validation_set: URI of the validation images.
-        stride: see `ValidationOptions.pixel_stride`.
-        objective: weights of the metrics.
-        raw_outputs: folder for the raw outputs of the trained model.
-    """
-
-    validation_set: str
-    stride: int
-    objective: dict[str, float]
-    raw_outputs: str
-
-    def make(self, method: Method, batch_size: int) -> ObjectiveValidator:
-        """Return the validator of a method; see `ValidatorConfig`."""
-        return ObjectiveValidator(self, method, batch_size)
-
-
-class ObjectiveValidator:
-    """Measures a method on the validation images of a campaign, during its training.
-
-    Args:
-        config: what to compare on.
-        method: the method.
-        batch_size: images in one forward pass.
-    """
-
-    def __init__(self, config: ObjectiveValidation, method: Method, batch_size: int) -> None:
-        self._config, self._method, self._batch_size = config, method, batch_size
-        self._validation_set: ValidationSet | None = None
-
-    def run(self) -> dict[str, float]:
-        """The objective, by the method's own reading options, and the metrics it is made of.
-
-        Raises:
-            DataError: scores are not finite.
-        """
-        validation_set, raw_outputs = self._find()
-        objective = self._config.objective
-        measured = score_settings(self._method, raw_outputs, self._method.config, [{}], validation_set, objective)[
-            0
-        ].measured
-        if measured is None:
-            raise DataError("scores of validation images hold NaN or infinite values; lower the learning rate")
-        return {OBJECTIVE: measured.objective, **measured.metrics}
-
-    def cache_outputs(self) -> None:
-        """Write down the raw_outputs, so that the search over them needs no network."""
-        _, raw_outputs = self._find()
-        save_readings(self._config.raw_outputs, raw_outputs, latency(self._method))
-
-    def _find(self) -> tuple[ValidationSet, dict[str, Tensor]]:
-        if self._validation_set is None:
-            self._validation_set = ValidationSet(self._config.validation_set, self._config.stride)
-        batches = self._validation_set.batches(self._batch_size, self._method.input, self._method.device)
-        return self._validation_set, compute_raw_outputs(self._method, batches)
-
-
-def save_readings(folder: str, raw_outputs: Mapping[str, Tensor], milliseconds: float) -> None:
-    """Write raw_outputs, N×… by name, and the latency of whom they are from."""
-    for name, value in raw_outputs.items():
-        files.write_array(files.join(folder, f"{name}.npy"), value.cpu().numpy())
-    files.write_json(files.join(folder, RAW_OUTPUTS), {"names": list(raw_outputs), "latency_ms": milliseconds})
-
-
-def load_readings(folder: str) -> tuple[dict[str, Tensor], float]:
-    """What `save_readings` wrote."""
-    told = files.read_json(files.join(folder, RAW_OUTPUTS))
-    arrays = {name: files.read_array(files.join(folder, f"{name}.npy")) for name in told["names"]}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, told["latency_ms"]
+    return max(good, key=lambda pair: pair[1].objective)
 
 
 def latency(method: Method) -> float:
-    """Milliseconds of a prediction of one image, decoding apart: the median of some, on the method's device."""
+    """Return the milliseconds of a prediction of one image without decoding: a median, on the method's device."""
     image = torch.zeros(1, 3, method.input.side, method.input.side, device=method.device)
     times = []
     for _ in range(TIMED_PREDICTIONS + 1):
@@ -282,7 +193,7 @@ def latency(method: Method) -> float:
 
 
 def memory(method: Method) -> float:
-    """Megabytes of weights and, where there is one, of the memory bank."""
+    """Return the megabytes of weights and, where there is one, of the memory bank."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*method.parameters(), *method.buffers()])
     if isinstance(method, MemoryMethod) and method.bank is not None:
         size += 4 * method.bank.rows * method.bank.shards[0].dimension

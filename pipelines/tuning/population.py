@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from pipelines.training.job import Segment
-from pipelines.training.options import WORK, Phase
+from pipelines.training.options import WORK, Phase, TrainingOptions
+from pipelines.tuning.dimensions import Choice, Dimension
 from pipelines.tuning.objective import OBJECTIVE
 from pipelines.tuning.options import PopulationOptions
-from pipelines.tuning.space import Choice, Dimension
+from pipelines.tuning.records import LATENCY, MEMORY, RECORD, read_reports, seconds_since, trial_id
+from pipelines.tuning.statuses import CARRIED
 from pipelines.tuning.trained_trials import TrainedCampaign
-from pipelines.tuning.trial import CARRIED, LATENCY, MEMORY, RECORD, TrialContext, read_reports, seconds_since, trial_id
+from pipelines.tuning.trial import TrialContext
 from unianom import files
 from unianom.options import to_plain
 
@@ -47,12 +49,12 @@ class PopulationCampaign(TrainedCampaign):
     def config_of(self, values: Mapping[str, Any]) -> Any:
         return super().config_of({name: value for name, value in values.items() if not name.startswith("_")})
 
-    def fit_options(self, values: Mapping[str, Any]) -> Any:
+    def fit_options(self, values: Mapping[str, Any]) -> TrainingOptions:
         phases = tuple(Phase(phase["start"], phase["method"]) for phase in values.get(PHASES, ()))
         return dataclasses.replace(self.options, phases=phases)
 
-    def shown_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return current(values)
+    def final_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return current_options(values)
 
     def run(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> dict[str, Any]:
         parent = None
@@ -64,12 +66,12 @@ class PopulationCampaign(TrainedCampaign):
         segment = Segment(start, end, files.join(folder, STATE))
         self.train(values, folder, context, segment)
         if values[UNTIL] < 1 and not read_reports(folder):
-            # its driver died when the segment had ended and before it heard how well it did
+            # its driver died when the segment had ended and before its objective was recorded
             files.remove(files.join(folder, WORK))
             files.remove(segment.state)
             self.train(values, folder, context, segment)
         reports = [*([] if parent is None else files.read_json(files.join(parent, RECORD))["reports"])]
-        reports += [told for told in read_reports(folder) if told not in reports]
+        reports += [report for report in read_reports(folder) if report not in reports]
         if values[UNTIL] == 1:
             record = {**super().run(values, folder, context), "reports": reports}
             files.write_json(files.join(folder, RECORD), record)
@@ -89,8 +91,8 @@ class PopulationCampaign(TrainedCampaign):
         return record
 
 
-def current(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a segment at its end."""
+def current_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a segment at its end."""
     options = {name: value for name, value in values.items() if not name.startswith("_")}
     for phase in values.get(PHASES, ()):
         options |= phase["method"]
@@ -98,7 +100,7 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_segments(members: Sequence[Mapping[str, Any]], segments: int) -> list[dict[str, Any]]:
-    """The first segments of a population, from the options of its members."""
+    """Return the first segments of a population, from the options of its members."""
     return [{**member, PHASES: [], UNTIL: 1 / segments, PARENT: None} for member in members]
 
 
@@ -111,7 +113,7 @@ def next_segments(
     options: PopulationOptions,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """The segments that follow.
+    """Return the segments that follow.
 
     Args:
         members: values of the last segments.
@@ -135,7 +137,7 @@ def next_segments(
         if number in worst and best:
             parent = members[best[int(rng.integers(len(best)))]]
             mutable = [dimension for dimension in space if dimension.name in changing]
-            changed = explore(mutable, current(parent), options, rng)
+            changed = explore(mutable, current_options(parent), options, rng)
             phases = [*parent[PHASES], {"start": done / options.segments, "method": changed}]
         following.append({**parent, PHASES: phases, UNTIL: until, PARENT: trial_id(parent)})
     return following
@@ -144,7 +146,7 @@ def next_segments(
 def explore(
     space: Sequence[Dimension], values: Mapping[str, Any], options: PopulationOptions, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Values drawn anew, or near those given; all of the space, so that a phase tells them all."""
+    """Draw values anew, or near those given; all of the space, so that a phase holds them all."""
     changed = {}
     for dimension in space:
         domain, value = dimension.domain, values[dimension.name]

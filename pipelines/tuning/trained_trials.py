@@ -12,39 +12,32 @@ from pipelines.runtime.models import load_model
 from pipelines.runtime.tracking import Run
 from pipelines.training.driver import plan_job
 from pipelines.training.job import Segment, make_method
-from pipelines.training.options import WORK
+from pipelines.training.options import WORK, TrainingOptions
 from pipelines.training.ray_training import run_job
 from pipelines.training.validation import PROGRESS
-from pipelines.tuning.objective import (
-    OBJECTIVE,
-    RAW_OUTPUTS,
-    ObjectiveValidation,
-    compute_raw_outputs,
-    load_readings,
-    memory,
-)
-from pipelines.tuning.trial import REPORTS, Campaign, FittedTrial, TrialContext, read_reports
+from pipelines.tuning.objective import OBJECTIVE, memory
+from pipelines.tuning.objective_validation import ObjectiveValidation
+from pipelines.tuning.raw_outputs import RAW_OUTPUTS, RAW_OUTPUTS_FOLDER, compute_raw_outputs, load_raw_outputs
+from pipelines.tuning.records import REPORTS, read_reports
+from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.errors import DataError
 from unianom.model import is_model
 
-KEPT = "readings"
-"""Folder of a trial for the raw outputs of its trained model, until its record is written."""
 
-
-class TrainedCampaign(Campaign):
+class TrainedCampaign(Campaign[TrainingOptions]):
     """A campaign of a method that is trained."""
 
     def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
         validation_set = self.train(values, folder, context, None)
-        raw_outputs, milliseconds = load_readings(files.join(folder, KEPT))
+        raw_outputs, milliseconds = load_raw_outputs(files.join(folder, RAW_OUTPUTS_FOLDER))
         method = load_model(trained_model(folder), "cpu").method
         return FittedTrial(method, raw_outputs, validation_set, milliseconds, memory(method))
 
     def train(self, values: Mapping[str, Any], folder: str, context: TrialContext, segment: Segment | None) -> str:
-        """Train a trial, or a segment of it, unless that was done; URI of the validation images."""
+        """Train a trial, or a segment of it, unless that was done; return the URI of the validation images."""
         config, options = self.config_of(values), self.fit_options(values)
-        work, kept = files.join(folder, WORK), files.join(folder, KEPT)
+        work, kept = files.join(folder, WORK), files.join(folder, RAW_OUTPUTS_FOLDER)
         with context.exclusive():
             validation_set = self.validation_set_of(make_method(self.name, config))
         ended = is_model(trained_model(folder)) and files.exists(files.join(kept, RAW_OUTPUTS))
@@ -52,9 +45,9 @@ class TrainedCampaign(Campaign):
             return validation_set
         with context.exclusive():
             job = plan_job(self.name, config, options, self.shards, self.categories, self.chosen, work)
-        comparison = ObjectiveValidation(validation_set, self.validation.pixel_stride, self.objective, kept)
+        validator = ObjectiveValidation(validation_set, self.validation.pixel_stride, self.objective, kept)
         reports = Reports(folder, job.iterations)
-        run_job(replace(job, validator=comparison, segment=segment), options, work, reports, "", context.callbacks())
+        run_job(replace(job, validator=validator, segment=segment), options, work, reports, "", context.callbacks())
         files.remove(files.join(work, "checkpoints"))
         return validation_set
 
@@ -87,15 +80,15 @@ class Reports(Run):
         self._lock = threading.Lock()
 
     def metrics(self, values: Mapping[str, SupportsFloat | None], step: int | None = None) -> None:
-        told = {name.removeprefix("validation/"): value for name, value in values.items() if "validation/" in name}
-        if OBJECTIVE not in told or step is None:
+        found = {name.removeprefix("validation/"): value for name, value in values.items() if "validation/" in name}
+        if OBJECTIVE not in found or step is None:
             return
-        report = {PROGRESS: round(100 * step / self._iterations), **told}
+        report = {PROGRESS: round(100 * step / self._iterations), **found}
         with self._lock:
             before = [old for old in read_reports(self._folder) if old[PROGRESS] < report[PROGRESS]]
             files.write_json(files.join(self._folder, REPORTS), [*before, report])
 
 
 def trained_model(folder: str) -> str:
-    """Model folder of a trained trial, where it is kept."""
+    """Return the model folder of a trained trial, where it is kept."""
     return files.join(folder, WORK, "trained")

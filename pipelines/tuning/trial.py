@@ -1,22 +1,17 @@
-"""One trial of a campaign: fit a method by some values of its options, then search its reading options.
+"""What the trials of a campaign share, and one trial: fit it, then search its postprocess options.
 
 A trial is what its values say and nothing else: it lies in a folder named by them, and whoever finds its record there
-need not run it. So a campaign that died goes on by being started again: trials with a record tell what they once told.
+need not run it. So a campaign that died goes on by being started again: trials with a record report what they reported
+before.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 from ray.train import UserCallback
@@ -25,38 +20,46 @@ from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import TrainValSplit
 from pipelines.data.validation_set import ValidationSet, build_tests, build_validation_set
 from pipelines.runtime.errors import reason, user_error
-from pipelines.training.options import WORK
+from pipelines.training.options import WORK, CalibrateOptions, FitOptions
 from pipelines.training.ray_training import WorkersLostError
 from pipelines.training.validation import PROGRESS
-from pipelines.tuning.objective import OBJECTIVE, Postprocessor, ScoredSetting, best_of, read, score_settings
-from pipelines.tuning.space import key_of
+from pipelines.tuning.objective import (
+    OBJECTIVE,
+    Postprocessor,
+    ScoredSetting,
+    best_setting,
+    postprocess_all,
+    score_settings,
+)
+from pipelines.tuning.raw_outputs import RAW_OUTPUTS_FOLDER
+from pipelines.tuning.records import (
+    BEST,
+    GIVEN,
+    LATENCY,
+    MAPS,
+    MEMORY,
+    RECORD,
+    SCORES,
+    begin_trial,
+    read_record,
+    read_reports,
+    seconds_since,
+    trial_id,
+    write_early_end,
+    write_settings,
+)
+from pipelines.tuning.statuses import CRASHED, DONE, FAILED
 from unianom import files
 from unianom.data.shards import ShardSet
 from unianom.errors import MachineError, UnianomError, WeightsError
 from unianom.methods import METHODS, Method
 from unianom.options import from_plain, to_plain, with_values
 
-DONE, STOPPED, FAILED, CRASHED = "done", "stopped", "failed", "crashed"
-"""How a trial ended: to its end; early, being worse than others; by a fault of its own values; by one of the machines
-it ran on, so that it is tried again when the campaign is resumed."""
-
-CARRIED = "carried"
-"""How a part of a trial of population-based training ended that others go on from."""
-
-RECORD, PLAN, REPORTS, SETTINGS = "record.json", "values.json", "reports.json", "settings.parquet"
-"""Files of a trial: what came of it; its values, written first; what it reported while it trained; all settings of its
-reading options."""
-
-SCORES, MAPS = "scores.npy", "maps.npy"
-BEST, GIVEN = "best", "given"
-"""Scores and thinned maps of the validation images are kept by the best setting of every trial, and of the trial with
-the options as given also by these."""
-
-LATENCY, MEMORY = "latency_ms", "memory_mb"
+FittingOptions = TypeVar("FittingOptions", bound=FitOptions | CalibrateOptions)
 
 
 @dataclass(frozen=True)
-class Campaign:
+class Campaign(Generic[FittingOptions]):
     """What all trials of a campaign share; its kinds say how a trial is fitted.
 
     Attributes:
@@ -64,7 +67,7 @@ class Campaign:
         options: of fitting it.
         shards, categories: the corpus.
         chosen: which images are learned from, and which held out.
-        settings: values of the reading options that every trial is finished with; the first has those of `config`.
+        settings: values of the postprocess options that every trial is finished with; the first has those of `config`.
         validation, objective: what trials are compared on, and by.
         folder: of the campaign.
         keep_models: whether trained models stay, for a diagnosis.
@@ -72,7 +75,7 @@ class Campaign:
 
     name: str
     config: dict[str, Any]
-    options: Any
+    options: FittingOptions
     shards: ShardSet
     categories: list[str]
     chosen: TrainValSplit
@@ -84,27 +87,27 @@ class Campaign:
 
     @property
     def config_class(self) -> type:
-        """Whose options are searched."""
+        """Class of the options that are searched."""
         return METHODS[self.name].Config
 
     def config_of(self, values: Mapping[str, Any]) -> Any:
-        """The options of a trial."""
+        """Return the options of a trial."""
         return with_values(from_plain(self.config_class, self.config), values)
 
-    def fit_options(self, values: Mapping[str, Any]) -> Any:
-        """The options of fitting a trial."""
+    def fit_options(self, values: Mapping[str, Any]) -> FittingOptions:
+        """Return the options of fitting a trial."""
         return self.options
 
-    def shown_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a trial in tables and figures."""
+    def final_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of a trial at its end, for tables and figures."""
         return dict(values)
 
     def trial_folder(self, values: Mapping[str, Any]) -> str:
-        """Where a trial lies."""
+        """Return the folder of a trial."""
         return files.join(self.folder, "trials", trial_id(values))
 
     def validation_set_of(self, method: Method) -> str:
-        """URI of the validation images as input of a method."""
+        """Build the validation images as input of a method, and return their URI."""
         return build_validation_set(
             self.shards,
             self.categories,
@@ -116,16 +119,16 @@ class Campaign:
         )
 
     def tests_for(self, method: Method, folder: str) -> str:
-        """URI of the test split as input of a method, for a diagnosis."""
+        """Build the test split as input of a method, for a diagnosis, and return its URI."""
         images = files.join(folder, "images")
         return build_tests(self.shards, self.categories, method.input, self.options.limits, images)
 
     def run(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> dict[str, Any]:
-        """Run a trial in its folder; its record, written."""
+        """Run a trial in its folder; write and return its record."""
         return finish_trial(self, values, folder, self.fit(values, folder, context))
 
     def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
-        """Fit a trial in its folder and find what it sees in the validation images."""
+        """Fit a trial in its folder and compute its raw outputs on the validation images."""
         raise NotImplementedError
 
     def tests(self, values: Mapping[str, Any], folder: str) -> Any:
@@ -137,15 +140,15 @@ class Campaign:
         raise NotImplementedError
 
     def find_in_tests(self, values: Mapping[str, Any], tests: Any, device: str) -> FittedTrial:
-        """Find what a trial sees in the test split."""
+        """Compute the raw outputs of a trial on the test split."""
         raise NotImplementedError
 
 
 class FittedTrial(NamedTuple):
-    """A fitted trial, on the CPU, and what it finds in the images at a URI.
+    """A fitted trial, on the CPU, and its raw outputs on the images at a URI.
 
     Attributes:
-        reader: the method, or what reads like one.
+        postprocessor: the method, or what makes maps and scores as one does.
         raw_outputs: N×… by name.
         validation_set: URI of the N images.
         latency_ms, memory_mb: of a prediction of one image, and of weights and bank.
@@ -171,124 +174,23 @@ class TrialContext:
     exclusive: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def trial_id(values: Mapping[str, Any]) -> str:
-    """Name of the trial with these values."""
-    return files.sha256_of(key_of(values).encode())[:10]
-
-
-def read_record(folder: str) -> dict[str, Any] | None:
-    """What came of a trial; None if it has not ended, or crashed."""
-    path = files.join(folder, RECORD)
-    if not files.exists(path):
-        return None
-    record = files.read_json(path)
-    return None if record["status"] == CRASHED else record
-
-
-def write_end(
-    folder: str,
-    values: Mapping[str, Any],
-    status: str,
-    error: str | None = None,
-    told: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Write the record of a trial that did not come to its end; `told` are reports that reached Tune."""
-    kept = {report[PROGRESS]: dict(report) for report in [*told, *read_reports(folder)]}
-    reports = [kept[progress] for progress in sorted(kept)]
-    record = {
-        "trial": trial_id(values),
-        "status": status,
-        "error": error,
-        "values": to_plain(dict(values)),
-        "reports": reports,
-        "objective": None,
-        "seconds": seconds_since(folder),
-        LATENCY: None,
-        MEMORY: None,
-        "best": None,
-        "default": None,
-    }
-    files.write_json(files.join(folder, RECORD), record)
-    return record
-
-
-def read_reports(folder: str) -> list[dict[str, Any]]:
-    """What a trial has reported so far."""
-    path = files.join(folder, REPORTS)
-    return files.read_json(path) if files.exists(path) else []
-
-
-def seconds_since(folder: str) -> float:
-    """Since a trial was begun."""
-    path = files.join(folder, PLAN)
-    return time.time() - files.read_json(path)["begun"] if files.exists(path) else 0.0
-
-
-class PreparationLock:
-    """Who may prepare what trials share, so that no two write it at a time. A Ray actor."""
-
-    def __init__(self) -> None:
-        self._holder: str | None = None
-        self._seen = 0.0
-
-    def take(self, name: str) -> bool:
-        """Whether it is this one's turn, who is to ask again every few seconds, or it passes on."""
-        now = time.monotonic()
-        if self._holder not in (None, name) and now - self._seen < PATIENCE:
-            return False
-        self._holder, self._seen = name, now
-        return True
-
-    def leave(self, name: str) -> None:
-        """It is not any more."""
-        if self._holder == name:
-            self._holder = None
-
-
-PATIENCE = 20.0
-"""Seconds after which the turn of a trial passes on that does not ask again: its process died."""
-
-
-@contextmanager
-def hold_lock(turn: Any) -> Iterator[None]:
-    """Wait for a turn, a handle to the actor `PreparationLock`, and keep it for the length of the block."""
-    name = f"{os.getpid()}-{uuid.uuid4().hex}"
-    while not ray.get(turn.take.remote(name)):
-        time.sleep(0.5)
-    ended = threading.Event()
-
-    def ask_again() -> None:
-        while not ended.wait(PATIENCE / 5):
-            ray.get(turn.take.remote(name))
-
-    asking = threading.Thread(target=ask_again, daemon=True)
-    asking.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        asking.join()
-        ray.get(turn.leave.remote(name))
-
-
 def _is_of_the_machine(error: BaseException) -> bool:
-    """Whether Ray lost something, and not what ran on it failed."""
+    """Return whether Ray lost something, and not what ran on it failed."""
     return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
-# ---------------------------------------------------------------------------------------------------------- inside Tune
 def run_trial(
     campaign: Campaign,
     values: Mapping[str, Any],
     report: Callable[[dict[str, Any]], None],
     context: TrialContext | None = None,
 ) -> dict[str, Any]:
-    """Run a trial, or tell again what came of it.
+    """Run a trial, or report again what came of it.
 
     Args:
         campaign: what it belongs to.
         values: of its options, by name.
-        report: told the objective at the end, and before it what the trial told when it ran before.
+        report: called with the objective at the end, and before it with what the trial reported when it ran before.
         context: what it has of Tune and Ray Train; None for nothing.
 
     Returns:
@@ -300,10 +202,9 @@ def run_trial(
     folder = campaign.trial_folder(values)
     record = read_record(folder)
     if record is None:
-        if not files.exists(files.join(folder, PLAN)):
-            files.write_json(files.join(folder, PLAN), {"values": to_plain(dict(values)), "begun": time.time()})
-        for told in read_reports(folder):
-            report(told)
+        begin_trial(folder, values)
+        for earlier in read_reports(folder):
+            report(earlier)
         try:
             record = campaign.run(values, folder, context or TrialContext())
         except Exception as error:
@@ -312,14 +213,14 @@ def run_trial(
             ours = isinstance(known, MachineError | WorkersLostError | WeightsError) or isinstance(error, OSError)
             if ours or (known is None and _is_of_the_machine(error)):
                 # also what a trial sees of being stopped, which the driver then records
-                write_end(folder, values, CRASHED, str(known or reason(error)))
+                write_early_end(folder, values, CRASHED, str(known or reason(error)))
                 raise
             why = str(known) if known is not None else reason(error)
-            write_end(folder, values, FAILED, why)
+            write_early_end(folder, values, FAILED, why)
             raise
     else:
-        for told in record["reports"]:
-            report(told)
+        for earlier in record["reports"]:
+            report(earlier)
         if record["status"] == FAILED or not (record["reports"] or record["status"] == DONE):
             raise UnianomError(record["error"] or "it was stopped before it told anything")
     if record["status"] == DONE:
@@ -328,59 +229,42 @@ def run_trial(
 
 
 def finish_trial(campaign: Campaign, values: Mapping[str, Any], folder: str, fitted: FittedTrial) -> dict[str, Any]:
-    """Search the reading options of a fitted trial, and write its record."""
+    """Search the postprocess options of a fitted trial; write and return its record."""
     config = campaign.config_of(values)
     validation_set = ValidationSet(fitted.validation_set, campaign.validation.pixel_stride)
-    found = score_settings(
+    scored = score_settings(
         fitted.postprocessor, fitted.raw_outputs, config, campaign.settings, validation_set, campaign.objective
     )
-    best = best_of(found)
-    _write_settings(folder, found)
-    kept = {BEST: best.values, **({GIVEN: found[0].values} if config == campaign.config_of({}) else {})}
-    for name, reading in kept.items():
-        (scores,), maps = read(fitted.postprocessor, fitted.raw_outputs, [with_values(config, reading)], validation_set)
+    best, measured = best_setting(scored)
+    write_settings(folder, scored)
+    kept = {BEST: best.values, **({GIVEN: scored[0].values} if config == campaign.config_of({}) else {})}
+    for name, setting in kept.items():
+        configs = [with_values(config, setting)]
+        (scores,), maps = postprocess_all(fitted.postprocessor, fitted.raw_outputs, configs, validation_set)
         files.write_array(files.join(folder, f"{name}-{SCORES}"), scores)
         files.write_array(files.join(folder, f"{name}-{MAPS}"), maps)
-    assert best.measured is not None
     record = {
         "trial": trial_id(values),
         "status": DONE,
         "error": None,
         "values": to_plain(dict(values)),
         "reports": read_reports(folder),
-        "objective": best.measured.objective,
+        "objective": measured.objective,
         "seconds": seconds_since(folder),
         LATENCY: fitted.latency_ms,
         MEMORY: fitted.memory_mb,
-        "best": _plain_reading(best),
-        "default": _plain_reading(found[0]),
+        "best": _plain_setting(best),
+        "default": _plain_setting(scored[0]),
         "proxy": fitted.validation_set,
     }
     files.write_json(files.join(folder, RECORD), record)
     if not campaign.keep_models:
         files.remove(files.join(folder, WORK))
-    files.remove(files.join(folder, "readings"))
+    files.remove(files.join(folder, RAW_OUTPUTS_FOLDER))
     return record
 
 
-def _plain_reading(reading: ScoredSetting) -> dict[str, Any] | None:
-    if reading.measured is None:
+def _plain_setting(setting: ScoredSetting) -> dict[str, Any] | None:
+    if setting.measured is None:
         return None
-    return {"values": to_plain(reading.values), **to_plain(reading.measured)}
-
-
-def _write_settings(folder: str, found: Sequence[ScoredSetting]) -> None:
-    """All settings as a table; values and verdicts are JSON text, since columns differ by method."""
-    rows = []
-    for reading in found:
-        measured = reading.measured
-        rows.append(
-            {
-                "values": key_of(reading.values),
-                "objective": None if measured is None else measured.objective,
-                "measured": None if measured is None else files.json_bytes(to_plain(measured)).decode(),
-            }
-        )
-    schema = pa.schema([("values", pa.string()), ("objective", pa.float64()), ("measured", pa.string())])
-    with files.open_atomic(files.join(folder, SETTINGS)) as handle:
-        pq.write_table(pa.Table.from_pylist(rows, schema), handle, compression="zstd")
+    return {"values": to_plain(setting.values), **to_plain(setting.measured)}

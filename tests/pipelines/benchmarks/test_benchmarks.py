@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import unianom
-from pipelines.benchmarks import metrics
-from pipelines.benchmarks.harness import Measured, Timing, interleave, print_report
+from pipelines.benchmarks.bare_forward import bare_network
+from pipelines.benchmarks.harness import Measured, Timing, interleave
 from pipelines.benchmarks.memory_bank import cover_radius
+from pipelines.benchmarks.memory_peak import reset_peak
 from pipelines.benchmarks.options import (
     BENCHMARKS,
     CoresetBenchmark,
@@ -24,7 +25,8 @@ from pipelines.benchmarks.options import (
     PixelsBenchmark,
     SimilarityBenchmark,
 )
-from pipelines.benchmarks.references import bare_network, plain_coreset, scikit_learn_metrics, swept_aupro
+from pipelines.benchmarks.printing import print_report
+from pipelines.benchmarks.references import plain_coreset, scikit_learn_metrics, swept_aupro
 from pipelines.benchmarks.registry import measure
 from pipelines.benchmarks.scoring import StagedScorer, scorer_arguments, span
 from pipelines.inference.score import PartScorer
@@ -94,9 +96,10 @@ def test_the_plain_metrics_are_the_exact_ones() -> None:
 @NEEDS_PEAK
 def test_benchmarks_of_metrics_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, since starting others takes longer than all the rest."""
-    monkeypatch.setattr(
-        "pipelines.benchmarks.metrics.ProcessPoolExecutor", lambda size, mp_context: ThreadPoolExecutor(size)
-    )
+    for module in ("memory_peak", "pixels"):
+        monkeypatch.setattr(
+            f"pipelines.benchmarks.{module}.ProcessPoolExecutor", lambda size, mp_context: ThreadPoolExecutor(size)
+        )
     content = measure(MetricsBenchmark(str(tmp_path / "metrics.json"), maps=4, size=32, rounds=1))
     (table,) = content["tables"].values()
     ours, plain = table["unianom"], table["scikit-learn, plain AUPRO"]
@@ -204,9 +207,9 @@ def test_a_similarity_benchmark_end_to_end(tmp_path: Path, monkeypatch: pytest.M
     """In this process too; its peak begins anew instead."""
 
     def anew(size: int, mp_context: Any) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(size, initializer=metrics._forget_peak)
+        return ThreadPoolExecutor(size, initializer=reset_peak)
 
-    monkeypatch.setattr("pipelines.benchmarks.training.ProcessPoolExecutor", anew)
+    monkeypatch.setattr("pipelines.benchmarks.similarity.ProcessPoolExecutor", anew)
     output = tmp_path / "similarity.json"
     content = measure(SimilarityBenchmark(str(output), batch_size=2, channels=4, side=48, rounds=1))
     assert json.loads(output.read_text()) == content

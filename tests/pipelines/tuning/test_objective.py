@@ -1,4 +1,4 @@
-"""The search over reading options against methods made with each of them."""
+"""The search over postprocess options against methods made with each of them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,15 @@ from pipelines.tuning import objective as module
 from pipelines.tuning.objective import (
     OBJECTIVE,
     TIMED_PREDICTIONS,
-    ObjectiveValidation,
-    ObjectiveValidator,
     ScoredSetting,
-    best_of,
-    compute_raw_outputs,
+    best_setting,
     latency,
-    load_readings,
     memory,
-    read,
-    save_readings,
+    postprocess_all,
     score_settings,
 )
+from pipelines.tuning.objective_validation import ObjectiveValidation, ObjectiveValidator
+from pipelines.tuning.raw_outputs import compute_raw_outputs, load_raw_outputs, save_raw_outputs
 from tests.methods.conftest import TINY, fit, remade
 from tests.pipelines.sharded import LIMITS, POLICY, SIDE, sample, write_shards
 from unianom.data.drawing import draw_sample
@@ -55,7 +52,7 @@ MOST_NEIGHBOURS = 5
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Three cogs and two weaves, and shaded and pasted copies of them."""
-    folder = tmp_path_factory.mktemp("readings")
+    folder = tmp_path_factory.mktemp("raw_outputs")
     rows = [
         sample(category, "train", n, pixels=draw_sample(category, n, size=SIDE)[0])
         for category, count in (("cog", 3), ("weave", 2))
@@ -78,8 +75,8 @@ def method_of(name: str, fitted: dict[str, Method]) -> Method:
     return fitted[name]
 
 
-def readings_of(method: Method, validation_set: ValidationSet) -> dict[str, Tensor]:
-    """What the network finds, of a memory method with more neighbours than its own options need."""
+def raw_outputs_of(method: Method, validation_set: ValidationSet) -> dict[str, Tensor]:
+    """Return raw outputs, of a memory method with more neighbours than its own options need."""
     batches = list(validation_set.batches(4, method.input, method.device))
     if not isinstance(method, MemoryMethod):
         return compute_raw_outputs(method, batches)
@@ -102,14 +99,14 @@ def test_settings_are_measured_as_methods_made_with_them(
     monkeypatch.setattr(module, "IMAGES_AT_ONCE", 6)  # of 15
     method, validation_set = method_of(name, fitted), ValidationSet(images, 4)
     settings = [{}, *TINY[name].reading]
-    raw_outputs = readings_of(method, validation_set)
+    raw_outputs = raw_outputs_of(method, validation_set)
     found = score_settings(method, raw_outputs, method.config, settings, validation_set, EVERYTHING)
     assert [one.values for one in found] == settings
     seen = set()
     for one in found:
         config = with_values(method.config, one.values)
         scores, maps = predicted(remade(method, config), validation_set)
-        (again,), _ = read(method, raw_outputs, [config], validation_set)
+        (again,), _ = postprocess_all(method, raw_outputs, [config], validation_set)
         np.testing.assert_allclose(again, scores, rtol=1e-4, atol=1e-6)
         expected = validation_set.measured(
             validation_set.image_table(scores), validation_set.pixel_table(maps, union=True), EVERYTHING
@@ -128,7 +125,7 @@ def test_more_neighbours_than_were_found_are_refused(images: str, fitted: dict[s
     with pytest.raises(OptionError, match="neighbours=6, but only 5 were searched"):
         score_settings(
             method,
-            readings_of(method, validation_set),
+            raw_outputs_of(method, validation_set),
             method.config,
             [{"neighbours": 6}],
             validation_set,
@@ -184,7 +181,7 @@ def test_a_setting_without_finite_scores_spoils_no_other(images: str, levels: di
     settings = [{"factor": float("nan")}, {"factor": 2.0}, {"factor": float("inf")}, {"factor": -1.0}]
     found, _ = search(images, levels, settings, EVERYTHING)
     assert [one.measured is None for one in found] == [True, False, True, False]
-    assert best_of(found) is found[1]
+    assert best_setting(found)[0] is found[1]
     alone, _ = search(images, levels, [{"factor": 2.0}], EVERYTHING)
     assert alone[0] == found[1]
 
@@ -216,29 +213,29 @@ def test_maps_that_are_not_finite_are_refused(images: str, levels: dict[str, Ten
         search(images, levels, [{"power": 1e30}], {"image_auroc": 1.0})
 
 
-def reading(number: int, objective: float | None) -> ScoredSetting:
+def scored(number: int, objective: float | None) -> ScoredSetting:
     measured = None if objective is None else Measured(objective, {}, {}, {})
     return ScoredSetting({"number": number}, measured)
 
 
 def test_of_equals_the_first_is_best() -> None:
-    found = [reading(n, value) for n, value in enumerate([None, 0.5, 0.75, 0.2, 0.75, None])]
-    assert best_of(found).values == {"number": 2}
+    found = [scored(n, value) for n, value in enumerate([None, 0.5, 0.75, 0.2, 0.75, None])]
+    assert best_setting(found)[0].values == {"number": 2}
     with pytest.raises(DataError, match="no setting gives finite scores"):
-        best_of([reading(0, None)])
+        best_setting([scored(0, None)])
 
 
 # ---- kept raw outputs ------------------------------------------------------------------------------------------------
 
 
-def test_readings_are_kept(tmp_path: Path) -> None:
+def test_raw_outputs_are_kept(tmp_path: Path) -> None:
     raw_outputs = {
         "distances": torch.rand(3, 4, 2),
         "row": torch.arange(6).reshape(3, 2),
         "level.1": torch.rand(3, 1),
     }
-    save_readings(str(tmp_path), raw_outputs, 1.5)
-    again, milliseconds = load_readings(str(tmp_path))
+    save_raw_outputs(str(tmp_path), raw_outputs, 1.5)
+    again, milliseconds = load_raw_outputs(str(tmp_path))
     assert milliseconds == 1.5
     assert list(again) == list(raw_outputs)
     for name, value in raw_outputs.items():
@@ -266,7 +263,7 @@ def test_a_method_in_training_is_compared_by_its_own_options(
     assert told[OBJECTIVE] == pytest.approx((told["image_auroc"] + 3 * told["pixel_ap"]) / 4)
     assert not list(tmp_path.iterdir())
     comparer.cache_outputs()
-    kept, milliseconds = load_readings(str(tmp_path))
+    kept, milliseconds = load_raw_outputs(str(tmp_path))
     assert milliseconds > 0
     for name, value in compute_raw_outputs(method, validation_set.batches(4, method.input, method.device)).items():
         torch.testing.assert_close(kept[name], value)

@@ -21,13 +21,13 @@ from pipelines.training import driver as module
 from pipelines.training import worker
 from pipelines.training.driver import train_networks
 from pipelines.training.options import Phase, ThresholdOptions, train_options
-from pipelines.tuning import trained_trials
-from pipelines.tuning import tune as tuning
+from pipelines.tuning import driver, population_driver, trained_trials
+from pipelines.tuning.dimensions import Choice, Dimension, Range
 from pipelines.tuning.options import PopulationOptions, tune_options
-from pipelines.tuning.population import PARENT, PHASES, UNTIL, current, explore, first_segments, next_segments
-from pipelines.tuning.results import RECIPE
-from pipelines.tuning.space import Choice, Dimension, Range
-from pipelines.tuning.trial import run_trial, trial_id
+from pipelines.tuning.population import PARENT, PHASES, UNTIL, current_options, explore, first_segments, next_segments
+from pipelines.tuning.recipes import RECIPE
+from pipelines.tuning.records import trial_id
+from pipelines.tuning.trial import run_trial
 from pipelines.tuning.tune import tune
 from tests.data.test_shards import write_set
 from tests.methods.conftest import TINY
@@ -72,7 +72,7 @@ def test_the_worst_follow_the_best_and_the_others_themselves() -> None:
         ratio = phase["method"]["training.learning_rate"] / parent["training.learning_rate"]
         assert min(abs(ratio - 2), abs(ratio - 0.5)) < 1e-3
         assert phase["method"]["weight"] in (0.1, 10.0)
-        assert current(following[number]) == {
+        assert current_options(following[number]) == {
             "training.learning_rate": phase["method"]["training.learning_rate"],
             "weight": phase["method"]["weight"],
             "fixed": parent["fixed"],
@@ -137,8 +137,8 @@ def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
             with suppress(UnianomError):  # as Tune goes on with the others
                 run_trial(self.campaign, values, lambda told: None)
 
-    monkeypatch.setattr(tuning.Driver, "_tune", trials)
-    monkeypatch.setattr(tuning, "connect", lambda *_, **__: None)
+    monkeypatch.setattr(driver.Driver, "run_trials", trials)
+    monkeypatch.setattr(population_driver, "connect", lambda *_, **__: None)
 
 
 def population(shards: ShardSet, output: Path, **changes: Any) -> Any:
@@ -174,7 +174,7 @@ def test_a_segment_whose_driver_died_before_it_heard_of_it_is_trained_again(
     whole = tune(population(shards, tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
         # the last segments never begin
-        patch.setattr(tuning, "next_segments", lambda members, objectives, done, *rest: 1 / 0)
+        patch.setattr(population_driver, "next_segments", lambda members, objectives, done, *rest: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tune(population(shards, tmp_path / "killed"))
     first = sorted(tmp_path.glob("killed/trials/*"))

@@ -24,17 +24,14 @@ from pipelines.data.splits import TrainValSplit
 from pipelines.runtime.cli import parse
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.training.options import FitOptions, ThresholdOptions, TrainingOptions, train_options
-from pipelines.tuning import results
-from pipelines.tuning.results import (
-    chosen_rate,
-    difference,
-    joined_settings,
-    recipe,
-    recipe_text,
-    told_options,
-)
+from pipelines.tuning.category_gain import joined_settings
+from pipelines.tuning.choice import select_trial
+from pipelines.tuning.recipes import difference, minimal_options, recipe, recipe_text
+from pipelines.tuning.records import SCORES
 from pipelines.tuning.space import draw, space_of
-from pipelines.tuning.trial import SCORES, Campaign
+from pipelines.tuning.tables import of_one_kind
+from pipelines.tuning.threshold_rates import chosen_rate, try_rates
+from pipelines.tuning.trial import Campaign
 from unianom import files
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.bank import BankConfig
@@ -79,7 +76,7 @@ RECORDS = [
     ],
 )
 def test_the_best_trial_and_the_cheapest_of_the_good(prefer: str, tolerance: float, expected: str) -> None:
-    assert results.select_trial(RECORDS, prefer, tolerance)["trial"] == expected
+    assert select_trial(RECORDS, prefer, tolerance)["trial"] == expected
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -166,7 +163,7 @@ def test_a_recipe_makes_the_options_of_the_trial(name: str, preset: str, tmp_pat
 def test_a_recipe_says_what_would_be_filled_in_otherwise(config: Any, tmp_path: Path) -> None:
     name = next(name for name, method in METHODS.items() if method.Config is type(config))
     assert parsed(name, recipe(campaign(name, config), {}, None), tmp_path).method == config
-    assert from_plain(type(config), told_options(config)) == config
+    assert from_plain(type(config), minimal_options(config)) == config
 
 
 def test_a_recipe_keeps_options_of_options(tmp_path: Path) -> None:
@@ -180,12 +177,12 @@ def test_a_recipe_keeps_options_of_options(tmp_path: Path) -> None:
 
 
 def test_a_recipe_names_what_was_changed_and_no_more() -> None:
-    assert told_options(UniFormalyConfig(k_ratio=0.1, bank=BankConfig(coreset_ratio=0.25))) == {
+    assert minimal_options(UniFormalyConfig(k_ratio=0.1, bank=BankConfig(coreset_ratio=0.25))) == {
         "bank": {"coreset_ratio": 0.25},
         "k_ratio": 0.1,
     }
     config = with_values(UniFormalyConfig(), {"backbone.options": {"patch_size": 8}, "attention_block": 11})
-    assert told_options(config)["backbone"] == {"options": {"patch_size": 8}}
+    assert minimal_options(config)["backbone"] == {"options": {"patch_size": 8}}
 
 
 def test_a_recipe_keeps_how_a_trial_was_fitted(tmp_path: Path) -> None:
@@ -268,7 +265,7 @@ def test_rates_are_tried_on_the_half_they_were_not_fitted_to(tmp_path: Path) -> 
     files.write_array(files.join(own.trial_folder(values), f"best-{SCORES}"), scores)
     best = {"values": values, "proxy": write_validation_set(tmp_path / "validation", label)}
     options = SimpleNamespace(threshold_rates=(0.3, 0.02, 0.15), threshold=ThresholdOptions(confidence=0.8), seed=9)
-    rows = results._rates(own, best, options)
+    rows = try_rates(own, best, options)
 
     normal = [str(n) for n in range(66) if label[n] == 0]
     normal.sort(key=lambda name: hashlib.sha256(f"9:{name}".encode()).digest())
@@ -287,7 +284,7 @@ def test_rates_are_tried_on_the_half_they_were_not_fitted_to(tmp_path: Path) -> 
         assert row["met"] == pytest.approx(sum(met) / 2)
         assert row["caught"] == pytest.approx(sum(caught) / 2)
         assert row["balanced_accuracy"] == pytest.approx((1 - sum(met) / 2 + sum(caught) / 2) / 2)
-    assert results._rates(own, best, SimpleNamespace(threshold_rates=())) == []
+    assert try_rates(own, best, SimpleNamespace(threshold_rates=())) == []
 
 
 def test_rates_that_the_model_itself_could_not_promise_are_not_tried(tmp_path: Path) -> None:
@@ -296,9 +293,9 @@ def test_rates_that_the_model_itself_could_not_promise_are_not_tried(tmp_path: P
     files.write_array(files.join(own.trial_folder({}), f"best-{SCORES}"), np.arange(35, dtype=np.float32))
     options = SimpleNamespace(threshold_rates=(0.3,), threshold=ThresholdOptions(confidence=0.8), seed=0)
     best = {"values": {}, "proxy": write_validation_set(tmp_path / "validation", np.array([0] * 30 + [1] * 5))}
-    assert "balanced_accuracy" in results._rates(own, best, options)[0]
+    assert "balanced_accuracy" in try_rates(own, best, options)[0]
     few = dataclasses.replace(own, chosen=TrainValSplit(frozenset(), frozenset("abcd")))
-    assert results._rates(few, best, options) == [{"rate": 0.3, "normals_needed": 5}]
+    assert try_rates(few, best, options) == [{"rate": 0.3, "normals_needed": 5}]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -328,7 +325,7 @@ def test_columns_of_several_kinds_survive_parquet() -> None:
         {"trial": "c", "neighbours": None, "rate": None, "extra": 2.5},
         {"trial": "d", "flag": 1, "extra": 3},
     ]
-    table = pa.Table.from_pylist(results._one_kind(rows))
+    table = pa.Table.from_pylist(of_one_kind(rows))
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     buffer.seek(0)

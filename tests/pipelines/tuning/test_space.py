@@ -12,12 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pipelines.tuning.default_spaces import SPACES
+from pipelines.tuning.dimensions import Choice, Dimension, Halves, Range
 from pipelines.tuning.space import (
-    SPACES,
-    Choice,
-    Dimension,
-    Halves,
-    Range,
     draw,
     grid,
     grid_size,
@@ -41,7 +38,7 @@ from unianom.methods import METHODS
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For machines that others use, too."""
 
-READ = {
+POSTPROCESS = {
     "uninet": ["alpha", "beta", "score_blur"],
     "onenip": ["alpha", "score_pool"],
     "unias": ["levels", "fuse_at", "level_blur", "reduce"],
@@ -84,12 +81,12 @@ def test_a_default_space_fits_the_default_options(name: str) -> None:
             assert read_value(changed, dimension.name) == value
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", POSTPROCESS)
 def test_what_is_read_and_what_is_trained_for(name: str) -> None:
-    trial, reading = split_space(SPACES[name], METHODS[name].postprocess_options)
-    assert [dimension.name for dimension in reading] == READ[name]
-    assert set(trial) | set(reading) == set(SPACES[name])
-    assert not set(trial) & set(reading)
+    trial, postprocess = split_space(SPACES[name], METHODS[name].postprocess_options)
+    assert [dimension.name for dimension in postprocess] == POSTPROCESS[name]
+    assert set(trial) | set(postprocess) == set(SPACES[name])
+    assert not set(trial) & set(postprocess)
     assert trial, "without one there would be a single trial"
 
 

@@ -7,7 +7,6 @@ import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,21 +26,15 @@ from pipelines.training.memory_bank import fit_banks
 from pipelines.training.options import FitOptions, ThresholdOptions, train_options
 from pipelines.training.ray_training import WorkersLostError
 from pipelines.tuning import trial
+from pipelines.tuning.campaign_run import CampaignRun, read_settings
 from pipelines.tuning.encodings import EncodedImages, encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, fit_bank, is_bank_option
-from pipelines.tuning.objective import save_readings
-from pipelines.tuning.results import CampaignRun, read_settings, recipe, recipe_text
+from pipelines.tuning.raw_outputs import save_raw_outputs
+from pipelines.tuning.recipes import recipe, recipe_text
+from pipelines.tuning.records import read_record, read_reports, trial_id, write_early_end
 from pipelines.tuning.space import key_of
 from pipelines.tuning.trained_trials import Reports
-from pipelines.tuning.trial import (
-    Campaign,
-    FittedTrial,
-    PreparationLock,
-    TrialContext,
-    read_record,
-    run_trial,
-    trial_id,
-)
+from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext, run_trial
 from tests.methods import conftest as methods
 from tests.methods.conftest import remade
 from tests.pipelines.conftest import MODULES, ONE, UNTRACKED, run_inline, tiny_method
@@ -216,7 +209,7 @@ def test_a_trial_run_again_tells_the_same_without_work(
 
 def test_all_settings_of_finished_trials_are_read(campaign: MemoryCampaign) -> None:
     records = [run(campaign, {"bank.coreset_ratio": ratio})[0] for ratio in (0.1, 0.5)]
-    stopped = trial.write_end(
+    stopped = write_early_end(
         campaign.trial_folder({"bank.coreset_ratio": 0.3}), {"bank.coreset_ratio": 0.3}, "stopped"
     )
     ran = CampaignRun(campaign, [*records, stopped], 3, 1.0, True)
@@ -487,7 +480,7 @@ def test_a_stopped_trial_tells_its_reports_and_no_end(made: Made) -> None:
     folder = made.trial_folder({})
     reports = [{"progress": 20, "objective": 0.5}, {"progress": 40, "objective": 0.6}]
     files.write_json(f"{folder}/reports.json", reports)
-    ended = trial.write_end(folder, {}, "stopped")
+    ended = write_early_end(folder, {}, "stopped")
     assert (ended["status"], ended["reports"], ended["trial"]) == ("stopped", reports, trial_id({}))
     assert run(made, {}) == (ended, reports)
     assert made.fitted == []
@@ -504,10 +497,10 @@ def test_what_was_reported_before_an_interruption_is_told_first(made: Made) -> N
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_models_are_kept_on_demand_and_readings_never(made: Made, keep: bool) -> None:
+def test_models_are_kept_on_demand_and_raw_outputs_never(made: Made, keep: bool) -> None:
     folder = made.trial_folder({})
     files.write_bytes(f"{folder}/_work/trained/model.json", b"{}")
-    save_readings(f"{folder}/readings", {"level": torch.zeros(2)}, 1.0)
+    save_raw_outputs(f"{folder}/readings", {"level": torch.zeros(2)}, 1.0)
     run(dataclasses.replace(made, keep_models=keep), {})
     names = {"record.json", "values.json", "settings.parquet"}
     names |= {f"{which}-{what}.npy" for which in ("best", "given") for what in ("scores", "maps")}
@@ -517,64 +510,15 @@ def test_models_are_kept_on_demand_and_readings_never(made: Made, keep: bool) ->
 def test_validations_of_a_training_are_reports(tmp_path: Path) -> None:
     reports = Reports(str(tmp_path), 40)
     reports.metrics({"loss": 3.0}, 5)
-    assert trial.read_reports(str(tmp_path)) == []
+    assert read_reports(str(tmp_path)) == []
     reports.metrics({"validation/objective": 0.5, "validation/image_auroc": 0.75, "loss": 2.0}, 10)
     reports.metrics({"validation/objective": 0.6, "validation/image_auroc": 0.7}, 30)
     expected = [
         {"progress": 25, "objective": 0.5, "image_auroc": 0.75},
         {"progress": 75, "objective": 0.6, "image_auroc": 0.7},
     ]
-    assert trial.read_reports(str(tmp_path)) == expected
+    assert read_reports(str(tmp_path)) == expected
     # a training that went on from an earlier checkpoint tells from there on again
     again = {"progress": 50, "objective": 0.8}
     reports.metrics({"validation/objective": 0.8}, 20)
-    assert trial.read_reports(str(tmp_path)) == [expected[0], again]
-
-
-# ---- turns ----------------------------------------------------------------------------------------------------------
-
-
-def test_one_trial_has_the_turn_until_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    turn = PreparationLock()
-    assert turn.take("a")
-    assert not turn.take("b")
-    assert turn.take("a"), "who has it may ask again"
-    turn.leave("b")
-    assert not turn.take("b"), "it is not b's to leave"
-    turn.leave("a")
-    assert turn.take("b")
-    assert not turn.take("a")
-
-
-def test_a_turn_passes_on_from_who_asks_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    turn = PreparationLock()
-    assert turn.take("a")
-    for now[0] in (trial.PATIENCE - 1, 2 * trial.PATIENCE - 2):
-        assert not turn.take("b")
-        assert turn.take("a")
-    now[0] = 3 * trial.PATIENCE - 2.1
-    assert not turn.take("b")
-    now[0] = 3 * trial.PATIENCE - 2
-    assert turn.take("b")
-    assert not turn.take("a")
-    turn.leave("a")
-    assert not turn.take("c")
-
-
-def test_a_turn_is_kept_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Ray: calls happen at once."""
-    turn = PreparationLock()
-    remote = {name: SimpleNamespace(remote=getattr(turn, name)) for name in ("take", "leave")}
-    monkeypatch.setattr(trial, "ray", SimpleNamespace(get=lambda value: value))
-
-    def block() -> None:
-        with trial.hold_lock(SimpleNamespace(**remote)):
-            assert not turn.take("other")
-            raise DataError("inside")
-
-    with pytest.raises(DataError, match="inside"):
-        block()
-    assert turn.take("other"), "it is left after an error, too"
+    assert read_reports(str(tmp_path)) == [expected[0], again]

@@ -28,10 +28,13 @@ from pipelines.runtime.progress import Progress
 from pipelines.training.calibrate import EmbeddingCache, HeadActor
 from pipelines.training.options import CalibrateOptions, ThresholdOptions, train_options
 from pipelines.training.train import train
-from pipelines.tuning import tune as tuning
-from pipelines.tuning.options import EarlyStopping, tune_options
-from pipelines.tuning.ray_tune import Budget, Halving, Recorder, TrialValues, tree_parzen
-from pipelines.tuning.space import Choice, Dimension, Range, key_of, space_of
+from pipelines.tuning import driver
+from pipelines.tuning.budget import Budget
+from pipelines.tuning.dimensions import Choice, Dimension, Range
+from pipelines.tuning.options import EarlyStopping, searched, tune_options
+from pipelines.tuning.ray_tune import Halving, TrialValues, tree_parzen
+from pipelines.tuning.recorder import Recorder
+from pipelines.tuning.space import key_of, space_of
 from pipelines.tuning.trained_trials import trained_model
 from pipelines.tuning.trial import run_trial
 from pipelines.tuning.tune import tune
@@ -83,8 +86,8 @@ def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             ran.append(key_of(values))
             run_trial(self.campaign, values, lambda told: None)
 
-    monkeypatch.setattr(tuning.Driver, "_tune", trials)
-    monkeypatch.setattr(tuning, "connect", lambda *_, **__: None)
+    monkeypatch.setattr(driver.Driver, "run_trials", trials)
+    monkeypatch.setattr(driver, "connect", lambda *_, **__: None)
     return ran
 
 
@@ -182,7 +185,7 @@ def fitted(options: CalibrateOptions) -> Any:
     return actor.calibrator(), kept
 
 
-def test_a_space_of_reading_options_alone_is_one_trial(here: list[str], shards: str, tmp_path: Path) -> None:
+def test_a_space_of_postprocess_options_alone_is_one_trial(here: list[str], shards: str, tmp_path: Path) -> None:
     trials = ("bank.coreset_ratio", "mask_threshold", "mask_kernel", "blocks")
     space = {**dict.fromkeys(trials), "k_ratio": [0.1, 1.0]}
     result = tune(memory_options(shards, tmp_path / "c", space=space, threshold_rates=(0.5, 0.9, 0.01)))
@@ -265,11 +268,11 @@ def test_trials_are_recorded_where_their_job_is(here: list[str], shards: str, tm
             record = run_trial(self.campaign, values, lambda report: None)
             progress = Progress("tune", 1, "trials")
             recorder = Recorder(self.campaign, None, options.tracking, store, self.tracking_run, budget, progress)  # type: ignore[arg-type]
-            recorder.tell_again([record])
+            recorder.record_again([record])
             told.append(record["trial"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning.Driver, "_tune", trials)
+        patch.setattr(driver.Driver, "run_trials", trials)
         tune(options)
     assert len(told) == 2
     assert list(tmp_path.rglob("mlflow.db")) == [tmp_path / "mlflow.db"]
@@ -354,7 +357,7 @@ def test_recipes(path: Path) -> None:
     name = path.stem.split("_")[0]
     model = ["--model", "m"] if name == "cada" else []
     asked = parse(tune_options(), [name, "--config", str(path), *model, "--shards", "s", "--output", "o"])
-    space = space_of(name, tuning.searched(asked), asked.space)
+    space = space_of(name, searched(asked), asked.space)
     assert {dimension.name for dimension in space} >= {option for option, tried in asked.space.items() if tried}
     assert f"jobs/tune.py {name} --config jobs/recipes/tuning/{path.name} " in path.read_text()
 

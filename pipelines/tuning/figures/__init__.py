@@ -1,0 +1,1 @@
+"""Figures of a campaign, each from plain data."""
