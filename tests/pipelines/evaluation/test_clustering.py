@@ -40,7 +40,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.index import MemoryBank
-from unianom.methods.base import MaskedPatches
+from unianom.methods import MaskedPatches
 from unianom.methods.patchcore import PatchCore
 from unianom.methods.uniad import UniAD
 from unianom.methods.uniformaly import UniFormaly
