@@ -25,12 +25,10 @@ from unianom.methods.layers.distillation import (
     distance_map,
     flattened_distance,
     fuse_and_blur,
-    in_order,
     initialise_residual,
-    numbered,
     residual_plan,
 )
-from unianom.methods.layers.postprocess import top_mean
+from unianom.methods.layers.postprocess import in_order, numbered, top_mean
 from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, ScheduledOptimizer, TrainedMethod, TrainingBatch
 from unianom.options import to_plain
 

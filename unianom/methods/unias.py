@@ -17,8 +17,7 @@ from unianom.backbones import CnnBackbone
 from unianom.configs.unias import NORM_GROUPS, UniASConfig
 from unianom.errors import OptionError
 from unianom.methods.base import RawOutputs, register_method, with_statistics
-from unianom.methods.layers.distillation import in_order, numbered
-from unianom.methods.layers.postprocess import gaussian_filter, standard_deviation, upsample
+from unianom.methods.layers.postprocess import gaussian_filter, in_order, numbered, standard_deviation, upsample
 from unianom.methods.layers.reconstruction import (
     AttentionBlock,
     EncoderLayer,

@@ -32,13 +32,11 @@ from unianom.methods.layers.distillation import (
     TeacherPair,
     convolution,
     distance_map,
-    in_order,
     initialise_residual,
     norm_act,
-    numbered,
     residual_plan,
 )
-from unianom.methods.layers.postprocess import gaussian_blur, top_mean, upsample, upsample_levels
+from unianom.methods.layers.postprocess import gaussian_blur, in_order, numbered, top_mean, upsample, upsample_levels
 from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, ScheduledOptimizer, TrainedMethod, TrainingBatch
 from unianom.options import to_plain
 

@@ -7,7 +7,7 @@ behind the bottleneck.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -285,17 +285,6 @@ def flattened_distance(teacher: Tensor, student: Tensor) -> Tensor:
 def distance_map(teacher: Tensor, student: Tensor) -> Tensor:
     """Return 1 − cosine of the vectors at every position of B×C×h×w maps; B×h×w float32 (RD4AD, eq. 1)."""
     return 1 - cosine_similarity(teacher.float(), student.float(), dim=1)
-
-
-def numbered(distances: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Name distance maps as the raw outputs of a method: "distance_0", "distance_1", …"""
-    return {f"distance_{index}": each for index, each in enumerate(distances)}
-
-
-def in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the distance maps among raw outputs, in the order in which they were numbered."""
-    count = sum(name.startswith("distance_") for name in tensors)
-    return [tensors[f"distance_{index}"] for index in range(count)]
 
 
 def fuse_and_blur(distances: Sequence[Tensor], config: DistanceMapConfig, side: int) -> tuple[Tensor, Tensor]:

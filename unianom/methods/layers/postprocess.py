@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -12,6 +12,18 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
+
+
+# ------------------------------------------------------------------------------------------------------ maps of levels
+def numbered(distances: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Name the distance maps of several levels as raw outputs: "distance_0", "distance_1", …"""
+    return {f"distance_{index}": each for index, each in enumerate(distances)}
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the distance maps among raw outputs, in the order in which they were numbered."""
+    count = sum(name.startswith("distance_") for name in tensors)
+    return [tensors[f"distance_{index}"] for index in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------- upsampling
