@@ -72,7 +72,7 @@ def memory_options(shards: Path | str, output: Path, **changes: Any) -> Any:
         "runtime": ONE,
         "tracking": UNTRACKED,
     }
-    return tune_options()["uniformaly"](shards=shards, output=str(output), **{**defaults, **changes})
+    return tune_options()["uniformaly"](shards=str(shards), output=str(output), **{**defaults, **changes})
 
 
 @pytest.fixture
