@@ -18,7 +18,8 @@ import torch
 from pipelines.benchmarks.harness import Side, Timing, _report, clocked, fixed_threads, interleave
 from pipelines.benchmarks.metrics import resident_peak
 from pipelines.benchmarks.options import InferenceBenchmark, SimilarityBenchmark, TrainingBenchmark
-from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, SampleSource, part_name
+from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, part_name
+from pipelines.data.image_source import SampleSource
 from pipelines.runtime.models import load_model, trained_method
 from pipelines.training.dataset import PreparedFeatures, PreparedImages, TrainingSet
 from pipelines.training.job import synthesiser_of, wants_pixels

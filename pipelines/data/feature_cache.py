@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,120 +22,29 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from pipelines.data.reader import DecodedSample, SampleReader
-from pipelines.data.validation_set import ValidationSet
+from pipelines.data.image_source import ImageSource, ReadPart
+from pipelines.data.reader import DecodedSample
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from unianom import __version__, files
-from unianom.data.image import ImageLimits, InputPolicy
-from unianom.data.shards import MANIFEST, Selection, ShardSet
+from unianom.data.image import InputPolicy
+from unianom.data.shards import MANIFEST
 from unianom.data.tensors import normalise
 from unianom.errors import DataError
 from unianom.methods import Method
 from unianom.model import Model, is_model
-from unianom.options import to_plain
 
 FORMAT = 2
 """Version of the files of a cache; caches of another one have another key."""
-
-IMAGES_PER_TASK = 128
-"""Validation images of one part."""
 
 CHECKED_BYTES = 32 << 20
 """Size of an array up to which its checksum is compared when it is opened. The shapes and types of all are."""
 
 Arrays = dict[str, np.ndarray]
 """Arrays of a batch by name; the rows of each are added to those of the batches before."""
-
-
-# ------------------------------------------------------------------------------------------------------------- images
-class ImageSource(Protocol):
-    """Images in parts, each of which is one task. Pickled on the way to the workers."""
-
-    def parts(self) -> Sequence[str]:
-        """Return the names of the parts, in order."""
-
-    def count(self) -> int:
-        """Return how many images there are."""
-
-    def key(self) -> dict[str, Any]:
-        """Return what says which images these are, and how they are decoded."""
-
-    def open(self, batch_size: int, threads: int) -> Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]:
-        """Return what reads the images of a part as input of a method, at most `batch_size` at once."""
-
-
-@dataclass(frozen=True)
-class SampleSource:
-    """Images of a shard set; the parts are those of the shards.
-
-    Attributes:
-        shards: the shard set.
-        selection: which samples.
-        limits: what an image may cost.
-        chosen: sample_ids of the selected samples that are taken; None for all.
-        columns: what else extractors read of each sample.
-        masks: whether masks are decoded, too.
-    """
-
-    shards: ShardSet
-    selection: Selection
-    limits: ImageLimits
-    chosen: frozenset[str] | None = None
-    columns: tuple[str, ...] = ()
-    masks: bool = False
-
-    def parts(self) -> Sequence[str]:
-        return self.shards.parts
-
-    def count(self) -> int:
-        return self.shards.count(self.selection) if self.chosen is None else len(self.chosen)
-
-    def key(self) -> dict[str, Any]:
-        return {
-            "shards": self.shards.digest,
-            "selection": to_plain(self.selection),
-            "chosen": None if self.chosen is None else files.digest_of({"ids": sorted(self.chosen)}),
-            "limits": to_plain(self.limits),
-        }
-
-    def open(self, batch_size: int, threads: int) -> Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]:
-        reader = SampleReader(self.shards, self.selection, self.chosen, batch_size, self.limits, threads)
-        return lambda part, policy: reader.decoded(part, policy, self.columns, self.masks)
-
-
-@dataclass(frozen=True)
-class ValidationSource:
-    """The images of a validation set, in parts of `IMAGES_PER_TASK`.
-
-    Attributes:
-        uri: of the set, whose name is the digest of all that it depends on.
-    """
-
-    uri: str
-
-    def parts(self) -> Sequence[str]:
-        return [f"images-{start:06d}" for start in range(0, self.count(), IMAGES_PER_TASK)]
-
-    def count(self) -> int:
-        return len(ValidationSet(self.uri))
-
-    def key(self) -> dict[str, Any]:
-        return {"validation_set": self.uri.rsplit("/", 1)[-1], "images_per_task": IMAGES_PER_TASK}
-
-    def open(self, batch_size: int, threads: int) -> Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]:
-        validation_set = ValidationSet(self.uri)
-
-        def read(part: str, policy: InputPolicy) -> Iterator[list[DecodedSample]]:
-            first = int(part.rpartition("-")[2])
-            pixels = validation_set.pixels[first : first + IMAGES_PER_TASK]
-            for start in range(0, len(pixels), batch_size):
-                yield [DecodedSample(image, None, {}) for image in pixels[start : start + batch_size]]
-
-        return read
 
 
 # ------------------------------------------------------------------------------------------------- what is computed
@@ -342,32 +251,33 @@ class CacheWriter:
         self._cache, self._extractors, self._device = cache, extractors, device
         self._batch_size, self._threads = batch_size, threads
         self._methods: dict[str, Method] = {}
-        self._readers: dict[str, Callable[[str, InputPolicy], Iterator[list[DecodedSample]]]] = {}
+        self._readers: dict[str, ReadPart] = {}
         self._functions: dict[str, BatchFunction] = {}
 
-    @torch.inference_mode()
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write the arrays of a part, then their record."""
         group, part = task["group"], task["part"]
-        name, uri = part_name(part, group), self._cache.uri
         if group not in self._readers:
             self._readers[group] = self._cache.images[group].open(self._batch_size, self._threads)
             self._functions[group] = self._extractors[group].open(self._load)
-        policy, compute = self._functions[group]
-        rows = 0
+        record = self._write(part, part_name(part, group), self._readers[group], self._functions[group])
+        outputs.commit_part(self._cache.uri, record["part"], record)
+        return record
+
+    @torch.inference_mode()
+    def _write(self, part: str, name: str, read: ReadPart, function: BatchFunction) -> dict[str, Any]:
+        uri, rows = self._cache.uri, 0
         written: dict[str, _ArrayFile] = {}
         with ExitStack() as stack:
-            for samples in self._readers[group](part, policy):
-                for key, array in compute(ImageBatch(samples, part)).items():
+            for samples in read(part, function.policy):
+                for key, array in function.compute(ImageBatch(samples, part)).items():
                     if key not in written:
                         handle = stack.enter_context(files.open_atomic(files.join(uri, array_name(name, key))))
                         written[key] = _ArrayFile(handle, array)
                     written[key].append(array)
                 rows += len(samples)
             arrays = {key: file.finish() for key, file in written.items()}
-        record = {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
-        outputs.commit_part(uri, name, record)
-        return record
+        return {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
 
     def _load(self, folder: str) -> Method:
         """The method of a model folder, loaded once for all groups."""

@@ -384,13 +384,10 @@ class ValidationSet:
         """Every `stride`-th row and column of N×S×S, beginning half a stride inside."""
         return maps[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]
 
-    def batches(
-        self, batch_size: int, policy: InputPolicy, device: torch.device, first: int = 0, last: int | None = None
-    ) -> Iterator[torch.Tensor]:
-        """B×3×S×S normalised images, in order; those from `first` to before `last`."""
-        pixels = self.pixels[first:last]
-        for start in range(0, len(pixels), batch_size):
-            yield normalise(list(pixels[start : start + batch_size]), policy).to(device)
+    def batches(self, batch_size: int, policy: InputPolicy, device: torch.device) -> Iterator[torch.Tensor]:
+        """Return B×3×S×S normalised images, in order."""
+        for start in range(0, len(self), batch_size):
+            yield normalise(list(self.pixels[start : start + batch_size]), policy).to(device)
 
     def image_table(self, scores: np.ndarray) -> Table:
         """Image AUROC and AP of N scores.

@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, FeatureCache, ImageBatch, SampleSource, part_name
+from pipelines.data.feature_cache import Arrays, BatchFunction, FeatureCache, ImageBatch, part_name
+from pipelines.data.image_source import SampleSource
 from pipelines.evaluation.options import ClusterOptions
 from pipelines.reporting.contact_sheet import font, sheet_png
 from pipelines.reporting.gallery import SCALE_MAPS

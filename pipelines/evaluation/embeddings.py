@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipelines.data.feature_cache import CachedFeatures, Extractor, FeatureCache, SampleSource, part_name
+from pipelines.data.feature_cache import CachedFeatures, Extractor, FeatureCache, part_name
+from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
 from pipelines.evaluation.options import EmbeddingOptions
 from pipelines.training.per_category import weights_digest

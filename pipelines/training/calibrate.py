@@ -27,9 +27,9 @@ from pipelines.data.feature_cache import (
     FeatureCache,
     ImageBatch,
     JoinedRows,
-    SampleSource,
     finite,
 )
+from pipelines.data.image_source import SampleSource
 from pipelines.data.splits import held_out_normals, some
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import connect, set_threads
@@ -327,15 +327,16 @@ class EmbeddingCache:
         extractor = NormalEmbeddings(self.model, tuple(self.categories), options.precision == "half")
         self.cache.fill({"": extractor}, options.batch_size, options.runtime, "inspect normals")
 
-    def moments(self, features: CachedFeatures) -> np.ndarray:
-        """Return the sums of the embeddings' channels and of their squares over all images, 2×C float64."""
-        # batch by batch and then part by part, so that the sums do not depend on the number of workers
-        return np.sum([reduce(np.add, rows) for rows in features.arrays(MOMENTS)], axis=0)
-
 
 def network_key(description: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the outputs of a model depend on, from its `model.json`."""
     return {key: description[key] for key in ("method", "config", "weights_sha256", "bank_sha256")}
+
+
+def summed_moments(features: CachedFeatures) -> np.ndarray:
+    """Return the sums of the embeddings' channels and of their squares over all images, 2×C float64."""
+    # batch by batch and then part by part, as the order of a sum decides its last bits
+    return np.sum([reduce(np.add, rows) for rows in features.arrays(MOMENTS)], axis=0)
 
 
 # ------------------------------------------------------------------------------------------------------- the head
@@ -394,7 +395,7 @@ class HeadActor:
         self._category = np.concatenate(features.arrays(CATEGORY))
         self._rows = JoinedRows(features.arrays(FEATURES))
         channels, height, width = features.row_shape(FEATURES)
-        moments = self._kept.moments(features) / (len(self._category) * height * width)
+        moments = summed_moments(features) / (len(self._category) * height * width)
         calibrator = Calibrator(config, self._kept.categories, channels, (height, width))
         calibrator.set_statistics(statistics, self._category, *moments)
         self._calibrator = calibrator.to(self._device).eval()

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.feature_cache import FeatureCache, SampleSource
+from pipelines.data.feature_cache import FeatureCache
+from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import PATCHES, KeptPatches, PatchMatrix
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect
@@ -89,9 +90,9 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
         return _result(load_model(output, "cpu"), output, False, 0.0)
     work = files.join(output, WORK)
     connect(options.runtime)
-    cache, rate = _embed(name, task, work, options)
-    method = load_memory_method(cache.encoder, "cpu")
-    patches = PatchMatrix(cache.open().arrays(PATCHES))
+    embedded, rate = _embed(name, task, work, options)
+    method = load_memory_method(embedded.encoder, "cpu")
+    patches = PatchMatrix(embedded.open().arrays(PATCHES))
     method.bank, radius = build_bank(patches, config.bank)
     method.check_bank()
     fitted = files.join(work, "fitted")
@@ -136,11 +137,11 @@ def _result(model: Model, output: str, fresh: bool, rate: float) -> FitResult:
 def _embed(name: str, task: FitTask, work: str, options: FitOptions) -> tuple[FeatureCache, float]:
     """Cache the patches of the images to learn from in the folder of unfinished work; also images per second."""
     config, selection = task.config, Selection(("train",), tuple(task.categories), (NORMAL,))
-    cache = FeatureCache.below(
+    embedded = FeatureCache.below(
         files.join(work, "patches"),
         "patches",
         {"": SampleSource(task.shards, selection, options.limits, task.chosen.learn)},
-        {"method": name, "config": to_plain(config), "weights": weights_digest(config.backbone.weights)},
+        {"method": name, "config": to_plain(config), "weights": task.plan["weights"]},
         options.runtime,
         options.batch_size,
     )
@@ -149,8 +150,8 @@ def _embed(name: str, task: FitTask, work: str, options: FitOptions) -> tuple[Fe
         with memory_limit(f"--method: {name}"):
             return Model(METHODS[name](config), task.categories)
 
-    extractor = KeptPatches(cache.encoder, for_bank=True)
-    return cache, cache.fill({"": extractor}, options.batch_size, options.runtime, "embed", encoder)
+    extractor = KeptPatches(embedded.encoder, for_bank=True)
+    return embedded, embedded.fill({"": extractor}, options.batch_size, options.runtime, "embed", encoder)
 
 
 def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, float]:

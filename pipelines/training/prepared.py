@@ -19,9 +19,9 @@ from pipelines.data.feature_cache import (
     Extractor,
     FeatureCache,
     ImageBatch,
-    SampleSource,
     finite,
 )
+from pipelines.data.image_source import SampleSource
 from pipelines.runtime.models import trained_method
 from pipelines.runtime.options import RuntimeOptions
 from unianom import files
@@ -155,8 +155,6 @@ def prepare_features(
 ) -> CachedFeatures:
     """Compute what the frozen encoder of a method makes of images, or find it computed.
 
-    Runs share features whatever their device and batch size, which change them by rounding alone.
-
     Args:
         shards, selection: whose images; see `learnable`.
         categories: of the model.
@@ -175,7 +173,7 @@ def prepare_features(
         "encoder": {**method.feature_key(), "weights": weights},
         "half": half,
     }
-    cache = FeatureCache.below(folder, "features", images, computed)
+    cache = FeatureCache.below(folder, "features", images, computed, runtime, batch_size)
     extractor: Extractor = FrozenFeatures(cache.encoder, half)
     cache.fill({"": extractor}, batch_size, runtime, "frozen features", lambda: Model(method, categories))
     files.remove(cache.encoder)  # as large as the method, and nothing reads it any more

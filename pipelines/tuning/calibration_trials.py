@@ -14,15 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.feature_cache import (
-    Arrays,
-    BatchFunction,
-    CachedFeatures,
-    FeatureCache,
-    ImageBatch,
-    ValidationSource,
-    finite,
-)
+from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
+from pipelines.data.image_source import ValidationSource
 from pipelines.runtime.models import load_model
 from pipelines.training.calibrate import EmbeddingCache, HeadActor, network_key
 from pipelines.training.options import CalibrateOptions

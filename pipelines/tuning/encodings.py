@@ -13,16 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.data.feature_cache import (
-    Arrays,
-    BatchFunction,
-    CachedFeatures,
-    FeatureCache,
-    ImageBatch,
-    SampleSource,
-    ValidationSource,
-    finite,
-)
+from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
+from pipelines.data.image_source import SampleSource, ValidationSource
 from pipelines.data.patch_matrix import PATCHES, PatchMatrix
 from pipelines.runtime.models import memory_method, memory_method_class
 from pipelines.training.options import FitOptions

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.data import feature_cache
+from pipelines.data import feature_cache, image_source
 from pipelines.data.feature_cache import (
     Arrays,
     BatchFunction,
@@ -21,13 +21,11 @@ from pipelines.data.feature_cache import (
     FeatureCache,
     ImageBatch,
     JoinedRows,
-    SampleSource,
-    ValidationSource,
     array_name,
     part_name,
 )
+from pipelines.data.image_source import SampleSource, ValidationSource
 from pipelines.data.options import ValidationOptions
-from pipelines.data.patch_matrix import PatchMatrix
 from pipelines.data.validation_set import ValidationSet, build_validation_set
 from pipelines.runtime import outputs
 from pipelines.runtime.options import RuntimeOptions
@@ -36,7 +34,6 @@ from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
-from unianom.memory.coreset import random_projection
 from unianom.methods import Method
 
 NORMAL = Selection(("train",), (), (0,))
@@ -373,24 +370,11 @@ def test_joined_rows_are_those_of_one_array() -> None:
         np.testing.assert_array_equal(taken, whole[np.asarray(indices, int)])
 
 
-def test_a_matrix_of_patches_is_projected_array_by_array() -> None:
-    rng = np.random.default_rng(1)
-    arrays = [rng.normal(size=(count, 8)).astype(np.float32) for count in (5, 3)]
-    patches = PatchMatrix([arrays[0], np.zeros((0, 0), np.float32), arrays[1]])
-    assert (patches.rows, patches.dimension) == (8, 8)
-    np.testing.assert_array_equal(patches.projected(0, 3), np.concatenate(arrays))
-    matrix = random_projection(8, 4, seed=3)
-    np.testing.assert_array_equal(patches.projected(4, 3), np.concatenate([array @ matrix for array in arrays]))
-    np.testing.assert_array_equal(patches.take(np.array([6, 1])), np.stack([arrays[1][1], arrays[0][1]]))
-    with pytest.raises(DataError, match="masking left no patch for the bank"):
-        PatchMatrix([np.zeros((0, 8), np.float32)])
-
-
 # ---- validation images ----------------------------------------------------------------------------------------------
 
 
 def test_validation_images_are_cached_in_parts(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache, "IMAGES_PER_TASK", 4)
+    monkeypatch.setattr(image_source, "IMAGES_PER_TASK", 4)
     rows = samples("nut", "val", 3) + masked("nut", "val", 3)
     held_out = frozenset(row["sample_id"] for row in rows if row["label"] == 0)
     uri = build_validation_set(

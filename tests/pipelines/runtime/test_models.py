@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from pipelines.runtime.model_set import INDEX, ModelSet, write_index
-from pipelines.runtime.models import load_model
-from tests.methods.conftest import tiny_method
+from pipelines.runtime.models import load_memory_method, load_model, memory_method_class, trained_method
+from tests.methods.conftest import TINY, tiny_method
 from unianom import files
 from unianom.errors import DataError, ModelError
+from unianom.methods import METHODS
 from unianom.model import Model
 
 
@@ -113,3 +114,17 @@ def test_a_model_loads_from_an_object_store_as_from_disk(tmp_path):
             assert loaded.digest == ModelSet.open(root).descriptions()[0]["digest"]
     finally:
         files.remove("memory://test-model")
+
+
+def test_methods_of_another_kind_are_refused(tmp_path):
+    for name in ("patchcore", "uniad"):
+        Model(METHODS[name](TINY[name].config).eval(), ["nut"]).save(str(tmp_path / name))
+    assert load_memory_method(str(tmp_path / "patchcore"), "cpu").name == "patchcore"
+    assert trained_method(load_model(str(tmp_path / "uniad"), "cpu").method).name == "uniad"
+    assert memory_method_class("patchcore") is METHODS["patchcore"]
+    with pytest.raises(ModelError, match="uniad has no memory bank; give a model of a memory method"):
+        load_memory_method(str(tmp_path / "uniad"), "cpu")
+    with pytest.raises(ModelError, match="uniad has no memory bank; give a memory method"):
+        memory_method_class("uniad")
+    with pytest.raises(ModelError, match="patchcore is not trained; give a model of a trained method"):
+        trained_method(load_model(str(tmp_path / "patchcore"), "cpu").method)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, SampleSource, part_name
+from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, part_name
+from pipelines.data.image_source import SampleSource
 from pipelines.training.augment import flip_and_turn
 from pipelines.training.dataset import (
     PreparedFeatures,

@@ -13,15 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.feature_cache import (
-    CachedFeatures,
-    CacheWriter,
-    Extractor,
-    FeatureCache,
-    SampleSource,
-    array_name,
-    part_name,
-)
+from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, array_name, part_name
+from pipelines.data.image_source import SampleSource
 from pipelines.runtime import outputs
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.training.prepared import (

@@ -17,7 +17,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import unianom
-from pipelines.data import feature_cache
+from pipelines.data import feature_cache, image_source
 from pipelines.data.options import ValidationOptions
 from pipelines.data.splits import choose_samples
 from pipelines.data.validation_set import ValidationSet
@@ -104,7 +104,7 @@ def in_this_process() -> Iterator[None]:
             for name, stand_in in (("run_tasks", run_inline), ("connect", lambda _: None)):
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
-        patch.setattr(feature_cache, "IMAGES_PER_TASK", 7)
+        patch.setattr(image_source, "IMAGES_PER_TASK", 7)
         yield
 
 
