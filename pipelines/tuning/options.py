@@ -159,8 +159,7 @@ class TuneTraining(TuneMethod, TrainingOptions):
 
 @dataclass(frozen=True)
 class TuneCada(SearchOptions, CalibrateOptions):
-    """Search how a model's scores are calibrated (CADA): α, dropout and learning rate of the head, what counts as the
-    top of a map, the pixels whose mean is the score.
+    """Search how CADA calibrates a model: α, dropout and learning rate of the head, top of a map, pixels of the score.
 
     Args:
         seed: of the search.

@@ -72,10 +72,12 @@ def _same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 def importance_table(content: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of the importance of options."""
     return [[row["option"], f"{row['importance']:.3f}", f"{row['sd']:.3f}"] for row in content["importance"]]
 
 
 def gain_table(content: Mapping[str, Any]) -> list[list[str]]:
+    """Return rows of `GAIN_COLUMNS`."""
     return [
         [
             row["category"],
