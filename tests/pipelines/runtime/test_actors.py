@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from pipelines.runtime import actors
-from pipelines.runtime.actors import ENDED, STARTED, lost_error, raised_error, run_tasks, told_error
+from pipelines.runtime.actors import ENDED, STARTED, error_from_plain, error_to_plain, lost_error, run_tasks
 from pipelines.runtime.errors import WorkerError, reason, user_error
 from pipelines.runtime.options import RuntimeOptions
 from unianom.errors import DataError, MachineError, ModelError
@@ -105,7 +105,7 @@ def chain(outer: Exception, inner: BaseException) -> Exception:
     ],
 )
 def test_an_error_told_as_data_is_raised_as_it_was(error: Exception, expected: Exception) -> None:
-    found = raised_error(told_error(error))
+    found = error_from_plain(error_to_plain(error))
     assert type(found) is type(expected)
     assert found.args[0].startswith(expected.args[0])
 
