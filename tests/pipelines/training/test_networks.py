@@ -228,7 +228,7 @@ def test_phases_that_cannot_be_are_refused() -> None:
     for start in (0.0, 1.0):
         with pytest.raises(OptionError, match=rf"^start={start} must be in \(0, 1\)$"):
             Phase(start, {"a": 1})
-    with pytest.raises(OptionError, match="^method must name an option that changes$"):
+    with pytest.raises(OptionError, match=r"^method must name an option that changes$"):
         Phase(0.5, {})
     for name, method in METHODS.items():
         if issubclass(method, TrainedMethod):
