@@ -40,7 +40,7 @@ def run_job(
     resources: dict[str, float] = {"CPU": options.runtime.cpus_per_worker}
     if options.runtime.gpus_per_worker:
         resources["GPU"] = options.runtime.gpus_per_worker
-    _check_resources(options)
+    check_resources(options)
     workers = options.workers
     events: Any = ray.remote(num_cpus=0)(MetricsChannel).remote()
     trainer = TorchTrainer(
@@ -81,7 +81,7 @@ def run_job(
         raise error_from_plain(failure)
 
 
-def _check_resources(options: TrainingOptions) -> None:
+def check_resources(options: TrainingOptions) -> None:
     """Refuse workers that the cluster cannot hold, for which Ray Train would wait for ever."""
     need = options.min_workers or options.workers
     if pool_size(options.runtime, need) < need:

@@ -27,10 +27,10 @@ import unianom
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
-from pipelines.training import driver as module
 from pipelines.training.driver import keeps_features
 from pipelines.training.loader import BatchLoader
 from pipelines.training.options import DataOptions, Phase, ThresholdOptions, TrainingOptions, train_options
+from pipelines.training.ray_training import check_resources
 from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.train import train
 from pipelines.training.trainer import Trainer, evaluation_mode, phase_configs
@@ -225,9 +225,11 @@ def test_phases_that_cannot_be_are_refused() -> None:
         phases(CONFIG, (3, {"neighbours": 0}))
     with pytest.raises(OptionError, match="ascending"):
         TrainingOptions("s", "m", phases=(Phase(0.5, {"a": 1}), Phase(0.5, {"b": 1})))
-    for wrong in ((0.0, {"a": 1}), (1.0, {"a": 1}), (0.5, {})):
-        with pytest.raises(OptionError, match="phases"):
-            Phase(*wrong)
+    for start in (0.0, 1.0):
+        with pytest.raises(OptionError, match=rf"^start={start} must be in \(0, 1\)$"):
+            Phase(start, {"a": 1})
+    with pytest.raises(OptionError, match=r"^method must name an option that changes$"):
+        Phase(0.5, {})
     for name, method in METHODS.items():
         if issubclass(method, TrainedMethod):
             plain = flatten(to_plain(TINY[name].config))
@@ -491,4 +493,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
 def test_workers_that_do_not_fit_are_refused(ray_cluster: None, small: Small, tmp_path: Path) -> None:
     crowd = RuntimeOptions(workers=64)
     with pytest.raises(OptionError, match=r"64 workers .* do not fit"):
-        module._check_resources(TrainingOptions(str(small.shards), str(tmp_path), runtime=crowd))
+        check_resources(TrainingOptions(str(small.shards), str(tmp_path), runtime=crowd))
