@@ -60,7 +60,7 @@ KINDS = {"score": pa.float32(), "label": pa.int8(), "shots": pa.int32(), "seed":
 
 
 class BankScorer:
-    """Fits one bank to embedded images and scores embedded test images with it. What the units of both protocols are.
+    """Fits one bank to embedded images and scores embedded test images with it. A `PartTask` of both protocols.
 
     Args:
         embedded: the images.
@@ -68,7 +68,7 @@ class BankScorer:
         batch_size: images scored at once.
         output: folder of the results.
         plan: digest of the plan.
-        tasks: what each unit is about, by its number; units themselves travel as numbers, since Ray Data would turn
+        tasks: what each is about, by its number; they themselves travel as numbers, since Ray Data would turn
             their lists into arrays.
     """
 
@@ -148,13 +148,13 @@ def run_banks(
         "plan": plan,
         "tasks": tasks,
     }
-    units = {scores_file(task["number"]): {"number": task["number"]} for task in tasks}
+    numbered = {scores_file(task["number"]): {"number": task["number"]} for task in tasks}
     runtime = dataclasses.replace(options.runtime, gpus_per_worker=0)
-    records, _ = run_unfinished(worker, arguments, units, output, runtime, Progress(words, len(units), "banks"))
+    records, _ = run_unfinished(worker, arguments, numbered, output, runtime, Progress(words, len(numbered), "banks"))
     return list(records.values())
 
 
-def _plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
+def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
     """What the results depend on."""
     return {
         "tool": __version__,
@@ -175,7 +175,3 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     mean = math.fsum(values) / len(values) if values else None
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": mean, "sd": deviation}
-
-
-def _state(result: ProtocolResult) -> str:
-    return "written" if result.fresh else "was complete already"

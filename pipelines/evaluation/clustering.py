@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, FeatureCache, ImageBatch, part_name
+from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, part_name
 from pipelines.data.image_source import SampleSource
 from pipelines.evaluation.options import ClusterOptions
 from pipelines.runtime.model_set import ModelSet
@@ -210,20 +208,19 @@ def describe_category(
     selection = Selection(options.splits, categories_of(model_set, model_folder))
     rows: list[dict[str, Any]] = []
     features: dict[str, list[np.ndarray]] = {"distances": [], "top": [], "mean": []}
-    with TemporaryDirectory(prefix="unianom-clustering-") as copies:
-        for part in shards.parts:
-            stored = [row for batch in shards.read(part, selection, list(COLUMNS)) for row in batch.to_pylist()]
-            inside = [
-                n
-                for n, row in enumerate(stored)
-                if row["category"] == category and (not options.anomalous_only or row["label"] == ANOMALOUS)
-            ]
-            if not inside:
-                continue
-            rows += [{**stored[n], "type": type_of(stored[n])} for n in inside]
-            for kind, arrays in features.items():
-                path = files.join(folder, f"{feature_part(part, number)}-{kind}.npy")
-                arrays.append(files.map_array(path, Path(copies))[inside])
+    cached = CachedFeatures(folder)
+    for part in shards.parts:
+        stored = [row for batch in shards.read(part, selection, list(COLUMNS)) for row in batch.to_pylist()]
+        inside = [
+            n
+            for n, row in enumerate(stored)
+            if row["category"] == category and (not options.anomalous_only or row["label"] == ANOMALOUS)
+        ]
+        if not inside:
+            continue
+        rows += [{**stored[n], "type": type_of(stored[n])} for n in inside]
+        for kind, arrays in features.items():
+            arrays.append(cached.array(feature_part(part, number), kind)[inside])
     distances = np.concatenate(features["distances"])
     ratio = model_k_ratio(options, models[number])
     vectors = describe_images(

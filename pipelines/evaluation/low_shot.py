@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.evaluation.bank_protocol import SECTION, ProtocolResult, _plan, run_banks
+from pipelines.evaluation.bank_protocol import SECTION, ProtocolResult, protocol_plan, run_banks
 from pipelines.evaluation.embeddings import Side
 from pipelines.evaluation.low_shot_draws import METRICS, DrawScorer, flat_summary, low_shot_content, plan_draws
 from pipelines.evaluation.options import LowShotOptions
@@ -36,8 +36,10 @@ def low_shot(options: LowShotOptions) -> ProtocolResult:
     test = Selection(("test",), options.categories, (NORMAL, ANOMALOUS))
     shards.check(train)
     shards.check(test)
-    units, skipped = plan_draws(shards, options)
-    plan = _plan(options, shards, protocol="low_shot", **{key: to_plain(getattr(options, key)) for key in PLANNED})
+    draws, skipped = plan_draws(shards, options)
+    plan = protocol_plan(
+        options, shards, protocol="low_shot", **{key: to_plain(getattr(options, key)) for key in PLANNED}
+    )
     output = files.full_uri(options.output)
     inputs = inputs_of(options.shards, options.method)
     with (
@@ -47,7 +49,7 @@ def low_shot(options: LowShotOptions) -> ProtocolResult:
         fresh = not outputs.is_complete(output)
         if fresh:
             sides: dict[Side, Selection] = {"train": train, "test": test}
-            records = run_banks(DrawScorer, options, shards, sides, output, digest, units, "low-shot draws")
+            records = run_banks(DrawScorer, options, shards, sides, output, digest, draws, "low-shot draws")
             _write(output, low_shot_content(options, shards, records, skipped))
         content = files.read_json(files.join(output, "low_shot.json"))
         for row in content["summary"]:

@@ -37,7 +37,7 @@ def plan_draws(shards: ShardSet, options: LowShotOptions) -> tuple[list[dict[str
     """
     categories = list(options.categories) or shards.categories
     have = {name: shards.count(Selection(("train",), (name,), (NORMAL,))) for name in categories}
-    units: list[dict[str, Any]] = []
+    draws: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for shots in options.shots:
         enough = [name for name in categories if have[name] >= shots]
@@ -47,13 +47,13 @@ def plan_draws(shards: ShardSet, options: LowShotOptions) -> tuple[list[dict[str
         groups = [[name] for name in enough] if options.per_category else [enough] * bool(enough)
         for group in groups:
             for seed in range(options.seed, options.seed + options.draws):
-                units.append({"number": len(units), "shots": shots, "seed": seed, "categories": group})
-    if not units:
+                draws.append({"number": len(draws), "shots": shots, "seed": seed, "categories": group})
+    if not draws:
         raise DataError(
             f"{shards.uri} has at most {max(have.values())} normal training images of a category, fewer than any of "
             f"shots={list(options.shots)}"
         )
-    return units, skipped
+    return draws, skipped
 
 
 class DrawScorer(BankScorer):
@@ -63,9 +63,9 @@ class DrawScorer(BankScorer):
         super().__init__(**arguments)
         self._masks: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Fit, score and measure one draw."""
-        draw = self.tasks[unit["number"]]
+        draw = self.tasks[task["number"]]
         categories = tuple(draw["categories"])
         pool = [row for row in self.reader.samples("train") if row["category"] in categories]
         ids, groups = [row["sample_id"] for row in pool], [row["category"] for row in pool]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.evaluation.bank_protocol import SECTION, ProtocolResult, _plan, run_banks
+from pipelines.evaluation.bank_protocol import SECTION, ProtocolResult, protocol_plan, run_banks
 from pipelines.evaluation.embeddings import Side
 from pipelines.evaluation.options import SemanticOptions
 from pipelines.evaluation.semantic_tasks import TaskScorer, choose_tasks, classes_of, semantic_content
@@ -31,7 +31,7 @@ def semantic(options: SemanticOptions) -> ProtocolResult:
     shards = ShardSet.open(options.shards)
     classes = classes_of(shards)
     tasks = choose_tasks(options, classes)
-    plan = _plan(options, shards, protocol="semantic", tasks=tasks)
+    plan = protocol_plan(options, shards, protocol="semantic", tasks=tasks)
     output = files.full_uri(options.output)
     inputs = inputs_of(options.shards, options.method)
     with (
@@ -41,8 +41,8 @@ def semantic(options: SemanticOptions) -> ProtocolResult:
         fresh = not outputs.is_complete(output)
         if fresh:
             sides: dict[Side, Selection] = {"train": Selection(("train",)), "test": Selection(("test",))}
-            units = [{"number": n, "task": task, "classes": normal} for n, (task, normal) in enumerate(tasks.items())]
-            records = run_banks(TaskScorer, options, shards, sides, output, digest, units, "semantic tasks")
+            banks = [{"number": n, "task": task, "classes": normal} for n, (task, normal) in enumerate(tasks.items())]
+            records = run_banks(TaskScorer, options, shards, sides, output, digest, banks, "semantic tasks")
             _write(output, semantic_content(options, shards, tasks, records), shards.categories)
         content = files.read_json(files.join(output, "semantic.json"))
         run.metrics({f"{scope(row['task'])}/image_auroc": row["image_auroc"] for row in content["tasks"]})

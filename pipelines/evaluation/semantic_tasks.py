@@ -101,19 +101,19 @@ def classes_of(shards: ShardSet) -> list[str]:
 class TaskScorer(BankScorer):
     """A bank of a task's normal classes, and scores of the whole test split. A `PartTask`."""
 
-    def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Fit, score and measure one task."""
-        task = self.tasks[unit["number"]]
-        normal = set(task["classes"])
+        semantic_task = self.tasks[task["number"]]
+        normal = set(semantic_task["classes"])
         chosen = frozenset(row["sample_id"] for row in self.reader.samples("train") if row["defect"] in normal)
         if not chosen:
-            raise DataError(f"task '{unit['task']}' has no training image of {', '.join(sorted(normal))}")
+            raise DataError(f"task '{semantic_task['task']}' has no training image of {', '.join(sorted(normal))}")
         made = self.fit(chosen)
         rows = [{**row, "label": NORMAL if row["defect"] in normal else ANOMALOUS} for row in self.score()]
         metrics = image_metrics([row["score"] for row in rows], [row["label"] for row in rows])
         shown = ("image_auroc", "image_ap", "n_images", "n_anomalous")
-        record = {**task, **made, **{key: plain(metrics[key]) for key in shown}}
-        return self.commit(task["number"], [{"task": task["task"], **row} for row in rows], record)
+        record = {**semantic_task, **made, **{key: plain(metrics[key]) for key in shown}}
+        return self.commit(semantic_task["number"], [{"task": semantic_task["task"], **row} for row in rows], record)
 
 
 def semantic_content(

@@ -139,7 +139,6 @@ class TuneMethod(SearchOptions, FitOptions):
 
     def check(self) -> None:
         super().check()
-        _check_fitting(self)
         _check_budget(self)
         if self.search == "pbt" and not isinstance(self, TuneTraining):
             raise OptionError(
@@ -174,7 +173,6 @@ class TuneCada(SearchOptions, CalibrateOptions):
 
     def check(self) -> None:
         super().check()
-        _check_fitting(self)
         _check_budget(self)
         if self.output is None:
             raise OptionError("give --output, a folder for the campaign")
@@ -210,13 +208,6 @@ def fit_class(name: str) -> type[FitOptions] | type[CalibrateOptions]:
     if name == CADA:
         return CalibrateOptions
     return FitOptions if has_bank(name) else TrainingOptions
-
-
-def _check_fitting(options: TuneOptions) -> None:
-    """Check options of fitting whose class does not derive from `Options`; of others `check` has done so."""
-    base: Any = fit_class(method_name(options))
-    if not issubclass(base, Options):
-        base.__post_init__(options)
 
 
 def _check_budget(options: TuneOptions) -> None:
