@@ -26,8 +26,8 @@ def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
     images = torch.randn(count, 3, side, side, generator=generator).to(options.device)
 
     def predict(model: Model) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        made = [tuple(part.cpu() for part in model.method.predict(batch)) for batch in images.split(options.batch_size)]
-        return [(anomaly_map, score) for anomaly_map, score in made]
+        predictions = map(model.method.predict, images.split(options.batch_size))
+        return [(prediction.anomaly_map.cpu(), prediction.score.cpu()) for prediction in predictions]
 
     with fixed_threads(options.threads):
         sides = {

@@ -29,7 +29,8 @@ NAME = "one_level"
 @pytest.fixture
 def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The package of methods with the file of CONTRIBUTING.md beside its own."""
-    [code] = re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(), flags=re.MULTILINE | re.DOTALL)
+    [code] = [block for block in blocks if "register_method" in block]
     (tmp_path / f"{NAME}.py").write_text(code)
     monkeypatch.setattr(unianom.methods, "__path__", [*unianom.methods.__path__, str(tmp_path)])
     yield unianom.methods

@@ -302,7 +302,8 @@ class Shown(Method):
 
     def predict(self, images: torch.Tensor) -> Prediction:
         self.images += list(images)
-        return Prediction(images.mean(1), images.mean((1, 2, 3)))
+        maps = images.mean(1)
+        return Prediction(maps, images.mean((1, 2, 3)), maps, images)
 
 
 # ---- labelled images ------------------------------------------------------------------------------------------------
