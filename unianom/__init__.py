@@ -17,7 +17,7 @@ __all__ = ["ImageResult", "Model", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and its types are imported at first use, so that jobs that need no network start without PyTorch."""
+    """Import `load` and its types at first use, so that jobs that need no network start without PyTorch."""
     if name in __all__:
         from unianom import model
 

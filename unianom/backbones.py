@@ -153,7 +153,7 @@ def read_state(uri: str) -> dict[str, Tensor]:
 
 
 def state_faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Where a state dict differs in names and shapes from the one a network has, in words; empty if nowhere."""
+    """Return, in words, where a state dict differs in names and shapes from the network's; empty if nowhere."""
     kinds = {
         "missing": set(wanted) - set(state),
         "unknown": set(state) - set(wanted),
@@ -167,7 +167,7 @@ def state_faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> s
 
 
 def _make(config: BackboneConfig, pretrained: bool, arguments: dict[str, Any]) -> Any:
-    """The timm model, with random weights unless `pretrained`."""
+    """Return the timm model, with random weights unless `pretrained`."""
     check_name(config)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -233,7 +233,7 @@ class _Backbone(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> _Backbone:
-        """A frozen backbone stays in evaluation mode: batch norm keeps its running statistics."""
+        """Set the mode, but keep a frozen backbone in evaluation mode: its batch norm keeps its running statistics."""
         super().train(mode and self.trainable)
         return self
 
@@ -330,7 +330,7 @@ class VitBackbone(_Backbone):
         self._finish()
 
     def forward(self, images: Tensor) -> VitFeatures:
-        """Taps of B×3×H×W images in one pass."""
+        """Compute the taps of B×3×H×W images in one pass."""
         with self._precision(images.device):
             tokens, attention = self._taps(self._format(images))
         return VitFeatures([t.float() for t in tokens], None if attention is None else attention.float())
@@ -360,7 +360,10 @@ class VitBackbone(_Backbone):
 
 
 def _attention(attn: Any, x: Tensor, all_queries: bool) -> Tensor:
-    """Post-softmax attention weights B×heads×Q×T; Q = T, or 1 (CLS only). timm's own forward does not give them."""
+    """Return attention weights after softmax, B×heads×Q×T; Q = T, or 1 (CLS only).
+
+    timm's own forward does not give them.
+    """
     batch, count, _ = x.shape
     qkv = attn.qkv
     width = attn.num_heads * attn.head_dim
@@ -374,13 +377,13 @@ def _attention(attn: Any, x: Tensor, all_queries: bool) -> Tensor:
 
 
 def _roll_out(rolled: Tensor | None, weights: Tensor) -> Tensor:
-    """One step of attention rollout (Abnar and Zuidema 2020): half attention, half identity, after the others."""
+    """Add a step of attention rollout (Abnar and Zuidema 2020), half attention and half identity, to those before."""
     mixed = 0.5 * weights + 0.5 * torch.eye(weights.shape[-1], device=weights.device)
     return mixed if rolled is None else mixed @ rolled
 
 
 def _feature_indices(config: BackboneConfig, taps: Sequence[int]) -> tuple[int, ...]:
-    """timm's `features_only` indices of the maps with these reductions.
+    """Return timm's `features_only` indices of the maps with these reductions.
 
     Raises:
         OptionError: a reduction that no map has, or a network in which several maps have the same.
@@ -437,7 +440,7 @@ class CnnBackbone(_Backbone):
         self._finish()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps B×C×h×w float32 of B×3×H×W images, fine to coarse."""
+        """Return feature maps B×C×h×w float32 of B×3×H×W images, fine to coarse."""
         with self._precision(images.device):
             maps = self.encoder(self._format(images))
         return [m.permute(0, 3, 1, 2).float() if self._last else m.float() for m in maps]

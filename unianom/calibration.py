@@ -51,20 +51,23 @@ class MapStatistics(NamedTuple):
 
     @staticmethod
     def of(maps: Tensor) -> MapStatistics:
-        """Those of B×S×S maps."""
+        """Compute the statistics of B×S×S maps."""
         pixels = maps.flatten(1).double()
         found = (pixels.mean(1), pixels.square().mean(1), pixels.amax(1))
         return MapStatistics(*(value.cpu().numpy() for value in found))
 
     def targets(self, kind: str) -> np.ndarray:
-        """What a regressor is to predict of each image (Sec. 3.2): N×2 float64, u and γ."""
+        """Return what a regressor is to predict for each image (Sec. 3.2): u and γ, N×2 float64."""
         if kind == "mean_max":
             return np.stack([self.mean, self.top], axis=1)
         return np.stack([self.mean, self.mean + 3 * _deviation(self.mean, self.square)], axis=1)
 
     def of_class(self, kind: str) -> np.ndarray:
-        """u and γ of a category that all these images belong to: the mean of all their pixels, and the mean of their
-        maxima or, of all pixels, the mean plus three standard deviations."""
+        """Compute u and γ of the one category that all these images belong to.
+
+        u is the mean of all their pixels; γ is the mean of their maxima or, over all pixels, the mean plus three
+        standard deviations.
+        """
         level = self.mean.mean()
         if kind == "mean_max":
             return np.array([level, self.top.mean()])
@@ -77,7 +80,7 @@ def _deviation(mean: Any, square: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------------------- network
 def make_head(channels: int, grid: tuple[int, int], outputs: int, config: HeadConfig) -> nn.Sequential:
-    """The head: B×channels×grid to B×outputs."""
+    """Make the head, which maps B×channels×grid to B×outputs."""
     layers: list[nn.Module] = []
     for _ in range(config.convolutions):
         layers += [nn.Conv2d(channels, channels, config.kernel, padding=config.kernel // 2), nn.ReLU()]
@@ -110,7 +113,7 @@ class Calibration(NamedTuple):
     score: Tensor
 
     def maps(self, anomaly_map: Tensor) -> Tensor:
-        """Calibrated maps (eq. 5) of B×S×S maps."""
+        """Calibrate B×S×S maps (eq. 5)."""
         return (anomaly_map - self.offset[:, None, None]) / self.scale[:, None, None]
 
 
@@ -202,13 +205,15 @@ class Calibrator(nn.Module):
         self.alpha.fill_(alpha)
 
     def outputs(self, features: Tensor) -> Tensor:
-        """The head's outputs of embeddings B×C×h×w: for "cada" û and γ̂ in standard units, B×2, for "classifier" logits,
-        B×K."""
+        """Return the head's outputs for embeddings B×C×h×w.
+
+        For "cada" these are û and γ̂ in standard units, B×2; for "classifier", logits, B×K.
+        """
         normed = (features - self.feature_mean[:, None, None]) / self.feature_deviation
         return self.head(normed).float()
 
     def loss(self, features: Tensor, targets: Tensor, category: Tensor) -> Tensor:
-        """Of a batch: smooth L1 of û and of γ̂, added (eq. 3), or cross-entropy of the classes (eq. 2).
+        """Compute the loss of a batch: smooth L1 of û and of γ̂, added (eq. 3), or cross-entropy of the classes (eq. 2).
 
         Args:
             features: B×C×h×w.
@@ -225,7 +230,7 @@ class Calibrator(nn.Module):
         return parts[0] + parts[1]
 
     def statistics_of(self, features: Tensor, categories: Sequence[str] | None = None) -> Tensor:
-        """u and γ for embeddings B×C×h×w: B×2.
+        """Return u and γ for embeddings B×C×h×w: B×2.
 
         Args:
             features: of the images.
@@ -269,7 +274,7 @@ class Calibrator(nn.Module):
         return Calibration(level, scale, (top_mean(prediction.anomaly_map, self.config.score_share) - level) / scale)
 
     def plain(self) -> dict[str, Any]:
-        """What a model folder keeps of it beside its weights."""
+        """Return what a model folder keeps of the calibrator beside its weights, as plain data."""
         return {"categories": self.categories, "channels": self.channels, "grid": list(self.grid)}
 
 
@@ -278,7 +283,7 @@ class Rows(Protocol):
     """The embeddings of N images, wherever they lie."""
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Those of some images, n×C×h×w, in the order asked for."""
+        """Return the embeddings of some images, n×C×h×w, in the order asked for."""
         ...
 
 
@@ -343,7 +348,7 @@ class HeadTrainer:
         calibrator.eval()
 
     def _batch(self, step: int) -> np.ndarray:
-        """Images of a step: batches run over the ends of epochs, each of which has an order of its own."""
+        """Return the indices of a step's images: batches run over the ends of epochs, each with an order of its own."""
         size, count = self.calibrator.config.batch_size, len(self._targets)
         places = range(step * size, (step + 1) * size)
         epochs = {place // count for place in places}
@@ -354,7 +359,7 @@ class HeadTrainer:
         return np.array([self._orders[place // count][place % count] for place in places])
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the training depends on."""
+        """Return all that the rest of the training depends on."""
         return {
             "step": self.step,
             "head": self.calibrator.head.state_dict(),
@@ -369,7 +374,7 @@ class HeadTrainer:
 
 
 def _cosine(step: int, steps: int) -> float:
-    """Factor of the learning rate, from 1 towards 0."""
+    """Return the factor of the learning rate, from 1 towards 0."""
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -384,7 +389,7 @@ class ArrayRows:
     array: np.ndarray
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Those of some images, n×C×h×w."""
+        """Return the embeddings of some images, n×C×h×w."""
         return self.array[indices]
 
 
@@ -395,7 +400,7 @@ def fit_calibrator(
     statistics: MapStatistics,
     category: np.ndarray,
 ) -> Calibrator:
-    """A calibrator from what a method finds in normal training images.
+    """Fit a calibrator to what a method finds in normal training images.
 
     Args:
         config: how.

@@ -45,7 +45,7 @@ class ImageError(UnianomError):
         self.status = status
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Both arguments, so that the error survives the way from a worker to the driver."""
+        """Return both arguments, so that the error survives the way from a worker to the driver."""
         return type(self), (self.status, str(self))
 
 
@@ -117,7 +117,7 @@ def storage_error(error: BaseException) -> MachineError | None:
 
 
 def _full_disks() -> str:
-    """Of the places that programs write to unasked, those without space, in brackets after a blank."""
+    """Name those places without space that programs write to unasked, in brackets after a blank; empty if none."""
     full = []
     for place in dict.fromkeys((tempfile.gettempdir(), os.getcwd(), "/dev/shm")):  # noqa: PTH109
         try:

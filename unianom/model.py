@@ -156,7 +156,7 @@ class Model:
         return results
 
     def decide(self, score: float, calibrated_score: float | None, category: str | None) -> str | None:
-        """What becomes of one image, see `ImageResult.decision`.
+        """Decide what becomes of one image; see `ImageResult.decision`.
 
         Raises:
             DataError: a score is NaN or infinite, or the rule judges calibrated scores and there is none.
@@ -181,7 +181,7 @@ class Model:
     def _prepared(
         self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits, bits: int | None
     ) -> Iterator[list[np.ndarray]]:
-        """Batches of S×S×3 uint8, decoded one batch ahead of the network."""
+        """Yield batches of S×S×3 uint8, decoded one batch ahead of the network."""
 
         def prepare(number: int) -> np.ndarray:
             try:
@@ -273,7 +273,7 @@ class Model:
 
 
 def _as_list(images: Any) -> Sequence[AnyImage]:
-    """The list of images that `Model.predict` was given.
+    """Return, as a sequence, the images that `Model.predict` was given.
 
     Raises:
         OptionError: it is a single image, or nothing with a place for every image.
@@ -293,14 +293,14 @@ def _as_list(images: Any) -> Sequence[AnyImage]:
 
 
 def _kind(value: Any) -> str:
-    """What something is that was given in place of something else."""
+    """Describe, for a message, a value that was given in place of something else."""
     if isinstance(value, np.ndarray | torch.Tensor):
         return f"{type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
     return f"'{value}'" if isinstance(value, str) else type(value).__name__
 
 
 def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> np.ndarray:
-    """Any form of image that `Model.predict` takes, as H×W×3 uint8; `bits` as there.
+    """Convert any form of image that `Model.predict` takes to H×W×3 uint8; `bits` as there.
 
     Raises:
         ImageError: the file is missing or may not be read, or as `decode_image`; also of a Pillow image that is opened
@@ -334,7 +334,7 @@ def _decoded(content: bytes, limits: ImageLimits, bits: int | None) -> np.ndarra
 
 
 def _pillow_pixels(image: Image.Image, limits: ImageLimits) -> np.ndarray:
-    """A Pillow image as H×W×3 uint8; one that was opened only is read here."""
+    """Convert a Pillow image to H×W×3 uint8; one that is opened but not read yet is read here."""
     if image.mode.startswith(("I", "F")):
         raise OptionError(f"a Pillow image of mode {image.mode} would be clipped to 8 bits; give its file or bytes")
     width, height = image.size
@@ -356,7 +356,7 @@ def _pillow_pixels(image: Image.Image, limits: ImageLimits) -> np.ndarray:
 
 
 def _read_file(uri: str | os.PathLike[str]) -> bytes:
-    """Content of an image file.
+    """Return the content of an image file.
 
     Raises:
         ImageError: there is no such file, it is a folder, or it may not be read.
@@ -470,8 +470,10 @@ _WRONG_VALUES = (OptionError, TypeError, ValueError, AttributeError, KeyError, I
 
 
 def _most_memory(state: dict[str, torch.Tensor]) -> int:
-    """Bytes that the network with these weights may take while it is built: beside them, buffers that are not saved,
-    and what initialising them takes."""
+    """Return the most bytes that the network with these weights may take while it is built.
+
+    Beside the weights these are buffers that are not saved, and what initialising takes.
+    """
     return 4 * sum(value.nbytes for value in state.values()) + (1 << 30)
 
 
@@ -491,7 +493,7 @@ def store_rule(uri: str | os.PathLike[str], rule: DecisionRule, provenance: dict
 
 
 def without_rule(description: dict[str, Any]) -> dict[str, Any]:
-    """The content of `model.json` as it is without a decision rule."""
+    """Return the content of `model.json` as it is without a decision rule."""
     bare = {key: value for key, value in description.items() if key != "decision_rule"}
     bare["provenance"] = {key: value for key, value in bare["provenance"].items() if key != "decision_rule"}
     return bare
@@ -526,7 +528,7 @@ def _load_calibrator(
 
 
 def _read_state(path: str, sha256: str, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file that must be the one `model.json` names."""
+    """Read the tensors of a file that must be the one `model.json` names."""
     try:
         content = files.read_bytes(path)
     except FileNotFoundError as error:
@@ -545,18 +547,18 @@ def _check_state(path: str, own: dict[str, torch.Tensor], state: dict[str, torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a model's numbers depend on."""
+    """Return the versions of what a model's numbers depend on."""
     found = {name: version(name) for name in ("unianom", "torch", "timm", "numpy", "pillow")}
     return {"python": platform.python_version(), **found}
 
 
 def is_model(uri: str | os.PathLike[str]) -> bool:
-    """Whether a finished model folder lies there."""
+    """Return whether a finished model folder lies at `uri`."""
     return files.exists(files.join(uri, "model.json"))
 
 
 def local_copy(uri: str, folder: Path) -> str:
-    """A model folder on this machine's disk: `uri` itself if it is local, else a copy below `folder`."""
+    """Return a model folder on this machine's disk: `uri` itself if it is local, else a copy below `folder`."""
     if files.is_local(uri):
         return files.full_uri(uri)
     fs, path = files.resolve(uri)

@@ -118,24 +118,24 @@ class PatientS3(S3FileSystem):
 
 
 def _code(error: BaseException) -> str:
-    """S3's name of the error, empty if it is none of S3's."""
+    """Return S3's name of the error, empty if it is none of S3's."""
     response = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
 def _words(error: BaseException) -> str:
-    """The message on one line."""
+    """Return the error's message on one line, without a URL's user and password."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return _without_user(" ".join(text.split()).rstrip("."))
 
 
 def _without_user(text: str) -> str:
-    """A text without the user and password that a URL in it may hold."""
+    """Return a text without the user and password that a URL in it may hold."""
     return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later. Time-outs have been tried again already."""
+    """Return whether the same request may succeed a moment later. Time-outs have been tried again already."""
     response = getattr(error.__cause__, "response", None) or {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     unreached = isinstance(error, boto.ConnectionError) and not isinstance(error, boto.ConnectTimeoutError)

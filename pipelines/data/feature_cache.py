@@ -280,7 +280,7 @@ class CacheWriter:
         return {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
 
     def _load(self, folder: str) -> Method:
-        """The method of a model folder, loaded once for all groups."""
+        """Return the method of a model folder, loaded once for all groups."""
         if folder not in self._methods:
             self._methods[folder] = load_model(folder, self._device).method
         return self._methods[folder]
@@ -321,7 +321,7 @@ class _ArrayFile:
 
 
 def _content(array: np.ndarray) -> memoryview | bytes:
-    """The bytes of an array, without a copy of one that is contiguous."""
+    """Return the bytes of an array, without a copy of one that is contiguous."""
     return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
 
 

@@ -19,7 +19,7 @@ from unianom.methods import Method
 
 
 def decode_row(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) -> np.ndarray:
-    """A sample's image as S×S×3 uint8 input.
+    """Decode a sample's image to S×S×3 uint8 input.
 
     Raises:
         DataError: it cannot be read under these limits, though ingest could under its own; names the sample.
@@ -31,7 +31,7 @@ def decode_row(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) ->
 
 
 def decode_row_mask(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) -> np.ndarray:
-    """A sample's mask as S×S bool, where `decode_row` has its image; nothing is marked in a normal one.
+    """Decode a sample's mask to S×S bool, aligned with the image of `decode_row`; a normal sample's marks nothing.
 
     Raises:
         DataError: the sample is anomalous and has no mask, or it cannot be read under these limits; names the sample.
@@ -49,7 +49,7 @@ def decode_row_mask(row: dict[str, Any], policy: InputPolicy, limits: ImageLimit
 
 
 def missing_masks(sample_ids: list[str]) -> str:
-    """What to tell of anomalous training images that need a mask and have none."""
+    """Return the error message for anomalous training images that need a mask and have none."""
     more = f" (and {len(sample_ids) - 1} more)" if len(sample_ids) > 1 else ""
     return (
         f"{sample_ids[0]}{more} is anomalous but has no mask, which the method learns from; add the mask, or leave the "
@@ -97,7 +97,7 @@ class SampleReader:
         self._pool = ThreadPoolExecutor(threads)
 
     def batches(self, part: str, method: Method) -> Iterator[torch.Tensor]:
-        """B×3×S×S batches of the chosen samples, in the order of the part."""
+        """Yield B×3×S×S batches of the chosen samples, in the order of the part."""
         for samples in self.decoded(part, method.input):
             yield normalise([sample.pixels for sample in samples], method.input).to(method.device)
 

@@ -197,8 +197,9 @@ def build_validation_set(
 def build_tests(
     shards: ShardSet, categories: Sequence[str], policy: InputPolicy, limits: ImageLimits, folder: str
 ) -> str:
-    """The labelled test split in the form of validation images, for a diagnosis; an even share of every category where
-    it has more than `MOST_TEST_IMAGES`.
+    """Write the labelled test split in the form of validation images, for a diagnosis, and return its folder.
+
+    Where the split has more than `MOST_TEST_IMAGES`, an even share of every category is taken.
 
     Args:
         shards, categories: the corpus.
@@ -234,7 +235,7 @@ def build_tests(
 def _shares(
     shards: ShardSet, selection: Selection, among: frozenset[str] | None, count: int, seed: int
 ) -> frozenset[str]:
-    """Names of selected samples, of those `among` them: an even share of every category, at least one of each."""
+    """Return names of selected samples, of those in `among`: an even share of every category, at least one of each."""
     groups: dict[str, list[str]] = {}
     for row in shards.table(selection, ["sample_id", "category"]).to_pylist():
         if among is None or row["sample_id"] in among:
@@ -251,7 +252,7 @@ def _read(
     policy: InputPolicy,
     limits: ImageLimits,
 ) -> list[ValidationImage]:
-    """Images of one label, those chosen or all, with their masks; in a normal one nothing is marked."""
+    """Read the images of one label, the chosen ones or all, with their masks; a normal image's mask marks nothing."""
     images = []
     label = NORMAL if selection.labels == (NORMAL,) else ANOMALOUS
     for part in shards.parts:
@@ -269,7 +270,7 @@ def _read(
 
 
 def _makers(options: ValidationOptions, policy: InputPolicy) -> dict[str, AnomalyMaker]:
-    """What makes the synthetic anomalies of a campaign, by kind."""
+    """Return the makers of a campaign's synthetic anomalies, by kind."""
     try:
         textures = None if options.textures is None else TextureSource(options.textures, policy.side)
     except DataError as error:
@@ -381,7 +382,7 @@ class ValidationSet:
         return np.ascontiguousarray(self.thinned(files.read_array(files.join(self.uri, "masks.npy"))))
 
     def thinned(self, maps: np.ndarray) -> np.ndarray:
-        """Every `stride`-th row and column of N×S×S, beginning half a stride inside."""
+        """Return every `stride`-th row and column of N×S×S, beginning half a stride inside."""
         return maps[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]
 
     def batches(self, batch_size: int, policy: InputPolicy, device: torch.device) -> Iterator[torch.Tensor]:
@@ -390,7 +391,7 @@ class ValidationSet:
             yield normalise(list(self.pixels[start : start + batch_size]), policy).to(device)
 
     def image_table(self, scores: np.ndarray) -> Table:
-        """Image AUROC and AP of N scores.
+        """Compute image AUROC and AP of N scores.
 
         Raises:
             DataError: a score is not finite.
@@ -407,7 +408,7 @@ class ValidationSet:
         return table
 
     def pixel_table(self, maps: np.ndarray, union: bool = False) -> Table:
-        """Pixel AUROC and AP of N×s×s maps, thinned like the masks; of all categories as one, too, if `union`."""
+        """Return pixel AUROC and AP of N×s×s maps, thinned like the masks; if `union`, of all categories as one too."""
         table: Table = {}
         for category in [*([""] if union else []), *self.categories]:
             for recipe in self.recipes:
@@ -432,7 +433,7 @@ class ValidationSet:
         return groups
 
     def resampled(self, rng: np.random.Generator) -> ValidationSet:
-        """The same images, of which each kind of each category is drawn anew, with replacement; for the tables."""
+        """Return the same images with each kind of each category drawn anew, with replacement; for the tables."""
         drawn = copy.copy(self)
         groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         for category in self.categories:
@@ -448,7 +449,7 @@ class ValidationSet:
         return drawn
 
     def measured(self, image: Table, pixel: Table, objective: Mapping[str, float]) -> Measured:
-        """One verdict from both tables.
+        """Return the value of the objective and its parts from both tables.
 
         Raises:
             DataError: a metric of the objective cannot be had from these images.
@@ -473,7 +474,7 @@ class ValidationSet:
         total = sum(objective.values())
 
         def weighted(rows: Sequence[Mapping[str, float]]) -> float | None:
-            """The objective over some rows; a union's metric counts as that of the rows at hand."""
+            """Compute the objective over some rows, a union's metric as that of these rows; None if one is missing."""
             parts = []
             for name, weight in objective.items():
                 values = [row[own] for row in rows if (own := name.removeprefix("union_")) in row]

@@ -51,7 +51,7 @@ class ProtocolResult:
 
 
 def scores_file(number: int) -> str:
-    """Name of the file of scores of one bank."""
+    """Return the name of the file of scores of one bank."""
     return f"scores-{number:05d}.parquet"
 
 
@@ -155,7 +155,7 @@ def run_banks(
 
 
 def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
-    """What the results depend on."""
+    """Return what the results depend on."""
     return {
         "tool": __version__,
         "method": method_of(options.method),
@@ -171,7 +171,7 @@ def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation (n − 1 in the denominator) of some values; None where there are too few."""
+    """Return mean and standard deviation (n − 1 in the denominator) of some values; None where there are too few."""
     mean = math.fsum(values) / len(values) if values else None
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": mean, "sd": deviation}

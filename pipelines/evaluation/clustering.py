@@ -80,12 +80,12 @@ def keep_features(
 
 
 def feature_part(part: str, model: int) -> str:
-    """Name under which the features of one part by one model are cached."""
+    """Return the name under which the features of one part by one model are cached."""
     return part_name(part, str(model))
 
 
 def categories_of(model_set: ModelSet, folder: str) -> tuple[str, ...]:
-    """Categories that a model folder of a model_set scores; empty for all."""
+    """Return the categories that a model folder of a model_set scores; empty for all."""
     return tuple(sorted(name for name, own in model_set.by_category.items() if own == folder))
 
 

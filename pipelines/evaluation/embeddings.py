@@ -157,7 +157,7 @@ class EmbeddedImages:
                 yield [rows[n] for n in numbers], MaskedPatches(torch.from_numpy(filled), torch.from_numpy(own))
 
     def _patches(self, part: str, side: Side) -> tuple[np.ndarray, np.ndarray]:
-        """Patches of a part, and where those of each image begin, with the end of the last."""
+        """Return the patches of a part, and where those of each image begin, with the end of the last."""
         name = part_name(part, side)
         counts = self._features.array(name, KEEP).sum(1)
         return self._features.array(name, PATCHES), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -132,12 +132,12 @@ def _opened_for_all(
 
 
 def _plan(kept: EmbeddingCache, options: CalibrateOptions) -> dict[str, Any]:
-    """What a calibrated model depends on."""
+    """Return what a calibrated model depends on."""
     return {"model": kept.model, **_found_plan(kept, options)}
 
 
 def _found_plan(kept: EmbeddingCache, options: CalibrateOptions) -> dict[str, Any]:
-    """What a calibrator depends on."""
+    """Return what a calibrator depends on."""
     return {"found_by": files.digest_of(kept.plan), "calibration": to_plain(options.calibration)}
 
 
@@ -182,10 +182,10 @@ def _calibrate(output: str, kept: EmbeddingCache, plan: dict[str, Any], options:
 
 
 def _already(output: str, plan: dict[str, Any], options: CalibrateOptions) -> dict[str, float] | None:
-    """Metrics of this very calibration, if it lies in the output already.
+    """Return the metrics of this very calibration if it lies in the output already, else None.
 
     Raises:
-        DataError: another one does, and `overwrite` is not set.
+        DataError: another one lies there, and `overwrite` is not set.
     """
     if not is_model(output):
         return None
@@ -207,7 +207,7 @@ def _already(output: str, plan: dict[str, Any], options: CalibrateOptions) -> di
 def _choose(
     description: dict[str, Any], shards: ShardSet, categories: list[str], options: CalibrateOptions
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the normal images to learn from, and of those that the model's training held out.
+    """Return the names of the normal images to learn from, and of those that the model's training held out.
 
     Raises:
         DataError: held-out ones are asked for and there are none, or which they are cannot be told.
@@ -341,7 +341,7 @@ def summed_moments(features: CachedFeatures) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------- the head
 def _fit(kept: EmbeddingCache, checkpoint: str, options: CalibrateOptions) -> tuple[Calibrator, dict[str, float]]:
-    """Statistics from the kept arrays, and the head trained by one actor."""
+    """Fit the calibrator: take statistics from the kept arrays, and train the head in one actor."""
     config, runtime = options.calibration, options.runtime
     trainer: Any = ray.remote(
         num_cpus=runtime.cpus_per_worker, num_gpus=runtime.gpus_per_worker, max_restarts=3, max_task_retries=3
@@ -387,7 +387,7 @@ class HeadActor:
         self._trainer: HeadTrainer | None = None
 
     def calibrator(self) -> Calibrator:
-        """The calibrator with its statistics, at the last checkpoint."""
+        """Return the calibrator with its statistics, at the last checkpoint."""
         if self._calibrator is not None:
             return self._calibrator
         config, features = self._config, self._kept.cache.open()
@@ -427,7 +427,7 @@ class HeadActor:
         return self._trainer.step, self._loss
 
     def result(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """The calibrator's state, and what it makes of the images it learned from."""
+        """Return the calibrator's state, and its metrics on the images it learned from."""
         calibrator = self.calibrator()
         metrics = {"images": float(len(self._category)), "alpha": float(calibrator.alpha)}
         metrics |= head_metrics(calibrator, self._rows, self._targets, self._category)
@@ -438,7 +438,7 @@ class HeadActor:
 def head_metrics(
     calibrator: Calibrator, rows: JoinedRows, targets: np.ndarray, category: np.ndarray, size: int = 64
 ) -> dict[str, float]:
-    """How well a trained head knows its own training images.
+    """Measure how well a trained head fits its own training images.
 
     Returns:
         For "cada" the shares of the variance of u and γ that are explained; for "classifier" its accuracy.

@@ -65,11 +65,11 @@ class ShardImages:
         self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
 
     def pixels(self, index: int) -> np.ndarray:
-        """S×S×3 uint8."""
+        """Return an image's pixels, S×S×3 uint8."""
         return decode_prepared(self._row(index)["image"], self._policy, self._limits)
 
     def mask(self, index: int) -> np.ndarray:
-        """S×S bool."""
+        """Return an image's mask, S×S bool."""
         return decode_row_mask(self._row(index), self._policy, self._limits)
 
     def _row(self, index: int) -> dict[str, Any]:
@@ -102,11 +102,11 @@ class PreparedImages:
         self._cached, self._images = cached, images
 
     def pixels(self, index: int) -> np.ndarray:
-        """S×S×3 uint8."""
+        """Return an image's pixels, S×S×3 uint8."""
         return self._cached.row(PIXELS, int(self._images.part[index]), int(self._images.row[index]))
 
     def mask(self, index: int) -> np.ndarray:
-        """S×S bool."""
+        """Return an image's mask, S×S bool."""
         return self._cached.row(MASKS, int(self._images.part[index]), int(self._images.row[index]))
 
 
@@ -123,7 +123,7 @@ class PreparedFeatures:
         self._cached, self._names, self._images = cached, names, images
 
     def features(self, index: int) -> dict[str, np.ndarray]:
-        """Those of one image, by name."""
+        """Return the features of one image, by name."""
         part, row = int(self._images.part[index]), int(self._images.row[index])
         return {name: self._cached.row(name, part, row) for name in self._names}
 
@@ -167,7 +167,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         return self.batch(places)
 
     def batch(self, places: Sequence[EpochIndex], augment: bool = True) -> TrainingBatch:
-        """The images at these places, with all that belongs to them; images are uint8 until `to_input`."""
+        """Return the images at these places, with all that belongs to them; images are uint8 until `to_input`."""
         columns: dict[str, list[Any]] = defaultdict(list)
         for epoch, index in places:
             # the epoch of fixed batches is −1, which a seed may not be
@@ -221,7 +221,7 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def descriptors(cached: CachedFeatures, images: TrainingImages) -> np.ndarray:
-    """N×D descriptors of images, from their cached frozen features."""
+    """Return N×D descriptors of images, from their cached frozen features."""
     places = zip(images.part.tolist(), images.row.tolist(), strict=True)
     return np.stack([cached.row(DESCRIPTOR, part, row) for part, row in places])
 

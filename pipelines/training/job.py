@@ -79,7 +79,7 @@ class Job:
         return self.iterations if self.segment is None else self.segment.end
 
     def phases(self) -> list[tuple[int, Any]]:
-        """Steps at which the method gets other options, and these.
+        """Return the steps at which the method gets other options, and these options.
 
         Raises:
             OptionError: they cannot change while it is trained, or the method refuses them.
@@ -87,15 +87,15 @@ class Job:
         return phase_configs(self.make().config, self.options.phases, METHODS[self.name], self.iterations)
 
     def make(self) -> TrainedMethod:
-        """The method with its initial weights, the same in every process."""
+        """Make the method with its initial weights, the same in every process."""
         return make_method(self.name, from_plain(METHODS[self.name].Config, self.config))
 
     def streams(self, method: TrainedMethod) -> bool:
-        """Whether images are decoded anew in every epoch."""
+        """Return whether images are decoded anew in every epoch."""
         return self.pixels is None and wants_pixels(method.batch_spec, self.features is not None)
 
     def data(self, method: TrainedMethod, copies: Path) -> tuple[TrainingSet, TrainingImages]:
-        """What makes the batches."""
+        """Return the data set that makes the batches, and the training images in it."""
         images = TrainingImages.load(self.images)
         needs, options = method.batch_spec, self.options
         pixels: ShardImages | PreparedImages | None = None
@@ -129,7 +129,7 @@ class Job:
 
 
 def make_method(name: str, config: Any) -> TrainedMethod:
-    """A trained method with its initial weights, the same in every process."""
+    """Make a trained method with its initial weights, the same in every process."""
     method_class = METHODS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
@@ -139,12 +139,12 @@ def make_method(name: str, config: Any) -> TrainedMethod:
 
 
 def wants_pixels(needs: BatchSpec, features: bool) -> bool:
-    """Whether batches take more than frozen features, if these are kept, to make."""
+    """Return whether batches need more than frozen features, or these are not kept."""
     return not features or needs.images or needs.masks or needs.synthetic is not None
 
 
 def synthesiser_of(method: TrainedMethod) -> Synthesiser | None:
-    """What makes a method's synthetic anomalies; None if it needs none.
+    """Return what makes a method's synthetic anomalies; None if it needs none.
 
     Raises:
         DataError: the folder of textures is missing or holds no image.

@@ -29,7 +29,7 @@ class BatchLoader:
         self._repeats = repeats
 
     def __call__(self, start: int, end: int) -> Iterator[TrainingBatch]:
-        """The batches of steps start … end−1."""
+        """Yield the batches of steps start … end−1."""
         first = start // self._repeats
         for number, batch in enumerate(self._made(first, -(-end // self._repeats)), first):
             steps = range(number * self._repeats, (number + 1) * self._repeats)

@@ -37,8 +37,10 @@ class TrainingImages:
     def choose(
         shards: ShardSet, categories: list[str], learn: frozenset[str] | None, labels: bool = False
     ) -> TrainingImages:
-        """Those of the shard set's `learnable` images whose sample_id is in `learn`, or all; in the order of parts and
-        rows."""
+        """Choose the shard set's `learnable` images whose sample_id is in `learn`, or all if that is None.
+
+        They come in the order of parts and rows.
+        """
         table = shards.locate(learnable(categories, labels), ["sample_id", "category", "label"])
         if learn is not None:
             table = table.filter(pa.array([sample in learn for sample in table["sample_id"].to_pylist()]))
@@ -48,7 +50,7 @@ class TrainingImages:
         return TrainingImages(category, label, *(table[name].to_numpy() for name in ("part", "group", "row")))
 
     def of_parts(self, numbers: set[int]) -> TrainingImages:
-        """Those that lie in some parts."""
+        """Return the images that lie in some parts."""
         inside = np.isin(self.part, sorted(numbers))
         return TrainingImages(*(getattr(self, field.name)[inside] for field in fields(self)))
 

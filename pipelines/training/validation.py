@@ -80,8 +80,11 @@ class Validation:
         """Keep nothing: these images are for this training alone."""
 
     def run(self) -> dict[str, float]:
-        """Image AUROC where there are both normal and anomalous images, and pixel AUROC and AP where there are masks,
-        each a mean over categories; empty where nothing can be told."""
+        """Compute the metrics, each a mean over categories; empty where nothing can be told.
+
+        These are image AUROC where there are both normal and anomalous images, and pixel AUROC and AP where there are
+        masks.
+        """
         if self._images is None:
             self._images = self._load()
         scores, maps = self._predict(self._images)

@@ -82,14 +82,14 @@ class CalibratedPostprocessor:
         self._calibrator = calibrator
 
     def anomaly_maps(self, tensors: Mapping[str, Tensor], config: Any = None) -> tuple[Tensor, Tensor]:
-        """Calibrated maps, B×S×S."""
+        """Return calibrated maps, B×S×S, as `anomaly_map` and as `raw_map`."""
         raw = tensors[MAPS]
         prediction = Prediction(raw, raw.new_zeros(len(raw)), raw, tensors[EMBEDDINGS])
         calibrated = self._calibrator.calibrate(prediction).maps(raw)
         return calibrated, calibrated
 
     def image_scores(self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: Any = None) -> Tensor:
-        """Calibrated scores, B: an affine map of an image leaves the order of its pixels as it is."""
+        """Return calibrated scores, B: an affine map of an image leaves the order of its pixels as it is."""
         config = self._calibrator.config if config is None else config
         return top_mean(anomaly_map, config.score_share)
 
@@ -164,5 +164,5 @@ def cached_outputs(uri: str) -> dict[str, Tensor]:
 
 
 def recipe_options(options: CalibrateOptions) -> CalibrateOptions:
-    """The options of jobs/calibrate.py among those of a campaign."""
+    """Return the options of jobs/calibrate.py among those of a campaign."""
     return CalibrateOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(CalibrateOptions)})

@@ -29,7 +29,7 @@ class MemoryCampaign(Campaign):
     encodings: dict[str, EncodedImages] = field(default_factory=dict)
 
     def encoding_of(self, values: Mapping[str, Any]) -> EncodedImages:
-        """The encoded images of a trial."""
+        """Return the encoded images of a trial."""
         return self.encodings[encoding_key(values, self.name)]
 
     def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
@@ -59,18 +59,18 @@ class MemoryCampaign(Campaign):
 
 
 def encoding_key(values: Mapping[str, Any], name: str) -> str:
-    """Trials of a memory method with the same key share encoded images."""
+    """Return a key that trials of a memory method have in common if they share encoded images."""
     method = memory_method_class(name)
     return key_of({option: value for option, value in values.items() if not is_bank_option(method, option)})
 
 
 def is_bank_option(method: type[MemoryMethod], option: str) -> bool:
-    """Whether an option acts between network and bank."""
+    """Return whether an option acts between network and bank."""
     return option in method.bank_options or option.split(".")[0] in method.bank_options
 
 
 def fit_bank(campaign: MemoryCampaign, values: Mapping[str, Any]) -> MemoryMethod:
-    """The method of a trial with its bank."""
+    """Return the method of a trial with its bank."""
     config, encoded = campaign.config_of(values), campaign.encoding_of(values)
     method = load_memory_method(encoded.encoder, "cpu")
     method.bank, _ = build_bank(encoded.bank_patches(method, config), config.bank)
@@ -81,7 +81,7 @@ def fit_bank(campaign: MemoryCampaign, values: Mapping[str, Any]) -> MemoryMetho
 def find_distances(
     campaign: MemoryCampaign, method: MemoryMethod, embeddings: Iterable[MaskedPatches]
 ) -> dict[str, torch.Tensor]:
-    """Raw outputs of embedded images, with as many neighbours as any setting asks for."""
+    """Return the raw outputs of embedded images, with as many neighbours as any setting asks for."""
     plain = {"neighbours": campaign.config["neighbours"]}
     neighbours = max(setting.get("neighbours", plain["neighbours"]) for setting in campaign.settings)
     found = [method.search_bank(embedding, neighbours).tensors for embedding in embeddings]

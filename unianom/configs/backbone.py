@@ -60,7 +60,7 @@ def resolve_padding(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_padding_of_old(config: dict[str, Any]) -> dict[str, Any]:
-    """A method's plain config as it was meant before there was `padding_side`, for models that were saved then."""
+    """Return a method's plain config with the `padding_side` it meant if it was saved before that option existed."""
     backbone = config.get("backbone")
     if (
         config.get("preset") == "reference"

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {"paper": {"loss": "positions"}, "reference
 
 
 def one_class_training() -> TrainingConfig:
-    """The published training of a model for each category."""
+    """Return the published training options of one model for each category."""
     return TrainingConfig(
         epochs=200,
         batch_size=16,

@@ -79,5 +79,5 @@ class TrainingConfig(Options):
             raise ValueRefused(f"decay_at={self.decay_at} must be in ascending order")
 
     def steps(self, images: int, repeats: int = 1) -> int:
-        """Iterations of the whole run on so many training images, each batch of which serves for `repeats` steps."""
+        """Return the iterations of the whole run on so many training images; each batch serves for `repeats` steps."""
         return self.iterations or max(1, round(self.epochs * images / self.batch_size) * repeats)

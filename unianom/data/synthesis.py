@@ -81,7 +81,7 @@ class TextureSource:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """One texture, S×S×3 uint8 RGB, in the order of the sorted paths; not to be written to.
+        """Return one texture, S×S×3 uint8 RGB, by its place among the sorted paths; it must not be written to.
 
         Raises:
             DataError: the file is not there any more or is no usable image.
@@ -380,7 +380,7 @@ def shift_hue_and_saturation(image: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def solarise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Every other time, invert what is at or above a threshold of 32–128."""
+    """Invert, every other time, what is at or above a threshold of 32–128."""
     if rng.random() < 0.5:
         return image
     return np.asarray(ImageOps.solarize(Image.fromarray(image), int(rng.integers(32, 129))))
@@ -392,7 +392,7 @@ def posterise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Every other time, mirror left and right."""
+    """Mirror left and right, every other time."""
     return image if rng.random() < 0.5 else np.ascontiguousarray(image[:, ::-1])
 
 

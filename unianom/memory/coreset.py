@@ -54,7 +54,7 @@ class CoresetResult:
 
 
 def random_projection(dim_in: int, dim_out: int = 128, *, seed: int) -> Float32:
-    """Matrix that carries features to fewer dimensions before distances are compared: `features @ matrix`.
+    """Draw the matrix that takes features to fewer dimensions before distances are compared: `features @ matrix`.
 
     Entries are uniform in ±1/√dim_in: PatchCore's bias-free linear layer as PyTorch initialises it.
 
@@ -77,7 +77,7 @@ def greedy_coreset(
     start_points: int = 10,
     progress: Callable[[int, int], None] | None = None,
 ) -> CoresetResult:
-    """Approximate greedy coreset of PatchCore: farthest-first from the mean distance to a few random rows.
+    """Choose PatchCore's approximate greedy coreset: farthest-first from the mean distance to a few random rows.
 
     The random rows only set the first distances; they are not part of the coreset unless they get picked.
 
@@ -111,7 +111,7 @@ def farthest_points(
     count: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> CoresetResult:
-    """Farthest-first traversal from given first distances; equal distances go to the lowest row number.
+    """Choose rows farthest-first from given first distances; of equal distances, the lowest row number is chosen.
 
     Args:
         features: shape (N, D).
@@ -151,7 +151,7 @@ def _checked(features: Float32, count: int) -> Float32:
 
 
 def _distance(a: Float32, b: Float32) -> Float64:
-    """Distance of each row of `a` to `b` (one row, or one for each of `a`): √Σ(a−b)² in float64.
+    """Compute the distance of each row of `a` to `b` (one row, or one for each of `a`): √Σ(a−b)² in float64.
 
     einsum sums each row on its own, in an order that depends on nothing but D.
     """
@@ -186,7 +186,7 @@ class _Traversal:
         self.unit_error = (dim + 16) * float(np.finfo(np.float32).eps) / 2
 
     def _margin(self, rows: Int64, longest_pick: float) -> Float64:
-        """Most by which the float32 squared distance of these rows to any pick can be wrong."""
+        """Return the most by which the float32 squared distance of these rows to any pick can be wrong."""
         return self.unit_error * (self.length[rows] + longest_pick) ** 2 + float(np.finfo(np.float32).tiny)
 
     def pick_some(self) -> None:
@@ -219,7 +219,7 @@ class _Traversal:
         self.taken += len(rows)
 
     def _front(self) -> tuple[Int64, float]:
-        """Rows, in order, that are up to date and farther than a limit, and the limit that no other row exceeds."""
+        """Return up-to-date rows, in order, that are farther than a limit, and the limit that no other row exceeds."""
         size = FRONT_ROWS
         while True:
             if size < len(self.bound):
@@ -261,7 +261,7 @@ class _Traversal:
         np.minimum.at(self.bound, row, distance)
 
     def cover_radius(self) -> float:
-        """Largest distance of any row to its nearest pick."""
+        """Return the largest distance of any row to its nearest pick."""
         # A row still at its initial value has no measured pick yet: its initial value is not a distance to one.
         unmeasured = self.bound == self.initial
         self.bound[unmeasured] = np.inf

@@ -88,11 +88,11 @@ class Shard:
         return int(self.index.d)
 
     def vectors(self) -> Float32:
-        """All rows, shape (rows, dimension), exactly as they were put in."""
+        """Return all rows, shape (rows, dimension), exactly as they were put in."""
         return self.index.reconstruct_batch(np.arange(self.rows))
 
     def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
-        """The k nearest rows of this shard, by (squared distance, row).
+        """Find the k nearest rows of this shard, by (squared distance, row).
 
         A distance is Σ(x−y)² summed in float64 and rounded to float32. The result is exact, near ties and duplicates
         included: FAISS's float32 distances are wrong by at most e = (D+16)·2⁻²⁴·(|x|+|y|)²; rows within 2e of the
@@ -168,7 +168,7 @@ class MemoryBank:
         seed: int = 0,
         metadata: dict[str, Any] | None = None,
     ) -> Self:
-        """Index vectors.
+        """Build a bank of vectors.
 
         Args:
             vectors: shape (N, D).
@@ -214,11 +214,11 @@ class MemoryBank:
         return self.shards[0].dimension
 
     def vectors(self) -> Float32:
-        """All rows, shape (rows, dimension), exactly as they were put in."""
+        """Return all rows, shape (rows, dimension), exactly as they were put in."""
         return np.concatenate([shard.vectors() for shard in self.shards])
 
     def rows_at(self, rows: Int64) -> Float32:
-        """Vectors of given row numbers: shape rows.shape + (dimension,).
+        """Return the vectors of given row numbers: shape rows.shape + (dimension,).
 
         Raises:
             OptionError: a row number is not in the bank.
@@ -232,7 +232,7 @@ class MemoryBank:
         return vectors
 
     def search(self, queries: Float32, k: int = 1) -> tuple[Float32, Int64]:
-        """The k nearest rows, by (squared distance, row); exact as `Shard.search` says.
+        """Find the k nearest rows, by (squared distance, row); exact as `Shard.search` says.
 
         Args:
             queries: shape (Q, D).
@@ -437,7 +437,7 @@ def _lengths(vectors: Float32) -> Float64:
 
 
 def _longest(index: Any) -> float:
-    """Length of the longest row of an index."""
+    """Return the length of the longest row of an index."""
     starts = range(0, index.ntotal, ROWS_AT_ONCE)
     blocks = (np.arange(start, min(start + ROWS_AT_ONCE, index.ntotal)) for start in starts)
     return max(float(_lengths(index.reconstruct_batch(block)).max()) for block in blocks)
@@ -450,7 +450,7 @@ def _flat(vectors: Float32) -> Any:
 
 
 def _trained_quantizer(vectors: Float32, nlist: int, seed: int) -> Any:
-    """Flat index of the `nlist` k-means centroids of the vectors."""
+    """Return a flat index of the `nlist` k-means centroids of the vectors."""
     faiss = _faiss()
     parameters = faiss.ClusteringParameters()
     parameters.seed = seed
@@ -485,7 +485,7 @@ def _exact_nearest(
     queries: Float32,
     k: int,
 ) -> tuple[Float32, Int64]:
-    """The k nearest rows of an index by (distance, row), from proposals whose distances are nearly right.
+    """Find the k nearest rows of an index by (distance, row), from proposals whose distances are nearly right.
 
     Args:
         search: (some queries, how many neighbours, which queries these are) -> FAISS's distances and rows, ascending.
@@ -520,7 +520,7 @@ def _exact_nearest(
 def _ranked(
     index: Any, queries: Float32, which: Int64, proposed: Int64, candidates: NDArray[np.bool_], k: int
 ) -> tuple[Float32, Int64]:
-    """Of the candidates among the rows proposed to some of the queries, the k nearest by (distance, row)."""
+    """Return, for some of the queries, the k nearest of the candidates among the proposed rows, by (distance, row)."""
     query, column = np.nonzero(candidates)
     row = proposed[query, column]
     squared = np.empty(len(row), dtype=np.float32)

@@ -42,7 +42,7 @@ def smooth_attention(attention: Tensor, kernel: int = 7) -> Tensor:
 
 
 def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Tensor:
-    """Smoothed attention as a share of its maximum: factors of 0..1 for the patches ("soft masking").
+    """Return smoothed attention as a share of its maximum: factors of 0..1 for the patches ("soft masking").
 
     Args:
         attention: shape (B, h, w), see `smooth_attention`.
@@ -70,7 +70,7 @@ def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Ten
 
 
 def back_patch_mask(attention: Tensor, kernel: int = 7, threshold: float = 0.1, scope: Scope = "image") -> Tensor:
-    """Patches that show the object: smoothed attention above a share of its maximum.
+    """Return which patches show the object: those with smoothed attention above a share of its maximum.
 
     Args:
         attention: shape (B, h, w), see `smooth_attention`.

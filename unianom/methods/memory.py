@@ -95,8 +95,10 @@ class MemoryMethod(Method[B]):
         return MaskedPatches(patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device))
 
     def mask_bank_patches(self, encoded: PatchFeatures, config: B | None = None) -> MaskedPatches:
-        """As `mask_patches`, for images that go into the bank; methods whose published code treats them otherwise
-        override."""
+        """Choose the patches that count in images that go into the bank, as `mask_patches` does.
+
+        Methods whose published code treats these images otherwise override this.
+        """
         return self.mask_patches(encoded, config)
 
     def embed(self, images: Tensor) -> MaskedPatches:
@@ -104,7 +106,7 @@ class MemoryMethod(Method[B]):
         return self.mask_patches(self.encode(images))
 
     def embed_for_bank(self, images: Tensor) -> MaskedPatches:
-        """As `embed`, for images that go into the bank."""
+        """Return patches as `embed` does, of images that go into the bank."""
         return self.mask_bank_patches(self.encode(images))
 
     def forward(self, images: Tensor) -> RawOutputs:

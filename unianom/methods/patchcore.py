@@ -80,7 +80,7 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         return RawOutputs(tensors, pooled_embedding(embedding.patches, self.grid))
 
     def check_bank(self, config: PatchCoreConfig | None = None) -> None:
-        """As of every memory method; re-weighted scores need two vectors."""
+        """Check the bank as every memory method does, and that it has the two vectors that re-weighted scores need."""
         super().check_bank(config)
         config = config or self.config
         rows = self.require_bank().rows

@@ -58,7 +58,7 @@ class Weave(Scene):
         self.weft_colour = rgb(0.60, 0.66, 0.70) * rng.normal(1, 0.03)
 
     def draw(self, gap: Array | None = None) -> Array:
-        """`gap`: where warp threads are missing, n×n in [0, 1]."""
+        """Draw the cloth; `gap`, n×n in [0, 1], is where warp threads are missing."""
         column, row = np.floor(self.u).astype(np.intp), np.floor(self.v).astype(np.intp)
         warp_round = np.sqrt(np.clip(1 - ((self.u - column - 0.5) / 0.52) ** 2, 0, 1))
         weft_round = np.sqrt(np.clip(1 - ((self.v - row - 0.5) / 0.52) ** 2, 0, 1))
@@ -188,7 +188,7 @@ class Cog(Scene):
         return self.canvas.fill(np.maximum(distance, self.hole * self.scale - to_hole))
 
     def draw(self, heights: Array | None = None) -> Array:
-        """`heights`: of each tooth, (teeth,); None for a whole wheel."""
+        """Draw the wheel; `heights`, (teeth,), are those of its teeth, None for a whole wheel."""
         body = self.body(np.ones(self.teeth) if heights is None else heights)
         shadow = soft_shadow(body, -0.01 * math.sin(self.light), -0.01 * math.cos(self.light), 0.008)
         ground = rgb(0.98, 1.0, 1.02) * (self.ground * (1 - 0.5 * shadow))[..., None]
@@ -284,7 +284,7 @@ class Cap(Scene):
         return self.canvas.fill(np.minimum(ring, star))
 
     def draw(self, body: Array | None = None, printed: Array | None = None) -> Array:
-        """`body`, `printed`: coverage n×n of the metal and of the print on it; None for a whole cap."""
+        """Draw the cap; `body`, `printed`: coverage n×n of the metal and of the print on it, None for a whole cap."""
         body = self.whole if body is None else body
         printed = self.print_coverage() if printed is None else printed
         dy, dx = -math.sin(self.light), -math.cos(self.light)

@@ -76,7 +76,7 @@ def samples(source: Source, options: ManifestOptions) -> Iterator[SampleRef]:
 
 
 def _rows(source: Source, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place (for messages) and content of each row."""
+    """Yield the place (for messages) and the content of each row."""
     uri = source.locate(path)
     fs, inside = resolve(uri)
     if not fs.isfile(inside):

@@ -165,7 +165,7 @@ class Source:
         return replace(self, root=posixpath.normpath(self._inside(path))).uri()
 
     def sample_id(self, path: str) -> str:
-        """Name of the sample whose image lies at `path`."""
+        """Return the name of the sample whose image lies at `path`."""
         return f"{self.dataset}/{path}"
 
     def sample(
