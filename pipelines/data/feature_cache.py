@@ -172,6 +172,7 @@ class FeatureCache:
         runtime: RuntimeOptions,
         label: str,
         encoder: Callable[[], Model] | None = None,
+        temporary: bool = False,
     ) -> float:
         """Compute the arrays, or those that are missing, or find them computed.
 
@@ -181,6 +182,7 @@ class FeatureCache:
             runtime: actors.
             label: of the progress shown.
             encoder: makes the model that is saved at `encoder` before anything is computed.
+            temporary: whether the caller removes the folder, so that nobody need know of it.
 
         Returns:
             Images per second; 0 if all was there.
@@ -210,7 +212,8 @@ class FeatureCache:
             records, rate = run_unfinished(CacheWriter, arguments, tasks, self.uri, runtime, progress, "rows")
             size = sum(record["bytes"] for record in records.values())
             names = dict.fromkeys(name for record in records.values() for name in record["arrays"])
-            progress.note(f"{size / 1e6:,.1f} MB kept in {self.uri}")
+            if not temporary:
+                progress.note(f"{size / 1e6:,.1f} MB kept in {self.uri}")
             rows = sum(record["rows"] for record in records.values())
             outputs.finish(self.uri, {"parts": list(tasks), "names": list(names), "rows": rows, "bytes": size})
             return rate

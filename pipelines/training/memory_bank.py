@@ -151,7 +151,9 @@ def _embed(name: str, task: FitTask, work: str, options: FitOptions) -> tuple[Fe
             return Model(METHODS[name](config), task.categories)
 
     extractor = KeptPatches(embedded.encoder, for_bank=True)
-    return embedded, embedded.fill({"": extractor}, options.batch_size, options.runtime, "embed", encoder)
+    return embedded, embedded.fill(
+        {"": extractor}, options.batch_size, options.runtime, "embed", encoder, temporary=True
+    )
 
 
 def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, float]:
