@@ -280,7 +280,7 @@ class CacheWriter:
                     written[key].append(array)
                 rows += len(samples)
             arrays = {key: file.finish() for key, file in written.items()}
-        return {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(told["bytes"] for told in arrays.values())}
+        return {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(entry["bytes"] for entry in arrays.values())}
 
     def _load(self, folder: str) -> Method:
         """Return the method of a model folder, loaded once for all groups."""
@@ -415,17 +415,17 @@ class CachedFeatures:
         return self._records[part]
 
     def _checked(self, part: str, name: str) -> np.ndarray:
-        told = self._record(part)["arrays"].get(name)
-        if told is None:
+        entry = self._record(part)["arrays"].get(name)
+        if entry is None:
             raise DataError(f"{self.uri} holds no {name} of {part}; remove that folder and run the same command again")
         file = array_name(part, name)
         try:
             array = files.map_array(files.join(self.uri, file), self._copies_folder())
         except (FileNotFoundError, ValueError, EOFError) as error:
             raise self._damaged(file) from error
-        if (list(array.shape), array.dtype.str) != (told["shape"], told["dtype"]):
+        if (list(array.shape), array.dtype.str) != (entry["shape"], entry["dtype"]):
             raise self._damaged(file)
-        if array.nbytes <= CHECKED_BYTES and hashlib.sha256(_content(array)).hexdigest() != told["sha256"]:
+        if array.nbytes <= CHECKED_BYTES and hashlib.sha256(_content(array)).hexdigest() != entry["sha256"]:
             raise self._damaged(file)
         return array
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from pipelines.reporting.contact_sheet import font, sheet_png
 from pipelines.reporting.gallery import SCALE_MAPS
-from pipelines.reporting.samples import STORED, as_seen, read_samples
+from pipelines.reporting.samples import STORED, as_model_input, read_samples
 from unianom import visual
 from unianom.data.image import InputPolicy
 from unianom.data.shards import ShardSet
@@ -94,7 +94,7 @@ def _pictures(
     stored: Mapping[str, Any], anomaly_map: np.ndarray, scale: visual.HeatScale, policy: InputPolicy
 ) -> tuple[Image.Image, Image.Image]:
     """Return the image with the outline of its mask, and its overlay, each CELL pixels a side."""
-    image, mask = as_seen(stored, policy)
+    image, mask = as_model_input(stored, policy)
     over = visual.overlay(image, anomaly_map, scale)
     if mask is not None:
         image = visual.draw_outline(image, mask, max(1, policy.side // CELL))

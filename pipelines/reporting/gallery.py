@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.reporting.samples import STORED, as_seen, data_uri, read_samples, shown_size, text_column
+from pipelines.reporting.samples import STORED, as_model_input, data_uri, read_samples, shown_size, text_column
 from unianom import visual
 from unianom.data.image import InputPolicy, decode_map
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -212,7 +212,7 @@ def _draw(
     stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
 ) -> tuple[list[tuple[str, str]], bool]:
     """Return pictures of a sample as the model saw it, and whether its mask is among them."""
-    seen, marked = as_seen(stored, policy)
+    seen, marked = as_model_input(stored, policy)
     image = shown_size(seen)
     mask = np.zeros(image.shape[:2], bool)
     if marked is not None:

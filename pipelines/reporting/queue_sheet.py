@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipelines.reporting.contact_sheet import font, sheet_png
-from pipelines.reporting.samples import STORED, as_seen, read_samples
+from pipelines.reporting.samples import STORED, as_model_input, read_samples
 from unianom import visual
 from unianom.data.image import InputPolicy, decode_map
 from unianom.data.shards import ScoreSet, ShardSet
@@ -86,7 +86,7 @@ def _draw(
     stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
 ) -> list[Image.Image]:
     """Return the image as the model saw it, and with its heat map and the outline of its mask laid over it."""
-    seen, marked = as_seen(stored, policy)
+    seen, marked = as_model_input(stored, policy)
     pixels = _sized(seen)
     over = pixels
     if anomaly_map is not None and scale is not None:

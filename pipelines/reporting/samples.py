@@ -39,7 +39,7 @@ def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -
             yield from batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist()
 
 
-def as_seen(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray, np.ndarray | None]:
+def as_model_input(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray, np.ndarray | None]:
     """Return a sample as the model saw it: S×S×3 uint8, and its mask, S×S bool, if it has one.
 
     Args:
