@@ -20,7 +20,8 @@ from pipelines.evaluation.pixel_counts import PixelPlan, count_pixels, plan_pixe
 from pipelines.evaluation.tabulate import categories_csv, tabulate
 from pipelines.reporting.curves import figures
 from pipelines.runtime import outputs
-from pipelines.runtime.tracking import Run, scope, track
+from pipelines.runtime.run_record import Run
+from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.errors import DataError

@@ -15,7 +15,7 @@ import unianom
 from pipelines.runtime.mlflow_environment import TrackingError, explained, global_tracking_uri
 from pipelines.runtime.mlflow_store import artifact_folder, experiment_id_of
 from pipelines.runtime.mlflow_text import MAX_PARAM, MAX_TAG, cut, legal_name, legal_path, mask_credentials, to_text
-from pipelines.runtime.tracking import CANDIDATE, Run
+from pipelines.runtime.run_record import CANDIDATE, Run
 from unianom import files
 from unianom.data.image import encode_png
 from unianom.errors import ModelError

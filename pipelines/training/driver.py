@@ -20,7 +20,8 @@ from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_model
-from pipelines.runtime.tracking import Run, scope
+from pipelines.runtime.run_record import Run
+from pipelines.runtime.tracking import scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
 from pipelines.training.options import WORK, DataOptions, TrainingOptions
 from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest

@@ -14,8 +14,8 @@ from ray.train.torch import TorchTrainer
 from pipelines.runtime.actors import error_from_plain, pool_size
 from pipelines.runtime.errors import reason
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.run_record import Run
 from pipelines.runtime.signals import own_signals
-from pipelines.runtime.tracking import Run
 from pipelines.training.job import Job
 from pipelines.training.options import TrainingOptions
 from pipelines.training.worker import MetricsChannel, train_worker

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipelines.runtime.tracking import Run, scope, track
+from pipelines.runtime.run_record import Run
+from pipelines.runtime.tracking import scope, track
 from pipelines.training.calibrate import calibrate_model
 from pipelines.training.driver import plan_trainings, train_planned
 from pipelines.training.memory_bank import fit_planned_banks, plan_banks

@@ -21,8 +21,8 @@ from ray.tune.search import SearchAlgorithm, Searcher
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.actors import connect, pool_size
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.run_record import Run
 from pipelines.runtime.signals import own_signals
-from pipelines.runtime.tracking import Run
 from pipelines.training.job import make_method
 from pipelines.training.options import WORK
 from pipelines.training.validation import PROGRESS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.data.validation_set import ValidationSet
-from pipelines.runtime.tracking import Run
+from pipelines.runtime.run_record import Run
 from pipelines.tuning.dimensions import Dimension, Range
 from pipelines.tuning.driver import Driver
 from pipelines.tuning.encodings import encode_once

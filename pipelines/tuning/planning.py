@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.data.splits import TrainValSplit, choose_samples
 from pipelines.runtime.model_set import ModelSet
-from pipelines.runtime.tracking import Run
+from pipelines.runtime.run_record import Run
 from pipelines.training.calibrate import EmbeddingCache
 from pipelines.training.driver import check_masks
 from pipelines.training.job import make_method

@@ -14,7 +14,8 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from pipelines.data.options import METRICS
 from pipelines.runtime.options import TrackingOptions
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tracking import Run, track
+from pipelines.runtime.run_record import Run
+from pipelines.runtime.tracking import track
 from pipelines.training.validation import PROGRESS, WORKERS
 from pipelines.tuning.budget import SPENT, Budget
 from pipelines.tuning.objective import OBJECTIVE

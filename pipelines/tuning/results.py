@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.runtime import outputs
-from pipelines.runtime.tracking import Run
+from pipelines.runtime.run_record import Run
 from pipelines.tuning.campaign_run import CampaignRun
 from pipelines.tuning.category_gain import category_gain, joined_settings
 from pipelines.tuning.choice import gain_over_default, is_default, select_trial, setting_of

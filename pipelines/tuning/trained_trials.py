@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat
 
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.models import load_model
-from pipelines.runtime.tracking import Run
+from pipelines.runtime.run_record import Run
 from pipelines.training.driver import plan_job
 from pipelines.training.job import Segment, make_method
 from pipelines.training.options import WORK, TrainingOptions

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.runtime import outputs
-from pipelines.runtime.tracking import Run, scope, track
+from pipelines.runtime.run_record import Run
+from pipelines.runtime.tracking import scope, track
 from pipelines.training.per_category import inputs_of
 from pipelines.tuning.agreement import ABOUT, DIAGNOSIS, diagnose
 from pipelines.tuning.campaign_run import CampaignRun, read_settings

@@ -25,7 +25,8 @@ from pipelines.runtime.mlflow_run import MlflowRun, pinned_requirements
 from pipelines.runtime.mlflow_store import artifact_folder, sqlite_uri
 from pipelines.runtime.mlflow_text import legal_name, mask_credentials
 from pipelines.runtime.options import TrackingOptions
-from pipelines.runtime.tracking import CANDIDATE, Run, scope, track
+from pipelines.runtime.run_record import CANDIDATE, Run
+from pipelines.runtime.tracking import scope, track
 from pipelines.training.options import train_options
 from unianom import files
 from unianom.configs.backbone import BackboneConfig
