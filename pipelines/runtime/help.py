@@ -15,6 +15,7 @@ from unianom.written import dump_yaml
 
 
 def print_help(options: type) -> None:
+    """Print what a job does and every option: its text, what it takes, and its default, group by group."""
     parser = argparse.ArgumentParser(
         prog=sys.argv[0],
         usage="%(prog)s [--config FILE] [--print_config] [--OPTION VALUE ...]",
@@ -45,7 +46,7 @@ def print_help(options: type) -> None:
             text = " ".join(f"{texts.get(field.name, '')} ({in_words(hint)}; {said})".split())
             target.add_argument(f"--{prefix}{field.name}", metavar="VALUE", help=text.replace("%", "%%"))
         for hint, name, default in groups:
-            add(parser.add_argument_group(name[:-1], _summary(hint).replace("%", "%%")), hint, name, default)
+            add(parser.add_argument_group(name[:-1], _summary(hint)), hint, name, default)
 
     add(parser, options, "", None)
     parser.print_help()

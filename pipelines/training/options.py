@@ -171,6 +171,7 @@ class TrainingOptions(FitOptions):
     data: DataOptions = field(default_factory=DataOptions)
 
     def check(self) -> None:
+        super().check()
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise OptionError(f"phases begin at {starts}; give them in ascending order")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
@@ -13,7 +13,6 @@ from pipelines.runtime.options import TrackingOptions
 from pipelines.training.options import CalibrateOptions, FitOptions, TrainingOptions
 from pipelines.tuning.default_spaces import CADA, SPACES
 from unianom.configs import all_configs, has_bank, method_of
-from unianom.configs.calibration import CalibrationConfig
 from unianom.errors import OptionError
 from unianom.options import AS_WRITTEN, AtLeastOne, OpenShare, Options, Positive, Share, hints_of
 from unianom.written import plain_options
@@ -84,6 +83,9 @@ class SearchOptions(Options):
         resume: refuse where the output holds no campaign yet. An interrupted campaign continues anyway.
     """
 
+    searched_group: ClassVar[str]
+    """Name of the group whose options are searched."""
+
     space: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
     search: Literal["random", "grid", "tpe", "pbt"] = "random"
     trials: AtLeastOne | None = None
@@ -103,16 +105,11 @@ class SearchOptions(Options):
     resume: bool = False
 
     @classmethod
-    def searched_class(cls) -> type:
-        """Return the class whose options are searched."""
-        raise NotImplementedError
-
-    @classmethod
     def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
         given = super().resolve(given)
         if not isinstance(given.get("space"), dict):
             return given
-        return {**given, "space": plain_options(given["space"], cls.searched_class())}
+        return {**given, "space": plain_options(given["space"], hints_of(cls)[cls.searched_group])}
 
     def check(self) -> None:
         super().check()
@@ -130,12 +127,10 @@ class TuneMethod(SearchOptions, FitOptions):
         method: the method's own options, where nothing is searched.
     """
 
+    searched_group = "method"
+
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     method: Options = field(kw_only=True)
-
-    @classmethod
-    def searched_class(cls) -> type:
-        return hints_of(cls)["method"]  # type: ignore[no-any-return]
 
     def check(self) -> None:
         super().check()
@@ -164,12 +159,10 @@ class TuneCada(SearchOptions, CalibrateOptions):
         seed: of the search.
     """
 
+    searched_group = "calibration"
+
     objective: dict[str, float] = field(default_factory=lambda: {"union_image_auroc": 1.0})
     seed: int = 0
-
-    @classmethod
-    def searched_class(cls) -> type:
-        return CalibrationConfig
 
     def check(self) -> None:
         super().check()
@@ -222,7 +215,7 @@ def method_name(options: TuneOptions) -> str:
 
 def searched(options: TuneOptions) -> Any:
     """Return the options that a campaign varies, as given."""
-    return options.calibration if isinstance(options, TuneCada) else options.method
+    return getattr(options, options.searched_group)
 
 
 def per_category(options: TuneOptions) -> bool:
