@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.evaluation.embeddings import EmbeddedImages, Side, embed_once
+from pipelines.evaluation.embeddings import EmbeddedImages, Side, check_scope, embed_once
+from pipelines.evaluation.options import EmbeddingOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.actors import run_unfinished
-from pipelines.runtime.models import load_memory_method
+from pipelines.runtime.models import load_memory_method, make_memory_method
 from pipelines.runtime.progress import Progress
 from pipelines.training.memory_bank import build_bank
 from pipelines.training.per_category import weights_digest
@@ -152,6 +153,16 @@ def run_banks(
     runtime = dataclasses.replace(options.runtime, gpus_per_worker=0)
     records, _ = run_unfinished(worker, arguments, numbered, output, runtime, Progress(words, len(numbered), "banks"))
     return list(records.values())
+
+
+def check_method(options: EmbeddingOptions) -> None:
+    """Refuse, before an output is claimed, options of a method that no images could be embedded with.
+
+    Raises:
+        OptionError, WeightsError: see `check_scope` and `make_memory_method`.
+    """
+    check_scope(options.method, options.batch_size)
+    make_memory_method(method_of(options.method), options.method)
 
 
 def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:

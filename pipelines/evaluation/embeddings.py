@@ -20,12 +20,12 @@ from pipelines.data.feature_cache import CachedFeatures, Extractor, FeatureCache
 from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
 from pipelines.evaluation.options import EmbeddingOptions
+from pipelines.runtime.models import make_memory_method
 from pipelines.training.per_category import weights_digest
 from unianom import files
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
-from unianom.memory_limit import memory_limit
-from unianom.methods import METHODS, MaskedPatches
+from unianom.methods import MaskedPatches
 from unianom.model import Model
 from unianom.options import to_plain
 
@@ -50,7 +50,7 @@ def embed_once(
         OptionError: the method's patches depend on what shares their batch.
         DataError: an image cannot be read, or its patches are not finite.
     """
-    _check_scope(config, options.batch_size)
+    check_scope(config, options.batch_size)
     plain = to_plain(config)
     del plain["bank"]
     cache = FeatureCache.below(
@@ -63,8 +63,7 @@ def embed_once(
     )
 
     def encoder() -> Model:
-        with memory_limit(f"--method: {name}"):
-            return Model(METHODS[name](config), shards.categories)
+        return Model(make_memory_method(name, config), shards.categories)
 
     extractors: dict[str, Extractor] = {
         side: KeptPatches(cache.encoder, for_bank=side == "train") for side in selections
@@ -73,7 +72,12 @@ def embed_once(
     return EmbeddedImages(cache, shards, selections)
 
 
-def _check_scope(config: Any, batch_size: int) -> None:
+def check_scope(config: Any, batch_size: int) -> None:
+    """Refuse options with which the patches of an image depend on what shares its batch.
+
+    Raises:
+        OptionError: they do.
+    """
     if getattr(config, "mask_scope", "image") == "batch" and batch_size > 1:
         raise OptionError(
             "with method.mask_scope=batch patches depend on what shares their batch, so images cannot be embedded once "

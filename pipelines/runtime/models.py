@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from unianom.errors import ModelError
+from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model, load
@@ -48,6 +51,22 @@ def memory_method_class(name: str) -> type[MemoryMethod]:
     if not issubclass(method, MemoryMethod):
         raise ModelError(f"{name} has no memory bank; give a memory method")
     return method
+
+
+def make_memory_method(name: str, config: Any) -> MemoryMethod:
+    """Make a memory method without a bank.
+
+    Jobs that build banks also do so before they claim an output, for then nothing is left of options that no network
+    can be made of.
+
+    Raises:
+        ModelError: the method is not a memory method.
+        OptionError: options that do not fit its network, or this machine's memory.
+        WeightsError: its weights are missing, or do not fit.
+    """
+    method_class = memory_method_class(name)
+    with memory_limit(f"--method: {name}"):
+        return method_class(config)
 
 
 def trained_method(method: Method) -> TrainedMethod:

@@ -20,7 +20,7 @@ from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import PATCHES, KeptPatches, PatchMatrix
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect
-from pipelines.runtime.models import load_memory_method, load_model
+from pipelines.runtime.models import load_memory_method, load_model, make_memory_method
 from pipelines.runtime.progress import Progress
 from pipelines.training.options import WORK, FitOptions
 from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
@@ -31,8 +31,6 @@ from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.memory.coreset import greedy_coreset
 from unianom.memory.index import MemoryBank
-from unianom.memory_limit import memory_limit
-from unianom.methods import METHODS
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 
@@ -55,9 +53,12 @@ def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:
 
 def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
     """Plan what `fit_banks` fits; arguments and errors are the same."""
+    make_memory_method(name, config)
     weights = cache(weights_digest)
 
     def describe(own: Any, shards: ShardSet, categories: list[str]) -> tuple[TrainValSplit, str, dict[str, Any]]:
+        if own != config:
+            make_memory_method(name, own)
         chosen, notice = choose_samples(shards, categories, options.split)
         plan = {
             "method": name,
@@ -147,8 +148,7 @@ def _embed(name: str, task: FitTask, work: str, options: FitOptions) -> tuple[Fe
     )
 
     def encoder() -> Model:
-        with memory_limit(f"--method: {name}"):
-            return Model(METHODS[name](config), task.categories)
+        return Model(make_memory_method(name, config), task.categories)
 
     extractor = KeptPatches(embedded.encoder, for_bank=True)
     return embedded, embedded.fill(

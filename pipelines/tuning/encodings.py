@@ -16,12 +16,11 @@ import torch
 from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
 from pipelines.data.image_source import SampleSource, ValidationSource
 from pipelines.data.patch_matrix import PATCHES, PatchMatrix
-from pipelines.runtime.models import memory_method, memory_method_class
+from pipelines.runtime.models import make_memory_method, memory_method, memory_method_class
 from pipelines.training.options import FitOptions
 from pipelines.training.per_category import weights_digest
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.memory_limit import memory_limit
 from unianom.methods import MaskedPatches, MemoryMethod, Method, PatchFeatures
 from unianom.model import Model
 from unianom.options import to_plain
@@ -157,8 +156,7 @@ def encode_once(
     )
 
     def encoder() -> Model:
-        with memory_limit(f"--method: {name}"):
-            return Model(memory_method_class(name)(config), categories)
+        return Model(make_memory_method(name, config), categories)
 
     extractor = EncodedPatches(cache.encoder)
     cache.fill({LEARNED: extractor, COMPARED: extractor}, options.batch_size, options.runtime, "encode", encoder)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.data.splits import TrainValSplit, choose_samples
 from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import make_memory_method
 from pipelines.runtime.run_record import Run
 from pipelines.training.calibrate import EmbeddingCache
 from pipelines.training.driver import check_masks
@@ -99,6 +100,8 @@ def check_method(options: TuneOptions, shards: ShardSet) -> BatchSpec:
             check_masks(shards, list(options.categories) or shards.categories)
     elif getattr(options.method, "mask_scope", "image") == "batch":
         raise OptionError("with method.mask_scope=batch patches depend on what shares their batch; take image")
+    else:
+        make_memory_method(name, options.method)
     shards.check(Selection(("train",), options.categories, (NORMAL,)))
     return needs
 

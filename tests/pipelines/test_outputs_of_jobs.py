@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -36,14 +37,14 @@ from pipelines.runtime import outputs
 from pipelines.runtime.options import DemoOptions
 from pipelines.runtime.outputs import KINDS, PLAN
 from pipelines.training.calibrate import calibrate
-from pipelines.training.options import CalibrateOptions, ThresholdOptions
+from pipelines.training.options import CalibrateOptions, ThresholdOptions, train_options
 from pipelines.training.train import train
 from pipelines.tuning.options import tune_options
 from pipelines.tuning.tune import tune
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_method, tiny_training, without_ray
 from unianom import files
 from unianom.data.drawing import draw_corpus
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError, OptionError, WeightsError
 
 
 class Inputs:
@@ -274,3 +275,33 @@ def test_no_category_leads_out_of_the_output(inline: None, tmp_path: Path, categ
     assert {folder.parent for folder in folders.values()} == {outer / "models"}
     assert files.read_json(str(outer / "models" / "models.json")) == {c: f.name for c, f in folders.items()}
     assert folders["a b"].name == "a b"
+
+
+# ------------------------------------------------------------------------------------------- options that cannot be used
+WRONG_METHODS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "name": ({"name": "vit_tiny_patch9000"}, OptionError, "no such model"),
+    "weights": ({"weights": "/nowhere/weights.safetensors"}, WeightsError, "no weights file"),
+    "blocks": ({}, OptionError, "block"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_METHODS)
+@pytest.mark.parametrize("job", ["train", "semantic", "low_shot", "tune"])
+def test_a_method_that_cannot_be_made_leaves_nothing(given: Inputs, tmp_path: Path, job: str, wrong: str) -> None:
+    """So that the mended command is not refused by what the first one left."""
+    backbone, error, words = WRONG_METHODS[wrong]
+    method = tiny_method()
+    method = dataclasses.replace(method, backbone=dataclasses.replace(method.backbone, **backbone))
+    if wrong == "blocks":
+        method = dataclasses.replace(method, blocks=(0, 99))
+    output = tmp_path / "output"
+    run, options, shards = {
+        "train": (train, train_options(), given.shards),
+        "semantic": (semantic, protocol_options(SemanticOptions), given.classes),
+        "low_shot": (low_shot, protocol_options(LowShotOptions), given.shards),
+        "tune": (tune, tune_options(), given.shards),
+    }[job]
+    asked: Any = options["uniformaly"]
+    with pytest.raises(error, match=words):
+        run(asked(shards=shards, output=str(output), method=method, tracking=UNTRACKED, runtime=ONE))  # type: ignore[operator]
+    assert not output.exists()
