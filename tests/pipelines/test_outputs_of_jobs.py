@@ -277,7 +277,7 @@ def test_no_category_leads_out_of_the_output(inline: None, tmp_path: Path, categ
     assert folders["a b"].name == "a b"
 
 
-# ------------------------------------------------------------------------------------------- options that cannot be used
+# ------------------------------------------------------------------------------------------ options that cannot be used
 WRONG_METHODS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "name": ({"name": "vit_tiny_patch9000"}, OptionError, "no such model"),
     "weights": ({"weights": "/nowhere/weights.safetensors"}, WeightsError, "no weights file"),
