@@ -101,9 +101,9 @@ def _models_of(evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]])
 
 
 def metric_keys(results: Sequence[Result]) -> list[str]:
-    """Return the compared metrics that any result has."""
+    """Return the compared metrics that any result has; the error bounds of binned ones are no metrics."""
     keys = [key for result in results for key, value in result.metrics.items() if value is not None]
-    aupro = [key for key in keys if key.startswith("aupro")]
+    aupro = [key for key in keys if key.startswith("aupro") and not key.endswith("_error")]
     return [key for key in dict.fromkeys([*METRICS, *aupro]) if key in keys]
 
 

@@ -12,7 +12,7 @@ import yaml
 from scipy.stats import rankdata
 
 from pipelines.evaluation.compare import compare
-from pipelines.evaluation.comparison import mean_ranks, ranks, results_of
+from pipelines.evaluation.comparison import Result, mean_ranks, metric_keys, ranks, results_of
 from pipelines.evaluation.options import CompareOptions
 from pipelines.evaluation.published import PUBLISHED, read_published
 from tests.pipelines.conftest import UNTRACKED
@@ -253,3 +253,9 @@ def test_published_data_sets_may_be_named_by_numbers(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("- {method: [a], dataset: d, protocol: p, source: x, values: {}}")
     with pytest.raises(DataError, match="method of entry 1: expected text"):
         read_published(str(tmp_path / "own.yaml"))
+
+
+def test_error_bounds_of_binned_metrics_are_not_compared() -> None:
+    metrics = {"image_auroc": 0.9, "aupro": 0.5, "aupro_error": 1e-4, "pixel_auroc_error": 1e-5, "aupro_at_0.1": 0.2}
+    result = Result("a", "m", "d", "mean", "raw", metrics, {}, None)
+    assert metric_keys([result]) == ["image_auroc", "aupro", "aupro_at_0.1"]
