@@ -132,8 +132,8 @@ class TrialValues:
 def tree_parzen(values: TrialValues, points: list[dict[str, Any]], seed: int, pareto: bool) -> Searcher:
     """Return Optuna's TPE, for accuracy or, if `pareto`, also for latency and memory.
 
-    It begins with some points: the options as given, and after an interruption all trials that were ever begun, in
-    their order, so that it learns again what it knew.
+    It begins with some points: the options as given, and after an interruption, or where more trials are wanted than
+    before, all that were ever begun, in their order, so that it learns again what it knew.
     """
     from optuna import logging as optuna_logging
     from ray.tune.search.optuna import OptunaSearch
@@ -142,6 +142,9 @@ def tree_parzen(values: TrialValues, points: list[dict[str, Any]], seed: int, pa
     goals: dict[str, Any] = {"metric": OBJECTIVE, "mode": "max"}
     if pareto:
         goals = {"metric": [OBJECTIVE, LATENCY, MEMORY], "mode": ["max", "min", "min"]}
+    # another seed for every state of a campaign: with the same one, a search that goes on would draw again what it
+    # drew at its beginning, and find these trials done
+    seed += max(0, len(points) - 1)
     return OptunaSearch(space=values.distributions(), points_to_evaluate=points or None, seed=seed, **goals)
 
 

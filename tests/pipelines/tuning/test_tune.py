@@ -352,6 +352,23 @@ def test_configs_of_optuna_stand_for_values_and_back() -> None:
         assert found["blocks"] in ((0, 1), (2,))
 
 
+@pytest.mark.parametrize("pareto", [False, True])
+def test_a_search_that_goes_on_draws_other_trials_than_at_its_beginning(pareto: bool) -> None:
+    values = TrialValues(None, DIMENSIONS)
+    reported = {"objective": 0.5, "latency_ms": 1.0, "memory_mb": 1.0, "training_iteration": 1}
+    begun: list[dict[str, Any]] = [{"blocks": (0, 1), "rate": 1e-3, "count": 2}]
+    for wanted in (3, 5, 8):
+        points = values.points(begun)
+        search = tree_parzen(values, points, seed=0, pareto=pareto)
+        told = []
+        for number in range(wanted):
+            told.append(values.of(search.suggest(f"{number}")))
+            search.on_trial_complete(f"{number}", reported)
+        assert told[: len(begun)] == begun
+        assert len({key_of(one) for one in told}) == wanted
+        begun = told
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs" / "recipes" / "tuning").glob("*.yaml")), ids=str)
 def test_recipes(path: Path) -> None:
     name = path.stem.split("_")[0]
