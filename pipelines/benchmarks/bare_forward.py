@@ -13,8 +13,8 @@ import timm
 import torch
 from timm.models import is_model_in_modules
 
-from pipelines.runtime.actors import set_threads
 from pipelines.runtime.models import load_model
+from pipelines.runtime.task_worker import set_threads
 from unianom.backbones import VIT_MODULES
 from unianom.configs.backbone import BackboneConfig
 from unianom.errors import DataError

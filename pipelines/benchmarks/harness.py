@@ -13,8 +13,8 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from pipelines.runtime.actors import set_threads
 from pipelines.runtime.cli import console
+from pipelines.runtime.task_worker import set_threads
 
 OURS = "unianom"
 """Name of the side that is this project's."""

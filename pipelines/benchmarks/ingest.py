@@ -17,8 +17,8 @@ from pipelines.benchmarks.report import write_report
 from pipelines.benchmarks.scoring import span
 from pipelines.data.ingest_part import PartIngester
 from pipelines.data.ingest_plan import plan_parts
-from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.tasks import run_tasks
 from unianom.data.image import ImageLimits
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
 from unianom.options import to_plain
@@ -33,7 +33,7 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
     Ingest also binarises and packs masks, hashes, and writes Parquet to disk; the loop keeps nothing.
     """
     workers = options.workers or os.cpu_count() or 1
-    runtime = RuntimeOptions(workers=workers)
+    runtime = RuntimeOptions(workers=workers, local=False)
     layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
     refs = list(iter_samples(options.layout, options.source, layout_options))
     paths = [path for ref in refs for path in (ref.uri, ref.mask_uri) if path is not None]
@@ -41,7 +41,6 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
         {"number": number, "refs": [to_plain(ref) for ref in part]}
         for number, part in enumerate(plan_parts(refs, part_bytes=256 << 20, min_parts=16))
     ]
-    connect(runtime)
     with (
         TemporaryDirectory(prefix="unianom-benchmark-") as folder,
         ProcessPoolExecutor(workers, get_context("spawn")) as pool,
@@ -56,7 +55,7 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
                     "resize": None,
                     "threads": 2,
                 }
-                results = list(run_tasks(PartIngester, arguments, tasks, runtime))
+                results = list(run_tasks(PartIngester, arguments, tasks, runtime, len(refs)))
             return Timing(sum(result["rows"] for result in results), span(results))
 
         def pillow() -> None:

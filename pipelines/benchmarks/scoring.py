@@ -20,10 +20,11 @@ from pipelines.benchmarks.harness import OURS, Side, Timing, interleave
 from pipelines.benchmarks.options import PipeBenchmark
 from pipelines.benchmarks.report import write_report
 from pipelines.inference.score import PartScorer
-from pipelines.runtime.actors import ENDED, STARTED, connect, run_tasks
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.task_worker import ENDED, STARTED
+from pipelines.runtime.tasks import run_tasks
 from unianom import files
 from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
@@ -52,10 +53,9 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
     """
     shards = ShardSet.open(options.shards)
     workers = options.workers or os.cpu_count() or 1
-    runtime = RuntimeOptions(workers=workers)
+    runtime = RuntimeOptions(workers=workers, local=False)
     method = memory_model(options.model)
     images = shards.count(Selection())
-    connect(runtime)
     alone, together = "bare forward, 1 process", f"bare forward, {workers} processes at once"
     walls: list[float] = []
     with TemporaryDirectory(prefix="unianom-benchmark-") as folder:
@@ -67,7 +67,9 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
             with TemporaryDirectory(dir=folder) as output:
                 start = time.perf_counter()
                 results = list(
-                    run_tasks(PartScorer, scorer_arguments(options, shards, output), _part_tasks(shards), runtime)
+                    run_tasks(
+                        PartScorer, scorer_arguments(options, shards, output), _part_tasks(shards), runtime, images
+                    )
                 )
                 walls.append(time.perf_counter() - start)
             return Timing(images, span(results))
@@ -202,7 +204,7 @@ def stage_split(options: PipeBenchmark, shards: ShardSet, folder: str) -> dict[s
     images = 0
     with TemporaryDirectory(dir=folder) as output:
         arguments = scorer_arguments(options, shards, output)
-        for result in run_tasks(StagedScorer, arguments, tasks[:enough], RuntimeOptions(workers=1)):
+        for result in run_tasks(StagedScorer, arguments, tasks[:enough], RuntimeOptions(workers=1, local=False), 0):
             for stage, spent in result["stages"].items():
                 seconds[stage] = seconds.get(stage, 0.0) + spent
             images += result["rows"]

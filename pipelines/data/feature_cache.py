@@ -25,10 +25,10 @@ import torch
 from pipelines.data.image_source import ImageSource, ReadPart
 from pipelines.data.reader import DecodedSample
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_unfinished
 from unianom import __version__, files
 from unianom.data.image import InputPolicy
 from unianom.data.shards import MANIFEST
@@ -208,8 +208,9 @@ class FeatureCache:
                 for group, source in self.images.items()
                 for part in source.parts()
             }
-            progress = Progress(label, sum(source.count() for source in self.images.values()))
-            records, rate = run_unfinished(CacheWriter, arguments, tasks, self.uri, runtime, progress, "rows")
+            count = sum(source.count() for source in self.images.values())
+            progress = Progress(label, count)
+            records, rate = run_unfinished(CacheWriter, arguments, tasks, self.uri, runtime, progress, count, "rows")
             size = sum(record["bytes"] for record in records.values())
             names = dict.fromkeys(name for record in records.values() for name in record["arrays"])
             if not temporary:

@@ -18,8 +18,8 @@ from pipelines.data.ingest_part import PartIngester
 from pipelines.data.ingest_plan import check_unique, contaminated, digest_of_refs, part_name, plan_parts
 from pipelines.data.options import IngestOptions
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_tasks
 from unianom import files
 from unianom.data.layouts import LAYOUTS, LeftOut, iter_samples, make_options
 from unianom.data.schema import SampleRef
@@ -98,11 +98,11 @@ def _write_parts(parts: list[list[SampleRef]], output: str, digest: str, options
             tasks.append({"number": number, "refs": [dataclasses.asdict(ref) for ref in refs]})
     if done:
         print(f"continuing: {done} samples are stored already")
-    connect(options.runtime)
     arguments = {"output": output, "plan": digest, "limits": options.limits, "resize": options.resize}
     arguments |= options.reading
     arguments["threads"] = 2 * options.runtime.cpus_per_worker  # one reads while another decodes
-    progress = Progress("ingest", sum(len(task["refs"]) for task in tasks))
-    for record in run_tasks(PartIngester, arguments, tasks, options.runtime):
+    images = sum(len(task["refs"]) for task in tasks)
+    progress = Progress("ingest", images)
+    for record in run_tasks(PartIngester, arguments, tasks, options.runtime, images):
         progress.advance(record["rows"] + len(record["rejected"]))
     return progress.close()

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from pipelines.evaluation.embeddings import EmbeddedImages, Side, check_scope, embed_once
 from pipelines.evaluation.options import EmbeddingOptions
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.models import load_memory_method, make_memory_method
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_unfinished
 from pipelines.training.memory_bank import build_bank
 from pipelines.training.per_category import weights_digest
 from unianom import __version__, files
@@ -151,7 +151,9 @@ def run_banks(
     }
     numbered = {scores_file(task["number"]): {"number": task["number"]} for task in tasks}
     runtime = dataclasses.replace(options.runtime, gpus_per_worker=0)
-    records, _ = run_unfinished(worker, arguments, numbered, output, runtime, Progress(words, len(numbered), "banks"))
+    images = len(tasks) * sum(shards.count(selection) for selection in sides.values())
+    progress = Progress(words, len(numbered), "banks")
+    records, _ = run_unfinished(worker, arguments, numbered, output, runtime, progress, images)
     return list(records.values())
 
 

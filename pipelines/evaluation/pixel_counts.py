@@ -17,9 +17,9 @@ import numpy as np
 from pipelines.evaluation.labelled_images import CALIBRATED, RAW, Group, LabelledImages
 from pipelines.evaluation.map_histograms import Histograms, add_histograms, histogram_arrays, histogram_of
 from pipelines.evaluation.options import EvaluateOptions
-from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_tasks
 from unianom import files
 from unianom.configs.metrics import AuproVariant
 from unianom.data.image import InputPolicy, decode_map, decode_mask, prepare_mask
@@ -113,11 +113,10 @@ def count_pixels(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: st
     left = [task for task in tasks if part_file(task["part"]) not in present]
     if not left:
         return
-    progress = Progress("read maps", sum(_rows(scores, task["part"]) for task in left))
-    connect(runtime)
-    for result in run_tasks(
-        MapReader, {"scores": scores, "shards": shards, "plan": plan, "folder": folder}, left, runtime
-    ):
+    images = sum(_rows(scores, task["part"]) for task in left)
+    progress = Progress("read maps", images)
+    arguments = {"scores": scores, "shards": shards, "plan": plan, "folder": folder}
+    for result in run_tasks(MapReader, arguments, left, runtime, images):
         progress.advance(result["rows"])
     progress.close()
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from pipelines.inference.options import DecideOptions
 from pipelines.inference.score import IDENTITY
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_unfinished
 from unianom import files
 from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import PartSet, PartWriter, ScoreSet
@@ -56,8 +56,12 @@ def write_parts(
     """Write the decision parts that are not there yet; return the records of all, in the order of the parts."""
     tasks = {decision_part(part, plan): {"part": part} for part in scores.parts}
     arguments = {"scores": scores, "rule": rule, "output": output, "plan": plan, "queue": options.queue}
-    progress = Progress("decide", sum(entry["rows"] for entry in scores.manifest["files"]))
-    return list(run_unfinished(PartDecider, arguments, tasks, output, options.runtime, progress, "rows")[0].values())
+    rows = sum(entry["rows"] for entry in scores.manifest["files"])
+    images = rows // 100  # a score costs far less than an image
+    records, _ = run_unfinished(
+        PartDecider, arguments, tasks, output, options.runtime, Progress("decide", rows), images, "rows"
+    )
+    return list(records.values())
 
 
 def decision_part(part: str, plan: str) -> str:

@@ -19,11 +19,11 @@ from pipelines.data.ahead import map_ahead
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import connect, run_tasks
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_tasks
 from unianom import files
 from unianom.data.image import ImageLimits, decode_prepared, encode_map
 from unianom.data.schema import SCORE_SCHEMA
@@ -120,10 +120,9 @@ def _write_parts(arguments: dict[str, Any], shards: ShardSet, selection: Selecti
             done += record["rows"]
     if done:
         print(f"continuing: {done} samples are scored already")
-    progress = Progress("score", shards.count(selection) - done)
-    if tasks:
-        connect(runtime)
-    for record in run_tasks(PartScorer, arguments, tasks, runtime):
+    images = shards.count(selection) - done
+    progress = Progress("score", images)
+    for record in run_tasks(PartScorer, arguments, tasks, runtime, images):
         progress.advance(record["rows"])
     return progress.close()
 

@@ -1,4 +1,4 @@
-"""Ray: connecting, spreading tasks over actors, and progress."""
+"""Ray: connecting, and tasks spread over actors."""
 
 from __future__ import annotations
 
@@ -10,33 +10,18 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
-from pipelines.runtime import outputs
-from pipelines.runtime.errors import WorkerError, reason, user_error, wrapped
+from pipelines.runtime.errors import reason, user_error, wrapped
 from pipelines.runtime.options import RuntimeOptions
-from pipelines.runtime.progress import Progress
 from pipelines.runtime.signals import own_signals
-from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
-
-STARTED, ENDED = "_started", "_ended"
-"""Keys of a task's result: when its actor began and ended it, in seconds since 1970."""
-
-ERROR = "_error"
-"""Key of the result of a task that failed: class and message of an error for the user; of any other `UNEXPECTED`, its
-reason and its traceback."""
-
-UNEXPECTED = "_unexpected"
-
-ERRORS: dict[str, type[UnianomError]] = {
-    error.__name__: error for error in (DataError, MachineError, ModelError, OptionError, WeightsError)
-}
+from pipelines.runtime.task_worker import TaskWorker
+from unianom.errors import MachineError, OptionError
 
 
 def pool_size(options: RuntimeOptions, tasks: int) -> int:
@@ -67,9 +52,12 @@ def connect(options: RuntimeOptions, dashboard: bool = False) -> None:
 
     Raises:
         MachineError: the Ray named by RAY_ADDRESS does not answer or refuses the token, or none can be started here.
+        OptionError: the job may not use Ray.
     """
     if ray.is_initialized():
         return
+    if options.local:
+        raise OptionError("this job needs Ray; leave out --runtime.local, and a Ray is started on this machine")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     # Ray's C++ part warns on stderr of every pool of restartable actors; what fails reaches Python as an exception
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -146,86 +134,22 @@ def _stderr_kept_back(said: list[str]) -> Iterator[None]:
             os.close(kept)
 
 
-class PartTask(Protocol):
-    """Does one task at a time; made once per actor."""
-
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Do a task, commit its output, and return what came of it as plain data."""
-
-
 class _Actor:
     """What Ray Data runs: a batch of one task, as JSON, to a batch of one result, as JSON."""
 
     def __init__(self, worker: type, arguments: dict[str, Any], threads: int) -> None:
         # the worker is not made here: what fails in an actor's constructor reaches the driver as the actor's death
-        self._make = partial(worker, **arguments)
-        self._threads = threads
-        self._worker: PartTask | None = None
+        self._worker = TaskWorker(partial(worker, **arguments), threads)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self._result(task)) for task in batch["item"]]}
-
-    def _result(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Return a task's result, or its error as a result: Ray Data replaces exceptions by its own on their way."""
-        try:
-            if self._worker is None:
-                set_threads(self._threads)
-                self._worker = self._make()
-            start = time.time()
-            return {**self._worker.run(task), STARTED: start, ENDED: time.time()}
-        except Exception as error:
-            return {ERROR: error_to_plain(error)}
+        return {"result": [json.dumps(self._worker.run(task)) for task in batch["item"]]}
 
 
-def error_to_plain(error: Exception) -> list[str]:
-    """Return an error as plain data, which no Ray replaces on its way; see `ERROR`."""
-    known = user_error(error)
-    if known is not None:
-        return [type(known).__name__, str(known)]
-    return [UNEXPECTED, reason(error), "".join(traceback.format_exception(error))]
-
-
-def error_from_plain(plain: Sequence[str]) -> UnianomError | WorkerError:
-    """Return the error that `error_to_plain` made plain, to be raised where the job runs."""
-    name, message, *trace = plain
-    return WorkerError(message, *trace) if name == UNEXPECTED else ERRORS.get(name, UnianomError)(message)
-
-
-def set_threads(threads: int) -> None:
-    """Set the threads of PyTorch and FAISS in this process; one that has not loaded PyTorch by now runs no network."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return
-    torch.set_num_threads(threads)
-    try:
-        import faiss
-
-        faiss.omp_set_num_threads(threads)
-    except ImportError:
-        pass  # jobs that need FAISS say so themselves
-
-
-def run_tasks(
+def run_on_ray(
     worker: type, arguments: dict[str, Any], tasks: Sequence[dict[str, Any]], options: RuntimeOptions
 ) -> Iterator[dict[str, Any]]:
-    """Spread tasks over a pool of actors; give results as they come, in any order.
-
-    A task whose actor dies is run again by Ray, so `worker.run` must be idempotent: its output appears whole, under
-    a name that depends on the task alone.
-
-    Args:
-        worker: a `PartTask` class.
-        arguments: of its constructor.
-        tasks: plain data, one dict a task.
-        options: size of the pool.
-
-    Raises:
-        UnianomError: what a worker raised for the user, as it raised it.
-        MachineError: Ray lost what it cannot restore.
-        WorkerError: what a worker raised else.
-    """
-    if not tasks:
-        return
+    """Run tasks as `pipelines.runtime.tasks.run_tasks` does, on a pool of actors; arguments are the same."""
+    connect(options)
     from ray.data import ActorPoolStrategy, DataContext  # a second that jobs with nothing to do are spared
 
     context = DataContext.get_current()
@@ -249,10 +173,7 @@ def run_tasks(
             raise lost_error(error) from error
         if row is None:
             return
-        result = json.loads(row["result"])
-        if ERROR in result:
-            raise error_from_plain(result[ERROR])
-        yield result
+        yield json.loads(row["result"])
 
 
 def lost_error(error: BaseException) -> Exception:
@@ -271,39 +192,3 @@ def lost_error(error: BaseException) -> Exception:
         if isinstance(cause, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
             return MachineError(f"a worker was lost ({reason(cause)}); the same command continues")
     return error if isinstance(error, Exception) else RuntimeError(str(error))
-
-
-def run_unfinished(
-    worker: type,
-    arguments: dict[str, Any],
-    tasks: Mapping[str, dict[str, Any]],
-    output: str,
-    options: RuntimeOptions,
-    progress: Progress,
-    count: str | None = None,
-) -> tuple[dict[str, dict[str, Any]], float]:
-    """Run those tasks whose record is not in an output folder yet.
-
-    Args:
-        worker, arguments, options: see `run_tasks`.
-        tasks: by the name under which each is committed with `outputs.commit_part`.
-        output: that folder.
-        progress: shown; closed at the end.
-        count: entry of a record that it advances by; null counts tasks.
-
-    Returns:
-        The records of all tasks by name, in the order of `tasks`, and the rate of this run.
-
-    Raises:
-        UnianomError: see `run_tasks`.
-    """
-    records = {name: outputs.part_record(output, name) for name in tasks}
-    done = [record for record in records.values() if record is not None]
-    progress.advance(sum(record[count] for record in done) if count else len(done))
-    left = [tasks[name] for name, record in records.items() if record is None]
-    if left:
-        connect(options)
-    for result in run_tasks(worker, arguments, left, options):
-        progress.advance(result[count] if count else 1)
-    rate = progress.close()
-    return {name: record or outputs.part_record(output, name) or {} for name, record in records.items()}, rate

@@ -12,12 +12,15 @@ class RuntimeOptions(Options):
     """How much of the cluster a job takes.
 
     Args:
-        workers: actors; null takes as many as the cluster's CPUs, or GPUs, allow.
+        local: true works on threads of this process, without Ray, false on Ray; null works in this process where no
+            cluster is given and there are no more than 1,000 images. Results are the same.
+        workers: actors or threads; null takes as many as the CPUs, or GPUs, allow.
         cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
         gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
-        local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
+        local_cpus: CPUs to use of this machine where no cluster is given; null takes all.
     """
 
+    local: bool | None = None
     workers: AtLeastOne | None = None
     cpus_per_worker: AtLeastOne = 1
     gpus_per_worker: NotNegative = 0

@@ -19,7 +19,6 @@ from pipelines.data.feature_cache import FeatureCache
 from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import PATCHES, KeptPatches, PatchMatrix
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
-from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_memory_method, load_model, make_memory_method
 from pipelines.runtime.progress import Progress
 from pipelines.training.options import WORK, FitOptions
@@ -90,7 +89,6 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
     if is_model(output):
         return _result(load_model(output, "cpu"), output, False, 0.0)
     work = files.join(output, WORK)
-    connect(options.runtime)
     embedded, rate = _embed(name, task, work, options)
     method = load_memory_method(embedded.encoder, "cpu")
     patches = PatchMatrix(embedded.open().arrays(PATCHES))

@@ -11,11 +11,12 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.runtime.actors import error_from_plain, pool_size
+from pipelines.runtime.actors import pool_size
 from pipelines.runtime.errors import reason
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.run_record import Run
 from pipelines.runtime.signals import own_signals
+from pipelines.runtime.task_worker import error_from_plain
 from pipelines.training.job import Job
 from pipelines.training.options import TrainingOptions
 from pipelines.training.worker import MetricsChannel, train_worker

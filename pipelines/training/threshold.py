@@ -6,9 +6,9 @@ from typing import Any
 
 from pipelines.data.reader import SampleReader
 from pipelines.data.splits import USUAL_FPR
-from pipelines.runtime.actors import run_tasks
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_tasks
 from pipelines.training.options import FitOptions
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
@@ -58,7 +58,8 @@ def score_held_out(
     }
     progress = Progress("score held-out normals", len(held_out))
     scores: list[float] = []
-    for result in run_tasks(HeldOutScorer, arguments, [{"part": part} for part in shards.parts], options.runtime):
+    tasks = [{"part": part} for part in shards.parts]
+    for result in run_tasks(HeldOutScorer, arguments, tasks, options.runtime, len(held_out)):
         scores += result["scores"]
         progress.advance(len(result["scores"]))
     progress.close()

@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint
 
-from pipelines.runtime.actors import UNEXPECTED, error_to_plain, set_threads
+from pipelines.runtime.task_worker import UNEXPECTED, error_to_plain, set_threads
 from pipelines.training.dataset import TrainingSet, to_input
 from pipelines.training.job import Job, synthesiser_of
 from pipelines.training.loader import BatchLoader

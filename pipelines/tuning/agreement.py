@@ -15,9 +15,9 @@ import numpy as np
 
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime import outputs
-from pipelines.runtime.actors import run_unfinished
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.tasks import run_unfinished
 from pipelines.tuning.objective import score_settings
 from pipelines.tuning.rank_correlation import rank_correlation
 from pipelines.tuning.records import read_record
@@ -25,6 +25,7 @@ from pipelines.tuning.space import key_of
 from pipelines.tuning.statuses import DONE
 from pipelines.tuning.trial import Campaign
 from unianom import files
+from unianom.data.shards import Selection
 from unianom.errors import DataError
 
 DIAGNOSIS = "diagnosis.json"
@@ -96,7 +97,8 @@ def _test_settings(campaign: Campaign, folder: str, runtime: RuntimeOptions) -> 
     tasks = {record["trial"]: {"trial": record["trial"]} for record in records}
     runtime = dataclasses.replace(runtime, workers=None)
     progress = Progress("diagnose", len(tasks), "trials")
-    found, _ = run_unfinished(Diagnoser, arguments, tasks, folder, runtime, progress)
+    images = len(tasks) * campaign.shards.count(Selection(("test",), tuple(campaign.categories)))
+    found, _ = run_unfinished(Diagnoser, arguments, tasks, folder, runtime, progress, images)
     return {
         (trial, key): value
         for trial, record in found.items()

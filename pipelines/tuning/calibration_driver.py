@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pipelines.data.validation_set import ValidationSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.run_record import Run
-from pipelines.training.calibrate import EmbeddingCache
+from pipelines.training.calibration_images import EmbeddingCache
 from pipelines.tuning.calibration_trials import CadaCampaign, cache_outputs
 from pipelines.tuning.dimensions import Dimension
 from pipelines.tuning.driver import Driver

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
 from pipelines.data.image_source import ValidationSource
 from pipelines.runtime.models import load_model
-from pipelines.training.calibrate import EmbeddingCache, HeadActor, network_key
+from pipelines.training.calibration_head import HeadActor
+from pipelines.training.calibration_images import EmbeddingCache, network_key
 from pipelines.training.options import CalibrateOptions
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files

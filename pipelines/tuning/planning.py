@@ -11,7 +11,7 @@ from pipelines.data.splits import TrainValSplit, choose_samples
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import make_memory_method
 from pipelines.runtime.run_record import Run
-from pipelines.training.calibrate import EmbeddingCache
+from pipelines.training.calibration_images import EmbeddingCache
 from pipelines.training.driver import check_masks
 from pipelines.training.job import make_method
 from pipelines.training.options import FitOptions

@@ -15,7 +15,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipelines.runtime.actors import set_threads
+from pipelines.runtime.task_worker import set_threads
 from pipelines.tuning.dimensions import Choice, Dimension
 from pipelines.tuning.objective import OBJECTIVE
 from pipelines.tuning.preparation_lock import hold_lock

@@ -25,6 +25,7 @@ from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
 from pipelines.runtime import actors
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
+from pipelines.runtime.task_worker import set_threads
 from pipelines.training import driver, worker
 from pipelines.training.job import Job
 from pipelines.training.options import ThresholdOptions, train_options
@@ -62,9 +63,9 @@ def ray_cluster() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """As many threads as an actor has, so that what is done in this process is the same to the last bit."""
     before = torch.get_num_threads()
-    actors.set_threads(1)
+    set_threads(1)
     yield
-    actors.set_threads(before)
+    set_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,11 @@ def kill_job(process: subprocess.Popen[Any]) -> None:
 
 
 def run_inline(
-    worker: type, arguments: dict[str, Any], tasks: Sequence[dict[str, Any]], options: RuntimeOptions | None
+    worker: type,
+    arguments: dict[str, Any],
+    tasks: Sequence[dict[str, Any]],
+    options: RuntimeOptions | None,
+    images: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """`run_tasks` in this process: what goes to workers and comes back is copied as on its way through Ray.
 

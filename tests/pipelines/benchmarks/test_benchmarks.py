@@ -30,7 +30,7 @@ from pipelines.benchmarks.references import plain_coreset, scikit_learn_metrics,
 from pipelines.benchmarks.registry import measure
 from pipelines.benchmarks.scoring import StagedScorer, scorer_arguments, span
 from pipelines.inference.score import PartScorer
-from pipelines.runtime.actors import ENDED, STARTED
+from pipelines.runtime.task_worker import ENDED, STARTED
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import tiny_method
 from tests.pipelines.evaluated import Scored

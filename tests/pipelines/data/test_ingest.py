@@ -71,7 +71,7 @@ def tasks(monkeypatch):
     """Units of work done here, one after another, in place of Ray; gives the numbers of the parts that were written."""
     done = []
 
-    def run_tasks(worker, arguments, tasks, _):
+    def run_tasks(worker, arguments, tasks, *_):
         for task in tasks:
             done.append(task["number"])
             yield json.loads(json.dumps(worker(**arguments).run(task)))

@@ -325,13 +325,13 @@ def test_a_killed_run_continues_with_the_parts_that_are_left(tmp_path: Path, mon
     content = _write(tmp_path, _samples(), bootstrap=FEW)
     read: list[str] = []
 
-    def in_this_process(worker: type, arguments: dict[str, Any], tasks: list[dict[str, Any]], runtime: Any) -> Any:
+    def in_this_process(worker: type, arguments: dict[str, Any], tasks: list[dict[str, Any]], *_: Any) -> Any:
         for task in tasks:
             read.append(task["part"])
             yield worker(**arguments).run(task)
 
-    def killed(worker: type, arguments: dict[str, Any], tasks: list[dict[str, Any]], runtime: Any) -> Any:
-        yield from in_this_process(worker, arguments, tasks[-1:], runtime)  # the last part first
+    def killed(worker: type, arguments: dict[str, Any], tasks: list[dict[str, Any]], *_: Any) -> Any:
+        yield from in_this_process(worker, arguments, tasks[-1:])  # the last part first
         raise KeyboardInterrupt
 
     options = EvaluateOptions(
@@ -341,7 +341,6 @@ def test_a_killed_run_continues_with_the_parts_that_are_left(tmp_path: Path, mon
         bootstrap=FEW,
         tracking=TrackingOptions(enabled=False),
     )
-    monkeypatch.setattr("pipelines.evaluation.pixel_counts.connect", lambda runtime: None)
     monkeypatch.setattr("pipelines.evaluation.pixel_counts.run_tasks", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options)

@@ -13,9 +13,11 @@ import pytest
 import ray
 
 from pipelines.runtime import actors
-from pipelines.runtime.actors import ENDED, STARTED, error_from_plain, error_to_plain, lost_error, run_tasks
+from pipelines.runtime.actors import lost_error
 from pipelines.runtime.errors import WorkerError, reason, user_error
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.task_worker import ENDED, STARTED, error_from_plain, error_to_plain
+from pipelines.runtime.tasks import run_tasks
 from unianom.errors import DataError, MachineError, ModelError
 
 
@@ -38,30 +40,30 @@ class Doubler:
 def test_every_unit_is_done_once_and_tells_when(ray_cluster: None) -> None:
     tasks = [{"number": number} for number in range(6)]
     before = time.time()
-    results = list(run_tasks(Doubler, {}, tasks, RuntimeOptions(workers=3)))
+    results = list(run_tasks(Doubler, {}, tasks, RuntimeOptions(workers=3), 0))
     assert sorted((r["number"], r["double"]) for r in results) == [(number, 2 * number) for number in range(6)]
     assert all(before <= r[STARTED] <= r[ENDED] <= time.time() for r in results)
-    assert list(run_tasks(Doubler, {}, [], RuntimeOptions(workers=3))) == []
+    assert list(run_tasks(Doubler, {}, [], RuntimeOptions(workers=3), 0)) == []
 
 
 @pytest.mark.ray
 def test_an_error_in_a_unit_is_told_as_it_was_raised(ray_cluster: None) -> None:
     tasks = [{"number": number} for number in range(9) if number != 6]
     with pytest.raises(DataError, match="seven is damaged; make it again"):
-        list(run_tasks(Doubler, {}, tasks, RuntimeOptions(workers=2)))
+        list(run_tasks(Doubler, {}, tasks, RuntimeOptions(workers=2), 0))
 
 
 @pytest.mark.ray
 def test_an_error_in_making_a_worker_is_told_as_it_was_raised(ray_cluster: None) -> None:
     with pytest.raises(ModelError, match="the model is damaged; fit it again"):
-        list(run_tasks(Doubler, {"broken": True}, [{"number": 1}], RuntimeOptions(workers=1)))
+        list(run_tasks(Doubler, {"broken": True}, [{"number": 1}], RuntimeOptions(workers=1), 0))
 
 
 @pytest.mark.ray
 def test_an_unexpected_error_in_a_unit_comes_with_its_reason_first(ray_cluster: None) -> None:
     """Ray Data's own exception ends in a hint about retries, and tells only of itself."""
     with pytest.raises(WorkerError) as raised:
-        list(run_tasks(Doubler, {}, [{"number": 6}], RuntimeOptions(workers=1)))
+        list(run_tasks(Doubler, {}, [{"number": 6}], RuntimeOptions(workers=1), 0))
     assert reason(raised.value) == "MemoryError: an array of 9 TB cannot be made"
     assert "in run\n" in raised.value.trace
     assert user_error(raised.value) is None
@@ -84,7 +86,7 @@ class DiesOnce:
 def test_a_killed_worker_loses_nothing(ray_cluster: None, tmp_path: Path) -> None:
     tasks = [{"number": number} for number in range(12)]
     arguments = {"marker": str(tmp_path / "died")}
-    done = [r["number"] for r in run_tasks(DiesOnce, arguments, tasks, RuntimeOptions(workers=2))]
+    done = [r["number"] for r in run_tasks(DiesOnce, arguments, tasks, RuntimeOptions(workers=2), 0)]
     assert (tmp_path / "died").exists()
     assert sorted(done) == list(range(12))
 

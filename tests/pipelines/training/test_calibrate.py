@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,9 @@ from pipelines.data.splits import held_out_normals
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
 from pipelines.runtime.cli import parse
-from pipelines.training import calibrate as calibrating
-from pipelines.training.calibrate import (
-    CATEGORY,
-    FEATURES,
-    STATISTICS,
-    EmbeddingCache,
-    HeadActor,
-    calibrate,
-)
+from pipelines.training.calibrate import calibrate
+from pipelines.training.calibration_head import HeadActor
+from pipelines.training.calibration_images import CATEGORY, FEATURES, STATISTICS, EmbeddingCache
 from pipelines.training.options import CalibrateOptions, ThresholdOptions
 from pipelines.training.train import train
 from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
@@ -45,23 +38,6 @@ QUICK = CalibrationConfig(iterations=6, batch_size=4, head=HeadConfig(hidden=8))
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Path:
     return tiny_model
-
-
-@pytest.fixture
-def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the pipeline in this process, its actors one after the other."""
-
-    class Handle:
-        def __init__(self, actor: Any) -> None:
-            self._actor = actor
-
-        def __getattr__(self, name: str) -> Any:
-            return SimpleNamespace(remote=getattr(self._actor, name))
-
-    def remote(**_: Any) -> Any:
-        return lambda cls: SimpleNamespace(remote=lambda *given: Handle(cls(*given)))
-
-    monkeypatch.setattr(calibrating, "ray", SimpleNamespace(remote=remote, get=lambda value: value))
 
 
 def options(small: Small, model: Path, **changes: Any) -> CalibrateOptions:
@@ -87,7 +63,7 @@ def listed(shards: ShardSet) -> list[dict[str, Any]]:
     return shards.table(Selection(("train",), labels=(NORMAL,)), ["sample_id", "category", "split"]).to_pylist()
 
 
-def test_calibrating_scores_and_what_is_kept(here: None, small: Small, model: Path, tmp_path: Path) -> None:
+def test_calibrating_scores_and_what_is_kept(inline: None, small: Small, model: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     output = tmp_path / "cada"
     (result,) = calibrate(options(small, model, output=str(output), folder=str(kept)))
@@ -137,7 +113,7 @@ def test_calibrating_scores_and_what_is_kept(here: None, small: Small, model: Pa
         calibrate(options(small, model, output=str(output), folder=str(kept), calibration=labels))
 
 
-def test_in_the_models_own_folder(here: None, small: Small, model: Path, tmp_path: Path) -> None:
+def test_in_the_models_own_folder(inline: None, small: Small, model: Path, tmp_path: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(model, own)
     labels = dataclasses.replace(QUICK, variant="labels")
@@ -152,7 +128,7 @@ def test_in_the_models_own_folder(here: None, small: Small, model: Path, tmp_pat
     assert unianom.load(own).calibrator.config == none  # type: ignore[union-attr]
 
 
-def test_held_out_images_alone(here: None, small: Small, model: Path, tmp_path: Path) -> None:
+def test_held_out_images_alone(inline: None, small: Small, model: Path, tmp_path: Path) -> None:
     held = dataclasses.replace(QUICK, variant="labels")
     (result,) = calibrate(
         options(small, model, output=str(tmp_path / "held"), images="held_out", calibration=held, folder=str(tmp_path))
@@ -160,7 +136,7 @@ def test_held_out_images_alone(here: None, small: Small, model: Path, tmp_path: 
     assert result.metrics["images"] == unianom.load(model).provenance["held_out_normals"]
 
 
-def test_training_and_calibrating_in_one_command(here: None, small: Small, tmp_path: Path) -> None:
+def test_training_and_calibrating_in_one_command(inline: None, small: Small, tmp_path: Path) -> None:
     held_out = ThresholdOptions(validation_fraction=0.3)
     given = tiny_training(small.shards, tmp_path / "model", calibrate="labels", per_category=True, threshold=held_out)
     assert [result.fresh for result in train(given)] == [True, True]
@@ -173,7 +149,7 @@ def test_training_and_calibrating_in_one_command(here: None, small: Small, tmp_p
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_nothing_held_out(here: None, small: Small, tmp_path: Path) -> None:
+def test_nothing_held_out(inline: None, small: Small, tmp_path: Path) -> None:
     given = tiny_training(small.shards, tmp_path / "model", threshold=ThresholdOptions(validation_fraction=0))
     train(given)
     with pytest.raises(DataError, match="held no normal image out; give --images train"):

@@ -25,7 +25,8 @@ from pipelines.runtime.cli import parse
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import TrackingOptions
 from pipelines.runtime.progress import Progress
-from pipelines.training.calibrate import EmbeddingCache, HeadActor
+from pipelines.training.calibration_head import HeadActor
+from pipelines.training.calibration_images import EmbeddingCache
 from pipelines.training.options import CalibrateOptions, ThresholdOptions, train_options
 from pipelines.training.train import train
 from pipelines.tuning import driver
