@@ -46,6 +46,8 @@ MODULES = tuple(
 UNTRACKED = TrackingOptions(enabled=False)
 ONE = RuntimeOptions(workers=1)
 """Most of a short job is starting its actors, so tests take one unless they are about their number."""
+HERE = RuntimeOptions(local=True, workers=2)
+"""Two threads of this process. What they write is what tests on Ray compare with."""
 
 
 @pytest.fixture(scope="session")
@@ -149,17 +151,15 @@ class Small:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     root = tmp_path_factory.mktemp("small")
     draw_corpus(root / "corpus", ("weave", "cog"), train=12, good=4, per_defect=2, size=64)
-    with without_ray():
-        ingesting.ingest(ingesting.IngestOptions("mvtec", str(root / "corpus"), str(root / "shards"), runtime=ONE))
+    ingesting.ingest(ingesting.IngestOptions("mvtec", str(root / "corpus"), str(root / "shards"), runtime=HERE))
     return Small(root / "corpus", root / "shards")
 
 
 @pytest.fixture(scope="session")
 def tiny_model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What UniFormaly makes of these shards on one worker; nobody may write there."""
+    """What UniFormaly makes of these shards; nobody may write there."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    with without_ray():
-        train(tiny_training(small.shards, folder))
+    train(tiny_training(small.shards, folder, runtime=HERE))
     return folder
 
 
@@ -167,8 +167,7 @@ def tiny_model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_scores(small: Small, tiny_model: Path) -> Path:
     """Its scores, in batches of three."""
     folder = tiny_model.parent / "scores"
-    with without_ray():
-        score(ScoreOptions(str(tiny_model), str(small.shards), str(folder), batch_size=3, runtime=ONE))
+    score(ScoreOptions(str(tiny_model), str(small.shards), str(folder), batch_size=3, runtime=HERE))
     return folder
 
 

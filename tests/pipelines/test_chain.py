@@ -1,4 +1,5 @@
-"""The jobs one after another: what each leaves for the next, in this process, then on Ray, whole and disturbed."""
+"""The jobs one after another: what each leaves for the next, in this process, then on Ray with the same bytes, whole
+and disturbed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from pipelines.inference.score import score
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.training.options import ThresholdOptions
 from pipelines.training.train import train
-from tests.pipelines.conftest import ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training, without_ray
+from tests.pipelines.conftest import HERE, ONE, UNTRACKED, Small, kill_job, tiny_method, tiny_training
 from unianom.configs.bank import BankConfig
 from unianom.data.image import decode_map
 from unianom.data.shards import ScoreSet, Selection, ShardSet
@@ -225,10 +226,10 @@ def test_the_bank_does_not_depend_on_the_number_of_workers(
 def test_a_killed_scoring_job_continues_to_the_same_bytes(
     ray_cluster: None, small: Small, tiny_model: Path, tiny_scores: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of the driver and all its Ray processes, then the same options again; also what follows is the same."""
+    """kill -9 of a job on threads, then the same options on Ray; also what follows is the same."""
     output = tmp_path / "scores"
     command = [sys.executable, "jobs/score.py", "--model", str(tiny_model), "--shards", str(small.shards)]
-    command += ["--output", str(output), "--batch_size", "3", "--runtime.local_cpus", "1"]
+    command += ["--output", str(output), "--batch_size", "3", "--runtime.local", "true", "--runtime.workers", "1"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(output.glob("_part-*.json"))) < 3:
@@ -240,7 +241,6 @@ def test_a_killed_scoring_job_continues_to_the_same_bytes(
     score(ScoreOptions(str(tiny_model), str(small.shards), str(output), batch_size=3, runtime=TWO))
     assert content(output) == content(tiny_scores)
 
-    given = EvaluateOptions(str(output), str(small.shards), str(tmp_path / "here"), tracking=UNTRACKED)
-    with without_ray():
-        here = evaluate(given)
+    given = EvaluateOptions(str(output), str(small.shards), str(tmp_path / "here"), tracking=UNTRACKED, runtime=HERE)
+    here = evaluate(given)
     assert evaluate(dataclasses.replace(given, output=str(tmp_path / "evaluation"), runtime=TWO)) == here

@@ -21,7 +21,7 @@ from pipelines.training.calibration_head import HeadActor
 from pipelines.training.calibration_images import CATEGORY, FEATURES, STATISTICS, EmbeddingCache
 from pipelines.training.options import CalibrateOptions, ThresholdOptions
 from pipelines.training.train import train
-from tests.pipelines.conftest import ONE, UNTRACKED, Small, tiny_training
+from tests.pipelines.conftest import HERE, ONE, UNTRACKED, Small, tiny_training
 from unianom.calibration import MapStatistics, fit_calibrator
 from unianom.configs.calibration import CalibrationConfig, HeadConfig
 from unianom.data.image import ImageLimits, decode_prepared
@@ -223,12 +223,10 @@ def test_recipes(name: str, alpha: float | None, iterations: int) -> None:
 
 
 @pytest.mark.ray
-def test_actors_make_the_same(
-    ray_cluster: None, small: Small, model: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_actors_make_the_same(ray_cluster: None, small: Small, model: Path, tmp_path: Path) -> None:
     calibrate(options(small, model, output=str(tmp_path / "ray")))
-    request.getfixturevalue("here")
-    calibrate(options(small, model, output=str(tmp_path / "here"), folder=str(tmp_path / "kept-here")))
+    kept = str(tmp_path / "kept-here")
+    calibrate(options(small, model, output=str(tmp_path / "here"), folder=kept, runtime=HERE))
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")} for name in ("ray", "here")
     )
