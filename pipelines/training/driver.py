@@ -1,4 +1,4 @@
-"""Training a method on one or many workers: prepared data → Ray Train → last checkpoint → threshold → model folder.
+"""Training a method on one or many workers: prepared data → steps → threshold → model folder.
 
     shards ─▶ pixels or frozen features, once ─▶ workers: batches, steps, checkpoints ─▶ trained model ─▶ scores of
     held-out normals ─▶ threshold ─▶ model folder
@@ -18,15 +18,14 @@ import torch
 
 from pipelines.data.reader import missing_masks
 from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
-from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_model
 from pipelines.runtime.run_record import Run
 from pipelines.runtime.tracking import scope
 from pipelines.training.job import Job, make_method, synthesiser_of, wants_pixels
+from pipelines.training.local_training import run_job_here, trains_here
 from pipelines.training.options import WORK, DataOptions, TrainingOptions
 from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
 from pipelines.training.prepared import feature_names, learnable, prepare_features, prepare_pixels
-from pipelines.training.ray_training import run_job
 from pipelines.training.samples import TrainingImages
 from pipelines.training.threshold import held_out_threshold
 from pipelines.training.trainer import evaluation_mode
@@ -105,12 +104,19 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
         return _result(load_model(output, "cpu"), output, fresh=False)
     batch_spec = make_method(name, config).batch_spec
     prefix = f"{scope(categories[0])}/" if options.per_category else ""
-    connect(options.runtime)
     work = files.join(output, WORK)
     trained = files.join(work, "trained")
     if not is_model(trained):
+        here = trains_here(options, len(chosen.learn))
         job = plan_job(name, config, options, shards, categories, chosen, work)
-        run_job(job, options, work, run, prefix)
+        if here:
+            run_job_here(job, options, work, run, prefix)
+        else:
+            from pipelines.runtime.actors import connect
+            from pipelines.training.ray_training import run_job
+
+            connect(options.runtime)
+            run_job(job, options, work, run, prefix)
     model = load_model(trained, "cpu")
     scored = frozenset() if notice else chosen.held_out
     threshold = held_out_threshold(model, files.join(work, "fitted"), shards, scored, options)

@@ -13,15 +13,14 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.runtime.actors import pool_size
 from pipelines.runtime.errors import reason
-from pipelines.runtime.progress import Progress
 from pipelines.runtime.run_record import Run
 from pipelines.runtime.signals import own_signals
 from pipelines.runtime.task_worker import error_from_plain
 from pipelines.training.job import Job
 from pipelines.training.options import TrainingOptions
-from pipelines.training.worker import MetricsChannel, train_worker
+from pipelines.training.ray_worker import MetricsChannel, train_worker
+from pipelines.training.report import TrainingReport
 from unianom.errors import DataError, OptionError
-from unianom.methods.trained import LOSS
 
 
 class WorkersLostError(DataError):
@@ -60,7 +59,7 @@ def run_job(
             callbacks=[*callbacks],
         ),
     )
-    report = _Reporter(events, job.iterations, run, prefix)
+    report = _Listener(events, TrainingReport(job.iterations, run, prefix))
     try:
         with own_signals():
             trainer.fit()
@@ -92,12 +91,11 @@ def check_resources(options: TrainingOptions) -> None:
         )
 
 
-class _Reporter:
-    """Shows and records what the workers report, while training runs."""
+class _Listener:
+    """Passes on what the workers report, while training runs."""
 
-    def __init__(self, events: Any, iterations: int, run: Run, prefix: str) -> None:
-        self._events, self._run, self._prefix = events, run, prefix
-        self._progress = Progress("train", iterations, "steps")
+    def __init__(self, events: Any, report: TrainingReport) -> None:
+        self._events, self._report = events, report
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -108,20 +106,7 @@ class _Reporter:
 
     def _pass_on(self) -> None:
         for event in ray.get(self._events.take.remote()):
-            step = event["step"]
-            named = {
-                **{f"loss/{name}" if name != LOSS else LOSS: value for name, value in event.get("losses", {}).items()},
-                **event.get("rates", {}),
-                **{f"validation/{name}": value for name, value in event.get("validation", {}).items()},
-            }
-            self._run.metrics({self._prefix + name: value for name, value in named.items()}, step)
-            if "note" in event:
-                self._progress.note(event["note"])
-            elif "losses" in event:
-                self._progress.set(step, _words(event["losses"], event["rates"]))
-            else:
-                figures = ", ".join(f"{name} {value:.4g}" for name, value in event["validation"].items())
-                self._progress.note(f"step {step}: validation {figures}")
+            self._report.put(event)
 
     def stop(self) -> None:
         """Ask the workers no more."""
@@ -129,15 +114,7 @@ class _Reporter:
         self._thread.join()
 
     def close(self) -> None:
-        """Show and record what was reported last."""
+        """Pass on what was reported last."""
         self.stop()
         self._pass_on()
-        self._progress.close()
-
-
-def _words(losses: dict[str, float], rates: dict[str, float]) -> str:
-    named = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-    return (
-        f"{named}, {rates['images_per_second']:.1f} images/s, step {1000 * rates['step_seconds']:.0f} ms "
-        f"({100 * rates['data_share']:.0f} % waiting for data)"
-    )
+        self._report.close()

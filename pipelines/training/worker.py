@@ -1,4 +1,4 @@
-"""What runs inside a worker of Ray Train."""
+"""One worker of a training, wherever it runs: its batches, steps, validations, checkpoints and the trained model."""
 
 from __future__ import annotations
 
@@ -11,80 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
-import ray.train
-import ray.train.torch
 import torch
-from ray.train import Checkpoint
 
-from pipelines.runtime.task_worker import UNEXPECTED, error_to_plain, set_threads
+from pipelines.runtime.task_worker import set_threads
+from pipelines.training.context import TrainContext
 from pipelines.training.dataset import TrainingSet, to_input
 from pipelines.training.job import Job, synthesiser_of
 from pipelines.training.loader import BatchLoader
 from pipelines.training.options import TrainingOptions
 from pipelines.training.sampler import EpochIndex, StepSampler
-from pipelines.training.trainer import STATE, Trainer, evaluation_mode
+from pipelines.training.trainer import Trainer, evaluation_mode
 from pipelines.training.validation import PROGRESS, WORKERS, Validation, Validator
 from unianom import files
 from unianom.errors import DataError
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 
-
-class MetricsChannel:
-    """Passes what the workers report to the driver. A Ray actor."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._failure: list[str] | None = None
-        self._first: list[str] | None = None
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Report something."""
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Return what was reported since the last call."""
-        taken, self._events = self._events, []
-        return taken
-
-    def fail(self, error: list[str], final: bool) -> None:
-        """Report an error as `error_to_plain` gives it; a `final` one only the user can mend, so there is no other try.
-
-        Of others the first is kept: those of other workers come of it.
-        """
-        if final:
-            self._failure = self._failure or error
-        else:
-            self._first = self._first or error
-
-    def failure(self) -> list[str] | None:
-        """Return the final failure."""
-        return self._failure
-
-    def first(self) -> list[str] | None:
-        """Return the first failure that was not final."""
-        return self._first
+Report = Callable[[dict[str, Any]], Any]
+"""Takes what is to be shown and recorded: a step, with losses and rates, with a validation, or with a note."""
 
 
-def train_worker(given: dict[str, Any]) -> None:
-    """Train in one worker of Ray Train, and report what fails."""
-    events = given["events"]
-    if ray.get(events.failure.remote()) is not None:
-        return  # a restart would fail again
-    try:
-        _work(given["job"], lambda event: events.put.remote(event))
-    except Exception as error:
-        plain = error_to_plain(error)
-        ray.get(events.fail.remote(plain, plain[0] != UNEXPECTED))
-        raise
+def work(job: Job, report: Report, context: TrainContext) -> None:
+    """Train from the last checkpoint to the end, and write the model.
 
+    Args:
+        job: what to train.
+        report: used by the first worker.
+        context: of this worker.
 
-def _work(job: Job, report: Callable[[dict[str, Any]], Any]) -> None:
-    context = ray.train.get_context()
+    Raises:
+        UnianomError: for the user.
+    """
     options = job.options
     set_threads(options.runtime.cpus_per_worker)
-    device = ray.train.torch.get_device() if options.runtime.gpus_per_worker else torch.device("cpu")
+    device = context.device() if options.runtime.gpus_per_worker else torch.device("cpu")
     method = job.make().to(device)
     if options.runtime.gpus_per_worker:
         torch.set_float32_matmul_precision("high" if options.precision == "bf16" else "highest")
@@ -98,8 +58,8 @@ def _work(job: Job, report: Callable[[dict[str, Any]], Any]) -> None:
             len(images),
             training.seed,
             training.batch_size,
-            context.get_world_rank(),
-            context.get_world_size(),
+            context.rank,
+            context.size,
             groups,
             options.data.window,
         )
@@ -115,14 +75,12 @@ def _work(job: Job, report: Callable[[dict[str, Any]], Any]) -> None:
             options.accumulate,
             job.phases(),
         )
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as directory:
-                trainer.restore(torch.load(Path(directory) / STATE, map_location="cpu", weights_only=True))
-        elif job.segment is not None and job.segment.start is not None:
-            content = io.BytesIO(files.read_bytes(job.segment.start))
-            trainer.restore(torch.load(content, map_location="cpu", weights_only=True))
-        first = context.get_world_rank() == 0
+        state = context.checkpoint()
+        if state is None and job.segment is not None and job.segment.start is not None:
+            state = files.read_bytes(job.segment.start)
+        if state is not None:
+            trainer.restore(torch.load(io.BytesIO(state), map_location="cpu", weights_only=True))
+        first = context.rank == 0
         if first and trainer.step:
             report({"step": trainer.step, "note": f"continuing at step {trainer.step}"})
         fixed = fixed_places(images.category, method.finish_images)
@@ -141,20 +99,18 @@ def _work(job: Job, report: Callable[[dict[str, Any]], Any]) -> None:
                 options.limits,
                 options.seed,
             )
-        _loop(trainer, data, fixed, validation, job, report if first else None)
+        _loop(trainer, data, fixed, validation, job, report if first else None, context)
         if job.segment is not None and job.end < job.iterations:
-            state = trainer.state()  # of every worker
+            state = _state(trainer)
             if first:
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                files.write_bytes(job.segment.state, buffer.getvalue())
+                files.write_bytes(job.segment.state, state)
         elif first:
             method.config = job.make().config  # as asked for, whatever phases made of it
             finish(method, data, fixed, job.categories)
             with evaluation_mode(method):
                 validation.cache_outputs()
             Model(method, job.categories).save(job.output)
-        ray.train.report({"step": trainer.step})  # nobody leaves before the model is written
+        context.report({"step": trainer.step})  # nobody leaves before the model is written
 
 
 def _loop(
@@ -163,7 +119,8 @@ def _loop(
     fixed: list[EpochIndex],
     validation: Validator,
     job: Job,
-    report: Callable[[dict[str, Any]], Any] | None,
+    report: Report | None,
+    context: TrainContext,
 ) -> None:
     """Run the steps, and what happens between them: reports, validations, checkpoints."""
     options, method = job.options, trainer.method
@@ -204,27 +161,19 @@ def _loop(
                 if figures:
                     report({"step": step, "validation": figures})
             if job.validator is not None:  # every worker must, or none goes on
-                ray.train.report({**figures, PROGRESS: round(100 * step / job.iterations), WORKERS: _workers()})
-        preempted = step % 20 == 0 and not warned and ray.train.get_preemption_info() is not None
+                context.report({**figures, PROGRESS: round(100 * step / job.iterations), WORKERS: context.group()})
+        preempted = step % 20 == 0 and not warned and context.preempted()
         warned = warned or preempted
         if step % options.checkpoint_every == 0 or step == job.end or preempted:
-            save_checkpoint(trainer, first=report is not None)
+            state = _state(trainer)
+            context.report({"step": step}, state if report is not None else None)
 
 
-def _workers() -> str:
-    """Return the placement group of the workers of this training, as text; empty outside of Ray."""
-    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
-    return "" if group is None else group.id.hex()
-
-
-def save_checkpoint(trainer: Trainer, first: bool) -> None:
-    """Report the state to Ray Train; every worker must."""
-    state = trainer.state()
-    with tempfile.TemporaryDirectory(prefix="unianom-checkpoint-") as folder:
-        if first:
-            torch.save(state, Path(folder) / STATE)
-        checkpoint = Checkpoint.from_directory(folder) if first else None
-        ray.train.report({"step": trainer.step}, checkpoint=checkpoint)
+def _state(trainer: Trainer) -> bytes:
+    """Return the state of a training as a file's content; every worker must call this."""
+    buffer = io.BytesIO()
+    torch.save(trainer.state(), buffer)
+    return buffer.getvalue()
 
 
 def fixed_places(category: np.ndarray, count: int) -> list[EpochIndex]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,7 @@ from pipelines.inference.score import score
 from pipelines.runtime import actors
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from pipelines.runtime.task_worker import set_threads
-from pipelines.training import driver, worker
-from pipelines.training.job import Job
+from pipelines.training import local_training
 from pipelines.training.options import ThresholdOptions, train_options
 from pipelines.training.train import train
 from unianom.configs.backbone import BackboneConfig
@@ -108,11 +106,6 @@ def run_inline(
             yield json.loads(json.dumps(made.run(arrived)))
 
 
-def run_job_inline(job: Job, *_: Any) -> None:
-    """Ray Train's only worker, in this process."""
-    worker._work(job, lambda event: None)
-
-
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """All tasks and all training run in this process."""
@@ -132,11 +125,7 @@ def _replace_ray(patch: pytest.MonkeyPatch) -> None:
         for name, stand_in in (("run_tasks", run_inline), ("connect", lambda *_, **__: None)):
             if hasattr(module, name):
                 patch.setattr(module, name, stand_in)
-    patch.setattr(driver, "run_job", run_job_inline)
-    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
-        patch.setattr(f"ray.train.get_{name}", lambda value=value: value)
-    patch.setattr("ray.train.report", lambda *told, **more: None)
+    patch.setattr(local_training, "runs_here", lambda *_: True)
 
 
 @dataclass(frozen=True)

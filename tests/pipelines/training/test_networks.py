@@ -31,6 +31,7 @@ from pipelines.training.driver import keeps_features
 from pipelines.training.loader import BatchLoader
 from pipelines.training.options import DataOptions, Phase, ThresholdOptions, TrainingOptions, train_options
 from pipelines.training.ray_training import check_resources
+from pipelines.training.report import TrainingReport
 from pipelines.training.sampler import EpochIndex, StepSampler
 from pipelines.training.train import train
 from pipelines.training.trainer import Trainer, evaluation_mode, phase_configs
@@ -368,6 +369,7 @@ def test_wrong_inputs_show_before_any_work(inline: None, small: Small, tmp_path:
 
 
 # ---------------------------------------------------------------------------------------------------------- with Ray
+HERE_ALONE = RuntimeOptions(local=True, workers=1)
 LONG = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, iterations=400))
 
 
@@ -381,6 +383,32 @@ def undisturbed_model(small: Small, tmp_path_factory: pytest.TempPathFactory) ->
     assert result.metrics["iterations"] == 400
     assert result.threshold is not None
     return folder
+
+
+def test_an_interrupted_training_here_ends_with_the_same_weights(
+    small: Small, undisturbed_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C behind the checkpoint of step 150, in a job without Ray, then the same command."""
+    shown: list[int] = []
+    put = TrainingReport.put
+
+    def interrupt(report: TrainingReport, event: dict[str, Any]) -> None:
+        put(report, event)
+        shown.append(event["step"])
+        if event["step"] >= 200:
+            raise KeyboardInterrupt
+
+    given = options("uniad", small, tmp_path / "model", LONG, checkpoint_every=150, runtime=HERE_ALONE)
+    monkeypatch.setattr(TrainingReport, "put", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(given)
+    monkeypatch.setattr(TrainingReport, "put", lambda report, event: (put(report, event), shown.append(event["step"])))
+    interrupted = len(shown)
+    assert train(given)[0].fresh
+    assert shown[interrupted] == 150, "it continues at the checkpoint"
+    assert shown[-1] == 400
+    assert same_weights(tmp_path / "model", undisturbed_model)
+    assert (tmp_path / "model" / "model.json").read_bytes() == (undisturbed_model / "model.json").read_bytes()
 
 
 def checkpoints(output: Path) -> set[str]:

@@ -7,7 +7,6 @@ import io
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from pipelines.data.splits import choose_samples
 from pipelines.runtime.models import load_model
 from pipelines.training import driver as module
 from pipelines.training import worker
+from pipelines.training.context import LocalContext
 from pipelines.training.dataset import ShardImages, TrainingSet, to_input
 from pipelines.training.driver import train_networks
 from pipelines.training.loader import BatchLoader
@@ -201,18 +201,14 @@ class Here:
     def work(self, job: module.Job, *rest: Any) -> None:
         self.jobs.append(job)
         self.images.append(TrainingImages.load(job.images))
-        worker._work(job, self.told.append)
+        worker.work(job, self.told.append, LocalContext())
 
 
 @pytest.fixture
 def here(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     made = Here(tmp_path)
     monkeypatch.setitem(METHODS, "marked", Marked)
-    monkeypatch.setattr(module, "run_job", made.work)
-    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
-        monkeypatch.setattr(f"ray.train.get_{name}", lambda value=value: value)
-    monkeypatch.setattr("ray.train.report", lambda *told, **more: None)
+    monkeypatch.setattr(module, "run_job_here", made.work)
     return made
 
 

@@ -7,7 +7,6 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipelines.data.options import ValidationOptions
 from pipelines.runtime.cli import parse
 from pipelines.training import driver as module
 from pipelines.training import worker
+from pipelines.training.context import LocalContext
 from pipelines.training.driver import train_networks
 from pipelines.training.options import Phase, ThresholdOptions, train_options
 from pipelines.tuning import driver, population_driver, trained_trials
@@ -123,14 +123,10 @@ def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
             if run is not None:
                 run.metrics(values, event["step"])
 
-        worker._work(job, tell)
+        worker.work(job, tell, LocalContext())
 
-    for place in (module, trained_trials):
-        monkeypatch.setattr(place, "run_job", work)
-    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    for name, value in (("context", alone), ("checkpoint", None), ("preemption_info", None)):
-        monkeypatch.setattr(f"ray.train.get_{name}", lambda value=value: value)
-    monkeypatch.setattr("ray.train.report", lambda *told, **more: None)
+    monkeypatch.setattr(module, "run_job_here", work)
+    monkeypatch.setattr(trained_trials, "run_job", work)
 
     def trials(self: Any, planned: list[dict[str, Any]], before: Any, budget: Any) -> None:
         for values in planned:
