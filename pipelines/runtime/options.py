@@ -12,11 +12,13 @@ class RuntimeOptions(Options):
     """How much of the cluster a job takes.
 
     Args:
-        workers: actors; null takes as many as the cluster's CPUs, or GPUs, allow.
+        workers: worker processes; null takes as many as the cluster's CPUs, or GPUs, allow.
         cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
         gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
         local_cpus: CPUs of the Ray that is started where none is running; null takes all of this machine.
     """
+
+    usual = ("workers", "gpus_per_worker")
 
     workers: AtLeastOne | None = None
     cpus_per_worker: AtLeastOne = 1
@@ -37,8 +39,10 @@ class TrackingOptions(Options):
         mlflow_uri: MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the
             folder that holds the job's output. Artifacts of an SQLite store lie in `mlartifacts` beside it.
         experiment: MLflow experiment that the job's run belongs to.
-        enabled: false records nothing.
+        enabled: record the job in MLflow; false records nothing.
     """
+
+    usual = ("enabled",)
 
     mlflow_uri: str | None = None
     experiment: str = "unianom"

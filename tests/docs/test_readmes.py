@@ -55,7 +55,7 @@ def options_of() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         for job in sorted((ROOT / "jobs").glob("*.py")):
-            if job.name != "__init__.py":
+            if not job.name.startswith("_"):
                 patch.setattr(cli, "run", lambda main, options, job=job: found.setdefault(f"jobs/{job.name}", options))
                 runpy.run_path(str(job), run_name="__main__")
     return found
