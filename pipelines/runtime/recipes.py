@@ -20,13 +20,13 @@ def find_recipe(name: str) -> Path | None:
 
 
 def nearest_recipes(name: str) -> list[str]:
-    """Return up to three recipes whose names resemble one, the nearest first."""
+    """Return up to three recipes whose names begin with one or resemble it."""
     name, names = _bare(name), recipe_names()
     beginning = [known for known in names if name and known.rpartition("/")[2].startswith(name)]
     near = difflib.get_close_matches(name, names, 3)
     leaves = {known.rpartition("/")[2]: known for known in names}
     near += [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition("/")[2], leaves, 3)]
-    return list(dict.fromkeys([*near, *beginning]))[:3]
+    return list(dict.fromkeys([*beginning, *near]))[:3]
 
 
 def _bare(name: str) -> str:

@@ -44,7 +44,7 @@ def left_behind(output: str, kind: str = "model", plan: dict[str, str] = PLANS["
 
 def fail(output: str, *written: str, kind: str = "model", error: type[BaseException] = WeightsError) -> None:
     """Run a job that fails, after it wrote some files."""
-    with pytest.raises(error), open_output(output, kind, PLANS["first"]):
+    with pytest.raises(error), open_output(output, kind, PLANS["first"]):  # noqa: PT012
         put(output, *written)
         raise error("no weights")
 
@@ -154,7 +154,7 @@ def test_a_claim_stays_while_workers_may_still_write(output: str, monkeypatch: p
 
 def test_categories_that_were_finished_stay_when_a_later_one_fails(output: str) -> None:
     bottle, cable = (files.join(output, name) for name in ("bottle", "cable"))
-    with pytest.raises(WeightsError), open_output(output, "models", PLANS["first"]):
+    with pytest.raises(WeightsError), open_output(output, "models", PLANS["first"]):  # noqa: PT012
         with open_output(bottle, "model", PLANS["first"]):
             put(bottle, "model.json")
         with open_output(cable, "model", PLANS["first"]):
