@@ -1,4 +1,4 @@
-"""Measure how fast the project is, as ratios to what it stands on and to what else does the same work.
+"""Measure speed, as ratios to what else does the same work.
 
 python jobs/benchmark.py pipe --model runs/uniformaly --shards shards/mvtec --output benchmarks/pipe.json
 """

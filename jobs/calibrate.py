@@ -1,4 +1,4 @@
-"""Calibrate a model's scores with normal training images, so that one threshold serves images of any category.
+"""Make a model's scores comparable across categories.
 
 python jobs/calibrate.py --model runs/uniformaly --shards shards/mvtec
 """

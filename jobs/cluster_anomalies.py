@@ -1,4 +1,4 @@
-"""Cluster test images by their anomalous patches, and compare the clusters with the defect types.
+"""Cluster test images by their anomalous patches.
 
 python jobs/cluster_anomalies.py --model runs/uniformaly --shards shards/mvtec --output clusters/mvtec
 """

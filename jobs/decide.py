@@ -1,4 +1,4 @@
-"""Judge stored scores: thresholds from held-out normal images, decisions, and a queue for review.
+"""Judge stored scores: pass, review or fail, and a queue for review.
 
 python jobs/decide.py --scores scores/mvtec --normals scores/mvtec_train --shards shards/mvtec --output decisions/mvtec
 """

@@ -1,4 +1,4 @@
-"""Low-shot anomaly detection: banks of few normal images, drawn several times, on images that are embedded once.
+"""Fit banks to few normal images, drawn several times (low-shot).
 
 python jobs/low_shot.py uniformaly --shards shards/mvtec --output results/low_shot
 """

@@ -1,4 +1,4 @@
-"""Semantic anomaly detection: one bank for every choice of normal classes, on images that are embedded once.
+"""Fit a bank to every choice of normal classes (semantic).
 
 python jobs/ingest.py --layout class_folders --layout_options.all_classes true --source S --output shards/species60
 python jobs/semantic.py uniformaly --shards shards/species60 --output results/species60

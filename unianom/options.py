@@ -16,7 +16,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
@@ -60,6 +60,11 @@ AS_WRITTEN = {"as_written": True}
 """Metadata of a field whose class takes the values inside as they are written: only it knows their types."""
 
 
+def named(names: Iterable[str]) -> dict[str, Any]:
+    """Return metadata of a text field that takes one of these names, which `--help` and shells then know."""
+    return {"names": tuple(names)}
+
+
 class ValueRefused(OptionError):
     """An option has a value that its field does not take. The message starts with the option's dotted name."""
 
@@ -81,10 +86,15 @@ class Options(metaclass=_ResolvedFirst):
     Attributes:
         presets: by the name that the option `preset` has, values of options; what is given itself goes before them.
         derived: further options that `resolve` fills in where they are left out or null.
+        usual: those that `--help` shows, by name; a group stands for its own usual ones. None shows all. `--help-all`
+            shows all, and both those that are required.
+        positional: those that a command line may also give without their names, in this order.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     derived: ClassVar[tuple[str, ...]] = ()
+    usual: ClassVar[tuple[str, ...] | None] = None
+    positional: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from unianom import files
 from unianom.data.layouts import LAYOUTS
 from unianom.errors import OptionError
-from unianom.options import AS_WRITTEN, AtLeastOne, AtLeastZero, Options, Positive
+from unianom.options import AS_WRITTEN, AtLeastOne, AtLeastZero, Options, Positive, named
 from unianom.written import plain_options
 
 
@@ -145,7 +145,7 @@ class IngestBenchmark(Options):
         rounds: turns of each side.
     """
 
-    layout: str
+    layout: str = field(metadata=named(LAYOUTS))
     source: str
     output: str
     layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)

@@ -22,6 +22,7 @@ from unianom.options import (
     Share,
     ShareBelowOne,
     ValueRefused,
+    named,
 )
 from unianom.written import plain_options
 
@@ -79,7 +80,19 @@ class IngestOptions(Options):
         runtime: actors and their CPUs.
     """
 
-    layout: str
+    usual = (
+        "layout",
+        "source",
+        "output",
+        "layout_options",
+        "resize",
+        "mask_threshold",
+        "max_reject_fraction",
+        "overwrite",
+        "runtime",
+    )
+
+    layout: str = field(metadata=named(LAYOUTS))
     source: str
     output: str
     layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)

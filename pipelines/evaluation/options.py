@@ -31,10 +31,12 @@ class BootstrapOptions(Options):
     """Confidence intervals by resampling images.
 
     Args:
-        resamples: how often; 0 gives no intervals.
+        resamples: how often images are drawn anew; 0 gives no intervals.
         seed: of the draws.
         confidence: share of the resamples inside an interval.
     """
+
+    usual = ("resamples",)
 
     resamples: AtLeastZero = 1000
     seed: AtLeastZero = 0
@@ -61,6 +63,8 @@ class EvaluateOptions(Options):
         runtime: actors and their CPUs.
         tracking: where MLflow records the run.
     """
+
+    usual = ("scores", "shards", "output", "aupro_limit", "overwrite", "bootstrap", "runtime", "tracking")
 
     scores: str
     shards: str
@@ -144,6 +148,20 @@ class ClusterOptions(Options):
         runtime: actors and their CPUs and GPUs.
         tracking: where MLflow records the run.
     """
+
+    usual = (
+        "model",
+        "shards",
+        "output",
+        "splits",
+        "categories",
+        "clusters",
+        "anomalous_only",
+        "shown",
+        "overwrite",
+        "runtime",
+        "tracking",
+    )
 
     model: str
     shards: str
@@ -236,6 +254,20 @@ class LowShotOptions(EmbeddingOptions):
         per_category: one bank for each category instead of one for all of them.
     """
 
+    usual = (
+        "shards",
+        "output",
+        "categories",
+        "shots",
+        "draws",
+        "seed",
+        "per_category",
+        "overwrite",
+        "method",
+        "runtime",
+        "tracking",
+    )
+
     categories: tuple[str, ...] = ()
     shots: tuple[AtLeastOne, ...] = (1, 2, 4, 8, 16, 50)
     draws: AtLeastOne = 5
@@ -258,10 +290,12 @@ class SemanticOptions(EmbeddingOptions):
             CIFAR-100 as its layout reads them, ImageNet-30); "cifar10_splits" are classes 0 to 4, 5 to 9, the even and
             the odd ones; "cifar100_superclasses" joins the 100 fine classes to 20; "species60_splits" are the five
             published choices of 30 classes.
-        normal_classes: choices of one's own in place of `tasks`: a name and its classes, by name or by index in
+        normal_classes: choices of one's own in place of `tasks`; a name and its classes, by name or by index in
             alphabetical order, such as {pets: [cat, dog], first: [0, 1, 2]}; a number that is the name of a class
             means that class.
     """
+
+    usual = ("shards", "output", "tasks", "normal_classes", "overwrite", "method", "runtime", "tracking")
 
     tasks: Literal["one_vs_rest", "cifar10_splits", "cifar100_superclasses", "species60_splits"] = "one_vs_rest"
     normal_classes: dict[str, list[int | str]] = field(default_factory=dict)

@@ -32,6 +32,19 @@ class ScoreOptions(Options):
         runtime: actors and their CPUs and GPUs.
     """
 
+    usual = (
+        "model",
+        "shards",
+        "output",
+        "splits",
+        "categories",
+        "maps",
+        "batch_size",
+        "max_reject_fraction",
+        "overwrite",
+        "runtime",
+    )
+
     model: str
     shards: str
     output: str
@@ -53,9 +66,9 @@ class DecideOptions(Options):
     Args:
         scores: score set to judge; path or URI.
         output: folder to write; path or URI.
-        normals: score set of the held-out normal images, by the same models: of the "val" split, or of "train", of
+        normals: score set of the held-out normal images; by the same models, of the "val" split, or of "train", of
             which only what the training held out is taken; null looks for them among `scores`.
-        shards: the shard set of `scores`, for pictures of the queue, and to tell what was held out where only some
+        shards: the shard set of `scores`; for pictures of the queue, and to tell what was held out where only some
             categories were scored; path or URI, null for neither.
         scores_kind: judge "raw" or "calibrated" scores.
         per_category: thresholds for each category instead of one pair for all.
@@ -68,11 +81,28 @@ class DecideOptions(Options):
             it; whether the number of images agrees is checked.
         queue: images in each list of the review queue.
         pictures: of those, how many are shown on the list's contact sheet.
-        write_back: the models' folder, to store the rule in: scoring and prediction then decide by it; path or URI.
+        write_back: the models' folder, to store the rule in; scoring and prediction then decide by it; path or URI.
         overwrite: replace what another decision left in the output.
         runtime: actors and their CPUs.
         tracking: where MLflow records the run.
     """
+
+    usual = (
+        "scores",
+        "output",
+        "normals",
+        "shards",
+        "scores_kind",
+        "per_category",
+        "target_fpr",
+        "review_fpr",
+        "confidence",
+        "queue",
+        "write_back",
+        "overwrite",
+        "runtime",
+        "tracking",
+    )
 
     scores: str
     output: str

@@ -30,6 +30,11 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if arguments[:1] == ["--complete"]:
+        from pipelines.runtime.completion import candidates
+
+        print("\n".join(candidates(options, arguments[1:])))
+        sys.exit(DONE)
     stops = StopSignals()
     try:
         parsed = parse(options, arguments)
@@ -61,15 +66,16 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     Raises:
         OptionError: unknown, missing or refused options; names the nearest known one.
     """
-    arguments = list(arguments)
+    arguments, program = list(arguments), sys.argv[0]
     if isinstance(options, dict):
-        options, arguments = _choose(options, arguments)
+        name, *arguments = _chosen(options, arguments)
+        options, program = options[name], f"{program} {name}"
     given = GivenOptions(options)
     given.read(arguments)
-    if given.asks == "help":
-        from pipelines.runtime.help import print_help
+    if given.asks in ("help", "help_all"):
+        from pipelines.runtime.help import help_text
 
-        print_help(options)
+        print(help_text(options, program, everything=given.asks == "help_all"))
         sys.exit(DONE)
     if given.asks == "print_config":
         print(dump_yaml(given.printed(), default_flow_style=False), end="")
@@ -77,10 +83,13 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     return given.instance()
 
 
-def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[str]]:
+def _chosen(choices: dict[str, type], arguments: list[str]) -> list[str]:
+    """Return the arguments, the first of which is one of the choices."""
     names = ", ".join(sorted(choices))
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: {sys.argv[0]} NAME [options]\n\nNAME is one of: {names}\nNAME --help shows its options.")
+    if arguments and arguments[0] in ("-h", "--help", "--help-all", "--help_all"):
+        from pipelines.runtime.help import choices_text
+
+        print(choices_text(choices, sys.argv[0]))
         sys.exit(DONE)
     if not arguments or arguments[0].startswith("-"):
         raise OptionError(f"the first argument must be one of: {names}")
@@ -89,7 +98,7 @@ def _choose(choices: dict[str, type], arguments: list[str]) -> tuple[type, list[
         raise OptionError(
             f"unknown '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {names}")
         )
-    return choices[arguments[0]], arguments[1:]
+    return arguments
 
 
 def _exit(code: int, message: str) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.runtime.recipes import find_recipe, nearest_recipes
 from unianom import files
 from unianom.errors import OptionError, UnianomError
 from unianom.options import hints_of, inside_group, merged, open_options, to_plain
@@ -24,12 +25,12 @@ class GivenOptions:
 
     Attributes:
         values: what was given so far, nested as the groups are.
-        asks: "help" or "print_config" where that is wanted instead, else "".
+        asks: "help", "help_all" or "print_config" where that is wanted instead, else "".
     """
 
     def __init__(self, options: type) -> None:
         self._options = options
-        self._fields = dict(_fields(options))
+        self._fields = dict(option_fields(options))
         parts = (name.split(".") for name in self._fields)
         self._groups = {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}
         self.values: dict[str, Any] = {}
@@ -38,16 +39,19 @@ class GivenOptions:
     def read(self, arguments: Sequence[str]) -> None:
         """Take arguments of a command line."""
         unknown: list[str] = []
-        arguments = list(arguments)
+        arguments, places = list(arguments), list(getattr(self._options, "positional", ()))
         while arguments:
             argument = arguments.pop(0)
             name, equals, text = argument.partition("=")
             name = self._known(name[2:]) if name.startswith("--") else ""
-            if argument in ("-h", "--help"):
-                self.asks = "help"
+            if argument in ("-h", "--help", "--help-all", "--help_all"):
+                self.asks = "help_all" if argument.endswith("all") else "help"
                 return
             if name == "print_config":
                 self.asks = name
+                continue
+            if not name and places and not argument.startswith("-"):
+                self._set(places.pop(0), Argument(argument))
                 continue
             if not name:
                 unknown.append("--" + argument[2:].replace("-", "_") if argument.startswith("--") else argument)
@@ -68,7 +72,7 @@ class GivenOptions:
         if unknown:
             message = f"unrecognized arguments: {' '.join(unknown)}"
             first = next((name for name in unknown if name.startswith("--")), "--")[2:].partition("=")[0]
-            near = _nearest(first, [*self._fields, "config", "print_config"]) if first else None
+            near = _nearest(first, [*self._fields, "config", "print_config", "help_all"]) if first else None
             raise OptionError(message + (f"; did you mean --{near}?" if near else ""))
 
     def _known(self, name: str) -> str:
@@ -93,8 +97,14 @@ class GivenOptions:
         return ""
 
     def _read_file(self, uri: str) -> None:
+        """Take a YAML file; where there is none of that name, the recipe of it."""
         try:
-            text = files.read_bytes(uri).decode()
+            recipe = None if "://" in uri or files.is_file(uri) else find_recipe(uri)
+            text = files.read_bytes(recipe or uri).decode()
+        except FileNotFoundError as error:
+            near = nearest_recipes(uri)
+            meant = f"; did you mean {' or '.join(near)}?" if near else "; recipes are listed in jobs/recipes"
+            raise OptionError(f"--config: there is no file {uri}, and no recipe of that name{meant}") from error
         except (OSError, UnicodeDecodeError, UnianomError) as error:
             raise OptionError(f"--config: cannot read {uri}: {' '.join(str(error).split())}") from error
         self._take(_mapping(text, f"--config {uri}"), "")
@@ -182,14 +192,14 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _fields(options: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
+def option_fields(options: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
     """Yield options by dotted name, with their type and what their field says of them."""
     hints = typing.get_type_hints(options)
     for option in dataclasses.fields(options):
         name = f"{prefix}{option.name}"
         hint = hints[option.name]
         if dataclasses.is_dataclass(hint):
-            yield from _fields(hint, name + ".")  # type: ignore[arg-type]
+            yield from option_fields(hint, name + ".")  # type: ignore[arg-type]
         else:
             yield name, (hint | None if option.name in open_options(options) else hint, option.metadata)
 

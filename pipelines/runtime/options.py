@@ -14,11 +14,13 @@ class RuntimeOptions(Options):
     Args:
         local: true works on threads of this process, without Ray, false on Ray; null works in this process where no
             cluster is given and there are no more than 1,000 images. Results are the same.
-        workers: actors or threads; null takes as many as the CPUs, or GPUs, allow.
+        workers: threads or worker processes; null takes as many as the CPUs, or GPUs, allow.
         cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
         gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
         local_cpus: CPUs to use of this machine where no cluster is given; null takes all.
     """
+
+    usual = ("local", "workers", "gpus_per_worker")
 
     local: bool | None = None
     workers: AtLeastOne | None = None
@@ -40,8 +42,10 @@ class TrackingOptions(Options):
         mlflow_uri: MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the
             folder that holds the job's output. Artifacts of an SQLite store lie in `mlartifacts` beside it.
         experiment: MLflow experiment that the job's run belongs to.
-        enabled: false records nothing.
+        enabled: record the job in MLflow; false records nothing.
     """
+
+    usual = ("enabled",)
 
     mlflow_uri: str | None = None
     experiment: str = "unianom"

@@ -1,7 +1,9 @@
 """Outputs: who may write where, and folders that are written part by part and can be continued.
 
 Every job claims its output before it writes. `_plan.json` says which job's the folder is and all that its bytes depend
-on; whatever else lies there is refused, and only files of the names that the job itself writes are ever removed.
+on; whatever else lies there is refused, and only files of the names that the job itself writes are ever removed. A
+claim under which nothing was written stands in nobody's way: a job that fails takes it back, and one that a killed job
+left is taken over.
 
 The order of writes is the invariant: a part is written beside its name and renamed, then its small JSON;
 `_manifest.json`, or whatever file completes the folder, comes last. So whoever finds a part's JSON may trust the part,
@@ -11,17 +13,29 @@ and whoever finds the manifest may trust the folder.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.locks import Holder, exclusive
+from pipelines.runtime.locks import exclusive
+from pipelines.runtime.output_contents import (
+    described,
+    foreign_names,
+    is_bare_claim,
+    leads_nowhere,
+    look,
+    on_the_way,
+    some,
+)
 from pipelines.runtime.output_kinds import KINDS, LOCK, PLAN
 from unianom import files
 from unianom.data.shards import MANIFEST
 from unianom.errors import DataError, OptionError
+
+MODELS = ("models", "calibrated models")
+"""Kinds of outputs that hold single models, each in a folder of its own with a claim of its own."""
 
 
 @contextmanager
@@ -49,7 +63,8 @@ def open_output(
 
     Raises:
         OptionError: the output is, contains or lies within an input.
-        DataError: the folder holds another plan's output and `overwrite` is not set, or anything else.
+        DataError: the folder holds another plan's output, of which something is written, and `overwrite` is not set,
+            or anything else.
         BusyError: another process is at work on it.
     """
     check_output(output, kind, plan, inputs=inputs, overwrite=overwrite)
@@ -57,9 +72,14 @@ def open_output(
     if _is_done(output, kind, digest):
         yield digest
         return
-    with exclusive(files.join(output, LOCK), output):
-        _claim(output, kind, plan, overwrite)
-        yield digest
+    with _folder_taken_back(output), exclusive(files.join(output, LOCK), output):
+        claimed = _claim(output, kind, plan, overwrite)
+        try:
+            yield digest
+        except BaseException:
+            if claimed:
+                _take_back(output)
+            raise
 
 
 @contextmanager
@@ -100,18 +120,20 @@ def check_output(
         OptionError, DataError: see `open_output`.
     """
     check_apart(output, inputs or {})
-    if blocking := _on_the_way(output):
+    if blocking := on_the_way(output):
         raise DataError(f"{blocking}, where a folder is to be written; choose another output")
-    names = _foreign_names(output)
+    names = foreign_names(output)
     if not names and not files.exists(files.join(output, PLAN)):
         return
-    there = _look(output, names)
+    there = look(output, names)
     if there is None:
-        raise DataError(f"{output} holds other files ({_some(names)}); choose another output")
+        raise DataError(f"{output} holds other files ({some(names)}); choose another output")
     found, before = there
+    if found is not None and before is not None and is_bare_claim(output, models=found == kind in MODELS):
+        return
     if found not in (kind, None) or (found is None and before is not None):
-        raise DataError(f"{output} holds {_described(output, found)}; choose another output")
-    if before is None and kind in ("models", "calibrated models"):
+        raise DataError(f"{output} holds {described(output, found)}; choose another output")
+    if before is None and kind in MODELS:
         return  # of before there was a plan of these; each of the models has one of its own
     if before is not None and files.digest_of(before) == files.digest_of(plan):
         return
@@ -126,21 +148,46 @@ def check_output(
         )
 
 
-def _claim(output: str, kind: str, plan: Mapping[str, Any], overwrite: bool) -> None:
-    """Make the folder this plan's own; the lock is held."""
+def _claim(output: str, kind: str, plan: Mapping[str, Any], overwrite: bool) -> bool:
+    """Make the folder this plan's own; the lock is held. Return whether it was not before."""
     check_output(output, kind, plan, overwrite=overwrite)
     path = files.join(output, PLAN)
     before = files.read_json(path) if files.exists(path) else None
     digest = files.digest_of(plan)
     if before is not None and before["digest"] == digest:
         _sweep(output, kind)
-        return
+        return False
     # JSON files declare the others done, so they go first; the old plan stays to the end, and with it the right
     # to remove the rest, should this process be killed
     own = [name for name in files.list_files(output) if KINDS[kind].wrote(name)]
     for name in sorted(own, key=lambda name: (not name.endswith(".json"), name)):
         files.remove_file(output, name)
     files.write_json(path, {"job": kind, "digest": digest, "plan": plan})
+    return True
+
+
+def _take_back(output: str) -> None:
+    """Remove the claim of a job that failed, if nothing was written under it; the lock is held."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return  # a worker may be about to write a part, which belongs to this plan, though the job is ended already
+    with suppress(OSError):  # the job's own error is what the user is to know
+        if is_bare_claim(output):
+            files.remove_file(output, PLAN)
+
+
+@contextmanager
+def _folder_taken_back(folder: str) -> Iterator[None]:
+    """Remove a local folder that was not there before the block if that fails and leaves it empty."""
+    path = Path(files.full_uri(folder)) if files.is_local(folder) else None
+    made = path is not None and not os.path.lexists(path)
+    try:
+        yield
+    except BaseException:
+        if path is not None and made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _sweep(output: str, kind: str) -> None:
@@ -150,91 +197,12 @@ def _sweep(output: str, kind: str) -> None:
             files.remove_file(output, name)
 
 
-def _foreign_names(output: str) -> list[str]:
-    """Return what lies in a folder, besides the files of this module."""
-    names = []
-    for name in files.list_names(output):
-        if name == PLAN or (files.is_half_written(name) and name.startswith(PLAN)):
-            continue
-        if name == LOCK:
-            content = b""
-            with suppress(FileNotFoundError):  # its holder just removed it
-                content = files.read_bytes(files.join(output, LOCK))
-            if not content or Holder.parse(content) is not None:
-                continue
-        names.append(name)
-    return names
-
-
-def _look(output: str, names: Sequence[str]) -> tuple[str | None, dict[str, Any] | None] | None:
-    """Return which kind of output lies in a folder, and its plan; None if no job wrote it.
-
-    The kind is None where the plan's job is not known, and the plan where an earlier version kept none.
-    """
-    path = files.join(output, PLAN)
-    if files.exists(path):
-        try:
-            content = files.read_json(path)
-            plan, kind = content["plan"], content.get("job")
-            if content["digest"] != files.digest_of(plan):
-                return None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        if kind is None:  # an earlier version did not write down the job
-            kind = next((name for name, known in KINDS.items() if known.keys and known.keys <= plan.keys()), None)
-        return (kind if kind in KINDS else None), plan
-    for kind, known in KINDS.items():
-        if known.unplanned and any(re.fullmatch(known.unplanned[0], name) for name in names):
-            if all(any(re.fullmatch(pattern, name) for pattern in known.unplanned) for name in names):
-                return kind, None
-            return None
-    for name in names:
-        if name == "models.json":
-            continue
-        inner = files.join(output, name)
-        found = _look(inner, ()) if files.exists(files.join(inner, PLAN)) else None
-        if found is None or found[0] not in ("model", "calibrated model"):
-            return None
-        kind = f"{found[0]}s"
-    return (kind, None) if names and any(name != "models.json" for name in names) else None
-
-
-def _described(output: str, kind: str | None) -> str:
-    if kind is None:
-        return "the output of another version of this software"
-    known = KINDS[kind]
-    done = known.done is None or files.exists(files.join(output, known.done))
-    return f"{known.words} of jobs/{known.job}.py" + ("" if done else ", unfinished")
-
-
-def _on_the_way(folder: str) -> str | None:
-    """Return which file, or link that leads nowhere, lies where a folder is to be made or above it, in words."""
-    if not files.is_local(folder):
-        return f"{folder} is a file" if files.is_file(folder) else None
-    path = Path(files.full_uri(folder))
-    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    if nearest.is_dir():
-        return None
-    return _leads_nowhere(nearest) or f"{nearest} is a file"
-
-
-def _leads_nowhere(path: Path) -> str | None:
-    """Say where a link leads if nothing is there."""
-    if not path.is_symlink() or path.exists():
-        return None
-    return f"{path} is a link to {path.readlink()}, which is not there"
-
-
 def _is_done(output: str, kind: str, digest: str) -> bool:
     done = KINDS[kind].done
     if done is None or not files.exists(files.join(output, done)):
         return False
     path = files.join(output, PLAN)
     return files.exists(path) and bool(files.read_json(path)["digest"] == digest)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def check_apart(output: str, inputs: Mapping[str, str | None]) -> None:
@@ -289,14 +257,14 @@ def open_file(
         yield True
         return
     folder, _, name = files.full_uri(output).rpartition("/")
-    if blocking := _on_the_way(folder):
+    if blocking := on_the_way(folder):
         raise DataError(f"{blocking}, where the folder of {output} is to be; choose another output")
-    with exclusive(files.join(folder, f".{name}.lock"), output):
+    with _folder_taken_back(folder), exclusive(files.join(folder, f".{name}.lock"), output):
         yield _is_made(output, words, digest, made_by, overwrite)
 
 
 def _is_made(output: str, words: str, digest: str, made_by: Callable[[bytes], str | None], overwrite: bool) -> bool:
-    if files.is_local(output) and (nowhere := _leads_nowhere(Path(files.full_uri(output)))):
+    if files.is_local(output) and (nowhere := leads_nowhere(Path(files.full_uri(output)))):
         raise DataError(f"{nowhere}; choose another output")
     if not files.exists(output):
         return False
@@ -336,7 +304,7 @@ def _record_name(part: str) -> str:
 
 def finish(output: str, manifest: dict[str, Any]) -> None:
     """Sweep what killed workers left half-written, then write the manifest: from now on the folder is complete."""
-    found = _look(output, ())
+    found = look(output, ())
     if found is not None and found[0] is not None:
         _sweep(output, found[0])
     files.write_json(files.join(output, MANIFEST), manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
@@ -43,6 +43,8 @@ class ThresholdOptions(Options):
             split; 0 for none, and then no threshold.
     """
 
+    usual = ("target_fpr", "validation_fraction")
+
     target_fpr: OpenShare | None = None
     confidence: OpenShare = 0.95
     validation_fraction: ShareBelowOne = 0.2
@@ -56,11 +58,11 @@ class FitOptions(Options):
         shards: shard set; path or URI.
         output: model folder to write; path or URI.
         categories: those to fit on; empty for all.
-        per_category: one model for each category, in folders below `output`, instead of one for all.
+        per_category: a model for each category; in folders below `output`, instead of one for all.
         category_options: for the model of one category alone, options of the method that differ, by category, such as
             {screw: {temperature: 0.1}}; categories that are not fitted are passed over.
-        few_shot: normal images per category, drawn with `seed`, and where a method learns from labels at most as many
-            anomalous ones; null takes all.
+        few_shot: normal images per category; null takes all. They are drawn with `seed`, and where a method learns from
+            labels at most as many anomalous ones.
         seed: of the held-out normals and the few-shot draw; coresets and training have their own, among the
             method's options.
         batch_size: images in one forward pass, of what is not a training step.
@@ -192,8 +194,8 @@ class CalibrateOptions(Options):
         model: model folder, or a folder of one model per category; path or URI.
         shards: shard set whose normal training images are learned from; path or URI.
         output: model folder to write; null puts the calibrator into the model's own folder.
-        images: "train" learns from the normal training images but those that the model held out, so that thresholds may
-            still be chosen on these; "held_out" from these alone, which memory banks do not know by heart; "all".
+        images: learn from the "train" images but those that the model held out; thresholds may be chosen on these.
+            Or from these alone ("held_out"), which memory banks do not know by heart, or from "all".
         held_out_fraction: share of its normal training images that the model held out, for models that do not record
             it.
         calibration: variant, statistics and head.
@@ -206,6 +208,18 @@ class CalibrateOptions(Options):
         runtime: actors and their CPUs and GPUs.
         tracking: where MLflow records the run.
     """
+
+    usual: ClassVar[tuple[str, ...] | None] = (
+        "model",
+        "shards",
+        "output",
+        "images",
+        "batch_size",
+        "overwrite",
+        "calibration",
+        "runtime",
+        "tracking",
+    )
 
     model: str
     shards: str
@@ -232,12 +246,27 @@ class TrainJobOptions(FitOptions):
     """What jobs/train.py takes besides what fitting needs.
 
     Args:
-        calibrate: also put a calibrator into the model, as jobs/calibrate.py does by default: "cada", or
-            by "classifier" or "labels"; null for none.
-        register_as: name under which MLflow registers the model, alias "candidate"; null for not at all.
+        calibrate: also calibrate its scores; by "cada", as jobs/calibrate.py does by default, "classifier" or "labels",
+            null for not at all.
+        register_as: name under which MLflow registers it; with the alias "candidate", null for not at all.
         tracking: where MLflow records the run.
         method: the method's own options.
     """
+
+    usual: ClassVar[tuple[str, ...] | None] = (
+        "shards",
+        "output",
+        "categories",
+        "per_category",
+        "few_shot",
+        "calibrate",
+        "register_as",
+        "overwrite",
+        "method",
+        "threshold",
+        "runtime",
+        "tracking",
+    )
 
     calibrate: CalibratorVariant | None = None
     register_as: str | None = None
@@ -269,7 +298,8 @@ def train_options() -> dict[str, type[TrainJobOptions]]:
         bases = (TrainJobOptions,) if has_bank(name) else (TrainJobOptions, TrainingOptions)
         method = ("method", config, field(default_factory=config))
         cls = dataclasses.make_dataclass(f"Train_{name}", [method], bases=bases, frozen=True)
-        summary = f"Fit {name}: {(config.__doc__ or '').splitlines()[0]}"
+        described = (config.__doc__ or "").split("\n\n")[0]
+        summary = f"Fit {name}: {described}"
         arguments = documented_arguments(FitOptions, *bases[1:], TrainJobOptions)
         cls.__doc__ = "\n".join([summary, "", "Args:", arguments])
         classes[name] = cls

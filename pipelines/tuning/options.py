@@ -55,20 +55,20 @@ class SearchOptions(Options):
     """How a campaign searches.
 
     Args:
-        space: what is tried, by option, in place of the method's own space: a list of values, a range such as
+        space: what is tried, by option, in place of the method's own space; a list of values, a range such as
             {low: 1e-4, high: 1e-2, log: true}, one value to fix it at, or null to leave the option alone.
-        search: how trials are chosen: "random", "grid", "tpe" (Optuna), or "pbt", population-based training, for
+        search: how trials are chosen; "tpe" is Optuna's, "pbt" is population-based training, for
             methods that are trained, whose options then change on the way.
-        trials: how many, the one with the options as given counted; null takes 24, the whole grid, or a population of
-            8.
+        trials: how many; the one with the options as given is counted, null takes 24, the whole grid, or a population
+            of 8.
         settings: of the postprocess options that each trial is finished with; all combinations of single values where
             there are no more.
-        objective: what is maximised: weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
+        objective: what is maximised; weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
             categories, and of the same of all categories as one, such as union_image_auroc.
         validation: the images settings are compared on.
         early_stopping: of trials that train, but not of a population.
         population: how that is trained.
-        hours: after which no trial goes on, of each campaign with `per_category`; null for no limit. Time spent before
+        hours: after which no trial goes on; of each campaign with `per_category`, null for no limit. Time spent before
             an interruption counts.
         gpu_hours: the same in hours times the GPUs of a trial.
         concurrency: trials at a time; null takes as many as the cluster's CPUs, or GPUs, allow.
@@ -127,6 +127,21 @@ class TuneMethod(SearchOptions, FitOptions):
         method: the method's own options, where nothing is searched.
     """
 
+    usual = (
+        "shards",
+        "output",
+        "per_category",
+        "space",
+        "search",
+        "trials",
+        "objective",
+        "hours",
+        "overwrite",
+        "method",
+        "runtime",
+        "tracking",
+    )
+
     searched_group = "method"
 
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
@@ -158,6 +173,21 @@ class TuneCada(SearchOptions, CalibrateOptions):
     Args:
         seed: of the search.
     """
+
+    usual = (
+        "model",
+        "shards",
+        "output",
+        "space",
+        "search",
+        "trials",
+        "objective",
+        "hours",
+        "overwrite",
+        "calibration",
+        "runtime",
+        "tracking",
+    )
 
     searched_group = "calibration"
 

@@ -78,9 +78,14 @@ def test_a_layout_is_one_file(project):
 
 def test_a_job_is_one_file(project):
     (project / "jobs/count.py").write_text(code_of("A job"))
-    done = run(project, "jobs/count.py", "--help")
+    done = run(project, "-m", "jobs", "count", "--help")
     assert done.returncode == 0
+    assert "usage: unianom count --shards VALUE --output VALUE [options]" in done.stdout
+    assert "leave out categories with fewer images (default: 0)" in " ".join(done.stdout.split())
+    done = run(project, "jobs/count.py", "--help-all")
     assert "leave out categories with fewer images. (at least 0; default: 0)" in " ".join(done.stdout.split())
+    done = run(project, "-m", "jobs")
+    assert re.search(r"^Others:\n  count +Count the images of a shard set\.$", done.stdout, re.MULTILINE)
     done = run(project, "jobs/count.py", "--shards", "s", "--output", "o", "--least", "-1")
     assert (done.returncode, done.stderr) == (2, "error: least=-1 must be at least 0\n")
     write_shards(project / "shards")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipelines.runtime import cli
+from pipelines.runtime.recipes import find_recipe
 from tests.methods.conftest import tiny_method
 from unianom.model import Model
 
@@ -28,14 +29,15 @@ def _blocks(page: Path) -> list[str]:
 
 
 def _commands() -> list[tuple[str, str]]:
-    """Every `python jobs/…` of a code block, continued lines joined, without its comment."""
+    """Every `python jobs/NAME.py …` and `unianom NAME …` of a code block, continued lines joined, as the former."""
     found = []
     for page in PAGES:
         for block in _blocks(page):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                command = re.search(r"python (jobs/\w+\.py.*)", line)
-                if command and "…" not in command[1]:
-                    found.append((str(page.relative_to(ROOT)), command[1]))
+                command = re.search(r"python jobs/(\w+)\.py(.*)|^unianom ([a-z][\w-]*)(.*)", line)
+                if command and "…" not in command[0] and command[3] != "completion":
+                    name, rest = (command[1] or command[3]).replace("-", "_"), command[2] or command[4] or ""
+                    found.append((str(page.relative_to(ROOT)), f"jobs/{name}.py{rest}"))
     return found
 
 
@@ -55,8 +57,12 @@ def options_of() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         for job in sorted((ROOT / "jobs").glob("*.py")):
-            if job.name != "__init__.py":
-                patch.setattr(cli, "run", lambda main, options, job=job: found.setdefault(f"jobs/{job.name}", options))
+            if not job.name.startswith("_"):
+                patch.setattr(
+                    cli,
+                    "run",
+                    lambda main, options, job=job: found.setdefault(f"jobs/{job.stem.rstrip('_')}.py", options),
+                )
                 runpy.run_path(str(job), run_name="__main__")
     return found
 
@@ -67,7 +73,7 @@ def test_a_command_is_one_of_its_job(
 ) -> None:
     monkeypatch.chdir(ROOT)
     job, *arguments = shlex.split(command, comments=True)
-    if "--config" in arguments and not arguments[arguments.index("--config") + 1].startswith("jobs/"):
+    if "--config" in arguments and find_recipe(arguments[arguments.index("--config") + 1]) is None:
         place = arguments.index("--config")
         del arguments[place : place + 2]  # what an earlier command would have written
     cli.parse(options_of[job], [argument for argument in arguments if argument != "&&"])

@@ -19,7 +19,7 @@ FIRST_WORD = {
 }
 """Jobs whose first argument chooses the options, and one choice."""
 
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.name.startswith("_"))
 
 HEAVY = ["torch", "timm", "ray", "mlflow", "scipy.stats", "sklearn", "matplotlib", "pandas"]
 
@@ -44,6 +44,8 @@ def test_help_and_wrong_options_load_nothing_heavy(job):
     first = [FIRST_WORD[job]] if job in FIRST_WORD else []
     calls = [
         ([*first, "--help"], 0),
+        ([*first, "--help-all"], 0),
+        (["--complete", *first, "--"], 0),
         ([*first, "--print_config"], 0),
         ([*first, "--no_such_option", "1"], 2),
         ([*first, "--runtime.workers", "0"], 2),

@@ -27,6 +27,8 @@ class BackboneConfig(Options):
             hand, as TensorFlow does; null is 0, unless the method's preset says otherwise.
     """
 
+    usual = ("name", "weights")
+
     name: str
     weights: str = "pretrained"
     options: dict[str, Any] = field(default_factory=dict)

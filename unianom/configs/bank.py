@@ -20,7 +20,7 @@ class BankConfig(Options):
     """How normal patches become a memory bank.
 
     Args:
-        coreset_ratio: share of the patches that is kept, chosen by approximate greedy k-centre; 1 keeps all.
+        coreset_ratio: share of the patches that is kept; chosen by approximate greedy k-centre, 1 keeps all.
         projection: dimension of the random projection in which the coreset is chosen; 0 for none.
         start_points: random patches whose mean distance starts the greedy choice.
         seed: of projection and start points.
@@ -29,6 +29,8 @@ class BankConfig(Options):
         nprobe: how many of them are searched.
         shards: parts of the bank; the search result does not depend on it.
     """
+
+    usual = ("coreset_ratio",)
 
     coreset_ratio: PositiveShare = 0.1
     projection: AtLeastZero = 128

@@ -56,6 +56,8 @@ class CalibrationConfig(Options):
         seed: of initial weights, order of images and dropout.
     """
 
+    usual = ("variant", "iterations", "learning_rate")
+
     variant: Variant = "cada"
     statistics: Literal["mean_max", "mean_std"] = "mean_max"
     alpha: Positive | None = None

@@ -24,7 +24,7 @@ known of a test image: prompts by its true category, and a fusion scale from all
 
 @dataclass(frozen=True)
 class OneNIPConfig(Options):
-    """OneNIP's options; the defaults are the published ones.
+    """Reconstruction of features, prompted by one normal image (OneNIP); the defaults are the published ones.
 
     The ablation of the paper (table 4a), row by row: `prompt="none", restoration=False, refiner=False` is UniAD;
     then `prompt="static"`; `prompt="dynamic"`; `prompt="none", restoration=True`; `prompt="dynamic",
@@ -56,6 +56,8 @@ class OneNIPConfig(Options):
         alpha: α, the refiner's share in the anomaly map (eq. 10).
         score_pool: side of the mean filter, in pixels, before the maximum that is the image score; 1 for none.
     """
+
+    usual = ("preset", "backbone", "input", "training")
 
     presets = PRESETS
 

@@ -18,7 +18,7 @@ PRESETS = {"paper": {"reweight": True}, "reference": {"reweight": False}}
 
 @dataclass(frozen=True)
 class PatchCoreConfig(Options):
-    """PatchCore's options; the defaults are the published ones.
+    """A memory bank of CNN features of normal patches (PatchCore); the defaults are the published ones.
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
@@ -35,6 +35,8 @@ class PatchCoreConfig(Options):
         reweight_neighbours: how many of those, the nearest bank vector itself counted (b in eq. 7; at least 2).
         blur_sigma: Gaussian blur of the anomaly map, in pixels.
     """
+
+    usual = ("preset", "backbone", "input", "bank")
 
     presets = PRESETS
 

@@ -27,16 +27,16 @@ class ReContrastTraining(TrainingConfig):
     """Length, batches and optimisers: one for the encoder, one for bottleneck and decoder.
 
     Args:
-        epochs, iterations, batch_size, optimiser: as of every trained method; published: 2000 iterations (MVTec AD),
-            which stand in place of epochs until they are set to null.
+        iterations: steps, which take the place of `epochs` until they are set to null; published: 2000 (MVTec AD).
         learning_rate: of bottleneck and decoder.
         weight_decay, betas, eps, amsgrad: of both optimisers.
-        decay_at, decay, clip_norm, seed: as of every trained method.
         encoder_learning_rate: of the trained encoder.
         reset_every: iterations after which the optimiser of bottleneck and decoder forgets its moments, again and
             again; 0 for never. Published for the stable variant: 500.
         encoder_rest: iterations after each such reset in which the encoder's weights stay as they are; 100.
     """
+
+    usual = ("iterations", "batch_size", "learning_rate")
 
     iterations: AtLeastOne | None = 2000
     batch_size: AtLeastOne = 16
@@ -57,7 +57,8 @@ class ReContrastTraining(TrainingConfig):
 
 @dataclass(frozen=True)
 class ReContrastConfig(Options):
-    """ReContrast's options; the defaults are the published ones for a model for each category of MVTec AD.
+    """Reverse distillation whose encoder learns, too (ReContrast); the defaults are the published ones for a model for
+    each category of MVTec AD.
 
     Args:
         preset: "paper" or "reference" (the released code); text and released code do not differ. What the
@@ -77,6 +78,8 @@ class ReContrastConfig(Options):
         mining_ramp: share of the run in which a goes from one to the other. Stable variant: 0.2.
         map: from distances to map and score; published for a model for all categories: mean, box, 0.01.
     """
+
+    usual = ("preset", "backbone", "input", "training")
 
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("wide_resnet50_2.tv_in1k"))

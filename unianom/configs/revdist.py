@@ -36,7 +36,8 @@ def one_class_training() -> TrainingConfig:
 
 @dataclass(frozen=True)
 class RevDistConfig(Options):
-    """RevDist's options; the defaults are the published ones for a model for each category.
+    """Reverse distillation from a frozen encoder (RevDist, known as RD4AD); the defaults are the published ones for a
+    model for each category.
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
@@ -48,6 +49,8 @@ class RevDistConfig(Options):
         loss: distance of two levels: mean over "positions", or of levels "flattened" to one vector.
         map: from distances to map and score; published for a model for all categories: mean, box, 0.01.
     """
+
+    usual = ("preset", "backbone", "input", "training")
 
     presets = PRESETS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -59,6 +59,8 @@ class TrainingConfig(Options):
         clip_norm: largest gradient norm; null for no clipping.
         seed: of initial weights, order of images, dropout, noise and synthetic anomalies.
     """
+
+    usual: ClassVar[tuple[str, ...] | None] = ("epochs", "batch_size", "learning_rate")
 
     epochs: Positive = 1000
     iterations: AtLeastOne | None = None

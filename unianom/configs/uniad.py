@@ -14,7 +14,7 @@ from unianom.options import AtLeastOne, AtLeastZero, Options
 
 @dataclass(frozen=True)
 class UniADConfig(Options):
-    """UniAD's options; the defaults are the published ones.
+    """A transformer that reconstructs the features of all categories (UniAD); the defaults are the published ones.
 
     Args:
         preset: "paper" or "reference" (the released code), which differ in `backbone.padding_side`.
@@ -33,6 +33,8 @@ class UniADConfig(Options):
         reduce: a map's "max" (industrial images), "mean" (semantic anomalies, CIFAR-10) or "std" is the image score.
         score_pool: side of the mean filter, in pixels, before the maximum; 1 for none.
     """
+
+    usual = ("preset", "backbone", "input", "training")
 
     preset: Literal["paper", "reference"] = "paper"
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("tf_efficientnet_b4.aa_in1k"))

@@ -55,7 +55,7 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class UniASConfig(Options):
-    """UniAS's options; the defaults are the published ones.
+    """Reconstruction of features level by level, coarse to fine (UniAS); the defaults are the published ones.
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
@@ -83,6 +83,8 @@ class UniASConfig(Options):
         levels: numbers of the levels whose maps are multiplied, 1 the finest; () for all. Training has them all.
         reduce: a map's "max" or standard deviation ("std") is the image score.
     """
+
+    usual = ("preset", "backbone", "input", "training")
 
     presets = PRESETS
 

@@ -21,7 +21,7 @@ image). Batch scope makes a score depend on what shares its batch, so only "refe
 
 @dataclass(frozen=True)
 class UniFormalyConfig(Options):
-    """UniFormaly's options; the defaults are the published ones.
+    """A memory bank of vision transformer patches (UniFormaly); the defaults are the published ones.
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
@@ -41,6 +41,8 @@ class UniFormalyConfig(Options):
         k_ratio: share of an image's patches whose mean distance is its score (eq. 2).
         blur_sigma: Gaussian blur of the anomaly map, in pixels.
     """
+
+    usual = ("preset", "backbone", "input", "bank")
 
     presets = PRESETS
 

@@ -60,10 +60,8 @@ class UniNetTraining(TrainingConfig):
     """Length, batches and optimisers: one for the target teacher, one for all else.
 
     Args:
-        epochs, iterations, batch_size, optimiser: as of every trained method.
         learning_rate: of student, bottleneck, feature selection and heads.
         weight_decay, betas, eps, amsgrad: of both optimisers.
-        decay_at, decay, clip_norm, seed: as of every trained method.
         encoder_learning_rate: of the target teacher.
     """
 
@@ -79,14 +77,14 @@ class UniNetTraining(TrainingConfig):
 
 @dataclass(frozen=True)
 class UniNetConfig(Options):
-    """UniNet's options; the defaults are the published ones.
+    """A student of two teachers, one of which adapts (UniNet); the defaults are the published ones.
 
     Args:
         preset: "paper" or "reference" (the released code, which did better here and so is the default); fills what is
             left null below.
-        task: "anomaly" learns from normal images; "classification" also from anomalous ones, by their labels (VAD);
-            "segmentation" from masks, and gives their probability as map (polyps); "video" is "anomaly" with a head
-            that paints the frame again, whose error adds to the score (Ped2).
+        task: what is learned from; "anomaly" learns from normal images, "classification" also from anomalous
+            ones, by their labels (VAD), "segmentation" from masks, and gives their probability as map (polyps), "video"
+            is "anomaly" with a head that paints the frame again, whose error adds to the score (Ped2).
         backbone: any timm ResNet; published: Wide-ResNet-50-2 with torchvision's first weights.
         input: published: stretched to 256 pixels, Lanczos.
         training: length, batches, optimisers.
@@ -115,6 +113,8 @@ class UniNetConfig(Options):
         decision_share: the fixed share.
         score_blur: sigma in pixels of the Gaussian blur before; 0 for none. The map itself is not blurred.
     """
+
+    usual = ("preset", "task", "backbone", "input", "training")
 
     # Measured on magnetic tiles (ResNet-18, 96 pixels, 80 steps, 3 seeds; README): "reference" has the higher AUPRO
     # with every seed, 58.2 against 55.2 on average; image AUROC and pixel AP are within a standard deviation. Compared

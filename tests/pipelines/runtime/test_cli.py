@@ -385,7 +385,7 @@ def test_help(capsys):
     assert "most pixels" in shown
     options = {"patchcore": Options, "uniformaly": Inner}
     assert exit_of(print, ["--help"], options) == DONE
-    assert "patchcore, uniformaly" in capsys.readouterr().out
+    assert "\n  patchcore   Do a thing\n  uniformaly  Inner options\n" in capsys.readouterr().out
     assert exit_of(print, ["uniformaly", "-h"], options) == DONE
     assert "Inner options." in capsys.readouterr().out
 

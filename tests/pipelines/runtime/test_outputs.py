@@ -65,11 +65,12 @@ def test_the_plan_of_an_earlier_version_is_known_without_its_job(output, kind):
     digest = files.digest_of(OLD_PLANS[kind])
     files.write_json(files.join(output, PLAN), {"digest": digest, "plan": OLD_PLANS[kind]})
     assert claim(output, OLD_PLANS[kind], kind) == digest
+    put(output, "part")
     for other in OLD_PLANS:
         if other != kind:
             with pytest.raises(DataError, match=rf"holds {outputs.KINDS[kind].words} of jobs/\w+.py.*; choose another"):
                 claim(output, OLD_PLANS[other], other, overwrite=True)
-    assert files.list_names(output) == [PLAN]
+    assert files.list_names(output) == [PLAN, "part"]
 
 
 def test_overwrite_keeps_the_work_of_the_same_plan(output):

@@ -44,9 +44,9 @@ class InputPolicy(Options):
     """How an image becomes the network's input.
 
     Args:
-        resize: "short_side" scales the shorter side to `size` and cuts the centre `crop`; "stretch" scales both
-            sides to `size`, whatever the aspect. A centre crop hides what lies at the border.
-        size: pixels after scaling.
+        resize: scale the shorter side and crop ("short_side"), or "stretch" both; the centre crop hides what lies at
+            the border.
+        size: pixels of that side, or of both, after scaling.
         crop: pixels of the centre crop, for "short_side".
         pad: zero-pad to this many pixels on each side (black before normalisation), for small images.
         interpolation: filter for images; "bilinear", "bicubic" or "lanczos", antialiased.
@@ -56,6 +56,8 @@ class InputPolicy(Options):
             ("bilinear_full").
         mean, std: per channel, on a 0…1 scale; null takes those of the backbone's weights.
     """
+
+    usual = ("resize", "size")
 
     resize: Literal["short_side", "stretch"] = "short_side"
     size: Side = 256
