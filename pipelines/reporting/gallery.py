@@ -17,6 +17,7 @@ from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.data.splits import hash_order
 from unianom.options import from_plain
+from unianom.thresholds import threshold_of
 
 SCALE_MAPS = 64
 """Number of maps of normal images, and as many of anomalous ones, that set the scale of the heat maps."""
@@ -82,21 +83,24 @@ class Gallery:
 
 
 def margins(table: pa.Table, models: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Return how far each score lies above its model's threshold: (n,), in standard deviations of normal scores.
+    """Return how far each score lies above its model's threshold for its category: (n,), in standard deviations of
+    normal scores.
 
     The unit is the spread of the scores that the model gave to normal images (to all, if there are none), so that
     models whose raw scores differ can be compared. A model without a threshold is measured from the median of those
     scores instead.
     """
-    thresholds = {model["digest"]: model["threshold"] for model in models}
+    known = {model["digest"]: model for model in models}
     model, label, score = text_column(table, "model"), table["label"].to_numpy(), table["score"].to_numpy()
+    category = text_column(table, "category")
     margin = np.zeros(len(score))
     for digest in sorted(set(model)):
         scored = model == digest
         usual = score[scored & (label == NORMAL)] if np.any(scored & (label == NORMAL)) else score[scored]
-        threshold = thresholds[digest]
-        start = np.median(usual) if threshold is None else threshold["value"]
-        margin[scored] = (score[scored] - start) / (usual.std() or 1.0)
+        for name in sorted(set(category[scored])):
+            own, threshold = scored & (category == name), threshold_of(known[digest], name)
+            start = np.median(usual) if threshold is None else threshold["value"]
+            margin[own] = (score[own] - start) / (usual.std() or 1.0)
     return margin
 
 

@@ -26,7 +26,7 @@ from pipelines.reporting.metric_text import aupro_keys, percent
 from pipelines.reporting.options import ReportOptions
 from pipelines.reporting.page_facts import data_facts, evaluation_facts, model_details, page_title
 from pipelines.reporting.page_notices import count_unscored, notices
-from pipelines.reporting.page_tables import decision_rows, defect_rows, results_table, sample_counts
+from pipelines.reporting.page_tables import decision_rows, defect_rows, promise_words, results_table, sample_counts
 from pipelines.reporting.samples import labelled
 from pipelines.reporting.sections import Section, read_section
 from pipelines.runtime import outputs
@@ -174,7 +174,7 @@ def _headline_tiles(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]
             tiles.append((name, f"{percent(metrics['mean'][key])} %", union if several else ""))
     rates = threshold["union"] if threshold else None
     if rates is not None:
-        promised = f"of {rates['n_normal']:,} normal images; set for ≤ {100 * threshold['target_fpr']:g} %"
+        promised = f"of {rates['n_normal']:,} normal images; {promise_words(threshold)}"
         tiles.append(("false positives", f"{percent(rates['false_positive_rate'])} %", promised))
         tiles.append(
             ("detected", f"{percent(rates['detection_rate'])} %", f"of {rates['n_anomalous']:,} anomalous images")

@@ -13,6 +13,7 @@ from pipelines.reporting.page_tables import with_examples
 from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.options import flatten, from_plain
+from unianom.thresholds import promise_in_words
 
 
 def page_title(evaluation: Mapping[str, Any]) -> str:
@@ -66,14 +67,9 @@ def _model_facts(model: Mapping[str, Any]) -> dict[str, str]:
             f"(coreset ratio {ratio:g}), {index} index"
         )
     threshold = model["threshold"]
-    facts["threshold"] = (
-        "none"
-        if threshold is None
-        else (
-            f"{threshold['value']:.4g}, from {threshold['n_normals']:,} held-out normal images: at most "
-            f"{100 * threshold['target_fpr']:g} % false positives with {100 * threshold['confidence']:g} % confidence"
-        )
-    )
+    facts["threshold"] = "none" if threshold is None else f"{threshold['value']:.4g}: {promise_in_words(threshold)}"
+    for name, own in (model.get("category_thresholds") or {}).items():
+        facts[f"threshold of {name}"] = f"{own['value']:.4g}: {promise_in_words(own)}"
     return facts
 
 

@@ -45,7 +45,7 @@ def notices(evaluation: Mapping[str, Any], shard_manifest: Mapping[str, Any], ta
     elif threshold["union"] is not None and above_target(threshold["union"], threshold):
         warnings.append(
             f"The threshold flags {percent(threshold['union']['false_positive_rate'])} % of the normal images; it was "
-            f"set for at most {100 * threshold['target_fpr']:g} %, on normal images that these may differ from."
+            f"set for at most {100 * threshold['target_fpr']:.3g} %, on normal images that these may differ from."
         )
     notes += [f"From fitting the model: {text}." for text in _model_notices(models)]
     notes += _undefined(evaluation["metrics"]["categories"], table)
