@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unianom.data.image import decode_mask
+from unianom.data.image import marks_anything
 from unianom.data.layouts.folder_groups import Group, Place
 from unianom.data.layouts.folder_options import FolderOptions
 from unianom.data.layouts.names import same_name
@@ -51,12 +51,12 @@ class Masks:
         if mask is None:
             return NORMAL
         try:
-            pixels = decode_mask(self._source.read(mask), self._options.mask_threshold)
+            marked = marks_anything(self._source.read(mask), self._options.mask_threshold)
         except ImageError as error:
             raise DataError(
                 f"mask {self._source.uri(mask)} cannot be read, so the label is unknown: {error}"
             ) from error
-        return ANOMALOUS if pixels.any() else NORMAL
+        return ANOMALOUS if marked else NORMAL
 
     def without_masks(self, images: Iterable[Entry], folder: str) -> list[Entry]:
         """Return those files of a folder that are images; the masks beside them are kept for their images.
