@@ -68,6 +68,8 @@ def find_category(node: Node) -> Category | None:
         return Category(base, {}, records) if records else None
     if len(levels) == 1:
         only = next(iter(levels.values()))
+        if any(find_category(other) for other in base.holders() if other is not only):
+            return None
         records = _by_role(inner(only))
         return Category(inner(only), {}, records) if records else None
     return divided(base, levels)
@@ -121,6 +123,9 @@ def find_levels(base: Node) -> dict[Split, Node]:
     return levels if "train" in levels or "test" in levels else {}
 
 
+BESIDE = "beside normal images"
+
+
 def split_options(levels: dict[Split, Node]) -> dict[str, Any]:
     """Return options of folders of splits that do not go by the usual names."""
     options = {f"{split}_folder": level.name for split, level in levels.items() if level.name != split}
@@ -157,7 +162,7 @@ def _by_role(base: Node) -> list[Record]:
         return records
     for node in others:
         _check_plain(node, base)
-        records.append(Record(node, "abnormal", node.meaning.split, _name(node, base), "beside normal images"))
+        records.append(Record(node, "abnormal", node.meaning.split, _name(node, base), BESIDE))
     return records
 
 
@@ -196,7 +201,7 @@ def _by_level(levels: dict[Split, Node]) -> list[Record]:
                 records.append(Record(node, role, split, name))
             else:
                 _check_plain(node, base)
-                records.append(Record(node, "abnormal", split, name, "beside normal images"))
+                records.append(Record(node, "abnormal", split, name, BESIDE))
         if split != "train" and base.images and not nodes:
             records.append(Record(base, "unknown", split, _name(base, level), "no folder says what they are"))
     return records
@@ -232,7 +237,19 @@ def _name(node: Node, base: Node) -> str:
 
 
 def _check_plain(node: Node, base: Node) -> None:
-    """Refuse a folder beside normal images that is divided itself."""
+    """Refuse a folder beside normal images that is divided itself, or whose name is no defect's."""
+    if node.meaning.neutral:
+        normal = [_name(other, base) for other in base.holders() if other.meaning.role == "normal"][:1]
+        where = {"images": base.path} if base.path else {}
+        options = {**where, "normal": "".join(normal)}
+        raise Unclear(
+            f"{node.path} lies beside normal images, and its name does not say whether it holds defects",
+            [
+                Way("it does", "folder", {**options, "abnormal": [_name(node, base)]}),
+                Way("nobody knows", "folder", {**options, "unknown": [_name(node, base)]}),
+                Way("leave it out", "folder", options),
+            ],
+        )
     if inside := find_category(node):
         names = listed(record.node.path for record in inside.records)
         raise Unclear(
@@ -256,7 +273,7 @@ def check_names(node: Node) -> None:
 
 def _no_normal(base: Node, nodes: list[Node], roles: dict[str, Role | None]) -> Unclear:
     abnormal = [node.name for node in nodes if roles[node.path] == "abnormal"]
-    others = [node.name for node in nodes if roles[node.path] is None]
+    others = [node.name for node in sorted(nodes, key=lambda node: -node.total) if roles[node.path] is None]
     if not others:
         return Unclear(f"there are only defective images ({listed(abnormal)}) and no normal ones to learn from", [])
     return Unclear(
@@ -267,6 +284,11 @@ def _no_normal(base: Node, nodes: list[Node], roles: dict[str, Role | None]) -> 
 
 def counted(base: Node, most: int = 8) -> str:
     """Return the folders in one with their numbers of images, for messages."""
-    named = [f"{node.name}/ ({node.total} images)" for node in base.folders if node.total]
-    loose = [f"{len(base.images)} images beside them"] if base.images and named else []
+    named = [f"{node.name}/ ({images(node.total)})" for node in base.folders if node.total]
+    loose = [f"{images(len(base.images))} beside them"] if base.images and named else []
     return listed([*named, *loose], most)
+
+
+def images(count: int) -> str:
+    """Return a number of images in words."""
+    return f"{count} image" + "s" * (count != 1)

@@ -69,6 +69,11 @@ def detect_layout(source: str | os.PathLike[str], program: str = "unianom inspec
     train, val and test, or inside a folder for each category), and tables beside the images by their columns. Where
     names leave something open, nothing is guessed.
 
+    Where no folder holds normal images to test, a share of those to train on is tested, since nothing else tells how
+    often a method is wrong about normal images. Defective images in train are tested with the others: methods that
+    learn from normal images alone never see them, so nothing leaks, and every label and mask counts. The decisions name
+    the options that say otherwise.
+
     Args:
         source: local path or URI.
         program: command that the user would say it with, for messages.
@@ -82,9 +87,11 @@ def detect_layout(source: str | os.PathLike[str], program: str = "unianom inspec
         return _detect_file(root, program)
     while True:
         recognised = _recognised(root)
-        if recognised is not None:
+        if recognised is not None and recognised.layout != "mvtec":
             return _checked(root, recognised, None, program)
         tree = read_tree(root)
+        if recognised is not None and _is_plain_mvtec(tree):
+            return _checked(root, recognised, tree, program)
         if not tree.total:
             raise _no_images(root, tree)
         only = tree.holders()
@@ -164,6 +171,17 @@ def _recognised(root: Source) -> Reading | None:
         names = " and ".join(reading.layout for reading in found)
         raise OptionError(f"{root.uri()} looks like the layouts {names}; name one of them with --layout")
     return found[0] if found else None
+
+
+def _is_plain_mvtec(tree: Node) -> bool:
+    """Return whether a data set with the folders of MVTec AD has no masks elsewhere than there, nor folders in test
+    whose names say that they are no defects; the folder layout reads those that have."""
+    for node in tree.walk():
+        names, role = node.path.split("/"), node.meaning.role if node.path else None
+        strange = role == "mask" or (role in ("unlabelled", "other") and "test" in names[:2])
+        if node.total and strange and "ground_truth" not in names:
+            return False
+    return True
 
 
 def _tables(root: Source, tree: Node, program: str) -> list[Reading]:

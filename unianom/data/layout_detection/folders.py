@@ -40,7 +40,7 @@ def read_folders(tree: Node) -> Reading:
     Raises:
         Unclear: names do not tell.
     """
-    if not any(node.meaning.role in ("normal", "abnormal") for node in tree.walk()):
+    if not any(node.path and node.meaning.role in ("normal", "abnormal") for node in tree.walk()):
         by_mask = read_labels_of_masks(tree)
         if by_mask is not None:
             return by_mask
@@ -69,7 +69,8 @@ def _unclear(tree: Node) -> Unclear:
         where = " and ".join(level.path for level in levels.values())
         found = counted(levels["train"])
         return Unclear(f"no name of a folder in {where} says what is normal; found in train: {found}", ways)
-    names = [posixpath.relpath(node.path, base.path or ".") for node in base.holders()]
+    nodes = sorted(base.holders(), key=lambda node: -node.total)
+    names = [posixpath.relpath(node.path, base.path or ".") for node in nodes]
     options = {**({"images": base.path} if base.path else {}), "normal": "".join(names[:1]), "abnormal": names[1:6]}
     ways = [Way(f"{names[0]} is normal and the others are defects", "folder", options)] if names[1:] else []
     return Unclear(f"no folder name says what is normal; found: {counted(base)}", [*ways, everything])

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unianom.data.layout_detection.categories import find_levels, inner, split_options
-from unianom.data.layout_detection.reading import Reading, Taken
+from unianom.data.layout_detection.categories import counted, find_levels, inner, split_options
+from unianom.data.layout_detection.reading import Reading, Taken, Unclear
 from unianom.data.layout_detection.tree import Affixes, Node, find_affixes, find_beside
-from unianom.data.layouts.folder_options import FolderOptions
+from unianom.data.layouts.folder_options import EVERY, FolderOptions, Split
 from unianom.data.layouts.names import listed
 from unianom.data.layouts.source import Entry
 
@@ -58,6 +58,7 @@ def read_labels_of_masks(tree: Node) -> Reading | None:
     levels = find_levels(base)
     if len(levels) == 1:
         base, levels = inner(next(iter(levels.values()))), {}
+    divided = {} if levels else {node.name: each for node in base.holders() if len(each := find_levels(node)) > 1}
     images, nodes = list(base.all_images()), list(tree.masks())
     if not images:
         return None
@@ -65,13 +66,27 @@ def read_labels_of_masks(tree: Node) -> Reading | None:
     if affixes is None or affixes.share < (LEAST_BESIDE if nodes else LEAST_LABELLED):
         return None
     options: dict[str, Any] = {"images": base.path} if base.path else {}
+    decisions = []
+    if divided:
+        levels = next(iter(divided.values()))
+        if len(divided) < len(base.holders()) or any(names(each) != names(levels) for each in divided.values()):
+            raise Unclear(
+                f"some folders in {base.path or 'the root'} are divided and others are not, or otherwise: "
+                f"{counted(base)}; name the folder of one of them",
+                [],
+            )
+        options["categories"] = [EVERY]
+        decisions.append(f"{len(divided)} categories: {listed(divided)}")
     options |= split_options(levels)
     options["label_by_mask"] = True
-    decisions = []
     if nodes:
-        paths = [node.path for node in nodes]
+        own = [f"{base.path}/{name}/".lstrip("/") for name in divided]
+        paths = [
+            next((node.path[len(root) :] for root in own if node.path.startswith(root)), node.path) for node in nodes
+        ]
+        paths = list(dict.fromkeys(paths))
         options["masks"] = paths[0] if len(paths) == 1 else paths
-        shown = listed(f"{path}/" for path in paths)
+        shown = listed(f"{node.path}/" for node in nodes)
         decisions.append(f"{shown} → masks ({sum(node.total for node in nodes)}){_named(affixes)}")
     else:
         options["mask_beside"] = True
@@ -80,7 +95,8 @@ def read_labels_of_masks(tree: Node) -> Reading | None:
     decisions.append("an image whose mask is empty, or that has none → normal; any other → anomalous")
     if levels:
         options["abnormal_train"] = "test"
-        decisions += [f"{level.path}/ → split '{split}'" for split, level in levels.items()]
+        below = "<category>/" if divided else ""
+        decisions += [f"{below}{level.name}/ → split '{split}'" for split, level in levels.items()]
         decisions.append(MOVED)
     else:
         options |= DRAW
@@ -97,6 +113,11 @@ MOVED = (
     "defective images in train are tested with the others, since methods that learn from normal images alone have no "
     "other use for them (abnormal_train keep leaves them in train for supervised methods)"
 )
+
+
+def names(levels: Mapping[Split, Node]) -> dict[Split, str]:
+    """Return the names of folders of splits."""
+    return {split: level.name for split, level in levels.items()}
 
 
 def _files(nodes: list[Node]) -> list[Entry]:

@@ -199,7 +199,11 @@ def recognise(source: Source) -> Recognised | None:
     options: dict[str, Any] = {} if CATEGORIES.issuperset(names) else {"dataset": source.dataset}
     if len(found) < len(folders) and found != [""]:
         options["categories"] = found
-    return Recognised(options, tuple(decided("good", names, found == [""])))
+    decisions = [*decided("good", names, found == [""])]
+    if "categories" in options:
+        others = listed(f"{name}/" for name in folders if name not in found)
+        decisions.append(f"{others} → not read, since there is no train/good with nothing beside it")
+    return Recognised(options, tuple(decisions))
 
 
 def is_category(source: Source, folder: str, normal: str) -> bool:
