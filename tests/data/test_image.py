@@ -33,6 +33,7 @@ from unianom.data.image import (
     encode_map,
     encode_png,
     find_crop,
+    marks_anything,
     prepare_image,
     prepare_mask,
     read_mask,
@@ -558,6 +559,8 @@ CLASSES = RNG.integers(0, 4, (11, 13)).astype(np.uint8)
 def test_masks_of_every_kind_become_zero_and_255(data, threshold, expected):
     mask = decode_mask(data, threshold)
     assert mask.dtype == np.uint8
+    for above in (threshold, None, 254):
+        assert marks_anything(data, above) == decode_mask(data, above).any()
     np.testing.assert_array_equal(mask, np.where(expected, 255, 0))
 
 
@@ -636,6 +639,17 @@ def test_partly_transparent_marks_count():
     """A translucent overlay, as annotation tools draw it."""
     defect = blob()
     np.testing.assert_array_equal(decode_mask(saved(layered(np.where(defect, 255, 0), defect * 100))) > 0, defect)
+
+
+@pytest.mark.parametrize("value", [0, 1, 20, 40, 128, 251, 255])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP"])
+def test_whether_a_mask_marks_anything(value, file_format):
+    """The shortcut agrees with the decoded mask, faint and lossy ones included."""
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[4:9, 4:9] = value
+    data = saved(pixels, file_format)
+    for threshold in (None, 0, 19, 127, 254):
+        assert marks_anything(data, threshold) == decode_mask(data, threshold).any()
 
 
 @pytest.mark.parametrize("quality", [50, 75, 95])

@@ -8,7 +8,14 @@ else in the project decodes, resizes or normalises images.
 from unianom.data.image.crop import CropWindow, crop_image, crop_mask, find_crop
 from unianom.data.image.decode import FORMATS, DecodedImage, ImageFacts, check_image, decode_image, spread_bits
 from unianom.data.image.encode import decode_map, encode_map, encode_png
-from unianom.data.image.masks import DecodedMask, covers_nearly_all, decode_mask, read_mask, turn_upright
+from unianom.data.image.masks import (
+    DecodedMask,
+    covers_nearly_all,
+    decode_mask,
+    marks_anything,
+    read_mask,
+    turn_upright,
+)
 from unianom.data.image.options import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -43,6 +50,7 @@ __all__ = [
     "decode_image",
     "decode_map",
     "decode_mask",
+    "marks_anything",
     "decode_prepared",
     "encode_map",
     "encode_png",

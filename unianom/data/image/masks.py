@@ -37,6 +37,20 @@ def decode_mask(data: bytes, threshold: int | None = None, limits: ImageLimits |
     return read_mask(data, threshold, limits=limits).pixels
 
 
+def marks_anything(data: bytes, threshold: int | None = None, limits: ImageLimits | None = None) -> bool:
+    """Return whether any pixel of a mask file is anomalous, as `decode_mask` would have it, but sooner.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    file = open_image(data, limits or ImageLimits())
+    image, _ = load_image(file.image)
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        # whatever threshold `read_mask` takes, it lies below the largest value unless that is 0
+        return int(np.asarray(image.convert("L")).max()) > (threshold or 0)
+    return bool(decode_mask(data, threshold, limits).any())
+
+
 def read_mask(
     data: bytes, threshold: int | None = None, invert: bool = False, limits: ImageLimits | None = None
 ) -> DecodedMask:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.source import Entry, Source
 from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, Crop, SampleRef
@@ -71,4 +71,21 @@ def samples(source: Source, options: AptosOptions) -> Iterator[SampleRef]:
         )
 
 
-LAYOUT = Layout("aptos", AptosOptions, samples, "APTOS 2019: graded retinas, published draw, cropped")
+def recognise(source: Source) -> Recognised | None:
+    """Take train.csv of id_code and diagnosis beside train_images for this layout."""
+    if not (source.has_folder("train_images") and source.has_file("train.csv")):
+        return None
+    header = source.read("train.csv").decode("utf-8-sig", "replace").partition("\n")[0].strip().split(",")
+    if not {"id_code", "diagnosis"} <= set(header):
+        return None
+    return Recognised(
+        {},
+        (
+            "train.csv: diagnosis 0 → normal, 1 to 4 → defects of these grades",
+            f"{AptosOptions.train_normals} normal images → to train on, drawn as published; all others → to test",
+            "the square around the retina is cut out (crop: false keeps the photograph)",
+        ),
+    )
+
+
+LAYOUT = Layout("aptos", AptosOptions, samples, "APTOS 2019: graded retinas, published draw, cropped", recognise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_type_hints
 
 from annotated_types import Interval
@@ -35,6 +35,21 @@ class LayoutOptions(Options):
 
 
 @dataclass(frozen=True)
+class Recognised:
+    """How a layout would read a source that it takes for its own.
+
+    Attributes:
+        options: of the layout, as plain data.
+        decisions: what was taken for what, in words.
+        example: options that only people can give, with values that could be right.
+    """
+
+    options: dict[str, Any]
+    decisions: tuple[str, ...]
+    example: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Layout:
     """One way in which a data set lies in folders or files.
 
@@ -43,12 +58,15 @@ class Layout:
         options: options dataclass, a `LayoutOptions`.
         samples: yields the samples of a source lazily, in an order that is always the same.
         description: one line for lists and help texts.
+        recognise: tells by few listings whether a source is certainly laid out this way, None if it is not; None where
+            names alone cannot tell.
     """
 
     name: str
     options: type[LayoutOptions]
     samples: Callable[[Source, Any], Iterator[SampleRef]]
     description: str
+    recognise: Callable[[Source], Recognised | None] | None = None
 
 
 def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
@@ -59,7 +77,7 @@ def make_options(layout: Layout, values: Mapping[str, Any]) -> LayoutOptions:
         OptionError: an unknown key, or a value of the wrong type.
     """
     hints = get_type_hints(layout.options)
-    known = [field.name for field in fields(layout.options)]
+    known = [each.name for each in fields(layout.options)]
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:

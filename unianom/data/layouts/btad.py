@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions
-from unianom.data.layouts.mvtec import category_samples, find_categories
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
+from unianom.data.layouts.mvtec import category_samples, decided, find_categories, is_category
 from unianom.data.layouts.names import choose
 from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
@@ -34,4 +34,14 @@ def samples(source: Source, options: BtadOptions) -> Iterator[SampleRef]:
         yield from category_samples(source, category, "ok", EXPECTED)
 
 
-LAYOUT = Layout("btad", BtadOptions, samples, "BTAD, the beanTech products 01, 02 and 03")
+def recognise(source: Source) -> Recognised | None:
+    """Take the folders 01, 02 and 03, or some of them, with train/ok and test/ko for this layout."""
+    folders = source.folders()
+    if not folders or not {"01", "02", "03"}.issuperset(folders):
+        return None
+    if not all(is_category(source, name, "ok") and source.has_folder(f"{name}/test/ko") for name in folders):
+        return None
+    return Recognised({}, tuple(decided("ok", folders, alone=False)))
+
+
+LAYOUT = Layout("btad", BtadOptions, samples, "BTAD, the beanTech products 01, 02 and 03", recognise)

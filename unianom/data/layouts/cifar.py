@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from unianom.data.image import encode_png
-from unianom.data.layouts.base import Layout
+from unianom.data.layouts.base import Layout, Recognised
 from unianom.data.layouts.class_folders import ClassOptions, choose_task, class_samples
 from unianom.data.layouts.class_lists import CIFAR_10, CIFAR_100
 from unianom.data.layouts.names import listed
@@ -128,4 +128,14 @@ def _binary_samples(source: Source, options: CifarOptions, files: dict[str, str]
             raise DataError(f"{source.uri(file)} is empty; fetch the file again")
 
 
-LAYOUT = Layout("cifar", CifarOptions, samples, "CIFAR-10 or CIFAR-100, binary or in class folders")
+def recognise(source: Source) -> Recognised | None:
+    """Take the files of the binary distribution, or of the Python one, for this layout."""
+    names = {entry.name for entry in source.entries()}
+    known = {"cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python"}
+    whole = any(names.issuperset(files) for files in (_CIFAR_10_FILES, _CIFAR_100_FILES))
+    if not (names & known or source.name in known or whole):
+        return None
+    return Recognised({}, ("files of CIFAR: every image with its class",), {"normal_classes": [0]})
+
+
+LAYOUT = Layout("cifar", CifarOptions, samples, "CIFAR-10 or CIFAR-100, binary or in class folders", recognise)

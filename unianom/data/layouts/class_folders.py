@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.class_lists import SPECIES_60, SPECIES_60_SPLITS
 from unianom.data.layouts.names import listed, nearest
 from unianom.data.layouts.source import Source
@@ -140,9 +140,18 @@ def class_samples(source: Source, options: ClassOptions, class_of: Mapping[str, 
                     )
 
 
+def recognise(source: Source) -> Recognised | None:
+    """Take one_class_train and one_class_test for this layout; which classes are normal only people know."""
+    if not (source.has_folder("one_class_train") and source.has_folder("one_class_test")):
+        return None
+    decision = "one_class_train → to train on, one_class_test → to test, each folder inside → a class"
+    return Recognised({}, (decision,), {"normal_classes": source.folders("one_class_train")[:1]})
+
+
 LAYOUT = Layout(
     "class_folders",
     ClassOptions,
     samples,
     "train and test folders of classes, some of them normal (ImageNet-30, Species-60)",
+    recognise,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.source import Entry, Source
 from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
@@ -83,4 +83,12 @@ def _read_classes(source: Source, folder: str) -> dict[str, str]:
     return classes
 
 
-LAYOUT = Layout("isic2018", Isic2018Options, samples, "ISIC 2018 task 3: skin lesions, naevi normal")
+def recognise(source: Source) -> Recognised | None:
+    """Take the official folders of images and tables for this layout."""
+    kinds = ("Input", "GroundTruth")
+    if not all(source.has_folder(f"{PREFIX}{part}_{kind}") for part in PARTS.values() for kind in kinds):
+        return None
+    return Recognised({}, ("NV → normal, the other classes → defects", "Training → to train on, Validation → to test"))
+
+
+LAYOUT = Layout("isic2018", Isic2018Options, samples, "ISIC 2018 task 3: skin lesions, naevi normal", recognise)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.image import marks_anything
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.names import same_name
 from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
@@ -85,9 +85,26 @@ def _surfaces(source: Source, item: str) -> list[tuple[Entry, Entry]]:
 
 def _is_cracked(source: Source, mask: Entry) -> bool:
     try:
-        return bool(decode_mask(source.read(mask.path)).any())
+        return marks_anything(source.read(mask.path))
     except ImageError as error:
         raise DataError(f"mask {source.uri(mask.path)} cannot be read, so the label is unknown: {error}") from error
 
 
-LAYOUT = Layout("kolektor", KolektorOptions, samples, "KolektorSDD: seeded split by commutator")
+def recognise(source: Source) -> Recognised | None:
+    """Take folders kos01 … alone, the first of which holds masks <stem>_label, for this layout."""
+    folders = source.folders()
+    if not folders or not all(re.fullmatch(r"kos\d+", name) for name in folders):
+        return None
+    if not any(entry.is_image and entry.stem.endswith("_label") for entry in source.entries(folders[0])):
+        return None
+    return Recognised(
+        {"train_fraction": KolektorOptions.train_fraction},
+        (
+            "<stem>_label beside an image → its mask; where that is empty the image is normal, else it has a crack",
+            f"normal images of {KolektorOptions.train_fraction:.0%} of the {len(folders)} folders → to train on, drawn "
+            f"by seed and name; all others → to test",
+        ),
+    )
+
+
+LAYOUT = Layout("kolektor", KolektorOptions, samples, "KolektorSDD: seeded split by commutator", recognise)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.errors import DataError, OptionError
@@ -144,4 +144,33 @@ def _text(row: dict[str, Any], where: str, *keys: str) -> str:
     return ""
 
 
-LAYOUT = Layout("manifest", ManifestOptions, samples, "JSON lines naming every image (UniAD family)")
+def recognise(source: Source) -> Recognised | None:
+    """Take a file whose rows name `filename` and `split`, or train.json and test.json of rows with `filename`, for this
+    layout."""
+    if source.has_file(""):
+        row = _first_row(source, "") if source.name.lower().endswith(ENDINGS) else {}
+        return (
+            Recognised({}, ("every row → an image with its split and label",))
+            if {"filename", "split"} <= set(row)
+            else None
+        )
+    for ending in ENDINGS:
+        files = {split: f"{split}{ending}" for split in ("train", "test")}
+        if all(source.has_file(file) and "filename" in _first_row(source, file) for file in files.values()):
+            return Recognised(dict(files), tuple(f"{file} → {split}" for split, file in files.items()))
+    return None
+
+
+ENDINGS = (".json", ".jsonl", ".ndjson")
+
+
+def _first_row(source: Source, path: str) -> dict[str, Any]:
+    """Return the first row of a file of JSON lines; empty if it is none."""
+    try:
+        row = json.loads(source.read(path).decode("utf-8-sig").lstrip().partition("\n")[0])
+    except (ValueError, DataError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+LAYOUT = Layout("manifest", ManifestOptions, samples, "JSON lines naming every image (UniAD family)", recognise)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from unianom.data.layouts.base import Layout, LayoutOptions, make_options
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised, make_options
 from unianom.data.layouts.names import nearest
 from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
@@ -100,4 +100,11 @@ def _part(source: Source, item: Any, where: str, layouts: Mapping[str, Layout]) 
     return _Part(name, source.at("..").locate(item["source"]), part_options, item.get("category_prefix", ""))
 
 
-LAYOUT = Layout("merged", MergedOptions, samples, "several sources as one, named by a YAML file")
+def recognise(source: Source) -> Recognised | None:
+    """Take a YAML file for this layout."""
+    if not (source.name.lower().endswith((".yaml", ".yml")) and source.has_file("")):
+        return None
+    return Recognised({}, ("every item of the file → a source with its layout",))
+
+
+LAYOUT = Layout("merged", MergedOptions, samples, "several sources as one, named by a YAML file", recognise)

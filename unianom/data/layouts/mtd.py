@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold, Recognised
 from unianom.data.layouts.names import same_name
 from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
@@ -68,4 +68,19 @@ def samples(source: Source, options: MtdOptions) -> Iterator[SampleRef]:
             )
 
 
-LAYOUT = Layout("mtd", MtdOptions, samples, "MTD, magnetic tiles: seeded split of the images without defect")
+def recognise(source: Source) -> Recognised | None:
+    """Take the six folders MT_Free, MT_Blowhole … with Imgs inside for this layout."""
+    if not {f"MT_{name}" for name in ("Free", *DEFECTS)} <= set(source.folders()):
+        return None
+    if not all(source.has_folder(f"MT_{name}/Imgs") for name in ("Free", *DEFECTS)):
+        return None
+    return Recognised(
+        {"train_fraction": MtdOptions.train_fraction},
+        (
+            f"MT_Free → normal, {MtdOptions.train_fraction:.0%} to train on, the rest to test, drawn by seed and name",
+            f"{', '.join(f'MT_{name}' for name in DEFECTS)} → defects; the PNG beside an image → its mask",
+        ),
+    )
+
+
+LAYOUT = Layout("mtd", MtdOptions, samples, "MTD, magnetic tiles: seeded split of the images without defect", recognise)

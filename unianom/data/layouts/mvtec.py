@@ -5,10 +5,11 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.mask_files import masks_by_stem
-from unianom.data.layouts.names import choose, same_name
+from unianom.data.layouts.names import choose, listed, same_name
 from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
@@ -172,4 +173,58 @@ def _merged_samples(source: Source, options: MvtecOptions) -> Iterator[SampleRef
             )
 
 
-LAYOUT = Layout("mvtec", MvtecOptions, samples, "MVTec AD, one category of it, or its merged form")
+CATEGORIES = frozenset(
+    (
+        *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile"),
+        *("toothbrush", "transistor", "wood", "zipper"),
+    )
+)
+"""Of MVTec AD itself."""
+
+
+def recognise(source: Source) -> Recognised | None:
+    """Take categories with train/good and test for this layout, or a root that is one, or the merged form. Data sets of
+    other categories go by the name of their folder."""
+    folders = source.folders()
+    if {"train", "test"} <= set(folders):
+        train = source.folders("train")
+        if len(train) > 1 and all(name.endswith("_good") for name in train):
+            return Recognised({}, ("train/<category>_good → normal; test/<category>_<defect> → defects",))
+        found = [""] if is_category(source, "", "good") else []
+    else:
+        found = [name for name in folders if is_category(source, name, "good")]
+    if not any(source.has_folder(posixpath.join(name, "test/good")) for name in found):
+        return None  # nothing to test on that is normal: the folder layout can hold some out
+    names = found if found != [""] else [source.name]
+    options: dict[str, Any] = {} if CATEGORIES.issuperset(names) else {"dataset": source.dataset}
+    if len(found) < len(folders) and found != [""]:
+        options["categories"] = found
+    decisions = [*decided("good", names, found == [""])]
+    if "categories" in options:
+        others = listed(f"{name}/" for name in folders if name not in found)
+        decisions.append(f"{others} → not read, since there is no train/good with nothing beside it")
+    return Recognised(options, tuple(decisions))
+
+
+def is_category(source: Source, folder: str, normal: str) -> bool:
+    """Return whether a folder holds train/<normal>, and nothing else in train, with images in it, and folders in
+    test."""
+    train, test = (posixpath.join(folder, name) for name in ("train", "test"))
+    return (
+        source.has_folder(train)
+        and source.has_folder(test)
+        and source.folders(train) == [normal]
+        and bool(source.folders(test))
+        and any(entry.is_image for entry in source.entries(posixpath.join(train, normal)))
+    )
+
+
+def decided(normal: str, categories: list[str], alone: bool) -> Iterator[str]:
+    """Yield in words how categories of this kind are read."""
+    below = "" if alone else "<category>/"
+    yield f"{below}train/{normal} → normal, to train on; {below}test/{normal} → normal, to test"
+    yield f"every other folder in {below}test → a defect of its name, with the masks in {below}ground_truth"
+    yield f"the folder itself is one category, {categories[0]}" if alone else f"categories: {listed(categories)}"
+
+
+LAYOUT = Layout("mvtec", MvtecOptions, samples, "MVTec AD, one category of it, or its merged form", recognise)

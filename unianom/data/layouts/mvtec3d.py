@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold, Recognised
 from unianom.data.layouts.mask_files import mask_of, masks_by_stem
 from unianom.data.layouts.mvtec import find_categories
 from unianom.data.layouts.names import choose
@@ -84,4 +84,22 @@ def samples(source: Source, options: Mvtec3dOptions) -> Iterator[SampleRef]:
                     )
 
 
-LAYOUT = Layout("mvtec3d", Mvtec3dOptions, samples, "MVTec 3D-AD: its colour images, centre-cropped")
+def recognise(source: Source) -> Recognised | None:
+    """Take folders with train/good/rgb, or a root that is one, for this layout."""
+    alone = source.has_folder("train/good/rgb")
+    names = [] if alone else [name for name in source.folders() if source.has_folder(f"{name}/train/good/rgb")]
+    if not alone and not names:
+        return None
+    options = {"categories": names} if len(names) < len(source.folders()) and names else {}
+    below = "" if alone else "<category>/"
+    return Recognised(
+        options,
+        (
+            f"{below}{{train,validation,test}}/good/rgb → normal; every other folder in {below}test → a defect, gt its "
+            f"masks",
+            "every image is cut to the published centre crop (crop: false keeps it whole)",
+        ),
+    )
+
+
+LAYOUT = Layout("mvtec3d", Mvtec3dOptions, samples, "MVTec 3D-AD: its colour images, centre-cropped", recognise)

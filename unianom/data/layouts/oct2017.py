@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.errors import DataError
@@ -52,4 +52,15 @@ def samples(source: Source, options: Oct2017Options) -> Iterator[SampleRef]:
                 )
 
 
-LAYOUT = Layout("oct2017", Oct2017Options, samples, "OCT2017: retinal tomography in four classes")
+def recognise(source: Source) -> Recognised | None:
+    """Take test/{CNV,DME,DRUSEN,NORMAL} with train/NORMAL for this layout."""
+    if not (source.has_folder("train/NORMAL") and source.has_folder("test")):
+        return None
+    if set(source.folders("test")) != {"CNV", "DME", "DRUSEN", "NORMAL"}:
+        return None
+    return Recognised(
+        {}, ("NORMAL → normal; CNV, DME, DRUSEN → defects", "diseased images in train are left out, as published")
+    )
+
+
+LAYOUT = Layout("oct2017", Oct2017Options, samples, "OCT2017: retinal tomography in four classes", recognise)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unianom.data.image import decode_mask
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.image import marks_anything
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.mask_files import mask_of, masks_by_stem
 from unianom.data.layouts.names import same_name
 from unianom.data.layouts.source import Entry, Source
@@ -119,7 +119,7 @@ def _all_masks(source: Source, clips: list[str]) -> dict[str, str]:
 
 def _mask_label(source: Source, mask: str) -> int:
     try:
-        return ANOMALOUS if decode_mask(source.read(mask)).any() else NORMAL
+        return ANOMALOUS if marks_anything(source.read(mask)) else NORMAL
     except ImageError as error:
         raise DataError(f"mask {source.uri(mask)} cannot be read, so the label is unknown: {error}") from error
 
@@ -162,4 +162,14 @@ def _parse_lines(data: bytes, uri: str) -> list[float]:
         raise DataError(f"{uri} should hold one 0 or 1 a line: {error}") from error
 
 
-LAYOUT = Layout("ped2", Ped2Options, samples, "UCSD Ped2: frames of surveillance video with labels or masks")
+def recognise(source: Source) -> Recognised | None:
+    """Take training/frames and testing/frames, or Train and Test with folders of masks <clip>_gt, for this layout."""
+    root = "UCSDped2/" if source.has_folder("UCSDped2") else ""
+    divided = source.has_folder(f"{root}training/frames") and source.has_folder(f"{root}testing/frames")
+    published = source.has_folder(f"{root}Train") and source.has_folder(f"{root}Test")
+    if not divided and not (published and any(name.endswith(MASKS) for name in source.folders(f"{root}Test"))):
+        return None
+    return Recognised({}, ("training frames → normal; testing frames → as the file of labels or their masks say",))
+
+
+LAYOUT = Layout("ped2", Ped2Options, samples, "UCSD Ped2: frames of surveillance video with labels or masks", recognise)

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold, Recognised
 from unianom.data.layouts.mask_files import mask_of, masks_by_stem
-from unianom.data.layouts.names import choose
+from unianom.data.layouts.names import choose, listed
 from unianom.data.layouts.source import Entry, Source
 from unianom.data.schema import ANOMALOUS, SPLITS, SampleRef
 from unianom.data.splits import hash_order
@@ -152,4 +152,16 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-LAYOUT = Layout("polyps", PolypOptions, samples, "Kvasir, CVC-ClinicDB, CVC-ColonDB: polyps with masks")
+KNOWN = ("kvasir", "clinicdb", "colondb", "etislarib")
+
+
+def recognise(source: Source) -> Recognised | None:
+    """Take folders of images and masks for this layout if they go by the names of these sets."""
+    alone = any(source.has_folder(folder) for folder in ("train/images", *(images for images, _ in UNDIVIDED)))
+    names = [source.name] if alone else source.folders()
+    if not names or not all(any(known in _plain(name) for known in KNOWN) for name in names):
+        return None
+    return Recognised({}, (f"{listed(names)}: every image shows a polyp, which its mask outlines; none is normal",))
+
+
+LAYOUT = Layout("polyps", PolypOptions, samples, "Kvasir, CVC-ClinicDB, CVC-ColonDB: polyps with masks", recognise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,12 +116,15 @@ class Source:
         root: path of the root on it.
         dataset: data set name that sample_ids begin with.
         left_out: what was seen and not taken, so far.
+        listings: what each folder holds, by its path on the file system; every folder is then listed once. None lists
+            anew each time.
     """
 
     fs: fsspec.AbstractFileSystem
     root: str
     dataset: str
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    listings: dict[str, list[Entry]] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str], dataset: str = "", left_out: LeftOut | None = None) -> Source:
@@ -205,6 +208,10 @@ class Source:
             DataError: the folder is not there, is a file or cannot be listed, or a name is not valid UTF-8.
         """
         inside = self._inside(folder)
+        if self.listings is not None:
+            if inside not in self.listings:
+                self.listings[inside] = replace(self, listings=None).entries(folder)
+            return [replace(entry, path=posixpath.join(folder, entry.name)) for entry in self.listings[inside]]
         try:
             listing = self.fs.ls(inside, detail=True)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -242,6 +249,9 @@ class Source:
 
     def has_folder(self, path: str) -> bool:
         """Return whether there is such a folder."""
+        above, _, name = self._inside(path).rpartition("/")
+        if path and self.listings is not None and above in self.listings:
+            return any(entry.is_folder and entry.name == name for entry in self.listings[above])
         return bool(self.fs.isdir(self._inside(path)))
 
     def has_file(self, path: str) -> bool:
@@ -275,15 +285,16 @@ class Source:
             raise DataError(f"no images in {self.uri(folder)}; found: {self.found(folder)}")
         return images
 
-    def walk(self, folder: str = "") -> Iterator[Entry]:
-        """Yield all images in and below `folder`, lazily, each folder sorted; other files are left out."""
+    def walk(self, folder: str = "", skip: Collection[str] = ()) -> Iterator[Entry]:
+        """Yield all images in and below `folder`, lazily, each folder sorted; other files are left out. Folders of the
+        paths `skip` are not entered."""
         entries = self.entries(folder)
         self.leave_out(folder, [entry for entry in entries if not (entry.is_image or entry.is_folder)])
         for entry in entries:
             if entry.is_image:
                 yield entry
-            elif entry.is_folder:
-                yield from self.walk(entry.path)
+            elif entry.is_folder and entry.path not in skip:
+                yield from self.walk(entry.path, skip)
 
     def leave_out(self, folder: str, entries: Iterable[Entry]) -> None:
         """Record that some entries of a folder are not taken, so that a summary can say so."""
@@ -319,14 +330,14 @@ class Source:
             return path
         return posixpath.relpath(found, self.uri())
 
-    def images_below(self, folder: str) -> Iterator[Entry]:
+    def images_below(self, folder: str, skip: Collection[str] = ()) -> Iterator[Entry]:
         """Walk as `walk` does.
 
         Raises:
             DataError: there are none.
         """
         empty = True
-        for entry in self.walk(folder):
+        for entry in self.walk(folder, skip):
             empty = False
             yield entry
         if empty:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 
@@ -46,4 +46,18 @@ def samples(source: Source, options: VadOptions) -> Iterator[SampleRef]:
                 )
 
 
-LAYOUT = Layout("vad", VadOptions, samples, "VAD: labelled images, defects in the training split too")
+def recognise(source: Source) -> Recognised | None:
+    """Take train/{good,bad} and test/{good,bad,bad_unseen_defects} for this layout."""
+    for root in ("vad/", ""):
+        if all(source.has_folder(f"{root}{split}/{name}") for split, names in FOLDERS.items() for name in names):
+            return Recognised(
+                {},
+                (
+                    "good → normal; bad and bad_unseen_defects → defects; train and test as they lie",
+                    "train/bad stays in train, for supervised methods; others pass it over",
+                ),
+            )
+    return None
+
+
+LAYOUT = Layout("vad", VadOptions, samples, "VAD: labelled images, defects in the training split too", recognise)

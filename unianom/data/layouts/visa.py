@@ -6,9 +6,9 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unianom.data.layouts.base import Layout, LayoutOptions
+from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
 from unianom.data.layouts.mvtec import category_samples
-from unianom.data.layouts.names import choose
+from unianom.data.layouts.names import choose, listed
 from unianom.data.layouts.source import Entry, Source
 from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
@@ -100,4 +100,16 @@ def _read_split(source: Source, path: str) -> dict[str, list[dict[str, str]]]:
     return rows
 
 
-LAYOUT = Layout("visa", VisaOptions, samples, "VisA, raw with its split file or prepared")
+def recognise(source: Source) -> Recognised | None:
+    """Take the raw form with its split file, or the prepared form in 1cls, for this layout."""
+    if source.has_file(VisaOptions.split_csv):
+        return Recognised({}, (f"{VisaOptions.split_csv} → split, label and mask of every image",))
+    for folder in PREPARED:
+        if folder and source.has_folder(folder):
+            names = [name for name in source.folders(folder) if source.has_folder(f"{folder}/{name}/train/good")]
+            if names:
+                return Recognised({}, (f"{folder}/<category>/train/good and test/{{good,bad}}: {listed(names)}",))
+    return None
+
+
+LAYOUT = Layout("visa", VisaOptions, samples, "VisA, raw with its split file or prepared", recognise)
