@@ -152,26 +152,10 @@ def draw_outline(
     return drawn
 
 
-def jpeg(image: Pixels, quality: int = 85) -> bytes:
-    """Encode H×W×3 uint8 RGB as JPEG with colour at full resolution, so that thin outlines stay sharp."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
-    return buffer.getvalue()
-
-
 def webp(image: Pixels, quality: int = 82) -> bytes:
-    """Encode H×W×3 uint8 RGB as WebP, which browsers since 2020 show; it takes about half the bytes of `jpeg`."""
+    """Encode H×W×3 uint8 RGB as WebP, which every browser since 2020 shows."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "WEBP", quality=quality, method=4)
-    return buffer.getvalue()
-
-
-def heat_png(anomaly_map: ArrayLike, scale: HeatScale) -> bytes:
-    """Encode the heat map of an H×W map as a palette PNG: exact colours, a byte a pixel before compression."""
-    image = Image.fromarray(scale.levels(anomaly_map), mode="P")
-    image.putpalette(heat_colours().tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -11,7 +11,7 @@ from pipelines.reporting.headline import dataset_rows, headline_rows
 from pipelines.reporting.inputs import ReportInput
 from pipelines.reporting.metric_glossary import term_meanings
 from pipelines.reporting.model_comparison import category_table, headline_table
-from pipelines.reporting.overview import category_line, headline_tiles, threshold_lines, worst_first, wrong_rows
+from pipelines.reporting.overview import category_lines, headline_tiles, threshold_lines, worst_first, wrong_rows
 from pipelines.reporting.page import colours, figure_svg, frame_ratio, legend, scales_of, svg, templates
 from pipelines.reporting.page_facts import data_facts, evaluation_facts, model_details, page_title
 from pipelines.reporting.page_notices import count_unscored, shared_notices
@@ -97,7 +97,7 @@ def _block(
     every = [*rows, *(row for group in of.more for row in group.rows)]
     return {
         "category": of.category,
-        "lines": category_line(of.category, inputs),
+        "lines": category_lines(of.category, inputs),
         "ratio": frame_ratio([pictures.cards[row] for row in rows]),
         "large": [(role, pictures.cards[row]) for role, row in of.large],
         "more": [{"title": group.title, "left_out": group.left_out, "cards": cards} for group, cards in more],

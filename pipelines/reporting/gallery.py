@@ -17,7 +17,8 @@ from unianom.data.schema import ANOMALOUS, NORMAL
 MOST_CATEGORIES = 24
 """Categories that are pictured, the worst first: a page of more is too heavy."""
 
-WORST_DEFECT, WORST_NORMAL, BEST_DEFECT = "lowest-scoring defect", "highest-scoring normal image", "clearest defect"
+WORST_DEFECT, WORST_NORMAL, BEST_DEFECT = "faintest defect", "highest normal", "clearest defect"
+"""The large pictures: a defect with the lowest score, a normal image with the highest, a defect with the highest."""
 
 
 @dataclass(frozen=True, eq=False)

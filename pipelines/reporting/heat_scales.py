@@ -22,7 +22,14 @@ SCALE_MAPS = 64
 
 LIKE_SCORES = 0.1
 """Image scores and the maxima of their maps are taken to be the same values where they differ by no more than this
-share of the scale in the median: only then has the threshold a place on it."""
+share of the scale in the median."""
+
+ORDERED_LIKE_SCORES = 0.95
+"""Where they are not the same, such as a distance and its square, the threshold's place on the maps is estimated if
+their ranks are correlated at least so much."""
+
+NEIGHBOURS = 3
+"""Images on each side of the threshold that its place is estimated from."""
 
 ScaleKey = tuple[str, float | None]
 """A model's digest and its threshold for a category."""
@@ -34,11 +41,13 @@ class MarkedScale:
 
     Attributes:
         heat: its range of anomaly values.
-        threshold: value of the threshold; None where there is none, or where it is not on the scale of the maps.
+        threshold: the anomaly value at the threshold; None where there is no threshold, or none that maps can show.
+        exact: whether that is the threshold itself, or estimated from images on both sides of it.
     """
 
     heat: visual.HeatScale
     threshold: float | None
+    exact: bool = True
 
     @property
     def position(self) -> float | None:
@@ -88,7 +97,30 @@ def _scale(
     for sample_id, (anomalous, _) in samples.items():
         pixels[anomalous].append(maps[sample_id][::4, ::4].ravel())
     heat = visual.heat_scale(*(np.concatenate([*group, []]) for group in pixels))
-    differences = [abs(float(maps[i].max()) - score) for i, (_, score) in samples.items()]
-    if threshold is None or np.median(differences) > LIKE_SCORES * (heat.high - heat.low):
+    if threshold is None:
         return MarkedScale(heat, None)
-    return MarkedScale(visual.HeatScale(heat.low, max(heat.high, threshold)), threshold)
+    score = np.array([score for _, score in samples.values()])
+    highest = np.array([maps[sample_id].max() for sample_id in samples])
+    exact = bool(np.median(np.abs(highest - score)) <= LIKE_SCORES * (heat.high - heat.low))
+    value = threshold if exact else _value_at(threshold, score, highest)
+    if value is None:
+        return MarkedScale(heat, None)
+    return MarkedScale(visual.HeatScale(heat.low, max(heat.high, value)), value, exact)
+
+
+def _value_at(threshold: float, score: np.ndarray, highest: np.ndarray) -> float | None:
+    """Estimate the anomaly value at which images reach a threshold; None where maps do not tell.
+
+    Args:
+        threshold: on the scale of the scores.
+        score: (n,) of images.
+        highest: (n,) maxima of their maps.
+    """
+    order = np.argsort(score, kind="stable")
+    below, above = order[score[order] <= threshold], order[score[order] > threshold]
+    if len(below) == 0 or len(above) == 0:
+        return None
+    ranks = np.stack([np.argsort(np.argsort(of, kind="stable"), kind="stable") for of in (score, highest)])
+    if np.asarray(np.corrcoef(ranks))[0, 1] < ORDERED_LIKE_SCORES:
+        return None
+    return float(np.median(highest[below[-NEIGHBOURS:]]) + np.median(highest[above[:NEIGHBOURS]])) / 2

@@ -20,6 +20,7 @@ from pipelines.reporting.sections import Section, read_section
 from pipelines.runtime import outputs
 from pipelines.runtime.tracking import track
 from unianom import __version__, files
+from unianom.data.shards import ShardSet
 from unianom.options import to_plain
 
 
@@ -35,11 +36,8 @@ def write_report(options: ReportOptions) -> str:
     sections = [read_section(folder) for folder in options.sections]
     output = files.full_uri(options.output)
     digest = _plan(options, inputs, sections)
-    # the scores and shards that an evaluation names are read, too
-    given = (options.evaluation,) if options.evaluation is not None else options.evaluations
-    for folder, entry in zip(given or ("",), inputs, strict=True):
-        named = {"evaluation": folder, "evaluation's scores": entry.scores.uri, "evaluation's shards": shards.uri}
-        outputs.check_apart(output, named if folder else {"scores": entry.scores.uri, "shards": shards.uri})
+    for named in _inputs_by_option(options, inputs, shards):
+        outputs.check_apart(output, named)
     for folder in options.sections:
         outputs.check_apart(output, {"sections": folder})
     with (
@@ -51,6 +49,19 @@ def write_report(options: ReportOptions) -> str:
             files.write_bytes(output, make(inputs, shards, options.gallery, sections, digest).encode())
         run.artifacts({output.rsplit("/", 1)[-1]: files.read_bytes(output)})
     return output
+
+
+def _inputs_by_option(
+    options: ReportOptions, inputs: Sequence[ReportInput], shards: ShardSet
+) -> list[dict[str, str | None]]:
+    """Return all folders that are read, by option; the scores and shards that an evaluation names are, too."""
+    if options.scores is not None:
+        return [{"scores": options.scores, "shards": options.shards}]
+    option = "evaluations" if options.evaluations else "evaluation"
+    return [
+        {option: folder, f"{option}'s scores": entry.scores.uri, f"{option}'s shards": shards.uri}
+        for folder, entry in zip(options.evaluations or (options.evaluation,), inputs, strict=True)
+    ]
 
 
 def _plan(options: ReportOptions, inputs: Sequence[ReportInput], sections: Sequence[Section]) -> str:

@@ -21,25 +21,21 @@ NAMES = {
 
 
 def headline_table(inputs: Sequence[ReportInput]) -> list[dict[str, Any]]:
-    """Return the rows of the table of models: a name, what it is of, and a cell a model; the best is marked."""
+    """Return the rows of the table of models: a name and a cell a model; the best is marked."""
     totals = [entry.outcomes[0] for entry in inputs]
-    several = any(len(_metrics(entry)["categories"]) > 1 for entry in inputs)
     rows = [
-        _counts("missed", "anomalous images that pass", totals, lambda o: (o.missed, o.anomalous)),
-        _counts("flagged wrongly", "normal images that fail", totals, lambda o: (o.false_alarms, o.normal)),
+        _counts("missed anomalous images", totals, lambda o: (o.missed, o.anomalous)),
+        _counts("flagged normal images", totals, lambda o: (o.false_alarms, o.normal)),
     ]
-    of = "mean of categories" if several else ""
     for key in _keys(inputs):
         values = [_metrics(entry)["mean"].get(key) for entry in inputs]
-        rows.append(_row(NAMES.get(key, short_name(key)), of, values, [f"{percent(v)} %" for v in values], max))
+        rows.append(_row(NAMES.get(key, short_name(key)), values, [f"{percent(v)} %" for v in values], max))
     words = [" ".join(threshold_lines(entry)) for entry in inputs]
-    rows.append({"name": "threshold", "of": "", "text": True, "cells": [{"text": w, "best": False} for w in words]})
+    rows.append({"name": "threshold", "text": True, "cells": [{"text": w, "best": False} for w in words]})
     return [row for row in rows if any(cell["text"] not in (UNDEFINED, f"{UNDEFINED} %") for cell in row["cells"])]
 
 
-def _counts(
-    name: str, of: str, totals: Sequence[Outcome], numbers: Callable[[Outcome], tuple[int, int]]
-) -> dict[str, Any]:
+def _counts(name: str, totals: Sequence[Outcome], numbers: Callable[[Outcome], tuple[int, int]]) -> dict[str, Any]:
     """Return a row of "3 of 40", fewest best; a dash where nothing is decided or there is no such image."""
     shares: list[float | None] = []
     texts = []
@@ -48,16 +44,14 @@ def _counts(
         known = total.decided and every > 0
         shares.append(wrong / every if known else None)
         texts.append(f"{wrong:,} of {every:,} ({percent(wrong / every)} %)" if known else UNDEFINED)
-    return _row(name, of, shares, texts, min)
+    return _row(name, shares, texts, min)
 
 
-def _row(
-    name: str, of: str, values: Sequence[float | None], texts: Sequence[str], best: Callable[..., float]
-) -> dict[str, Any]:
+def _row(name: str, values: Sequence[float | None], texts: Sequence[str], best: Callable[..., float]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     first = best(known) if len(set(known)) > 1 else None
     cells = [{"text": t, "best": v is not None and v == first} for v, t in zip(values, texts, strict=True)]
-    return {"name": name, "of": of, "text": False, "cells": cells}
+    return {"name": name, "text": False, "cells": cells}
 
 
 def category_table(inputs: Sequence[ReportInput], categories: Sequence[str]) -> dict[str, Any]:
@@ -69,7 +63,7 @@ def category_table(inputs: Sequence[ReportInput], categories: Sequence[str]) -> 
         cells: list[dict[str, Any]] = []
         for key in keys:
             values = [found.get(name, {}).get(key) for found in of]
-            cells += _row("", "", values, [percent(value) for value in values], max)["cells"]
+            cells += _row("", values, [percent(value) for value in values], max)["cells"]
         rows.append({"name": name, "cells": cells})
     return {"groups": [NAMES.get(key, short_name(key)) for key in keys], "rows": rows}
 

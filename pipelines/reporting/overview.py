@@ -91,8 +91,8 @@ def _share(count: int, of: int) -> str:
     return f"{percent(count / of)} %"
 
 
-def category_line(name: str, inputs: Sequence[ReportInput]) -> list[tuple[str, str]]:
-    """Return of each input its name ("" of a single one) and what became of a category, with its image AUROC."""
+def category_lines(name: str, inputs: Sequence[ReportInput]) -> list[dict[str, str]]:
+    """Return of each input its name ("" of a single one), its figures of a category, and what it missed there."""
     lines = []
     for entry in inputs:
         of = entry.outcomes[1].get(name)
@@ -100,15 +100,15 @@ def category_line(name: str, inputs: Sequence[ReportInput]) -> list[tuple[str, s
             continue
         parts = []
         if of.decided and of.anomalous:
-            kinds = f" ({of.missed_words})" if of.missed_words else ""
-            parts.append(f"missed {of.missed:,} of {of.anomalous:,}{kinds}")
+            parts.append(f"missed {of.missed:,} of {of.anomalous:,}")
         if of.decided and of.normal:
             parts.append(f"flagged {of.false_alarms:,} of {counted(of.normal, 'normal image')}")
         rows = entry.evaluation["metrics"]["categories"] if entry.evaluation else []
         value = next((row.get("image_auroc") for row in rows if row["category"] == name), None)
         if value is not None:
             parts.append(f"image AUROC {percent(value)} %")
-        lines.append((entry.name if len(inputs) > 1 else "", " · ".join(parts)))
+        shown = entry.name if len(inputs) > 1 else ""
+        lines.append({"name": shown, "figures": " · ".join(parts), "missed": of.missed_words})
     return lines
 
 

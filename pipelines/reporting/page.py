@@ -82,11 +82,16 @@ def _scale(name: str, scale: MarkedScale) -> dict[str, Any]:
     position = scale.position
     return {
         "name": name,
-        "low": f"{scale.heat.low:.4g}",
-        "high": f"{scale.heat.high:.4g}",
-        "threshold": None if position is None else f"{scale.threshold:.4g}",
+        "low": number(scale.heat.low),
+        "high": number(scale.heat.high),
+        "mark": None if scale.threshold is None else "" if not scale.exact else number(scale.threshold),
         "position": None if position is None else f"{100 * position:.1f}",
     }
+
+
+def number(value: float) -> str:
+    """Return a number with four digits or more, none of them an exponent's unless it is tiny."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def legend(pictures: Pictures) -> dict[str, bool]:

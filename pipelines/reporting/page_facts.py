@@ -70,6 +70,8 @@ def _model_facts(model: Mapping[str, Any]) -> dict[str, str]:
         )
     threshold = model["threshold"]
     facts["threshold"] = "none" if threshold is None else f"{threshold['value']:.4g}: {promise_in_words(threshold)}"
+    for name, own in (model.get("category_thresholds") or {}).items():
+        facts[f"threshold of {name}"] = f"{own['value']:.4g}: {promise_in_words(own)}"
     return facts
 
 

@@ -65,10 +65,10 @@ def notices(evaluation: Mapping[str, Any], shard_manifest: Mapping[str, Any], ta
         )
     if threshold is None:
         notes.append("There is no threshold, so nothing is decided and no rate is given.")
-    elif threshold["union"] is not None and above_target(threshold["union"], threshold) and _promised(models):
+    elif threshold["union"] is not None and above_target(threshold["union"], threshold):
         warnings.append(
             f"The threshold flags {percent(threshold['union']['false_positive_rate'])} % of the normal images; it was "
-            f"set for at most {100 * threshold['target_fpr']:g} %, on normal images that these may differ from."
+            f"set for at most {100 * threshold['target_fpr']:.3g} %, on normal images that these may differ from."
         )
     notes += [f"From fitting the model: {text}." for text in _model_notices(models)]
     notes += _undefined(evaluation["metrics"]["categories"], table)
@@ -78,12 +78,6 @@ def notices(evaluation: Mapping[str, Any], shard_manifest: Mapping[str, Any], ta
             f"Pixel metrics of the union are off by at most {largest_error(evaluation):.2g} percentage points."
         )
     return [*(("warning", text) for text in warnings), *(("note", text) for text in notes)]
-
-
-def _promised(models: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether every threshold promises its rate; those of older versions do."""
-    given = [model["threshold"] for model in models if model["threshold"] is not None]
-    return all(threshold.get("promised", True) for threshold in given)
 
 
 def _model_notices(models: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -57,6 +57,7 @@ class Page(HTMLParser):
         self.notices: list[str] = []
         self._table = ""
         self._cell: list[str] | None = None
+        self._best: dict[str, list[list[bool]]] = {}
         self._words: list[str] = []
         self._first: list[str] = []
         self.feed(text)
@@ -73,11 +74,13 @@ class Page(HTMLParser):
         if tag == "table":
             self._table = given.get("id") or f"table {len(self.tables)}"
             assert self._table not in self.tables, "an id is used twice"
-            self.tables[self._table] = []
+            self.tables[self._table], self._best[self._table] = [], []
         elif tag == "tr":
             self.tables[self._table].append([])
+            self._best[self._table].append([])
         elif tag in ("td", "th"):
             self._cell = []
+            self._best[self._table][-1].append("best" in classes)
         elif tag == "figure":
             blocks = [of.get("data-category") or of.get("data-group") for _, of in self.open]
             plain = re.search(r"--plain: url\((.*?)\)", given.get("style", ""))
@@ -129,6 +132,11 @@ class Page(HTMLParser):
         """Return the cells of a row after its name."""
         (found,) = [row[1:] for row in self.tables[table] if row[0] == name]
         return found
+
+    def best(self, table: str) -> list[tuple[str, tuple[list[str], list[bool]]]]:
+        """Return the rows of a table: name, cells, and which of them are marked as the best."""
+        rows = zip(self.tables[table], self._best[table], strict=True)
+        return [(cells[0], (cells[1:], marks[1:])) for cells, marks in rows]
 
     def block(self, name: str, large: bool | None = None) -> list[Figure]:
         """Return the figures of a category or group."""
