@@ -11,8 +11,7 @@ from unianom.options import AtLeastZero, Options
 
 @dataclass(frozen=True)
 class ReportOptions(Options):
-    """Write one HTML file that shows whether a model works on your images: the best and worst of each category with
-    their heat maps, what was missed and what was flagged wrongly, figures and curves.
+    """Write one HTML file that shows whether a model works on your images.
 
     Give one evaluation, several of the same shard set to compare their models, or scores without an evaluation.
 
