@@ -14,12 +14,8 @@ def main(options: TrainJobOptions) -> None:
     for result in train(options):
         done = "fitted" if result.fresh else "was fitted already"
         console.print(f"model {done}: {result.folder} ({', '.join(result.categories)}: {result.summary})")
-        if result.threshold is not None:
-            t = result.threshold
-            console.print(
-                f"threshold {t.value:.6g}: at most {t.target_fpr:.3g} of normal images fail, at "
-                f"{100 * t.confidence:g} % confidence, from {t.n_normals} held-out normal images"
-            )
+        for line in result.threshold_lines():
+            console.print(line)
         if result.notice:
             console.print(result.notice)
 

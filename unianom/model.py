@@ -39,11 +39,12 @@ from unianom.thresholds import DecisionRule, Threshold
 
 FORMAT_VERSION = 1
 
-OPTIONAL_KEYS = ("calibrator", "decision_rule")
+OPTIONAL_KEYS = ("calibrator", "decision_rule", "category_thresholds", "normal_scores")
 
 KEYS = ("method", "config", "categories", "threshold", "provenance", "weights_sha256", "bank_sha256")
 """What `model.json` holds beside its format version; a calibrated model also has "calibrator", and one that
-a rule of decision was stored in "decision_rule"."""
+a rule of decision was stored in "decision_rule". Thresholds of single categories are "category_thresholds", and the
+scores they all were fitted to, "normal_scores"."""
 
 _SHAPES: dict[str, Callable[[Any], bool]] = {
     "method": lambda value: isinstance(value, str),
@@ -64,8 +65,9 @@ class ImageResult:
     Attributes:
         score: raw image score; higher is more anomalous.
         anomaly_map: S×S float32 at the model's input resolution, raw.
-        decision: "pass", "review" or "fail" by the model's decision rule, else "pass" or "fail" by its threshold; None
-            if it has neither, or if the rule has no thresholds for the image's category or that was not given.
+        decision: "pass", "review" or "fail" by the model's decision rule, else "pass" or "fail" by its threshold for
+            the image's category, or for all; None if it has neither, or if the rule has no thresholds for the image's
+            category or that was not given.
         calibrated_score: of the calibrated map; None if the model has no calibrator.
         calibrated_map: S×S float32; None if the model has no calibrator.
     """
@@ -84,11 +86,13 @@ class Model:
     Attributes:
         method: the method, in evaluation mode.
         categories: those it was fitted on, sorted.
-        threshold: from held-out normal scores; None if none was fitted.
+        threshold: of all categories together, from normal scores; None if none was fitted.
         provenance: data manifest, options, seeds and versions it came from.
         digest: SHA-256 of `model.json` once saved or loaded; names exactly this model.
         calibrator: brings scores to a scale that all categories share; None if none was fitted.
-        decision_rule: decides in place of the threshold; None if none was stored.
+        decision_rule: decides in place of the thresholds; None if none was stored.
+        category_thresholds: those of single categories, which judge images that are known to be of them.
+        normal_scores: the scores that the thresholds were fitted to, by category, ascending.
     """
 
     method: Method
@@ -98,6 +102,8 @@ class Model:
     digest: str = ""
     calibrator: Calibrator | None = None
     decision_rule: DecisionRule | None = None
+    category_thresholds: dict[str, Threshold] = field(default_factory=dict)
+    normal_scores: dict[str, list[float]] = field(default_factory=dict)
 
     def predict(
         self,
@@ -113,7 +119,8 @@ class Model:
             images: a list of them; of none the result is none.
             batch_size: images in one forward pass.
             limits: what an image may cost.
-            categories: of the images; only a calibrator or a decision rule that goes by category needs them.
+            categories: of the images, for thresholds of single categories; only a calibrator or a decision rule that
+                goes by category needs them.
             bits: that files with 16 bits a sample make use of, where they do not state it; as given to ingest.
 
         Raises:
@@ -164,7 +171,8 @@ class Model:
         rule = self.decision_rule
         if rule is not None:
             return rule.decide(score, calibrated_score, category) if rule.knows(category) else None
-        return None if self.threshold is None else str(self.threshold.decide(score))
+        threshold = self.threshold if category is None else self.category_thresholds.get(category, self.threshold)
+        return None if threshold is None else str(threshold.decide(score))
 
     @torch.inference_mode()
     def examine(
@@ -237,6 +245,7 @@ class Model:
             calibrator = _save_calibrator(uri, self.calibrator)
         else:
             files.remove(files.join(uri, CALIBRATOR))
+        own = {name: threshold.to_dict() for name, threshold in sorted(self.category_thresholds.items())}
         description = {
             "format_version": FORMAT_VERSION,
             "method": self.method.name,
@@ -246,6 +255,8 @@ class Model:
             "provenance": self.provenance,
             "weights_sha256": files.sha256_of(content),
             "bank_sha256": bank,
+            **({"category_thresholds": own} if own else {}),
+            **({"normal_scores": self.normal_scores} if self.normal_scores else {}),
             **({} if calibrator is None else {"calibrator": calibrator}),
             **({} if self.decision_rule is None else {"decision_rule": self.decision_rule.to_dict()}),
         }
@@ -450,6 +461,9 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
     method.eval().to(device)
     try:
         threshold = None if description["threshold"] is None else Threshold.from_dict(description["threshold"])
+        own = {name: Threshold.from_dict(one) for name, one in (description.get("category_thresholds") or {}).items()}
+        scores = description.get("normal_scores") or {}
+        normal_scores = {name: [float(score) for score in values] for name, values in scores.items()}
         rule = description.get("decision_rule")
         decision_rule = None if rule is None else DecisionRule.from_dict(rule)
     except (UnianomError, *_WRONG_VALUES) as error:
@@ -462,6 +476,8 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
         files.sha256_file(path),
         None if description.get("calibrator") is None else _load_calibrator(uri, description["calibrator"], device),
         decision_rule,
+        own,
+        normal_scores,
     )
 
 

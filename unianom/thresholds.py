@@ -10,6 +10,23 @@ The smallest r that keeps this at or below 1 − confidence is taken. If scores 
 a score equal to the threshold passes, and the distribution function at s_(r) is then at least the uniform order
 statistic it is in the continuous case. ("score ≥ threshold" would lose the guarantee.)
 
+Fewer normals than a rate needs support a higher one: the threshold at their highest score promises the rate
+1 − (1 − confidence)^(1/n). Where that is above `HIGHEST_PROMISED`, the same threshold is marked as promising nothing;
+all that is known then is that of n + 1 exchangeable scores each is the highest with probability 1/(n + 1).
+
+Scores of held-out normals are one source. The images of a memory bank itself are another (leave-one-out): each is
+scored as if the bank did not hold its own vectors. What is promised then assumes:
+
+- These images and those to be judged are exchangeable. Near-duplicates in the bank break that: they are scored as if
+  they had been seen before.
+- A score falls, or stays, where the bank gets more vectors. It does where it grows with the distances to the nearest
+  ones. A new image is then compared with one image more than those of the bank were, so the mean rate above the r-th
+  score is at most 1 − r/(n + 1), as of held-out scores. A coreset and PatchCore's re-weighting make this approximate:
+  a coreset was chosen with the image present, and without its vectors covers less than one chosen anew, so that its
+  score tends to be higher; the re-weighting may go either way.
+- Scores are independent, which the confidence needs. They share a bank, so they are not quite; in simulations broken
+  promises were as frequent as of independent scores (tests/methods/test_leave_one_out.py).
+
 Two such thresholds, for a low and a higher rate, make bands: fail above the one, review between both, pass below. A
 `DecisionRule` has bands for all categories together, or for each; every promise is then kept with the confidence
 asked for by itself, not all of them at once.
@@ -19,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,6 +49,17 @@ PASS, REVIEW, FAIL = "pass", "review", "fail"
 ScoreKind = Literal["raw", "calibrated"]
 """Which score of an image is judged."""
 
+Source = Literal["held_out", "leave_one_out"]
+"""Where normal scores are from: of images that were not learned from, or of those of a memory bank, each scored without
+its own vectors."""
+
+USUAL_FPR = 0.05
+"""Highest false-positive rate that is aimed at unless told otherwise."""
+
+HIGHEST_PROMISED = 0.2
+"""Highest false-positive rate that is promised unasked; a threshold from normals that support no lower one promises
+nothing."""
+
 # Slack for rounding in logarithms, so that the smallest rate n normals support needs n normals and not n + 1.
 _ROUNDING = 1e-9
 
@@ -42,11 +70,13 @@ class Threshold:
 
     Attributes:
         value: scores above it fail, scores at or below it pass.
-        target_fpr: the false-positive rate promised, in (0, 1).
+        target_fpr: the false-positive rate promised, in (0, 1); that which was aimed at, where nothing is promised.
         confidence: probability, over the draw of the normals, that the promise holds.
         n_normals: number of normal scores it was chosen from.
         rank: `value` is the rank-th smallest of them, from 1.
         observed_fpr: share of them above `value`; lower than the target by the margin the confidence asks for.
+        promised: whether the rate is promised; else `value` is the highest of too few scores.
+        source: where the scores are from.
     """
 
     value: float
@@ -55,6 +85,8 @@ class Threshold:
     n_normals: int
     rank: int
     observed_fpr: float
+    promised: bool = True
+    source: Source = "held_out"
 
     def decide(self, scores: ArrayLike) -> NDArray[np.str_]:
         """Return the decision for each score.
@@ -70,23 +102,31 @@ class Threshold:
         """
         return np.where(_finite_scores(scores) > self.value, "fail", "pass")
 
+    def promise(self) -> str:
+        """Say what is promised of normal images, and from what; the end of a sentence."""
+        return promise_in_words(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self)
+        """Return everything as plain JSON values; `promised` and `source` only where they are not the usual ones."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if name not in _USUAL or value != _USUAL[name]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Threshold:
         """Make an instance from what `to_dict` gave.
 
         Raises:
-            ModelError: keys are missing or unknown, or a value is not a number.
+            ModelError: keys are missing or unknown, or a value is not what it should be.
         """
         names = {field.name for field in fields(cls)}
-        if set(content) != names:
+        if set(content) | set(_USUAL) != names or not names - set(_USUAL) <= set(content):
             raise ModelError(
                 f"a threshold has the keys {', '.join(sorted(names))} but this one has "
                 f"{', '.join(sorted(content)) or 'none'}; fit it again with this version"
             )
+        promised, source = (content.get(name, usual) for name, usual in _USUAL.items())
+        if not isinstance(promised, bool) or source not in get_args(Source):
+            raise ModelError(f"a threshold is promised={promised} from source={source}; fit it again")
         try:
             return cls(
                 value=float(content["value"]),
@@ -95,9 +135,35 @@ class Threshold:
                 n_normals=int(content["n_normals"]),
                 rank=int(content["rank"]),
                 observed_fpr=float(content["observed_fpr"]),
+                promised=promised,
+                source=source,
             )
         except (TypeError, ValueError) as error:
             raise ModelError(f"a value of this threshold is not a number ({error}); fit it again") from error
+
+
+_USUAL: dict[str, Any] = {"promised": True, "source": "held_out"}
+"""Values that are not written, as thresholds of before have none."""
+
+
+def promise_in_words(threshold: Mapping[str, Any]) -> str:
+    """Say what a threshold promises of normal images, and from what; the end of a sentence.
+
+    Args:
+        threshold: content of `Threshold.to_dict`, also of an older version.
+    """
+    n = threshold["n_normals"]
+    images = "1 normal image" if n == 1 else f"{n:,} normal images"
+    if threshold.get("source", "held_out") == "leave_one_out":
+        source = f"{images}, each scored without its own vectors"
+    else:
+        source = "1 held-out normal image" if n == 1 else f"{n:,} held-out normal images"
+    if not threshold.get("promised", True):
+        return f"no promise, from too few scores: about 1 in {n + 1} normal images is expected to fail, from {source}"
+    return (
+        f"at most {100 * threshold['target_fpr']:.3g} % of normal images fail, at {100 * threshold['confidence']:g} % "
+        f"confidence, from {source}"
+    )
 
 
 def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95) -> Threshold:
@@ -127,7 +193,7 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
         lowest = smallest_supported_rate(n, confidence)
         raise OptionError(
             f"{n} normal scores cannot support a false-positive rate of {target_fpr:g} "
-            f"at {100 * confidence:g} % confidence: the lowest rate they support is {_rounded_up(lowest):g}, "
+            f"at {100 * confidence:g} % confidence: the lowest rate they support is {rounded_up(lowest):g}, "
             f"and {target_fpr:g} needs {needed} normal scores; "
             f"add normal images, or ask for a higher rate or a lower confidence"
         )
@@ -150,6 +216,75 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
         rank=rank,
         observed_fpr=float(np.count_nonzero(ordered > value) / n),
     )
+
+
+def fit_supported(
+    scores: ArrayLike, target_fpr: float | None = None, confidence: float = 0.95, source: Source = "held_out"
+) -> Threshold:
+    """Choose the threshold with the best promise that the scores support.
+
+    Args:
+        scores: (n,) scores of normal images, at least one.
+        target_fpr: highest false-positive rate wanted; None takes `USUAL_FPR`, or the lowest rate above it that n
+            normals support, or above `HIGHEST_PROMISED` no promise at all.
+        confidence: in (0, 1).
+        source: where the scores are from.
+
+    Raises:
+        OptionError, DataError: as `fit_threshold`.
+    """
+    if target_fpr is not None:
+        return replace(fit_threshold(scores, target_fpr, confidence), source=source)
+    n = max(1, np.size(scores))
+    rate = supported_rate(n, confidence)
+    if rate is not None:
+        return replace(fit_threshold(scores, rate, confidence), source=source)
+    highest = fit_threshold(scores, smallest_supported_rate(n, confidence), confidence)
+    return replace(highest, target_fpr=USUAL_FPR, promised=False, source=source)
+
+
+def supported_rate(n: int, confidence: float = 0.95) -> float | None:
+    """Return the false-positive rate that is promised of n normals unless another is asked for: `USUAL_FPR`, or the
+    lowest above it that they support; None where that is above `HIGHEST_PROMISED`.
+
+    Raises:
+        OptionError: a confidence outside (0, 1).
+    """
+    if n < normals_needed(HIGHEST_PROMISED, confidence):
+        return None
+    return max(USUAL_FPR, smallest_supported_rate(n, confidence))
+
+
+def fit_by_category(
+    normals: Mapping[str, ArrayLike],
+    target_fpr: float | None = None,
+    confidence: float = 0.95,
+    source: Source = "held_out",
+) -> dict[str, Threshold]:
+    """Choose the threshold of each category whose normals support a promise.
+
+    Args:
+        normals: (n,) scores of normal images by category.
+        target_fpr, confidence, source: see `fit_supported`.
+    """
+    needed = normals_needed(target_fpr or HIGHEST_PROMISED, confidence)
+    return {
+        name: fit_supported(scores, target_fpr, confidence, source)
+        for name, scores in sorted(normals.items())
+        if np.size(scores) >= needed
+    }
+
+
+def threshold_of(model: Mapping[str, Any], category: str | None) -> dict[str, Any] | None:
+    """Return the threshold by which a model judges images of a category, as plain data; None where it has none.
+
+    Args:
+        model: content of `model.json`, also of an older version.
+        category: None for images of unknown category.
+    """
+    own = (model.get("category_thresholds") or {}).get(category)
+    threshold: dict[str, Any] | None = model["threshold"] if own is None else own
+    return threshold
 
 
 def smallest_supported_rate(n: int, confidence: float = 0.95) -> float:
@@ -330,43 +465,55 @@ class DecisionRule:
         )
 
 
-def fit_bands(scores: ArrayLike, target_fpr: float, review_fpr: float, confidence: float = 0.95) -> Bands:
+def fit_bands(
+    scores: ArrayLike,
+    target_fpr: float | None,
+    review_fpr: float,
+    confidence: float = 0.95,
+    source: Source = "held_out",
+) -> Bands:
     """Choose both thresholds from the same normal scores.
 
     Args:
-        scores: (n,) scores of held-out normal images.
-        target_fpr: highest share of normal images that may fail.
+        scores: (n,) scores of normal images.
+        target_fpr: highest share of normal images that may fail; None as of `fit_supported`, and where the scores do
+            not support `review_fpr` either, nothing comes to review.
         review_fpr: highest share of normal images that may fail or come to review; at least `target_fpr`.
         confidence: of each promise.
+        source: where the scores are from.
 
     Raises:
         OptionError, DataError: as `fit_threshold`, or review_fpr is below target_fpr.
     """
-    if review_fpr < target_fpr:
+    if target_fpr is not None and review_fpr < target_fpr:
         raise OptionError(
             f"review_fpr={review_fpr:g} is below target_fpr={target_fpr:g}; it counts the images that fail, too, so "
             f"give at least as much"
         )
-    fail = fit_threshold(scores, target_fpr, confidence)
+    fail = fit_supported(scores, target_fpr, confidence, source)
+    review = fail
+    if fail.promised and review_fpr > fail.target_fpr:
+        review = fit_supported(scores, review_fpr, confidence, source)
     spread = float(np.std(np.sort(np.asarray(scores, dtype=np.float64))))  # sorted: rounding depends on the order
-    return Bands(fail, fit_threshold(scores, review_fpr, confidence), spread or 1.0)
+    return Bands(fail, review, spread or 1.0)
 
 
 def fit_rule(
     normals: Mapping[str, ArrayLike],
     kind: ScoreKind,
-    target_fpr: float,
+    target_fpr: float | None,
     review_fpr: float,
     confidence: float = 0.95,
     per_category: bool = False,
     pool_small: bool = False,
+    source: Source = "held_out",
 ) -> DecisionRule:
     """Choose the thresholds of a rule.
 
     Args:
-        normals: (n,) scores of held-out normal images by category.
+        normals: (n,) scores of normal images by category.
         kind: which scores these are.
-        target_fpr, review_fpr, confidence: see `fit_bands`.
+        target_fpr, review_fpr, confidence, source: see `fit_bands`.
         per_category: thresholds for each category instead of one pair for all.
         pool_small: judge categories with too few normals by thresholds from the normals of all categories, which
             promise a rate over the mixture of these normals and none for such a category alone.
@@ -375,31 +522,33 @@ def fit_rule(
         OptionError: a category has too few normals and `pool_small` is not set; or as `fit_bands`.
         DataError: as `fit_bands`.
     """
-    needed = normals_needed(target_fpr, confidence)
+    rate = target_fpr or HIGHEST_PROMISED
+    needed = normals_needed(rate, confidence)
     counts = {name: np.size(scores) for name, scores in normals.items()}
     small = {name: count for name, count in counts.items() if count < needed}
     everything = np.concatenate([np.asarray(scores, np.float64) for scores in normals.values()] or [np.zeros(0)])
     if not per_category:
-        return DecisionRule(kind, fit_bands(everything, target_fpr, review_fpr, confidence), {})
+        return DecisionRule(kind, fit_bands(everything, target_fpr, review_fpr, confidence, source), {})
     if small and not pool_small:
         raise OptionError(
-            f"too few held-out normal images for a false-positive rate of {target_fpr:g} at {100 * confidence:g} % "
+            f"too few normal images for a false-positive rate of {rate:g} at {100 * confidence:g} % "
             f"confidence, which takes {needed}: {_shortages(small, confidence)}; ask for a higher rate or a lower "
             f"confidence, or judge these by the normals of all categories together (too_few=pooled)"
         )
     own = {
-        name: fit_bands(scores, target_fpr, review_fpr, confidence)
+        name: fit_bands(scores, target_fpr, review_fpr, confidence, source)
         for name, scores in normals.items()
         if name not in small
     }
-    return DecisionRule(kind, fit_bands(everything, target_fpr, review_fpr, confidence) if small else None, own)
+    common = fit_bands(everything, target_fpr, review_fpr, confidence, source) if small else None
+    return DecisionRule(kind, common, own)
 
 
 def _shortages(counts: Mapping[str, int], confidence: float) -> str:
     """Return which categories have too few normals, and what rate they could support."""
     words = []
     for name, count in sorted(counts.items()):
-        best = f" (which support {_rounded_up(smallest_supported_rate(count, confidence)):g} at best)" if count else ""
+        best = f" (which support {rounded_up(smallest_supported_rate(count, confidence)):g} at best)" if count else ""
         words.append(f"{name} has {count}{best}")
     return ", ".join(words)
 
@@ -429,7 +578,7 @@ def _finite_scores(scores: ArrayLike) -> NDArray[np.float64]:
     return values
 
 
-def _rounded_up(rate: float) -> float:
+def rounded_up(rate: float) -> float:
     """Return a rate with three significant digits that is not below it, so that asking for what was printed works."""
     step = 10.0 ** (math.floor(math.log10(rate)) - 2)
     return math.ceil(rate / step) * step

@@ -114,6 +114,10 @@ class IngestOptions(Options):
         return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
 
 
+ThresholdSource = Literal["auto", "held_out", "leave_one_out"]
+"""Which normal images a threshold is chosen from."""
+
+
 @dataclass(frozen=True)
 class SplitOptions(Options):
     """How normal training images are held out.
@@ -122,7 +126,9 @@ class SplitOptions(Options):
         few_shot: normal images per category to learn from; None takes all.
         seed: of the held-out images and the few-shot draw.
         validation_fraction: share of each category held out where the shards have no "val" split.
-        target_fpr, confidence: of the threshold that the held-out images are to support.
+        target_fpr, confidence: of the threshold that normal images are to support.
+        source: which normal images these are; see `ThresholdOptions` of the training.
+        per_category: whether those of each category are to support one.
     """
 
     few_shot: AtLeastOne | None
@@ -130,6 +136,8 @@ class SplitOptions(Options):
     validation_fraction: ShareBelowOne
     target_fpr: OpenShare | None
     confidence: OpenShare
+    source: ThresholdSource = "auto"
+    per_category: bool = True
 
 
 @dataclass(frozen=True)

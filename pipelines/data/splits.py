@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,18 @@ from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.splits import few_shot, hash_order, hold_out
 from unianom.errors import DataError, OptionError
-from unianom.thresholds import normals_needed, smallest_supported_rate
+from unianom.thresholds import (
+    HIGHEST_PROMISED,
+    USUAL_FPR,
+    Source,
+    normals_needed,
+    rounded_up,
+    smallest_supported_rate,
+    supported_rate,
+)
 
-USUAL_FPR = 0.05
+LEFT_OUT: Source = "leave_one_out"
+"""The source of thresholds for which nothing is held out."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +34,13 @@ class TrainValSplit:
         learn: sample_ids of all that is learned from.
         held_out: of normal images that are not.
         anomalous: which of `learn` are anomalous.
+        source: which normal images the threshold is chosen from: `held_out`, or those of `learn`.
     """
 
     learn: frozenset[str]
     held_out: frozenset[str]
     anomalous: frozenset[str] = frozenset()
+    source: Source = "held_out"
 
 
 def choose_samples(
@@ -38,14 +50,14 @@ def choose_samples(
 
     Args:
         shards, categories, options: what to split, and how.
-        validate: hold normals out even if they are too few for a threshold.
+        validate: hold normals out whatever the source of the threshold, to validate with them.
         labels: learn from the anomalous training images, too; a category may then be without normal ones.
 
     Returns:
-        The split, and why there will be no threshold, or "".
+        The split, and why the threshold will promise less than is usual, or will not be there, or "".
 
     Raises:
-        OptionError: the held-out normals cannot support an explicitly given target rate.
+        OptionError: the normals cannot support an explicitly given target rate.
         DataError: a category has no training image, or no normal one where only these are learned from.
     """
     columns = ["sample_id", "category", "split"]
@@ -63,32 +75,95 @@ def choose_samples(
         ids, groups = [row["sample_id"] for row in train], [row["category"] for row in train]
         held_out = frozenset(hold_out(ids, groups, options.validation_fraction, options.seed))
     rest = [row for row in train if row["sample_id"] not in held_out]
-    learn = frozenset(row["sample_id"] for row in rest)
     if options.few_shot is not None:
         ids, groups = [row["sample_id"] for row in rest], [row["category"] for row in rest]
-        learn = frozenset(few_shot(ids, groups, options.few_shot, options.seed))
-    anomalous = _anomalous_shots(labelled, options)
+        shots = few_shot(ids, groups, options.few_shot, options.seed)
+        train = rest = [row for row in rest if row["sample_id"] in shots]
+    source: Source = "held_out"
+    if not validate:
+        of_category = Counter(row["category"] for row in normals if row["sample_id"] in held_out)
+        source = _source(of_category, train, any(row["split"] == "val" for row in normals), options)
+    if source == LEFT_OUT:
+        held_out, rest = frozenset(), train
+    count = len(rest) if source == LEFT_OUT else len(held_out)
+    notice = _shortage(count, source, len(train), options, validate)
+    learn, anomalous = frozenset(row["sample_id"] for row in rest), _anomalous_shots(labelled, options)
+    return TrainValSplit(learn | anomalous, held_out, anomalous, source), notice
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _source(
+    held_out: Mapping[str, int], train: Sequence[Mapping[str, Any]], val: bool, options: SplitOptions
+) -> Source:
+    """Return which normal images the threshold of a memory bank is chosen from.
+
+    Args:
+        held_out: number of images held out, by category.
+        train: rows of those that are in the bank where nothing is held out.
+        val: whether the images held out are a "val" split.
+        options: of the split.
+    """
+    if options.source != "auto":
+        return options.source
+    needed = normals_needed(options.target_fpr or USUAL_FPR, options.confidence)
+    categories = {row["category"] for row in train}
+    fewest = min(held_out.get(name, 0) for name in categories) if options.per_category else sum(held_out.values())
+    return "held_out" if fewest >= needed or (val and sum(held_out.values()) >= len(train)) else LEFT_OUT
+
+
+def _shortage(count: int, source: Source, train: int, options: SplitOptions, validate: bool) -> str:
+    """Return what follows from the number of normal images a threshold is chosen from, or "" if they suffice.
+
+    Args:
+        count: that number.
+        source: which images they are.
+        train: number of normal images that leave-one-out would take.
+        options: of the split.
+        validate: see `choose_samples`.
+
+    Raises:
+        OptionError: they cannot support an explicitly given target rate.
+    """
     target, confidence = options.target_fpr, options.confidence
+    left_out = source == LEFT_OUT
+    if left_out and count == 1:
+        return "no threshold: by leave_one_out the bank needs a second normal image; add normal images"
     needed = normals_needed(target or USUAL_FPR, confidence)
-    notice = ""
-    if len(held_out) < needed:
-        best = f"they support {smallest_supported_rate(len(held_out), confidence):.3g} at best" if held_out else "none"
-        shortage = (
-            f"{len(held_out)} held-out normal images cannot support a false-positive rate of "
-            f"{target or USUAL_FPR:g} at {100 * confidence:g} % confidence ({best}; {needed} are needed)"
+    if count >= needed:
+        return ""
+    named = counted(count, "normal image" if left_out else "held-out normal image")
+    sure = f"at {100 * confidence:g} % confidence"
+    if target is not None:
+        best = f"they support {rounded_up(smallest_supported_rate(count, confidence)):g} at best, " if count else ""
+        more = "" if left_out else " or --threshold.validation_fraction"
+        if not left_out and not validate and train > count:
+            more += f", take all {train} by --threshold.source {LEFT_OUT}"
+        raise OptionError(
+            f"{named} cannot support a false-positive rate of {target:g} {sure} ({best}{needed} are needed); leave "
+            f"--threshold.target_fpr out for a threshold with the promise that they do support, raise it{more}, or add "
+            f"normal images"
         )
-        if target is not None:
-            raise OptionError(
-                f"{shortage}; raise --threshold.target_fpr or --threshold.validation_fraction, or add normal images"
-            )
-        remedy = "ask for a higher --threshold.target_fpr" if held_out else "it takes normal images to hold out"
-        notice = f"no threshold: {shortage}; {remedy}"
-        if validate:
-            return TrainValSplit(learn | anomalous, held_out, anomalous), notice
-        held_out = frozenset()
-        if options.few_shot is None and not any(row["split"] == "val" for row in normals):
-            learn = frozenset(row["sample_id"] for row in train)
-    return TrainValSplit(learn | anomalous, held_out, anomalous), notice
+    if not count:
+        return (
+            "no threshold: no normal image is held out to choose it from; raise --threshold.validation_fraction, or "
+            "add normal images"
+        )
+    rate = supported_rate(count, confidence)
+    if rate is None:
+        enough = normals_needed(HIGHEST_PROMISED, confidence)
+        few = "is" if count == 1 else "are"
+        return (
+            f"the threshold promises nothing: {named} {few} too few, {enough} support a false-positive rate of "
+            f"{HIGHEST_PROMISED:g} {sure}, and {needed} one of {USUAL_FPR:g}"
+        )
+    return (
+        f"the threshold promises a false-positive rate of {rate:.3g}: {named} support no lower one {sure}, and "
+        f"{needed} are needed for {USUAL_FPR:g}"
+    )
 
 
 def held_out_record(shards: ShardSet, categories: list[str], options: SplitOptions) -> dict[str, Any]:

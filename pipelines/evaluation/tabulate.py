@@ -31,7 +31,10 @@ def tabulate(
         "tool_version": __version__,
         "scores": {"uri": scores.uri, "digest": scores.digest},
         "shards": {"uri": shards.uri, "digest": shards.digest},
-        "models": scores.manifest["models"],
+        "models": [
+            {key: value for key, value in model.items() if key != "normal_scores"}
+            for model in scores.manifest["models"]
+        ],
         "metrics": raw["metrics"],
         "datasets": raw["datasets"],
         "threshold": threshold_rates(scores, images),

@@ -72,7 +72,9 @@ def decide(options: DecideOptions) -> DecideResult:
     judged = sorted({row["category"] for row in scores.manifest["counts"]})
     if options.scores_kind == "calibrated":
         check_calibration(normals)
-    held_out = [row for row in held_out_scores(normals, shards, options.held_out_fraction) if row["category"] in judged]
+    kept = options.normals is None and options.scores_kind == "raw"
+    found = held_out_scores(normals, shards, options.held_out_fraction, kept)
+    held_out = [row for row in found if row["category"] in judged]
     rule = fit_decision_rule(held_out, judged, options)
     plan = {
         "scores": scores.digest,

@@ -31,6 +31,7 @@ def summarise(
         held_out: by category, how many normal images the thresholds were fitted to.
         rule, options: how it was decided.
     """
+    every = [bands for bands in (rule.common, *rule.categories.values()) if bands is not None]
     rows = []
     for name in sorted({category for category, _, _ in counts}):
         of_category = {key: count for key, count in counts.items() if key[0] == name}
@@ -39,11 +40,13 @@ def summarise(
         rows.append(_summary_row(ALL, counts, sum(held_out.values()), rule, own_bands=False))
     return {
         "scores_kind": rule.kind,
-        "target_fpr": options.target_fpr,
-        "review_fpr": options.review_fpr,
+        "target_fpr": max(bands.fail.target_fpr for bands in every),
+        "review_fpr": max(bands.review.target_fpr for bands in every),
         "confidence": options.confidence,
+        "promised": all(bands.fail.promised for bands in every),
+        "source": every[0].fail.source,
         "categories": rows,
-        "notes": [note for row in rows if row["category"] != ALL for note in _exceeded(row, options.target_fpr)],
+        "notes": [note for row in rows if row["category"] != ALL for note in _notes(row, rule)],
     }
 
 
@@ -84,8 +87,13 @@ def _summary_row(
     }
 
 
-def _exceeded(row: Mapping[str, Any], target: float) -> list[str]:
-    """Return a sentence if more normal test images fail than chance explains at the rate that was aimed at."""
+def _notes(row: Mapping[str, Any], rule: DecisionRule) -> list[str]:
+    """Return a sentence if nothing is promised of a category, or if more of its normal test images fail than chance
+    explains at the rate that is promised."""
+    fail = rule.bands(row["category"]).fail
+    if not fail.promised:
+        return [f"{row['category']}: {fail.promise()}"]
+    target = fail.target_fpr
     failed, count = row["normal_failed"], row["normal"]
     chance = float(binom.sf(failed - 1, count, target))
     if not count or chance > 0.05:

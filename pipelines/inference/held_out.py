@@ -1,8 +1,9 @@
-"""Scores of held-out normal images, and the decision rule that is fitted to them.
+"""Scores of normal images, and the decision rule that is fitted to them.
 
 Thresholds are fitted to normal images that no part of the model has learned from and that are not of the test split:
 those of the "val" split, or those the training held out of the "train" split, which its seed and their names tell.
-Rows of the test split are not even read for it.
+Where they were not scored, the scores are taken that the model keeps of its normal images: held-out ones, or those of
+its bank, each without its own vectors. Rows of the test split are not even read for it.
 """
 
 from __future__ import annotations
@@ -41,17 +42,20 @@ def check_calibration(normals: ScoreSet) -> None:
             )
 
 
-def held_out_scores(normals: ScoreSet, shards: ShardSet | None, fraction: float | None) -> list[dict[str, Any]]:
+def held_out_scores(
+    normals: ScoreSet, shards: ShardSet | None, fraction: float | None, kept: bool = False
+) -> list[dict[str, Any]]:
     """Return the scored normal images that no part of their model has learned from; never any of the test split.
 
     Args:
         normals: where their scores are.
         shards: the listing of all its images, where `normals` may not hold every category of a model.
         fraction: share of normal training images held out, for models that do not record it.
+        kept: whether the raw scores that a model keeps do, too.
 
     Returns:
-        Rows with sample_id, category, score, calibrated_score and model: of each model those of the "val" split where
-        there are such, else the held-out ones of "train".
+        Rows with category, score, calibrated_score, model and source: of each model those of the "val" split where
+        there are such, else the held-out ones of "train", else the raw scores that the model keeps.
 
     Raises:
         DataError: a model has none, or which they are cannot be told.
@@ -62,6 +66,9 @@ def held_out_scores(normals: ScoreSet, shards: ShardSet | None, fraction: float 
     for model in normals.manifest["models"]:
         scored = [row for row in rows if row["model"] == model["digest"]]
         chosen = [row for row in scored if row["split"] == "val"]
+        if kept and not chosen and _keeps_scores(model, scored):
+            held_out += _kept_scores(model)
+            continue
         if not chosen:
             ids = _held_out_ids(model, scored, normals, shards, fraction)
             chosen = [row for row in scored if row["sample_id"] in ids]
@@ -72,8 +79,28 @@ def held_out_scores(normals: ScoreSet, shards: ShardSet | None, fraction: float 
                 f"split they are in with jobs/score.py --splits val (or train, of which the held-out images are taken) "
                 f"and give that as --normals"
             )
-        held_out += with_score
+        held_out += [{**row, "source": "held_out"} for row in with_score]
     return held_out
+
+
+def _keeps_scores(model: Mapping[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Return whether the scores that a model keeps are taken: it held nothing out, or no image of train was scored."""
+    made = model["provenance"]
+    return bool(model.get("normal_scores")) and (made["held_out_normals"] == 0 or not rows)
+
+
+def _kept_scores(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the raw scores of normal images that a model keeps, as rows."""
+    common = {
+        "calibrated_score": None,
+        "model": model["digest"],
+        "source": model["threshold"].get("source", "held_out"),
+    }
+    return [
+        {"category": category, "score": score, **common}
+        for category, scores in model["normal_scores"].items()
+        for score in scores
+    ]
 
 
 def _held_out_ids(
@@ -91,6 +118,11 @@ def _held_out_ids(
             f"{name} was not trained on the shards of {normals.uri}, so what it held out of them cannot be told; score "
             f'the shards it was trained on, or shards with a "val" split, and give that as --normals'
         )
+    if made["held_out_normals"] == 0:
+        raise DataError(
+            f"{name} held no normal image out, so all of train was learned from; train it with --threshold.source "
+            f"held_out and --threshold.validation_fraction above 0, or give scores of a val split as --normals"
+        )
     if not any(row["split"] == "train" for row in rows):
         raise DataError(
             f"{normals.uri} holds no normal image of the train or val split; score one of them, by jobs/score.py "
@@ -101,11 +133,6 @@ def _held_out_ids(
             f'{name} held out the "val" split, of which {normals.uri} has no normal image; score it with '
             f"jobs/score.py --splits val and give that as --normals"
         )
-    if made["held_out_normals"] == 0:
-        raise DataError(
-            f"{name} held no normal image out, so all of train was learned from; train it with "
-            f"--threshold.validation_fraction above 0, or give scores of a val split as --normals"
-        )
     listed = rows
     if shards is not None and shards.digest == normals.manifest["shards"]["digest"]:
         selection = Selection(("train",), tuple(model["categories"]), (NORMAL,))
@@ -115,7 +142,7 @@ def _held_out_ids(
 
 
 def fit_decision_rule(held_out: list[dict[str, Any]], categories: list[str], options: DecideOptions) -> DecisionRule:
-    """Fit thresholds to the scores of held-out normal images.
+    """Fit thresholds to the scores of normal images.
 
     Raises:
         DataError: calibrated scores are asked for, and there are none.
@@ -130,6 +157,7 @@ def fit_decision_rule(held_out: list[dict[str, Any]], categories: list[str], opt
     groups: dict[str, list[float]] = {category: [] for category in categories}
     for row in held_out:
         groups[row["category"]].append(row[key])
+    left_out = any(row["source"] == "leave_one_out" for row in held_out)
     return fit_rule(
         groups,
         options.scores_kind,
@@ -138,4 +166,5 @@ def fit_decision_rule(held_out: list[dict[str, Any]], categories: list[str], opt
         options.confidence,
         options.per_category,
         options.too_few == "pooled",
+        "leave_one_out" if left_out else "held_out",
     )

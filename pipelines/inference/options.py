@@ -9,7 +9,7 @@ from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
 from unianom.options import AtLeastOne, AtLeastZero, OpenShare, Options, Share
-from unianom.thresholds import ScoreKind
+from unianom.thresholds import USUAL_FPR, ScoreKind
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,16 @@ class DecideOptions(Options):
         scores: score set to judge; path or URI.
         output: folder to write; path or URI.
         normals: score set of the held-out normal images, by the same models: of the "val" split, or of "train", of
-            which only what the training held out is taken; null looks for them among `scores`.
+            which only what the training held out is taken; null looks for them among `scores`, and takes for a model
+            that has none there the normal scores that its own thresholds were fitted to.
         shards: the shard set of `scores`, for pictures of the queue, and to tell what was held out where only some
             categories were scored; path or URI, null for neither.
         scores_kind: judge "raw" or "calibrated" scores.
         per_category: thresholds for each category instead of one pair for all.
         too_few: with `per_category`, "refuse" if a category has too few normal images for `target_fpr`, or judge it by
             the normal images of all categories ("pooled"), which promises nothing of that category alone.
-        target_fpr: highest share of normal images that may fail.
+        target_fpr: highest share of normal images that may fail; null aims at 0.05 and takes, where there are too few
+            normal images for that, the lowest that they support, or, above 0.2, promises nothing and says so.
         review_fpr: highest share of normal images that may fail or come to review.
         confidence: probability that a promise holds; of each promise by itself.
         held_out_fraction: share of its normal training images that the model held out, for models that do not record
@@ -81,7 +83,7 @@ class DecideOptions(Options):
     scores_kind: ScoreKind = "raw"
     per_category: bool = False
     too_few: Literal["refuse", "pooled"] = "refuse"
-    target_fpr: OpenShare = 0.05
+    target_fpr: OpenShare | None = None
     review_fpr: OpenShare = 0.2
     confidence: OpenShare = 0.95
     held_out_fraction: OpenShare | None = None
@@ -93,9 +95,10 @@ class DecideOptions(Options):
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
     def check(self) -> None:
-        if self.review_fpr < self.target_fpr:
+        target = self.target_fpr or USUAL_FPR
+        if self.review_fpr < target:
             raise OptionError(
-                f"review_fpr={self.review_fpr:g} is below target_fpr={self.target_fpr:g}; it counts the images that "
+                f"review_fpr={self.review_fpr:g} is below target_fpr={target:g}; it counts the images that "
                 f"fail, too, so give at least as much"
             )
         if self.too_few == "pooled" and not self.per_category:

@@ -15,7 +15,7 @@ QUEUES = {"uncertain": "nearest to the threshold to fail", "anomalous": "highest
 COLUMNS = {
     "category": "category",
     "thresholds": "thresholds",
-    "unseen_normals": "held-out normals",
+    "unseen_normals": "normals fitted to",
     "review_above": "review above",
     "fail_above": "fail above",
     "normal": "normal",
@@ -46,8 +46,10 @@ def _table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def _promise(summary: Mapping[str, Any]) -> str:
     """Say what is promised of normal images."""
+    if not summary.get("promised", True):
+        return "nothing of some or all categories, for which there are too few normal images (see the notes)"
     return (
-        f"at most {100 * summary['target_fpr']:g} % of normal images fail and at most "
+        f"at most {100 * summary['target_fpr']:.3g} % of normal images fail and at most "
         f"{100 * summary['review_fpr']:g} % fail or come to review, each at {100 * summary['confidence']:g} % "
         f"confidence"
     )
@@ -65,9 +67,12 @@ def decisions_section(summary: Mapping[str, Any], queues: Sequence[str]) -> dict
         summary: content of summary.json.
         queues: lists of the review queue that have a contact sheet.
     """
+    images = "normal images that the model has not learned from and that are not of the test split"
+    if summary.get("source") == "leave_one_out":
+        images = "the normal images of the memory bank, each scored without its own vectors"
     text = [
-        f"Thresholds on {summary['scores_kind']} scores, fitted to normal images that the model has not learned from "
-        f"and that are not of the test split: {_promise(summary)}. The shares are of test images.",
+        f"Thresholds on {summary['scores_kind']} scores, fitted to {images}; promised is: {_promise(summary)}. The "
+        f"shares are of test images.",
         *(f"{note}." for note in summary["notes"]),
     ]
     table = {"title": "Decisions", "columns": list(COLUMNS.values()), "rows": _table(summary)}

@@ -62,10 +62,14 @@ def _print_rates(threshold: Mapping[str, Any] | None) -> None:
         console.print("no threshold in the model, so no decisions were evaluated")
         return
     met = threshold["union"]
-    promised = f"{100 * threshold['target_fpr']:g} % at {100 * threshold['confidence']:g} % confidence"
+    promised = (
+        f"promised at most {100 * threshold['target_fpr']:.3g} % at {100 * threshold['confidence']:g} % confidence"
+    )
+    if not threshold.get("promised", True):
+        promised = "no promise: too few normal images"
     if met is not None and met["false_positive_rate"] is not None:
         caught = "–" if met["detection_rate"] is None else f"{100 * met['detection_rate']:.1f} %"
         console.print(
             f"at the threshold: {100 * met['false_positive_rate']:.1f} % of {met['n_normal']} normal images fail "
-            f"(promised at most {promised}), {caught} of {met['n_anomalous']} anomalous images are caught"
+            f"({promised}), {caught} of {met['n_anomalous']} anomalous images are caught"
         )

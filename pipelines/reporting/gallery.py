@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pipelines.reporting.inputs import ReportInput
 from pipelines.reporting.samples import text_column
-from pipelines.reporting.threshold_values import threshold_of
 from unianom.data.schema import ANOMALOUS, NORMAL
+from unianom.thresholds import threshold_of
 
 MOST_CATEGORIES = 24
 """Categories that are pictured, the worst first: a page of more is too heavy."""
@@ -112,7 +112,7 @@ def margins(entry: ReportInput) -> np.ndarray:
         usual = score[scored & (label == NORMAL)] if np.any(scored & (label == NORMAL)) else score[scored]
         for name in set(category[scored]):
             threshold = threshold_of(of_model, name)
-            start = np.median(usual) if threshold is None else threshold
+            start = np.median(usual) if threshold is None else threshold["value"]
             own = scored & (category == name)
             margin[own] = (score[own] - start) / (usual.std() or 1.0)
     return margin

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 
 from pipelines.reporting.inputs import ReportInput
 from pipelines.reporting.samples import read_samples, text_column
-from pipelines.reporting.threshold_values import threshold_of
 from unianom import visual
 from unianom.data.image import decode_map
 from unianom.data.schema import ANOMALOUS
 from unianom.data.splits import hash_order
+from unianom.thresholds import threshold_of
 
 SCALE_MAPS = 64
 """Number of maps of normal images, and as many of others, that set a scale."""
@@ -60,7 +60,8 @@ class MarkedScale:
 def scale_key(entry: ReportInput, digest: str, category: str) -> ScaleKey:
     """Return the key of the scale of a category's pictures."""
     model = next(model for model in entry.models if model["digest"] == digest)
-    return digest, threshold_of(model, category)
+    threshold = threshold_of(model, category)
+    return digest, None if threshold is None else threshold["value"]
 
 
 def heat_scales(entry: ReportInput) -> dict[ScaleKey, MarkedScale]:

@@ -11,8 +11,7 @@ from pipelines.reporting.inputs import ReportInput
 from pipelines.reporting.metric_text import aupro_keys, percent
 from pipelines.reporting.outcomes import Outcome, counted
 from pipelines.reporting.samples import text_column
-from pipelines.reporting.threshold_values import threshold_entry
-from unianom.promise import promise_in_words
+from unianom.thresholds import promise_in_words, threshold_of
 
 TILES = (("image AUROC", "image_auroc"), ("pixel AUROC", "pixel_auroc"))
 """Headline figures by their key, before AUPRO."""
@@ -43,7 +42,7 @@ def threshold_lines(entry: ReportInput) -> list[str]:
     values: dict[str, dict[float, list[str]]] = {}
     without: list[str] = []
     for digest, category in used:
-        found = threshold_entry(models[digest], category)
+        found = threshold_of(models[digest], category)
         if found is None:
             without.append(category)
         else:

@@ -16,7 +16,7 @@ from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import ShardSet
 from unianom.options import flatten, from_plain
-from unianom.promise import promise_in_words
+from unianom.thresholds import promise_in_words
 
 
 def page_title(inputs: Sequence[ReportInput]) -> str:

@@ -22,9 +22,9 @@ from pipelines.reporting.page_tables import sample_counts
 from pipelines.reporting.pictures import Pictures, draw_pictures
 from pipelines.reporting.samples import text_column
 from pipelines.reporting.sections import Section
-from pipelines.reporting.threshold_values import threshold_of
 from unianom import __version__, visual
 from unianom.data.shards import ShardSet
+from unianom.thresholds import threshold_of
 
 LARGE = 4
 """Pictures of the first screen."""
@@ -115,7 +115,8 @@ def _thresholds(entry: ReportInput) -> list[float]:
     """Return the thresholds in use, each once."""
     models = {model["digest"]: model for model in entry.models}
     pairs = set(zip(text_column(entry.table, "model"), text_column(entry.table, "category")))
-    return sorted({value for digest, name in pairs if (value := threshold_of(models[digest], name)) is not None})
+    found = (threshold_of(models[digest], name) for digest, name in pairs)
+    return sorted({threshold["value"] for threshold in found if threshold is not None})
 
 
 def _histogram(entry: ReportInput, thresholds: Sequence[float]) -> Any:

@@ -82,6 +82,7 @@ class ModelSet:
                 kept = {key: content[key] for key in ("method", "config", "categories", "threshold", "provenance")}
                 kept["calibrator"] = content.get("calibrator")
                 kept["decision_rule"] = content.get("decision_rule")
+                kept |= {key: content[key] for key in ("category_thresholds", "normal_scores") if key in content}
             except FileNotFoundError as error:
                 raise ModelError(f"{path} is missing; copy the whole folder again or fit the model again") from error
             except (ValueError, KeyError, TypeError) as error:

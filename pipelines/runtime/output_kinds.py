@@ -15,6 +15,7 @@ _MODEL = (
     r"weights\.safetensors",
     r"calibrator\.safetensors",
     r"bank/manifest\.json",
+    r"bank/origins\.parquet",
     r"bank/shard-\d{5}-of-\d{5}\.faiss",
 )
 _PARTS = (r"_manifest\.json", r"_part-[\w.-]+\.json")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pipelines.data.reader import missing_masks
-from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
+from pipelines.data.splits import LEFT_OUT, TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_model
 from pipelines.runtime.run_record import Run
@@ -28,7 +28,7 @@ from pipelines.training.per_category import FitResult, FitTask, fit_all, open_mo
 from pipelines.training.prepared import feature_names, learnable, prepare_features, prepare_pixels
 from pipelines.training.ray_training import run_job
 from pipelines.training.samples import TrainingImages
-from pipelines.training.threshold import held_out_threshold
+from pipelines.training.threshold import score_held_out, set_thresholds
 from pipelines.training.trainer import evaluation_mode
 from unianom import files
 from unianom.data.schema import ANOMALOUS
@@ -61,6 +61,11 @@ def train_networks(name: str, config: Any, options: TrainingOptions, run: Run) -
 
 def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[FitTask]:
     """Plan what `train_networks` trains; arguments and errors are the same."""
+    if options.threshold.source == LEFT_OUT:
+        raise OptionError(
+            f"threshold.source={LEFT_OUT} is for methods with a memory bank, and {name} has none; take held_out, or "
+            f"leave it out"
+        )
     batch_spec = make_method(name, config).batch_spec
     weights = cache(weights_digest)
 
@@ -112,8 +117,10 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
         job = plan_job(name, config, options, shards, categories, chosen, work)
         run_job(job, options, work, run, prefix)
     model = load_model(trained, "cpu")
-    scored = frozenset() if notice else chosen.held_out
-    threshold = held_out_threshold(model, files.join(work, "fitted"), shards, scored, options)
+    final = Model(model.method, categories)
+    if chosen.held_out:
+        normals = score_held_out(trained, shards, chosen.held_out, categories, options)
+        set_thresholds(final, normals, options.threshold)
     provenance = {
         "plan_digest": digest,
         "shards": {"digest": shards.digest},  # not where they lie: a copy elsewhere makes the same model
@@ -133,7 +140,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
         "device": options.runtime.device,
         "versions": versions(),
     }
-    final = Model(model.method, categories, threshold, provenance)
+    final.provenance = provenance
     final.save(output)
     files.remove(work)
     return _result(final, output, fresh=True)
@@ -150,6 +157,7 @@ def _result(model: Model, output: str, fresh: bool) -> FitResult:
         summary=f"{made['iterations']} steps on {kinds} images",
         metrics={"images": made["images"], "iterations": made["iterations"]},
         threshold=model.threshold,
+        category_thresholds=model.category_thresholds,
         notice=model.provenance["notice"],
     )
 

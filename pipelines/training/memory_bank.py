@@ -1,7 +1,7 @@
 """Fitting a memory method: normal images → patches → coreset → bank → threshold → model folder.
 
-    shards ─▶ actors: decode, embed, mask ─▶ cached patches ─▶ coreset ─▶ bank ─▶ scores of held-out normals ─▶
-    threshold ─▶ model folder
+    shards ─▶ actors: decode, embed, mask ─▶ cached patches ─▶ coreset ─▶ bank ─▶ scores of held-out normals, or of all
+    images of the bank without their own vectors ─▶ threshold ─▶ model folder
 
 Patches are computed by part with fixed batches and threads, and read in the order of the parts, so the bank is the
 same, bit for bit, whatever the number of workers. They stay until the model is written, so a killed run continues.
@@ -17,22 +17,31 @@ import numpy as np
 
 from pipelines.data.feature_cache import FeatureCache
 from pipelines.data.image_source import SampleSource
-from pipelines.data.patch_matrix import PATCHES, KeptPatches, PatchMatrix
-from pipelines.data.splits import TrainValSplit, choose_samples, held_out_record
+from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
+from pipelines.data.splits import LEFT_OUT, TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_memory_method, load_model, make_memory_method
 from pipelines.runtime.progress import Progress
+from pipelines.training.leave_one_out import score_left_out
 from pipelines.training.options import WORK, FitOptions
 from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
-from pipelines.training.threshold import held_out_threshold
+from pipelines.training.threshold import NormalScores, score_held_out, set_thresholds
 from unianom import files
 from unianom.configs.bank import BankConfig
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.memory.coreset import greedy_coreset
 from unianom.memory.index import MemoryBank
+from unianom.memory.origins import Origins
+from unianom.methods import MemoryMethod
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
+
+TOO_FEW_VECTORS = (
+    "no threshold: without the vectors of one image the bank has fewer of others than scores need; add normal images, "
+    "raise --method.bank.coreset_ratio, or take --threshold.source held_out"
+)
+"""Notice of a model whose images have no leave-one-out scores."""
 
 
 def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:
@@ -91,13 +100,27 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
         return _result(load_model(output, "cpu"), output, False, 0.0)
     work = files.join(output, WORK)
     connect(options.runtime)
-    embedded, rate = _embed(name, task, work, options)
+    embedded, rate = _embed(name, task, files.join(work, "patches"), options)
     method = load_memory_method(embedded.encoder, "cpu")
-    patches = PatchMatrix(embedded.open().arrays(PATCHES))
-    method.bank, radius = build_bank(patches, config.bank)
+    cached = embedded.open()
+    patches = PatchMatrix(cached.arrays(PATCHES))
+    rows = shards.table(_normals(categories), ["sample_id", "category"]).to_pylist()
+    images = [row for row in rows if row["sample_id"] in chosen.learn]  # in the order of the cache
+    counts = np.concatenate([keep.sum(1) for keep in cached.arrays(KEEP)])
+    came_from = np.repeat(np.arange(len(images), dtype=np.int32), counts)
+    origins = Origins(tuple(row["sample_id"] for row in images), came_from)
+    method.bank, radius = build_bank(patches, config.bank, origins)
     method.check_bank()
-    fitted = files.join(work, "fitted")
-    threshold = held_out_threshold(Model(method, categories), fitted, shards, chosen.held_out, options)
+    model = Model(method, categories)
+    if chosen.held_out or (chosen.source == LEFT_OUT and len(images) > 1):
+        fitted = files.join(work, "fitted")
+        model.save(fitted)
+        if chosen.source == LEFT_OUT:
+            normals = _left_out(fitted, method, embedded, name, task, [row["category"] for row in images], options)
+            notice = notice if normals.by_category else TOO_FEW_VECTORS
+        else:
+            normals = score_held_out(fitted, shards, chosen.held_out, categories, options)
+        set_thresholds(model, normals, options.threshold)
     provenance = {
         "plan_digest": digest,
         "shards": {"digest": shards.digest},  # not where they lie: a copy elsewhere makes the same model
@@ -115,7 +138,7 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
         "device": options.runtime.device,
         "versions": versions(),
     }
-    model = Model(method, categories, threshold, provenance)
+    model.provenance = provenance
     model.save(output)
     files.remove(work)
     return _result(model, output, True, rate)
@@ -131,15 +154,39 @@ def _result(model: Model, output: str, fresh: bool, rate: float) -> FitResult:
         summary=f"{made['images']} normal images, {made['patches']} patches, bank of {made['rows']}",
         metrics={**metrics, "images_per_second": rate} if fresh else metrics,
         threshold=model.threshold,
+        category_thresholds=model.category_thresholds,
         notice=model.provenance["notice"],
     )
 
 
-def _embed(name: str, task: FitTask, work: str, options: FitOptions) -> tuple[FeatureCache, float]:
-    """Cache the patches of the images to learn from in the folder of unfinished work; also images per second."""
-    config, selection = task.config, Selection(("train",), tuple(task.categories), (NORMAL,))
+def _normals(categories: Sequence[str]) -> Selection:
+    return Selection(("train",), tuple(categories), (NORMAL,))
+
+
+def _left_out(
+    fitted: str,
+    method: MemoryMethod,
+    embedded: FeatureCache,
+    name: str,
+    task: FitTask,
+    categories: Sequence[str],
+    options: FitOptions,
+) -> NormalScores:
+    """Return the leave-one-out scores of the images of a bank; none if it has too few vectors for them."""
+    if method.masks_bank_otherwise:
+        folder = files.join(task.output, WORK, "scored_patches")
+        embedded, _ = _embed(name, task, folder, options, for_bank=False)
+    found = score_left_out(fitted, embedded, categories, options.runtime)
+    return NormalScores(LEFT_OUT, {}) if found is None else found
+
+
+def _embed(
+    name: str, task: FitTask, folder: str, options: FitOptions, for_bank: bool = True
+) -> tuple[FeatureCache, float]:
+    """Cache the patches of the images to learn from in a folder of unfinished work; also images per second."""
+    config, selection = task.config, _normals(task.categories)
     embedded = FeatureCache.below(
-        files.join(work, "patches"),
+        folder,
         "patches",
         {"": SampleSource(task.shards, selection, options.limits, task.chosen.learn)},
         {"method": name, "config": to_plain(config), "weights": task.plan["weights"]},
@@ -150,14 +197,20 @@ def _embed(name: str, task: FitTask, work: str, options: FitOptions) -> tuple[Fe
     def encoder() -> Model:
         return Model(make_memory_method(name, config), task.categories)
 
-    extractor = KeptPatches(embedded.encoder, for_bank=True)
+    extractor = KeptPatches(embedded.encoder, for_bank)
     return embedded, embedded.fill(
         {"": extractor}, options.batch_size, options.runtime, "embed", encoder, temporary=True
     )
 
 
-def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, float]:
-    """Choose the coreset and index it; also the cover radius in the projected space."""
+def build_bank(patches: PatchMatrix, config: BankConfig, origins: Origins | None = None) -> tuple[MemoryBank, float]:
+    """Choose the coreset and index it; also the cover radius in the projected space.
+
+    Args:
+        patches: of all images.
+        config: of the bank.
+        origins: the image of each patch, where the bank is to know those of its vectors.
+    """
     count = max(1, int(config.coreset_ratio * patches.rows))
     radius = 0.0
     indices = np.arange(patches.rows)
@@ -173,7 +226,8 @@ def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, fl
         progress.close()
         indices, radius = chosen.indices, chosen.radius
     # ascending rows, so that equal distances fall to the earliest patch whatever the order of choice
-    vectors = patches.take(np.sort(indices))
+    indices = np.sort(indices)
+    vectors = patches.take(indices)
     metadata = {
         "coreset_ratio": config.coreset_ratio,
         "projection": config.projection,
@@ -190,5 +244,6 @@ def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, fl
         nprobe=config.nprobe,
         seed=config.seed,
         metadata=metadata,
+        origins=None if origins is None else Origins(origins.images, origins.rows[indices]),
     )
     return bank, radius

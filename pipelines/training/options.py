@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from pipelines.data.options import SplitOptions
+from pipelines.data.options import SplitOptions, ThresholdSource
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.configs import all_configs, has_bank
 from unianom.configs.calibration import CalibrationConfig
@@ -33,19 +33,26 @@ WORK = "_work"
 
 @dataclass(frozen=True)
 class ThresholdOptions(Options):
-    """How the decision threshold is chosen, from normal images that are in no bank and no training batch.
+    """How the decision thresholds are chosen, from scores of normal images.
 
     Args:
-        target_fpr: highest share of normal images that may fail; null aims at 0.05 and leaves the model without a
-            threshold, saying so, where the held-out normals cannot support that.
+        target_fpr: highest share of normal images that may fail; null aims at 0.05 and takes, where there are too few
+            normal images for that, the lowest that they support, or, above 0.2, promises nothing and says so.
         confidence: probability that the promise holds.
+        source: "held_out" takes normal images that are in no bank and no training batch; "leave_one_out", for methods
+            with a memory bank, all that are in the bank, each scored as if the bank did not hold its own vectors;
+            "auto" takes those held out where they suffice for target_fpr in every category, or the method has no bank.
         validation_fraction: share of each category's normal training images held out where the shards have no "val"
-            split; 0 for none, and then no threshold.
+            split; 0 for none.
+        per_category: where there are several categories, also a threshold for each whose normal images support a
+            promise; images that are known to be of it are judged by that one.
     """
 
     target_fpr: OpenShare | None = None
     confidence: OpenShare = 0.95
+    source: ThresholdSource = "auto"
     validation_fraction: ShareBelowOne = 0.2
+    per_category: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class FitOptions(Options):
             validation_fraction=threshold.validation_fraction,
             target_fpr=threshold.target_fpr,
             confidence=threshold.confidence,
+            source=threshold.source,
+            per_category=threshold.per_category,
         )
 
 
@@ -252,6 +261,14 @@ class TrainJobOptions(FitOptions):
             own = {name: plain_options(values, config) for name, values in written.items()}
             given = {**given, "category_options": own}
         return super().resolve(given)
+
+    @property
+    def split(self) -> SplitOptions:
+        """How normal training images are held out: for thresholds on calibrated scores, too, which no image has without
+        its own vectors."""
+        split = super().split
+        held_out = self.calibrate is not None and split.source == "auto"
+        return dataclasses.replace(split, source="held_out") if held_out else split
 
     def check(self) -> None:
         super().check()

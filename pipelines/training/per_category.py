@@ -50,8 +50,9 @@ class FitResult:
         fresh: whether this run wrote it.
         summary: what it was made of, in words.
         metrics: what it was made of, in numbers.
-        threshold: the stored threshold, or None.
-        notice: why there is no threshold, else "".
+        threshold: the stored threshold of all categories together, or None.
+        category_thresholds: those of single categories.
+        notice: why the threshold promises less than is usual, or is not there, else "".
     """
 
     folder: str
@@ -60,7 +61,18 @@ class FitResult:
     summary: str
     metrics: dict[str, float]
     threshold: Threshold | None
+    category_thresholds: dict[str, Threshold]
     notice: str
+
+    def threshold_lines(self) -> list[str]:
+        """Return the thresholds with what they promise, a line each."""
+        if self.threshold is None:
+            return []
+        lines = [f"threshold {self.threshold.value:.6g}: {self.threshold.promise()}"]
+        return lines + [
+            f"threshold of {name} {own.value:.6g}: {own.promise()}"
+            for name, own in sorted(self.category_thresholds.items())
+        ]
 
 
 def plan_fits(

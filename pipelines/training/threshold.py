@@ -1,20 +1,41 @@
-"""The decision threshold of a fitted model, from the scores of held-out normal images."""
+"""The decision thresholds of a fitted model, from the scores of held-out normal images."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from pipelines.data.reader import SampleReader
-from pipelines.data.splits import USUAL_FPR
 from pipelines.runtime.actors import run_tasks
 from pipelines.runtime.models import load_model
 from pipelines.runtime.progress import Progress
-from pipelines.training.options import FitOptions
+from pipelines.training.options import FitOptions, ThresholdOptions
 from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
+from unianom.data.tensors import normalise
 from unianom.model import Model
-from unianom.thresholds import Threshold, fit_threshold
+from unianom.thresholds import Source, fit_by_category, fit_supported
+
+
+class NormalScores(NamedTuple):
+    """Image scores of normal images, from which thresholds are chosen.
+
+    Attributes:
+        source: which images these are.
+        by_category: scores in ascending order, by category.
+    """
+
+    source: Source
+    by_category: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, source: Source, scored: Iterable[tuple[str, float]]) -> NormalScores:
+        """Return the scores of images given by category and score, in any order."""
+        found: dict[str, list[float]] = {}
+        for category, score in sorted(scored):
+            found.setdefault(category, []).append(score)
+        return cls(source, found)
 
 
 class HeldOutScorer:
@@ -35,16 +56,18 @@ class HeldOutScorer:
         self._reader = SampleReader(shards, selection, chosen, batch_size, limits, threads)
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Return scores of one part's held-out images."""
-        scores: list[float] = []
-        for batch in self._reader.batches(task["part"], self._model.method):
-            scores += self._model.method.predict(batch).score.float().cpu().tolist()
-        return {"scores": scores}
+        """Return categories and scores of one part's held-out images."""
+        method, scores, categories = self._model.method, [], []
+        for batch in self._reader.decoded(task["part"], method.input, ["category"]):
+            images = normalise([sample.pixels for sample in batch], method.input).to(method.device)
+            scores += method.predict(images).score.float().cpu().tolist()
+            categories += [sample.row["category"] for sample in batch]
+        return {"categories": categories, "scores": scores}
 
 
 def score_held_out(
     model: str, shards: ShardSet, held_out: frozenset[str], categories: list[str], options: FitOptions
-) -> list[float]:
+) -> NormalScores:
     """Return the image scores of held-out normals by a model folder."""
     arguments = {
         "model": model,
@@ -57,27 +80,22 @@ def score_held_out(
         "threads": options.runtime.cpus_per_worker,
     }
     progress = Progress("score held-out normals", len(held_out))
-    scores: list[float] = []
+    scored: list[tuple[str, float]] = []
     for result in run_tasks(HeldOutScorer, arguments, [{"part": part} for part in shards.parts], options.runtime):
-        scores += result["scores"]
+        scored += zip(result["categories"], result["scores"], strict=True)
         progress.advance(len(result["scores"]))
     progress.close()
-    return scores
+    return NormalScores.of("held_out", scored)
 
 
-def held_out_threshold(
-    model: Model, folder: str, shards: ShardSet, held_out: frozenset[str], options: FitOptions
-) -> Threshold | None:
-    """Return the decision threshold of a model, from the scores of held-out normals; None if there are none.
-
-    Args:
-        model: fitted, without a threshold.
-        folder: where its actors may load it from; written here.
-        shards, held_out: the images.
-        options: target rate and confidence, and the actors.
-    """
-    if not held_out:
-        return None
-    model.save(folder)
-    scores = score_held_out(folder, shards, held_out, model.categories, options)
-    return fit_threshold(scores, options.threshold.target_fpr or USUAL_FPR, options.threshold.confidence)
+def set_thresholds(model: Model, normals: NormalScores, options: ThresholdOptions) -> None:
+    """Give a model the thresholds that scores of normal images support, and these scores; none if there are none."""
+    scores = normals.by_category
+    everything = [score for values in scores.values() for score in values]
+    if not everything:
+        return
+    how: tuple[float | None, float, Source] = (options.target_fpr, options.confidence, normals.source)
+    model.threshold = fit_supported(everything, *how)
+    if options.per_category and len(model.categories) > 1:
+        model.category_thresholds = fit_by_category(scores, *how)
+    model.normal_scores = scores

@@ -65,7 +65,10 @@ def _record(run: Run, result: FitResult, options: TrainJobOptions, single: bool)
     prefix = "" if single else f"{scope(result.categories[0])}/"
     values = dict(result.metrics)
     if result.threshold is not None:
-        values["threshold"] = result.threshold.value
+        values |= {"threshold": result.threshold.value, "threshold_promised": float(result.threshold.promised)}
+        if result.threshold.promised:
+            values["threshold_target_fpr"] = result.threshold.target_fpr
+    values |= {f"{scope(name)}/threshold": own.value for name, own in result.category_thresholds.items()}
     run.metrics({prefix + key: value for key, value in values.items()})
     run.artifact_bytes(f"{prefix}model.json", files.read_bytes(files.join(result.folder, "model.json")))
     if options.register_as is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,6 @@ from unianom.errors import DataError, OptionError
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.trained import BatchSpec
 from unianom.options import to_plain
-from unianom.thresholds import smallest_supported_rate
 
 NOT_IN_PLANS = ("shards", "output", "overwrite", "runtime", "max_failures", "checkpoint_every", "tracking", "folder")
 """Options of fitting that say where, how fast and how safely, not what."""
@@ -135,9 +133,9 @@ def make_driver(
     if options.pareto and not memory:  # a search for several goals takes no reports on the way
         fit_options = dataclasses.replace(fit_options, validate_every=0)
     split = fit_options.split
-    chosen, notice = choose_samples(shards, categories, split, validate=True, labels=needs.labels)
-    if notice and memory and chosen.held_out:
-        fit_options = _held_out(fit_options, len(chosen.held_out))
+    chosen, _ = choose_samples(shards, categories, split, validate=True, labels=needs.labels)
+    if memory:
+        fit_options = _held_out(fit_options)
     _check_held_out(chosen, categories, "")
     trial_space, postprocess_space = split_space(space, method.postprocess_options)
     own = _campaign(options, shards, folder, postprocess_space)
@@ -187,16 +185,12 @@ def _fit_options(options: TuneMethod) -> Any:
     return base(**{field.name: getattr(options, field.name) for field in dataclasses.fields(base)})
 
 
-def _held_out(fit: FitOptions, count: int) -> FitOptions:
-    """Return options by which jobs/train.py holds out as few images as the campaign does, too.
-
-    With the usual rate it would put them into the bank, as they support no threshold; with the lowest rate that they do
-    support it does not.
-    """
-    rate = math.ceil(1000 * smallest_supported_rate(count, fit.threshold.confidence)) / 1000
-    if rate >= 1:
-        return fit  # not even a single false positive can be promised; the recipe's bank then has them
-    return dataclasses.replace(fit, threshold=dataclasses.replace(fit.threshold, target_fpr=rate))
+def _held_out(fit: FitOptions) -> FitOptions:
+    """Return options by which jobs/train.py holds out the images that the campaign does, too; unless told so, it may
+    put them into the bank."""
+    if fit.threshold.source != "auto":
+        return fit
+    return dataclasses.replace(fit, threshold=dataclasses.replace(fit.threshold, source="held_out"))
 
 
 def _check_held_out(chosen: TrainValSplit, categories: Sequence[str], of: str) -> None:

@@ -5,11 +5,13 @@ import sys
 import faiss
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from unianom.errors import DataError, ModelError, OptionError, UnianomError
 from unianom.memory.index import MemoryBank, load_shard, merge_results
+from unianom.memory.origins import Origins
 
 
 def _vectors(rows=700, dimension=24, seed=0, offset=0.0, scale=1.0):
@@ -242,6 +244,90 @@ def test_saving_again_leaves_nothing_behind(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
 
+def _origins(rows=700, images=9, seed=5):
+    """Runs of rows of each image, but none of the last one."""
+    numbers = np.sort(np.random.default_rng(seed).integers(0, images - 1, rows)).astype(np.int32)
+    return Origins(tuple(f"good/{number:03d}.png" for number in range(images)), numbers)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_without_an_image_the_answers_are_those_of_a_bank_of_the_others(k, shards):
+    origins = _origins()
+    # an image's own rows are by far the nearest, so that many proposals do not count
+    vectors = _vectors() + 20 * np.random.default_rng(3).standard_normal((9, 24)).astype(np.float32)[origins.rows]
+    bank = MemoryBank.build(vectors, shards, origins=origins)
+    for image in (0, 3, 7, 8):
+        others = np.flatnonzero(origins.rows != image)
+        queries = np.concatenate([vectors[origins.rows == image][:30], _vectors(10, seed=1)])
+        expected, rows = _brute_force(vectors[others], queries, k)
+        left = bank.without_image(image)
+        assert left.rows == len(others)
+        assert _same(left.search(queries, k), (expected, others[rows]))
+        assert np.array_equal(left.vectors(), MemoryBank.build(vectors[others]).vectors())
+        assert np.array_equal(left.rows_at(others[rows]), vectors[others[rows]])
+    assert _same(bank.search(vectors[:20], k), _brute_force(vectors, vectors[:20], k))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_without_an_image_the_lists_of_an_inverted_file_stay(shards):
+    origins, vectors = _origins(), _vectors()
+    bank = MemoryBank.build(vectors, shards, "ivf_flat", nlist=12, nprobe=3, seed=5, origins=origins)
+    centroids = faiss.downcast_index(bank.shards[0].index.quantizer).reconstruct_n(0, 12)
+    to_centroids = ((vectors[:, None].astype(np.float64) - centroids[None]) ** 2).sum(2)
+    nearest = np.argsort(to_centroids, axis=1)
+    for image in (0, 4):
+        others = origins.rows != image
+        queries = vectors[origins.rows == image]
+        for query, lists, distances, rows in zip(
+            queries, nearest[~others][:, :3], *bank.without_image(image).search(queries, 3), strict=True
+        ):
+            searched = np.flatnonzero(others & np.isin(nearest[:, 0], lists))
+            expected, found = _brute_force(vectors[searched], query[None], 3)
+            assert np.array_equal(distances, expected[0])
+            assert np.array_equal(rows, searched[found[0]])
+
+
+def test_a_bank_without_an_image_may_be_too_small():
+    vectors, rows = _vectors(6), np.array([0, 0, 0, 0, 1, 1], np.int32)
+    left = MemoryBank.build(vectors, origins=Origins(("a", "b"), rows)).without_image(0)
+    assert left.search(vectors, 2)[1].tolist() == (4 + _brute_force(vectors[4:], vectors, 2)[1]).tolist()
+    with pytest.raises(OptionError, match="between 1 and the 2 rows"):
+        left.search(vectors, 3)
+    with pytest.raises(UnianomError, match="save the whole bank"):
+        left.save("nowhere")
+    with pytest.raises(OptionError, match="no vectors of other images"):
+        MemoryBank.build(vectors, origins=Origins(("a",), np.zeros(6, np.int32))).without_image(0)
+    with pytest.raises(ModelError, match="does not tell which image"):
+        MemoryBank.build(vectors).without_image(0)
+    with pytest.raises(DataError, match="a bank of 6 rows got the origins of 5"):
+        MemoryBank.build(vectors, origins=Origins(("a",), np.zeros(5, np.int32)))
+    with pytest.raises(DataError, match="from images 0 to 1 of 1"):
+        Origins(("a",), rows)
+
+
+def test_origins_are_saved_with_the_bank(tmp_path):
+    shuffled = np.random.default_rng(0).permutation(_origins().rows)  # need not be in runs
+    origins = Origins(_origins().images, shuffled)
+    MemoryBank.build(_vectors(), 2, origins=origins).save(str(tmp_path))
+    table = pq.read_table(tmp_path / "origins.parquet").to_pylist()
+    assert [row["sample_id"] for row in table] == list(origins.images)
+    assert [row["rows"] for row in table] == [np.flatnonzero(shuffled == number).tolist() for number in range(9)]
+    found = MemoryBank.load(str(tmp_path)).origins
+    assert found.images == origins.images
+    assert np.array_equal(found.rows, shuffled)
+    (tmp_path / "origins.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ModelError, match=r"origins.parquet is damaged"):
+        MemoryBank.load(str(tmp_path))
+    (tmp_path / "origins.parquet").unlink()
+    with pytest.raises(ModelError, match=r"origins.parquet is missing"):
+        MemoryBank.load(str(tmp_path))
+    MemoryBank.build(_vectors(), 2, origins=origins).save(str(tmp_path))
+    MemoryBank.build(_vectors(), 2).save(str(tmp_path))  # a bank of before, over a newer one
+    assert not (tmp_path / "origins.parquet").exists()
+    assert MemoryBank.load(str(tmp_path)).origins is None
+
+
 def _edit_manifest(folder, **changes):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -263,6 +349,7 @@ def _edit_entry(folder, number, **changes):
         (lambda folder: _edit_manifest(folder, kind="pq"), "not valid"),
         (lambda folder: _edit_manifest(folder, shards=[]), "not valid"),
         (lambda folder: _edit_manifest(folder, rows=None), "not valid"),
+        (lambda folder: _edit_manifest(folder, origins=["origins.parquet"]), "not valid"),
         (lambda folder: _edit_manifest(folder, rows=699), "holds 700 rows, its manifest says 699"),
         (lambda folder: _edit_manifest(folder, dimension=23), "dimension 24"),
         (lambda folder: _edit_manifest(folder, kind="ivf_flat"), "holds a IndexFlatL2, not the IndexIVFFlat"),

@@ -185,6 +185,6 @@ def tiny_training(shards: Path, output: Path, **changes: Any) -> Any:
         "method": tiny_method(),
         "tracking": UNTRACKED,
         "runtime": ONE,
-        "threshold": ThresholdOptions(target_fpr=0.5, validation_fraction=0.3),
+        "threshold": ThresholdOptions(target_fpr=0.5, source="held_out", validation_fraction=0.3),
     }
     return train_options()["uniformaly"](shards=str(shards), output=str(output), **{**defaults, **changes})

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from unianom import files
 from unianom.errors import DataError, ModelError, OptionError, UnianomError
+from unianom.memory.origins import ORIGINS, Origins
 
+Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -91,7 +93,7 @@ class Shard:
         """Return all rows, shape (rows, dimension), exactly as they were put in."""
         return self.index.reconstruct_batch(np.arange(self.rows))
 
-    def search(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
+    def search(self, queries: Float32, k: int, excluded: Bool | None = None) -> tuple[Float32, Int64]:
         """Find the k nearest rows of this shard, by (squared distance, row).
 
         A distance is Σ(x−y)² summed in float64 and rounded to float32. The result is exact, near ties and duplicates
@@ -102,10 +104,11 @@ class Shard:
         Args:
             queries: shape (Q, D).
             k: how many, at least 1.
+            excluded: shape (rows,), which rows of this shard are passed over as if it did not hold them.
 
         Returns:
-            Squared distances, shape (Q, min(k, rows)), ascending, and row numbers of the bank. Where the probed lists
-            of "ivf_flat" hold fewer rows, distances end with infinity and row numbers with −1.
+            Squared distances, shape (Q, min(k, rows)), ascending, and row numbers of the bank. Where fewer rows are
+            left, or fewer lie in the probed lists of "ivf_flat", distances end with infinity and row numbers with −1.
 
         Raises:
             OptionError: k is below 1.
@@ -116,9 +119,9 @@ class Shard:
             raise OptionError(f"k must be at least 1, got {k}")
         k = min(k, self.rows)
         if self._quantizer is None:
-            distances, rows = _exact_nearest(self._search_flat, self.index, self._longest, queries, k)
+            distances, rows = _exact_nearest(self._search_flat, self.index, self._longest, queries, k, excluded)
         else:
-            distances, rows = self._search_lists(queries, k)
+            distances, rows = self._search_lists(queries, k, excluded)
         rows[rows >= 0] += self.first_row
         return distances, rows
 
@@ -131,7 +134,7 @@ class Shard:
         on_gpu = self._gpu_index is not None and width <= GPU_NEIGHBOURS
         return (self._gpu_index if on_gpu else self.index).search(queries, width)
 
-    def _search_lists(self, queries: Float32, k: int) -> tuple[Float32, Int64]:
+    def _search_lists(self, queries: Float32, k: int, excluded: Bool | None) -> tuple[Float32, Int64]:
         centroid_distances, lists = _nearest_centroids(
             self._quantizer, self._longest_centroid, queries, self.index.nprobe
         )
@@ -139,7 +142,7 @@ class Shard:
         def search(some: Float32, width: int, block: Int64) -> tuple[Float32, Int64]:
             return self.index.search_preassigned(some, width, lists[block], centroid_distances[block])
 
-        return _exact_nearest(search, self.index, self._longest, queries, k)
+        return _exact_nearest(search, self.index, self._longest, queries, k, excluded)
 
 
 class MemoryBank:
@@ -150,12 +153,20 @@ class MemoryBank:
         kind: "flat" compares with every row; "ivf_flat" with the rows of the nearest of `nlist` k-means lists.
             Vectors are never compressed: compressed distances move anomaly scores.
         metadata: what is known of the vectors (coreset ratio, seed, projection, measured recall …); saved with them.
+        origins: the images that the vectors came from; None where that is not known, as of banks of before.
     """
 
-    def __init__(self, shards: Sequence[Shard], kind: Kind, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        kind: Kind,
+        metadata: dict[str, Any] | None = None,
+        origins: Origins | None = None,
+    ) -> None:
         self.shards = list(shards)
         self.kind = kind
         self.metadata = dict(metadata or {})
+        self.origins = origins
 
     @classmethod
     def build(
@@ -167,6 +178,7 @@ class MemoryBank:
         nprobe: int | None = None,
         seed: int = 0,
         metadata: dict[str, Any] | None = None,
+        origins: Origins | None = None,
     ) -> Self:
         """Build a bank of vectors.
 
@@ -178,14 +190,16 @@ class MemoryBank:
             nprobe: lists compared with each query; `DEFAULT_NPROBE` (or all, if fewer) if None. On patch features of
                 real images 8 of √N lists found 87–94 % of the nearest rows, 16 found 94–98 %, 32 over 99 %.
             seed: of the k-means that makes the lists.
-            metadata: see the class.
+            metadata, origins: see the class.
 
         Raises:
             OptionError: an option is out of range.
-            DataError: vectors are not a finite matrix.
+            DataError: vectors are not a finite matrix, or the origins are of another number of vectors.
         """
         vectors = _checked(vectors, "vectors")
         rows = len(vectors)
+        if origins is not None and len(origins.rows) != rows:
+            raise DataError(f"a bank of {rows} rows got the origins of {len(origins.rows)}; give one for each row")
         if not 1 <= shards <= rows:
             raise OptionError(f"a bank of {rows} rows cannot be cut into {shards} shards")
         edges = [rows * part // shards for part in range(shards + 1)]
@@ -203,7 +217,7 @@ class MemoryBank:
             indexes = [_ivf_flat(vectors[part], lists[part], quantizer, nprobe) for part in parts]
         else:
             raise OptionError(f"the kind of a bank must be 'flat' or 'ivf_flat', got '{kind}'")
-        return cls([Shard(index, first) for index, first in zip(indexes, edges)], kind, metadata)
+        return cls([Shard(index, first) for index, first in zip(indexes, edges)], kind, metadata, origins)
 
     @property
     def rows(self) -> int:
@@ -223,8 +237,9 @@ class MemoryBank:
         Raises:
             OptionError: a row number is not in the bank.
         """
-        if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise OptionError(f"the memory bank has rows 0 to {self.rows - 1}, asked for {rows.min()} to {rows.max()}")
+        count = self.shards[-1].first_row + self.shards[-1].rows
+        if rows.size and not (rows.min() >= 0 and rows.max() < count):
+            raise OptionError(f"the memory bank has rows 0 to {count - 1}, asked for {rows.min()} to {rows.max()}")
         vectors = np.empty((*rows.shape, self.dimension), dtype=np.float32)
         for shard in self.shards:
             here = (rows >= shard.first_row) & (rows < shard.first_row + shard.rows)
@@ -245,9 +260,24 @@ class MemoryBank:
             OptionError: k is not in 1..rows, or the probed lists of "ivf_flat" hold fewer than k rows.
             DataError: queries have another dimension or hold NaN or infinity.
         """
+        self._check_k(k)
+        return merge_results([shard.search(queries, k) for shard in self.shards], k)
+
+    def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.rows:
             raise OptionError(f"k must be between 1 and the {self.rows} rows of the bank, got {k}")
-        return merge_results([shard.search(queries, k) for shard in self.shards], k)
+
+    def without_image(self, image: int) -> BankWithoutImage:
+        """Return a bank of the vectors of all other images, without copying one.
+
+        Args:
+            image: number of the image among those of `origins`.
+
+        Raises:
+            ModelError: the bank does not know the origins of its vectors.
+            OptionError: it has no vectors of other images.
+        """
+        return BankWithoutImage(self, image)
 
     def recall(self, queries: Float32, k: int = 1) -> Recall:
         """Compare this bank's answers with exact search over the same rows."""
@@ -279,7 +309,7 @@ class MemoryBank:
         """Write the bank to a folder: one FAISS file for each shard, and last the manifest that makes it whole."""
         faiss = _faiss()
         for name in files.list_names(uri):
-            if name == MANIFEST or name.endswith(".faiss"):
+            if name in (MANIFEST, ORIGINS) or name.endswith(".faiss"):
                 files.remove(files.join(uri, name))
         entries = []
         for number, shard in enumerate(self.shards):
@@ -289,6 +319,9 @@ class MemoryBank:
             entries.append(
                 {"file": name, "first_row": shard.first_row, "rows": shard.rows, "sha256": files.sha256_of(content)}
             )
+        origins = {}
+        if self.origins is not None:
+            origins = {"origins": {"file": ORIGINS, "sha256": self.origins.save(uri)}}
         index = self.shards[0].index
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -297,6 +330,7 @@ class MemoryBank:
             "dimension": self.dimension,
             "parameters": {} if self.kind == "flat" else {"nlist": index.nlist, "nprobe": index.nprobe},
             "shards": entries,
+            **origins,
             "metadata": self.metadata,
         }
         files.write_json(files.join(uri, MANIFEST), manifest)
@@ -319,7 +353,44 @@ class MemoryBank:
             first_row += shard.rows
         if first_row != manifest["rows"]:
             raise ModelError(f"the memory bank at {uri} holds {first_row} rows, its manifest says {manifest['rows']}")
-        return cls(shards, manifest["kind"], manifest["metadata"])
+        entry = manifest.get("origins")
+        origins = None if entry is None else Origins.load(uri, entry["sha256"], first_row)
+        return cls(shards, manifest["kind"], manifest["metadata"], origins)
+
+
+class BankWithoutImage(MemoryBank):
+    """A bank as it would be without the vectors of one image; it shares all others with the whole bank.
+
+    Rows keep the numbers that they have in the whole bank, and "ivf_flat" keeps its lists. Answers are those of a bank
+    that was built of the other vectors, in these lists.
+    """
+
+    def __init__(self, bank: MemoryBank, image: int) -> None:
+        super().__init__(bank.shards, bank.kind, bank.metadata, bank.origins)
+        if bank.origins is None:
+            raise ModelError("this memory bank does not tell which image each vector came from; fit the model again")
+        self._excluded = bank.origins.rows == image
+        if self._excluded.all():
+            raise OptionError("the memory bank has no vectors of other images; give it more images")
+
+    @property
+    def rows(self) -> int:
+        return len(self._excluded) - int(self._excluded.sum())
+
+    def vectors(self) -> Float32:
+        """Return all rows but those of the image, shape (rows, dimension)."""
+        return super().vectors()[~self._excluded]
+
+    def search(self, queries: Float32, k: int = 1) -> tuple[Float32, Int64]:
+        """Find the k nearest rows of other images; see `MemoryBank.search`."""
+        self._check_k(k)
+        edges = [slice(shard.first_row, shard.first_row + shard.rows) for shard in self.shards]
+        parts = [shard.search(queries, k, self._excluded[edge]) for shard, edge in zip(self.shards, edges, strict=True)]
+        return merge_results(parts, k)
+
+    def save(self, uri: str) -> None:
+        """Refuse to be saved."""
+        raise UnianomError("a memory bank without one of its images is only searched; save the whole bank")
 
 
 def load_shard(uri: str, number: int) -> Shard:
@@ -394,6 +465,7 @@ def _read_manifest(uri: str) -> dict[str, Any]:
         manifest.get("kind") not in get_args(Kind)
         or not all(isinstance(manifest.get(key), int) for key in ("rows", "dimension"))
         or not isinstance(manifest.get("metadata"), dict)
+        or not _is_origins(manifest.get("origins"))
         or not (isinstance(entries, list) and entries and all(_is_entry(entry) for entry in entries))
     ):
         raise ModelError(f"{place} is damaged: kind, rows, dimension, metadata or shards are missing or not valid")
@@ -407,6 +479,10 @@ def _is_entry(entry: Any) -> bool:
         and all(isinstance(entry.get(key), kind) for key, kind in types.items())
         and files.is_plain_name(entry["file"])  # never read outside the folder
     )
+
+
+def _is_origins(entry: Any) -> bool:
+    return entry is None or (isinstance(entry, dict) and isinstance(entry.get("sha256"), str))
 
 
 def _faiss() -> Any:
@@ -484,6 +560,7 @@ def _exact_nearest(
     longest: float,
     queries: Float32,
     k: int,
+    excluded: Bool | None = None,
 ) -> tuple[Float32, Int64]:
     """Find the k nearest rows of an index by (distance, row), from proposals whose distances are nearly right.
 
@@ -493,6 +570,8 @@ def _exact_nearest(
         longest: length of its longest row.
         queries: shape (Q, D).
         k: at most the rows of the index.
+        excluded: which rows of the index do not count; where fewer than k are left, distances end with infinity and
+            rows with −1.
     """
     distances = np.empty((len(queries), k), dtype=np.float32)
     rows = np.empty((len(queries), k), dtype=np.int64)
@@ -506,11 +585,15 @@ def _exact_nearest(
         step = max(1, CANDIDATES_AT_ONCE // width)
         for block in (pending[start : start + step] for start in range(0, len(pending), step)):
             near, proposed = search(queries[block], width, block)
-            # The true k-th distance is at most near[k-1] + error, any row not proposed at least near[-1] - error.
-            limit = near[:, k - 1] + 2 * error[block]
+            counted, kth = proposed >= 0, near[:, k - 1]
+            if excluded is not None:
+                counted &= ~excluded[proposed]
+                kth = np.partition(np.where(counted, near, np.inf), k - 1, axis=1)[:, k - 1]  # infinite: ask for more
+            # The true k-th distance is at most kth + error, any row not proposed at least near[-1] - error.
+            limit = kth + 2 * error[block]
             settled = (near[:, -1] > limit) | (proposed[:, -1] < 0) | (width == index.ntotal)
             done = block[settled]
-            candidates = (proposed >= 0) & (near <= limit[:, None])
+            candidates = counted & (near <= limit[:, None])
             distances[done], rows[done] = _ranked(index, queries, done, proposed[settled], candidates[settled], k)
             unsettled.append(block[~settled])
         pending, width = np.concatenate(unsettled), min(4 * width, index.ntotal)
@@ -531,5 +614,6 @@ def _ranked(
         squared[pairs] = np.einsum("nd,nd->n", difference, difference)
     distances = np.full(proposed.shape, np.inf, dtype=np.float32)
     distances[query, column] = squared
+    proposed = np.where(candidates, proposed, -1)  # where there are fewer than k candidates, others fill up
     order = np.lexsort((proposed, distances), axis=1)[:, :k]
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(proposed, order, axis=1)

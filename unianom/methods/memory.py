@@ -101,6 +101,11 @@ class MemoryMethod(Method[B]):
         """
         return self.mask_patches(encoded, config)
 
+    @property
+    def masks_bank_otherwise(self) -> bool:
+        """Whether `mask_bank_patches` may choose other patches than `mask_patches` does."""
+        return type(self).mask_bank_patches is not MemoryMethod.mask_bank_patches
+
     def embed(self, images: Tensor) -> MaskedPatches:
         """Return the patches of B×3×S×S normalised images, and which of them count."""
         return self.mask_patches(self.encode(images))
@@ -148,6 +153,27 @@ class MemoryMethod(Method[B]):
             found, ids = self.require_bank().search(queries.float().cpu().numpy(), count)  # M K
             distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
         return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
+
+    @torch.inference_mode()
+    def score_without_image(self, embedding: MaskedPatches, image: int) -> float:
+        """Return the score that an image has by a bank without the vectors of one image of the bank: of an image of the
+        bank itself, its leave-one-out score.
+
+        Args:
+            embedding: of `mask_patches`, of a single image.
+            image: number of the image that is left out, among those of the bank's `origins`.
+
+        Raises:
+            ModelError: there is no bank, or it does not know the origins of its vectors.
+            OptionError: without that image it has fewer vectors than scores need.
+        """
+        bank = self.require_bank()
+        self.bank = bank.without_image(image)
+        try:
+            self.check_bank()
+            return float(self.postprocess(self.search_bank(embedding)).score)
+        finally:
+            self.bank = bank
 
     def patch_distances(self, embedding: MaskedPatches) -> Tensor:
         """Return the mean squared distance of each patch to its `neighbours` nearest vectors of the bank, B×N float32;

@@ -85,6 +85,11 @@ class UniFormaly(MemoryMethod[UniFormalyConfig]):
         patches = embedding.patches * embedding.keep.unsqueeze(-1)
         return MaskedPatches(patches, embedding.keep.any(0).expand_as(embedding.keep))
 
+    @property
+    def masks_bank_otherwise(self) -> bool:
+        """Whether images of the bank are masked batch by batch."""
+        return self.config.mask_scope == "batch" and self.config.mask == "binary"
+
     def image_scores(
         self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
     ) -> Tensor:

@@ -279,7 +279,9 @@ def test_a_method_without_masks_needs_none(here: Here, tmp_path: Path) -> None:
     rows = samples("nut", "train", 6) + samples("nut", "train", 4, label=1)
     (result,) = here.train(write_shards(tmp_path / "shards", [rows]), MarkedConfig(masks=False))
     assert result.metrics["images"] == 9  # one normal image is held out
-    assert "no threshold: 1 held-out normal images cannot support" in result.notice
+    assert result.threshold is not None
+    assert (result.threshold.promised, result.threshold.n_normals) == (False, 1)
+    assert "the threshold promises nothing: 1 held-out normal image is too few" in result.notice
 
 
 def test_a_corpus_without_any_normal_image_gives_a_model_without_a_threshold(here: Here, tmp_path: Path) -> None:
@@ -288,8 +290,7 @@ def test_a_corpus_without_any_normal_image_gives_a_model_without_a_threshold(her
     shards = write_shards(tmp_path / "shards", [rows])
     (result,) = here.train(shards, validate_every=4)
     assert result.threshold is None
-    assert "no threshold: 0 held-out normal images cannot support" in result.notice
-    assert "it takes normal images to hold out" in result.notice
+    assert "no threshold: no normal image is held out to choose it from" in result.notice
     assert result.summary == "8 steps on 0 normal and 8 anomalous images"
     told = [event["validation"] for event in here.told if "validation" in event]
     assert len(told) == 2
