@@ -1,4 +1,5 @@
-"""Write an evaluation as one HTML file.
+"""Write one HTML file that shows whether a model works on your images; of several evaluations, all models beside each
+other; of scores without labels, the most anomalous first.
 
 python jobs/report.py --evaluation evaluations/mvtec --output report.html
 """

@@ -21,15 +21,14 @@ from unianom.visual import (
     draw_histogram,
     draw_outline,
     heat_colours,
-    heat_png,
     heat_scale,
-    jpeg,
     new_figure,
     outline,
     overlay,
     png,
     score_rows,
     svg,
+    webp,
 )
 
 
@@ -121,20 +120,12 @@ def test_outline_of_a_given_width_stops_at_the_border():
     assert not outline(np.ones((3, 3), bool)).any()
 
 
-def test_heat_png_keeps_exact_colours():
-    scale = HeatScale(-1, 3)
-    values = np.random.default_rng(0).uniform(-2, 4, (17, 23))
-    image = Image.open(io.BytesIO(heat_png(values, scale)))
-    assert image.mode == "P"
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), scale.colours(values))
-
-
-def test_jpeg_keeps_size_and_nearly_the_colours():
+def test_webp_keeps_size_and_nearly_the_colours():
     image = np.zeros((16, 24, 3), np.uint8)
     image[:, 12:] = (0, 229, 255)
-    got = np.asarray(Image.open(io.BytesIO(jpeg(image)))).astype(int)
+    got = np.asarray(Image.open(io.BytesIO(webp(image))).convert("RGB")).astype(int)
     assert got.shape == image.shape
-    assert np.abs(got - image).mean() < 4
+    assert np.abs(got - image).mean() < 6
 
 
 CURVE = Curve(np.array([0, 0, 0.5, 1]), np.array([0, 0.5, 0.75, 1]))

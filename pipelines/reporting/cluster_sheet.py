@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipelines.reporting.contact_sheet import font, sheet_png
-from pipelines.reporting.gallery import SCALE_MAPS
+from pipelines.reporting.heat_scales import SCALE_MAPS
 from pipelines.reporting.samples import STORED, as_model_input, read_samples
 from unianom import visual
 from unianom.data.image import InputPolicy

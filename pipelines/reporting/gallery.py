@@ -1,232 +1,197 @@
-"""Gallery of a report: the choice of its images, and their heat maps."""
+"""The choice of a report's pictures: of each category the images that a model judges worst and best."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipelines.reporting.samples import STORED, as_model_input, data_uri, read_samples, shown_size, text_column
-from unianom import visual
-from unianom.data.image import InputPolicy, decode_map
+from pipelines.reporting.inputs import ReportInput
+from pipelines.reporting.samples import text_column
 from unianom.data.schema import ANOMALOUS, NORMAL
-from unianom.data.shards import ScoreSet, ShardSet
-from unianom.data.splits import hash_order
-from unianom.options import from_plain
 from unianom.thresholds import threshold_of
 
-SCALE_MAPS = 64
-"""Number of maps of normal images, and as many of anomalous ones, that set the scale of the heat maps."""
+MOST_CATEGORIES = 24
+"""Categories that are pictured, the worst first: a page of more is too heavy."""
+
+WORST_DEFECT, WORST_NORMAL, BEST_DEFECT = "faintest defect", "highest normal", "clearest defect"
+"""The large pictures: a defect with the lowest score, a normal image with the highest, a defect with the highest."""
 
 
-@dataclass(frozen=True)
-class GallerySample:
-    """A sample chosen for the gallery.
-
-    Attributes:
-        row: in the table of scores.
-        overall: whether it is also shown with all categories together.
-    """
-
-    row: int
-    overall: bool
-
-
-@dataclass(frozen=True)
-class GallerySamples:
-    """The samples of a gallery, in the order they are shown.
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Samples that all inputs of a report have scored, by sample_id.
 
     Attributes:
-        missed: anomalous, the lowest margins first.
-        alarms: normal, the highest margins first.
-        typical: anomalous and not among `missed`, those next to the median of their defect type.
+        sample_id, category, defect: (n,) text; a defect may be None.
+        label: (n,) 0, 1, or -1 where it is not known.
+        margin: (n, models) see `margins`.
+        decision: (n, models) "pass", "review", "fail" or None.
+        rows: (n, models) of each input's table.
     """
 
-    missed: list[GallerySample]
-    alarms: list[GallerySample]
-    typical: list[GallerySample]
+    sample_id: np.ndarray
+    category: np.ndarray
+    defect: np.ndarray
+    label: np.ndarray
+    margin: np.ndarray
+    decision: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def missed(self) -> np.ndarray:
+        """Return of how many models each anomalous image is missed; (n,)."""
+        return np.where(self.label == ANOMALOUS, (self.decision == "pass").sum(1), 0)
+
+    @property
+    def false_alarms(self) -> np.ndarray:
+        """Return how many models flag each normal image; (n,)."""
+        return np.where(self.label == NORMAL, (self.decision == "fail").sum(1), 0)
 
 
 @dataclass(frozen=True)
-class Card:
-    """A sample of the gallery.
+class PictureGroup:
+    """Samples under one heading, in the order they are shown: rows of `Judged`, and how many more there are."""
+
+    title: str
+    rows: list[int]
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class CategoryPictures:
+    """The pictures of one category.
 
     Attributes:
-        sample: its row of the table of scores.
-        overall: whether it is also shown with all categories together.
-        margin: see `margins`; one decimal, and no minus before a zero.
-        verdict: what became of it: "missed", "found", "false alarm", "passed", "review", or "" without a decision.
-        pictures: caption and data URI of each picture.
-        has_mask: whether the outline of its mask is drawn.
+        category: its name.
+        large: role and row of `Judged` of each picture of the first screen.
+        more: what follows them.
     """
 
-    sample: Mapping[str, Any]
-    overall: bool
-    margin: float
-    verdict: str
-    pictures: list[tuple[str, str]]
-    has_mask: bool
+    category: str
+    large: list[tuple[str, int]]
+    more: list[PictureGroup]
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Cards of `GallerySamples`, and the scale of their heat maps; no scale if the scores hold no maps."""
+def judged(inputs: Sequence[ReportInput]) -> Judged:
+    """Return what all inputs say of the samples that all have scored."""
+    ids = [np.asarray(entry.table["sample_id"].to_pylist(), dtype=object) for entry in inputs]
+    common = reduce(lambda a, b: np.intersect1d(a, b), ids) if len(ids) > 1 else ids[0]
+    rows = np.stack([np.searchsorted(own, common) for own in ids], axis=1) if len(common) else np.zeros((0, len(ids)))
+    rows = rows.astype(np.int64)
+    first = inputs[0].table.take(rows[:, 0])
+    return Judged(
+        sample_id=np.asarray(common, dtype=object),
+        category=text_column(first, "category"),
+        defect=text_column(first, "defect"),
+        label=first["label"].fill_null(-1).to_numpy(),
+        margin=np.stack([margins(entry)[rows[:, n]] for n, entry in enumerate(inputs)], axis=1),
+        decision=np.stack([text_column(entry.table, "decision")[rows[:, n]] for n, entry in enumerate(inputs)], axis=1),
+        rows=rows,
+    )
 
-    missed: list[Card]
-    alarms: list[Card]
-    typical: list[Card]
-    scale: visual.HeatScale | None
 
-
-def margins(table: pa.Table, models: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Return how far each score lies above its model's threshold for its category: (n,), in standard deviations of
-    normal scores.
+def margins(entry: ReportInput) -> np.ndarray:
+    """Return how far each score lies above its threshold: (n,), in standard deviations of normal scores.
 
     The unit is the spread of the scores that the model gave to normal images (to all, if there are none), so that
-    models whose raw scores differ can be compared. A model without a threshold is measured from the median of those
-    scores instead.
+    models whose raw scores differ can be compared. Where there is no threshold, the median of those scores takes its
+    place.
     """
-    known = {model["digest"]: model for model in models}
-    model, label, score = text_column(table, "model"), table["label"].to_numpy(), table["score"].to_numpy()
-    category = text_column(table, "category")
+    table: pa.Table = entry.table
+    model, category = text_column(table, "model"), text_column(table, "category")
+    label, score = table["label"].to_numpy(), table["score"].to_numpy()
     margin = np.zeros(len(score))
-    for digest in sorted(set(model)):
-        scored = model == digest
+    for of_model in entry.models:
+        scored = model == of_model["digest"]
+        if not scored.any():
+            continue
         usual = score[scored & (label == NORMAL)] if np.any(scored & (label == NORMAL)) else score[scored]
-        for name in sorted(set(category[scored])):
-            own, threshold = scored & (category == name), threshold_of(known[digest], name)
+        for name in set(category[scored]):
+            threshold = threshold_of(of_model, name)
             start = np.median(usual) if threshold is None else threshold["value"]
+            own = scored & (category == name)
             margin[own] = (score[own] - start) / (usual.std() or 1.0)
     return margin
 
 
-def choose(table: pa.Table, margin: np.ndarray, count: int) -> GallerySamples:
-    """Choose the samples of a gallery.
+def choose(samples: Judged, categories: Sequence[str], count: int) -> list[CategoryPictures]:
+    """Choose the pictures of labelled samples.
 
     Args:
-        table: scores, as `labelled` gives them.
-        margin: (n,) of each, see `margins`.
-        count: worst misses and worst false alarms overall; half as many (rounded up) of each category, and a quarter
-            as many, at least one, of each defect type.
+        samples: what all models say of them.
+        categories: in the order they are shown; those beyond `MOST_CATEGORIES` have no pictures.
+        count: of each category half as many defects, half as many normal images, and a quarter as many typical
+            defects of each type; each rounded up.
     """
     if count == 0:
-        return GallerySamples([], [], [])
-    label, category, defect = table["label"].to_numpy(), text_column(table, "category"), text_column(table, "defect")
-    rising = np.argsort(margin, kind="stable")
-    falling = np.argsort(-margin, kind="stable")
-    missed = _first(rising[label[rising] == ANOMALOUS], category, count)
-    alarms = _first(falling[label[falling] == NORMAL], category, count)
-    shown = {choice.row for choice in missed}
-    failed = text_column(table, "decision") != "pass"
-    kinds: dict[tuple[str, str], list[int]] = {}
-    for row in rising:
-        if label[row] == ANOMALOUS and failed[row] and row not in shown:
-            kinds.setdefault((category[row], defect[row] or ""), []).append(int(row))
-    typical = []
-    for _, rows in sorted(kinds.items()):
-        middle = np.median(margin[rows])
-        rows.sort(key=lambda row: abs(margin[row] - middle))
-        typical += [GallerySample(row, number == 0) for number, row in enumerate(rows[: max(1, count // 4)])]
-    return GallerySamples(missed, alarms, typical)
+        return []
+    alone = len(categories) == 1
+    return [_choose_of(samples, name, count, 2 if alone else 1) for name in categories[:MOST_CATEGORIES]]
 
 
-def _first(order: np.ndarray, category: np.ndarray, count: int) -> list[GallerySample]:
-    """Return the first `count` of an order of rows, and the first of each category in it."""
-    overall = set(order[:count].tolist())
-    chosen = set(overall)
-    for name in set(category[order]):
-        chosen.update(order[category[order] == name][: (count + 1) // 2].tolist())
-    return [GallerySample(row, row in overall) for row in order.tolist() if row in chosen]
+def _choose_of(samples: Judged, category: str, count: int, n_worst: int) -> CategoryPictures:
+    inside = samples.category == category
+    margin = samples.margin.mean(1)
+    defects = np.flatnonzero(inside & (samples.label == ANOMALOUS))
+    normals = np.flatnonzero(inside & (samples.label == NORMAL))
+    # what most models get wrong comes first, then what is furthest on the wrong side
+    defects = defects[np.lexsort((margin[defects], -samples.missed[defects]))]
+    normals = normals[np.lexsort((-margin[normals], -samples.false_alarms[normals]))]
+    half = (count + 1) // 2
+    worst, alarms = defects[:n_worst].tolist(), normals[:1].tolist()
+    rest = defects[n_worst:].tolist()
+    best = sorted(rest, key=lambda row: (samples.missed[row], -margin[row]))[:1]
+    large = [(WORST_DEFECT, row) for row in worst] + [(WORST_NORMAL, row) for row in alarms]
+    large += [(BEST_DEFECT, row) for row in best]
+    shown = {row for _, row in large}
+    more_defects = [row for row in rest if row not in shown][: max(0, half - n_worst)]
+    more_normals = normals[1:half].tolist()
+    shown |= {*more_defects, *more_normals}
+    typical = _typical(samples, [row for row in rest if row not in shown and not samples.missed[row]], count, margin)
+    missed, alarmed = samples.missed > 0, samples.false_alarms > 0
+    left = [int(wrong[inside].sum()) - sum(bool(wrong[row]) for row in shown) for wrong in (missed, alarmed)]
+    groups = [
+        PictureGroup("More defects with low scores, missed ones first", more_defects, left[0]),
+        PictureGroup("More normal images with high scores, false alarms first", more_normals, left[1]),
+        PictureGroup("Typical defects of each type", typical),
+    ]
+    return CategoryPictures(category, large, [group for group in groups if group.rows or group.left_out])
 
 
-def make_gallery(
-    evaluation: Mapping[str, Any], table: pa.Table, scores: ScoreSet, shards: ShardSet, count: int
-) -> Gallery:
-    """Choose samples, read their images, masks and maps, and draw them."""
-    margin = margins(table, evaluation["models"])
-    choices = choose(table, margin, count)
-    chosen = [*choices.missed, *choices.alarms, *choices.typical]
-    samples = {choice.row: table.slice(choice.row, 1).to_pylist()[0] for choice in chosen}
-    wanted = [sample["sample_id"] for sample in samples.values()]
-    scaling = _scaling_samples(table) if chosen else {}
-    maps = {
-        row["sample_id"]: decode_map(row["anomaly_map"], row["map_offset"], row["map_scale"])
-        for row in read_samples(scores, {*wanted, *scaling}, ("anomaly_map", "map_offset", "map_scale"))
-        if row["anomaly_map"] is not None
-    }
-    scale = None
-    if scaling:
-        pixels = {
-            label: [maps[i][::4, ::4].ravel() for i, of_map in scaling.items() if of_map == label]
-            for label in (NORMAL, ANOMALOUS)
-        }
-        scale = visual.heat_scale(*(np.concatenate([*pixels[label], []]) for label in (NORMAL, ANOMALOUS)))
-    policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in evaluation["models"]}
-    of_id = {sample["sample_id"]: sample for sample in samples.values()}
-    drawn = {}
-    for stored in read_samples(shards, set(wanted), STORED):
-        sample_id = stored["sample_id"]
-        drawn[sample_id] = _draw(stored, maps.get(sample_id), scale, policies[of_id[sample_id]["model"]])
-
-    def cards(group: Iterable[GallerySample]) -> list[Card]:
-        shown = []
-        for choice in group:
-            sample = samples[choice.row]
-            pictures, has_mask = drawn[sample["sample_id"]]
-            shown.append(
-                Card(
-                    sample,
-                    choice.overall,
-                    round(float(margin[choice.row]), 1) + 0.0,
-                    verdict(sample),
-                    pictures,
-                    has_mask,
-                )
-            )
-        return shown
-
-    return Gallery(cards(choices.missed), cards(choices.alarms), cards(choices.typical), scale)
-
-
-def _scaling_samples(table: pa.Table) -> dict[str, int]:
-    """Return sample_id and label of the samples whose maps set the scale, drawn by the hash of their names."""
-    with_map = table.filter(pc.is_valid(table["map_offset"]))
-    chosen: dict[str, int] = {}
-    for label in (NORMAL, ANOMALOUS):
-        ids = with_map.filter(pc.equal(with_map["label"], label))["sample_id"].to_pylist()
-        chosen |= dict.fromkeys(hash_order(ids, seed=0)[:SCALE_MAPS], label)
+def _typical(samples: Judged, rows: Sequence[int], count: int, margin: np.ndarray) -> list[int]:
+    """Return the rows next to the median of each defect type."""
+    kinds: dict[str, list[int]] = {}
+    for row in rows:
+        kinds.setdefault(samples.defect[row] or "", []).append(row)
+    chosen = []
+    for _, of_kind in sorted(kinds.items()):
+        middle = np.median(margin[of_kind])
+        chosen += sorted(of_kind, key=lambda row: abs(margin[row] - middle))[: max(1, count // 4)]
     return chosen
 
 
-def verdict(sample: Mapping[str, Any]) -> str:
-    """Return what became of a sample, in one word."""
-    if sample["decision"] in (None, "review"):
-        return sample["decision"] or ""
-    failed = sample["decision"] == "fail"
-    if sample["label"] == ANOMALOUS:
-        return "found" if failed else "missed"
-    return "false alarm" if failed else "passed"
+def choose_unlabelled(samples: Judged, count: int) -> list[PictureGroup]:
+    """Choose the pictures of scores without an evaluation: the most anomalous images, those next to the threshold on
+    both sides, and the least anomalous.
 
-
-def _draw(
-    stored: Mapping[str, Any], anomaly_map: np.ndarray | None, scale: visual.HeatScale | None, policy: InputPolicy
-) -> tuple[list[tuple[str, str]], bool]:
-    """Return pictures of a sample as the model saw it, and whether its mask is among them."""
-    seen, marked = as_model_input(stored, policy)
-    image = shown_size(seen)
-    mask = np.zeros(image.shape[:2], bool)
-    if marked is not None:
-        mask = shown_size(marked.astype(np.float32)) > 0
-    pictures = [("image", data_uri("jpeg", visual.jpeg(image)))]
-    if anomaly_map is not None and scale is not None:
-        shown = shown_size(anomaly_map)
-        over = visual.draw_outline(visual.overlay(image, shown, scale), mask)
-        pictures.append(("anomaly map", data_uri("png", visual.heat_png(shown, scale))))
-        pictures.append(("overlay", data_uri("jpeg", visual.jpeg(over))))
-    elif mask.any():
-        pictures.append(("mask", data_uri("jpeg", visual.jpeg(visual.draw_outline(image, mask)))))
-    return pictures, bool(mask.any())
+    Args:
+        samples: what the model says of them; without a threshold there is nothing next to it.
+        count: three times as many of the first, half as many of each of the others.
+    """
+    if count == 0:
+        return []
+    margin = samples.margin.mean(1)
+    order = np.argsort(-margin, kind="stable")
+    first = order[: 3 * count].tolist()
+    groups = [PictureGroup("Most anomalous", first)]
+    rest = [row for row in order[3 * count :].tolist()]
+    if any(decision is not None for decision in samples.decision.ravel()):
+        near = sorted(rest, key=lambda row: abs(margin[row]))[: (count + 1) // 2]
+        groups.append(PictureGroup("Next to the threshold", sorted(near, key=lambda row: -margin[row])))
+        rest = [row for row in rest if row not in set(near)]
+    groups.append(PictureGroup("Least anomalous", rest[::-1][: (count + 1) // 2]))
+    return [group for group in groups if group.rows]

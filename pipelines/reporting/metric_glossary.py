@@ -68,16 +68,17 @@ AUPRO_MEANING = (
     "mean share of each anomalous region that is covered, averaged over false-positive rates of pixels from 0 to 30 % "
     "(to another rate, or by a published approximation, where its name says so); small regions count as much as large"
 )
+DISTANCE = (
+    "σ",
+    "distance of a score from the threshold (from the median of normal images, or of all, if there is none), in "
+    "standard deviations of the scores of normal images (of all, if none is known)",
+)
 OTHER_MEANINGS = (
     ("mean", "average over categories, each judged by itself; categories where the metric is undefined are left out"),
     ("union", "all categories in one pool: scores must also be comparable between categories"),
     ("false-positive rate", "share of normal images above the threshold"),
     ("detection rate", "share of anomalous images above the threshold"),
-    (
-        "σ",
-        "distance of a score from the threshold (from the median of normal images, if there is none), in standard "
-        "deviations of the scores of normal images",
-    ),
+    DISTANCE,
 )
 
 

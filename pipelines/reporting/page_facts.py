@@ -9,18 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.reporting.inputs import ReportInput
+from pipelines.reporting.outcomes import joined
 from pipelines.reporting.page_tables import with_examples
 from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
+from unianom.data.shards import ShardSet
 from unianom.options import flatten, from_plain
 from unianom.thresholds import promise_in_words
 
 
-def page_title(evaluation: Mapping[str, Any]) -> str:
-    """Return the methods and the data sets."""
-    methods = sorted({model["method"] for model in evaluation["models"]})
-    datasets = sorted({row["dataset"] for row in evaluation["metrics"]["categories"]} - {""})
-    return f"{', '.join(methods)} on {', '.join(datasets)}"
+def page_title(inputs: Sequence[ReportInput]) -> str:
+    """Return the models and the data sets."""
+    datasets = {row["dataset"] for entry in inputs for row in entry.scores.manifest["counts"]} - {""}
+    return f"{joined([entry.name for entry in inputs])} on {', '.join(sorted(datasets))}"
 
 
 def evaluation_facts(
@@ -94,15 +96,16 @@ def model_details(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_facts(evaluation: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def data_facts(inputs: Sequence[ReportInput], shards: ShardSet) -> list[tuple[str, str]]:
     """Return name and value of what is known of the shard set and the scores."""
+    manifest = shards.manifest
     summary = manifest["summary"]
     span = {key: " to ".join(str(v) for v in dict.fromkeys(summary[key])) for key in ("height", "width")}
     rejected = ", ".join(f"{count:,} {status}" for status, count in manifest["rejected"].items()) or "none"
     rows = [
         ("source", f"{manifest['source']} ({manifest['layout']} layout)"),
-        ("shard set", f"{evaluation['shards']['uri']}"),
-        ("manifest SHA-256", evaluation["shards"]["digest"]),
+        ("shard set", shards.uri),
+        ("manifest SHA-256", shards.digest),
         ("size", f"{manifest['bytes'] / 1e6:,.1f} MB in {len(manifest['files']):,} parts"),
         ("image sizes", f"height {span['height']}, width {span['width']}; {summary['distinct_sizes']:,} distinct"),
         ("rejected by ingest", rejected),
@@ -112,6 +115,7 @@ def data_facts(evaluation: Mapping[str, Any], manifest: Mapping[str, Any]) -> li
     ]
     for problem, images in summary["masks"].items():
         rows.append((f"masks {problem.replace('_', ' ')}", f"{images['count']:,}"))
-    rows.append(("scores", f"{evaluation['scores']['uri']}"))
-    rows.append(("scores SHA-256", evaluation["scores"]["digest"]))
+    for entry in inputs:
+        of = f" of {entry.name}" if len(inputs) > 1 else ""
+        rows += [(f"scores{of}", entry.scores.uri), (f"scores{of} SHA-256", entry.scores.digest)]
     return rows

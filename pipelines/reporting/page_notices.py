@@ -8,24 +8,47 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.reporting.headline import largest_error
+from pipelines.reporting.inputs import ReportInput
 from pipelines.reporting.metric_text import percent
+from pipelines.reporting.outcomes import counted, joined
 from pipelines.reporting.page_facts import listed
 from pipelines.reporting.page_tables import above_target
+
+RANDOM_WEIGHTS = (
+    "The backbone's weights are random: these figures show that the chain works, not how good the method is."
+)
+
+
+def any_random(models: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether a model's encoder has random weights."""
+    return any(model["config"]["backbone"]["weights"] == "random" for model in models)
+
+
+def shared_notices(inputs: Sequence[ReportInput], shard_manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the notices of all inputs, warnings first; one that does not hold for all names those it holds for."""
+    holders: dict[tuple[str, str], list[str]] = {}
+    for entry in inputs:
+        if entry.evaluation is not None:
+            for notice in notices(entry.evaluation, shard_manifest, entry.table):
+                holders.setdefault(notice, []).append(entry.name)
+    shown = [
+        (kind, text if len(names) == len(inputs) else f"{joined(names)}: {text}")
+        for (kind, text), names in holders.items()
+    ]
+    return sorted(shown, key=lambda notice: notice[0] != "warning")
 
 
 def notices(evaluation: Mapping[str, Any], shard_manifest: Mapping[str, Any], table: pa.Table) -> list[tuple[str, str]]:
     """Return what limits the figures: "warning" or "note", and a sentence."""
     warnings, notes = [], []
     models, statuses, threshold = evaluation["models"], evaluation["statuses"], evaluation["threshold"]
-    if any(model["config"]["backbone"]["weights"] == "random" for model in models):
-        warnings.append(
-            "The backbone's weights are random: these figures show that the chain works, not how good the method is."
-        )
+    if any_random(models):
+        warnings.append(RANDOM_WEIGHTS)
     unscored = count_unscored(statuses)
     if unscored:
         reasons = ", ".join(f"{count:,} {status}" for status, count in statuses.items() if status != "ok")
         warnings.append(
-            f"{unscored:,} of {_number(sum(statuses.values()), 'sample')} without a score ({reasons}): counted in no "
+            f"{unscored:,} of {counted(sum(statuses.values()), 'sample')} without a score ({reasons}): counted in no "
             f"figure, listed under Rejected samples."
         )
     crossing, conflicting = (
@@ -33,12 +56,12 @@ def notices(evaluation: Mapping[str, Any], shard_manifest: Mapping[str, Any], ta
     )
     if crossing:
         warnings.append(
-            f"Identical images lie in more than one split ({_number(crossing, 'group')} of them): some of what was "
+            f"Identical images lie in more than one split ({counted(crossing, 'group')} of them): some of what was "
             f"tested on may have been trained on."
         )
     if conflicting:
         warnings.append(
-            f"Identical images have different labels ({_number(conflicting, 'group')} of them): some labels are wrong."
+            f"Identical images have different labels ({counted(conflicting, 'group')} of them): some labels are wrong."
         )
     if threshold is None:
         notes.append("There is no threshold, so nothing is decided and no rate is given.")
@@ -55,10 +78,6 @@ def notices(evaluation: Mapping[str, Any], shard_manifest: Mapping[str, Any], ta
             f"Pixel metrics of the union are off by at most {largest_error(evaluation):.2g} percentage points."
         )
     return [*(("warning", text) for text in warnings), *(("note", text) for text in notes)]
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _model_notices(models: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -126,10 +126,3 @@ def above_target(rates: Mapping[str, Any], threshold: Mapping[str, Any]) -> bool
     """Return whether more normal images are flagged than the threshold promises."""
     promise = {**threshold, **rates}  # rates of before have no promise of their own
     return promise.get("promised", True) and (rates["false_positive_rate"] or 0) > promise["target_fpr"]
-
-
-def promise_words(threshold: Mapping[str, Any]) -> str:
-    """Say for what rate of false positives the thresholds were set."""
-    if not threshold.get("promised", True):
-        return "set without a promise"
-    return f"set for ≤ {100 * threshold['target_fpr']:.3g} %"

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from unianom.data.image import (
     ImageLimits,
@@ -23,9 +22,6 @@ from unianom.data.shards import PartSet
 
 STORED = ("image", "mask", "height", "width")
 """Columns of the shards that a picture of a sample is made of."""
-
-SHOWN_SIDE = 256
-"""Pictures larger than this many pixels a side are reduced to it, to keep the file small."""
 
 
 def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -52,13 +48,6 @@ def as_model_input(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.n
     if stored["mask"] is None:
         return image, None
     return image, prepare_mask(decode_mask(stored["mask"], limits=limits), policy)
-
-
-def shown_size(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels, S×S×3 uint8 or S×S float32, at most SHOWN_SIDE a side."""
-    if len(pixels) <= SHOWN_SIDE:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BILINEAR))
 
 
 def data_uri(kind: str, content: bytes) -> str:

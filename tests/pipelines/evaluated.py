@@ -85,6 +85,14 @@ def model_entry(policy: InputPolicy, threshold: float | None, **changes: Any) ->
     return entry | changes
 
 
+def write_scored(
+    folder: Path, samples: Sequence[Scored], models: Sequence[dict[str, Any]], parts: int = 2
+) -> tuple[ScoreSet, ShardSet]:
+    """Write `shards` and `scores` below a folder."""
+    shards = _write_shards(folder / "shards", samples, parts)
+    return _write_scores(folder / "scores", samples, models, shards, parts), shards
+
+
 def write_evaluation(
     folder: Path,
     samples: Sequence[Scored],
@@ -94,8 +102,7 @@ def write_evaluation(
     **options_changed: Any,
 ) -> str:
     """Write `shards`, `scores` and `evaluation` below a folder; returns the evaluation's folder."""
-    shards = _write_shards(folder / "shards", samples, parts)
-    scores = _write_scores(folder / "scores", samples, models, shards, parts)
+    scores, shards = write_scored(folder, samples, models, parts)
     output = str(folder / "evaluation")
     options = EvaluateOptions(scores.uri, shards.uri, output, soft_dice=soft_dice, **options_changed)
     images = LabelledImages.read(scores)
