@@ -13,16 +13,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from unianom.backbones import CnnBackbone, VitBackbone, read_state, weight_statistics
+from unianom.backbones import CnnBackbone, VitBackbone, weight_statistics
 from unianom.configs.backbone import BackboneConfig, with_padding_of_old
 from unianom.errors import OptionError, WeightsError
 from unianom.methods import METHODS
 from unianom.options import from_plain, to_plain
+from unianom.weight_formats import read_state
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-THREE_WAYS = r"'pretrained'.*file or URI.*'random'"
+ALL_WAYS = r"'pretrained'.*'package'.*file or URI.*'random'"
 
 
 def images(side: int, count: int = 2) -> Tensor:
@@ -178,23 +179,10 @@ def test_faults_of_a_weights_file_are_named(whole_vit, tmp_path):
         load(timm.create_model("resnet10t").state_dict())
 
 
-def test_missing_weights_name_the_three_ways(tmp_path):
+def test_missing_weights_name_all_ways(tmp_path):
     for weights in ("pretraned", str(tmp_path / "none.pth"), str(tmp_path)):
-        with pytest.raises(WeightsError, match=rf"{re.escape(weights)}; .*{THREE_WAYS}"):
+        with pytest.raises(WeightsError, match=rf"{re.escape(weights)}; .*{ALL_WAYS}"):
             CnnBackbone(BackboneConfig("resnet10t", weights), (4,))
-
-
-def test_pretrained_weights_that_cannot_be_had_name_the_three_ways(monkeypatch):
-    create = timm.create_model
-
-    def offline(name, pretrained=False, **options):
-        if pretrained:
-            raise OSError("no route to host")
-        return create(name, pretrained=False, **options)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(WeightsError, match=rf"resnet10t: no route to host; .*{THREE_WAYS}"):
-        CnnBackbone(BackboneConfig("resnet10t"), (4,))
 
 
 class RunsCode:

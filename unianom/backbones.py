@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import timm
 import torch
 from timm.layers import Attention, Conv2dSame, Format, get_same_padding
@@ -22,15 +20,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
-from unianom import files
 from unianom.configs.backbone import BackboneConfig, check_taps
 from unianom.errors import OptionError, WeightsError
-
-THREE_WAYS = (
-    "weights take 'pretrained' (downloaded by timm), a file or URI (.safetensors, .pth, .pt), "
-    "or 'random', asked for by name"
-)
-
+from unianom.hub import cached_weights, check_hub, find_hub_weights
+from unianom.weight_formats import read_state
+from unianom.weights import NAMED_WEIGHTS, PACKAGE, PACKAGES, Statistics, find_package, package_of, read_package
 
 VIT_MODULES = ("vision_transformer", "deit")
 """timm's modules of plain vision transformers."""
@@ -110,46 +104,23 @@ def check_name(config: BackboneConfig) -> None:
         raise OptionError(f"backbone.name={config.name}: {error} Known: {', '.join(known) or 'none'}") from error
 
 
-def weight_statistics(config: BackboneConfig) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Return mean and standard deviation of the images that timm names for this model's weights."""
+def weight_statistics(config: BackboneConfig) -> Statistics:
+    """Return mean and standard deviation of the images that the weights take: as the package says that carries them,
+    else as timm names them for this model's weights.
+
+    Raises:
+        OptionError: no such model, or timm names none.
+        WeightsError: no package carries weights of it, where they should come from one.
+    """
     check_name(config)
+    if config.weights == PACKAGE:
+        package = package_of(config)
+        return package.mean, package.std
     settings = timm.get_pretrained_cfg(config.name)
     if settings is None:
         raise OptionError(f"timm names no mean and std for {config.name}; set input.mean and input.std")
     mean, std = ((red, green, blue) for red, green, blue in (settings.mean, settings.std))
     return mean, std
-
-
-def read_state(uri: str) -> dict[str, Tensor]:
-    """Read a state dict from safetensors or a torch file (weights only, no code is run).
-
-    Wrappers that training scripts add ("state_dict", "model", "teacher"; prefixes "module.", "backbone.") are
-    taken off.
-
-    Raises:
-        WeightsError: the file is missing or holds no state dict.
-    """
-    try:
-        content = files.read_bytes(uri)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise WeightsError(f"no weights file at {uri}; {THREE_WAYS}") from error
-    try:
-        if uri.endswith(".safetensors"):
-            return safetensors.torch.load(content)
-        state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files fail in the parser, each in its own way
-        raise WeightsError(f"cannot read weights from {uri}: {error}") from error
-    for wrapper in ("state_dict", "teacher", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{uri} holds no state dict of tensors")
-    stripped = {}
-    for key, value in state.items():
-        for prefix in ("module.", "backbone."):
-            key = key.removeprefix(prefix)
-        stripped[key] = value
-    return stripped
 
 
 def state_faults(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
@@ -170,6 +141,10 @@ def _make(config: BackboneConfig, pretrained: bool, arguments: dict[str, Any]) -
     """Return the timm model, with random weights unless `pretrained`."""
     check_name(config)
     try:
+        if pretrained and (cached := cached_weights(config.name)) is not None:
+            arguments = {"pretrained_cfg_overlay": {"file": str(cached)}, **arguments}
+        elif pretrained:
+            check_hub(config.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.random_seed)
             return timm.create_model(config.name, pretrained=pretrained, **arguments)
@@ -179,24 +154,50 @@ def _make(config: BackboneConfig, pretrained: bool, arguments: dict[str, Any]) -
     except Exception as error:  # network, cache and hub errors come in many types
         if not pretrained:
             raise
-        raise WeightsError(f"cannot get the pretrained weights of {config.name}: {error}; {THREE_WAYS}") from error
+        raise WeightsError(_hub_failed(config.name, error)) from error
+
+
+def _hub_failed(name: str, error: Exception) -> str:
+    """Say that the hub gave no weights, and which file or package would do."""
+    hub = find_hub_weights(name)
+    package = find_package(name)
+    if package is not None:
+        own = f"'package' ({' && '.join(package.commands)})"
+    else:
+        own = f"'package' with another backbone ({', '.join(one.architecture for one in PACKAGES)})"
+    place, file = (hub.address, f"the {hub.files[0]} of that place") if hub else ("timm", "a file")
+    return (
+        f"cannot get the pretrained weights of {name} from {place}: {error}; set backbone.weights to {file}, fetched "
+        f"elsewhere, to {own}, or to 'random'; jobs/weights.py lists what is there"
+    )
 
 
 def _create(config: BackboneConfig, **arguments: Any) -> Any:
     """Make the timm model and give it its weights."""
     arguments = {**config.options, **arguments}
+    if config.weights == PACKAGE:
+        arguments = {**package_of(config).options, **arguments}
     model = _make(config, config.weights == "pretrained", arguments)
-    if config.weights not in ("pretrained", "random"):
-        _load_file(model, config, arguments)
+    if config.weights == PACKAGE:
+        package = package_of(config)
+        _load_state(model, read_package(config), package.distribution, config, arguments, package.antialias)
+    elif config.weights not in NAMED_WEIGHTS:
+        _load_state(model, read_state(config.weights), config.weights, config, arguments)
     return model
 
 
-def _load_file(model: nn.Module, config: BackboneConfig, arguments: dict[str, Any]) -> None:
+def _load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    origin: str,
+    config: BackboneConfig,
+    arguments: dict[str, Any],
+    antialias: bool = True,
+) -> None:
     """Load weights strictly, but for parts of the whole network that its encoder lacks (head, later stages)."""
-    state = read_state(config.weights)
     model = getattr(model, "model", model)  # some feature extractors of timm wrap the whole network
     if isinstance(model, VisionTransformer):
-        state = vit_filter(state, model)
+        state = vit_filter(state, model, antialias=antialias)
     wanted = model.state_dict()
     # timm's feature lists flatten the names of stages: "stages.0.norm" of the whole network is "stages_0.norm" there
     flat = {key.replace(".", "_"): key for key in wanted}
@@ -209,7 +210,7 @@ def _load_file(model: nn.Module, config: BackboneConfig, arguments: dict[str, An
     state = {k: v for k, v in state.items() if k in wanted or not (k in known or k.startswith(heads))}
     if faults := state_faults(wanted, state):
         raise WeightsError(
-            f"the weights in {config.weights} do not fit {config.name}; {faults}; "
+            f"the weights in {origin} do not fit {config.name}; {faults}; "
             f"name the model they were saved from, with backbone.options as it was made"
         )
     model.load_state_dict(state)
@@ -388,21 +389,47 @@ def _feature_indices(config: BackboneConfig, taps: Sequence[int]) -> tuple[int, 
     Raises:
         OptionError: a reduction that no map has, or a network in which several maps have the same.
     """
-    with torch.device("meta"):  # only the network's structure is asked for, so no weights are drawn or loaded
-        network = _make(config, False, {**config.options, "features_only": True})
-    known = [stage["reduction"] for stage in network.feature_info.info]
-    repeated = sorted({reduction for reduction in known if known.count(reduction) > 1})
-    if repeated:
-        raise OptionError(
-            f"{config.name} has several feature maps of reduction {_listed(repeated)}; this method needs a pyramid, "
-            f"each map coarser than the last, as of a ResNet, EfficientNet, ConvNeXt or Swin"
-        )
+    known = [stage["reduction"] for stage in _feature_stages(config)]
     if not set(taps) <= set(known):
         raise OptionError(
             f"{config.name} has feature maps of reduction {_listed(known)}; asked for {_listed(taps)}; "
             f"choose taps among those it has"
         )
     return tuple(known.index(reduction) for reduction in taps)
+
+
+def pyramid_channels(config: BackboneConfig, reductions: Sequence[int]) -> tuple[int, ...]:
+    """Return the channel counts of an encoder's feature maps of these reductions.
+
+    Raises:
+        OptionError: a reduction that no map has, or a network in which several maps have the same.
+    """
+    channels = {stage["reduction"]: stage["num_chs"] for stage in _feature_stages(config)}
+    if not set(reductions) <= set(channels):
+        raise OptionError(
+            f"backbone.name={config.name}: this method takes encoders with feature maps of reduction "
+            f"{_listed(reductions)}, as a timm ResNet or EfficientNet; it has {_listed(list(channels))}"
+        )
+    return tuple(channels[reduction] for reduction in reductions)
+
+
+def _feature_stages(config: BackboneConfig) -> list[dict[str, Any]]:
+    """Return timm's account of each feature map: its "reduction" and its channels, "num_chs".
+
+    Raises:
+        OptionError: several maps have the same reduction.
+    """
+    with torch.device("meta"):  # only the network's structure is asked for, so no weights are drawn or loaded
+        network = _make(config, False, {**config.options, "features_only": True})
+    stages: list[dict[str, Any]] = network.feature_info.info
+    known = [stage["reduction"] for stage in stages]
+    repeated = sorted({reduction for reduction in known if known.count(reduction) > 1})
+    if repeated:
+        raise OptionError(
+            f"{config.name} has several feature maps of reduction {_listed(repeated)}; this method needs a pyramid, "
+            f"each map coarser than the last, as of a ResNet, EfficientNet, ConvNeXt or Swin"
+        )
+    return stages
 
 
 def _listed(numbers: Sequence[int]) -> str:

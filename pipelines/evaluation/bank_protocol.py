@@ -173,7 +173,7 @@ def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
         "tool": __version__,
         "method": method_of(options.method),
         "config": to_plain(options.method),
-        "weights": weights_digest(options.method.backbone.weights),
+        "weights": weights_digest(options.method.backbone.name, options.method.backbone.weights),
         "shards": shards.digest,
         "batch_size": options.batch_size,
         "limits": to_plain(options.limits),

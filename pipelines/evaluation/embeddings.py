@@ -57,7 +57,7 @@ def embed_once(
         files.full_uri(options.embeddings or files.beside(options.output, "embeddings")),
         "embeddings",
         {side: SampleSource(shards, selection, options.limits) for side, selection in selections.items()},
-        {"method": name, "config": plain, "weights": weights_digest(config.backbone.weights)},
+        {"method": name, "config": plain, "weights": weights_digest(config.backbone.name, config.backbone.weights)},
         options.runtime,
         options.batch_size,
     )

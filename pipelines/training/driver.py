@@ -89,7 +89,7 @@ def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[Fit
             "images": options.data.images,
             "window": options.data.window,
             "device": options.runtime.device,
-            "weights": weights(own.backbone.weights),
+            "weights": weights(own.backbone.name, own.backbone.weights),
             **({"phases": to_plain(options.phases)} if options.phases else {}),
         }
         return chosen, notice, plan
@@ -209,7 +209,7 @@ def plan_job(
             categories,
             selection,
             method,
-            weights_digest(config.backbone.weights),
+            weights_digest(config.backbone.name, config.backbone.weights),
             options.data.feature_precision == "half",
             folder,
             options.limits,

@@ -80,7 +80,7 @@ def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
             "limits": to_plain(options.limits),
             "device": options.runtime.device,
             "threads": options.runtime.cpus_per_worker,
-            "weights": weights(own.backbone.weights),
+            "weights": weights(own.backbone.name, own.backbone.weights),
         }
         return chosen, notice, plan
 

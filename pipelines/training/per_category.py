@@ -17,6 +17,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.options import from_plain, merged, to_plain
 from unianom.thresholds import Threshold
+from unianom.weights import NAMED_WEIGHTS, PACKAGE, find_package
 
 
 @dataclass(frozen=True)
@@ -188,13 +189,21 @@ def inputs_of(shards: str, config: Any) -> dict[str, str | None]:
     synthesis = getattr(config, "synthesis", None)
     return {
         "shards": shards,
-        "method.backbone.weights": None if weights in ("pretrained", "random") else weights,
+        "method.backbone.weights": None if weights in NAMED_WEIGHTS else weights,
         "method.synthesis.textures": getattr(synthesis, "textures", None),
     }
 
 
-def weights_digest(weights: str) -> str | None:
-    """Return the checksum of a weights file, so that another file under the same name is another plan."""
-    if weights in ("pretrained", "random") or not files.exists(weights):
+def weights_digest(name: str, weights: str) -> str | None:
+    """Return the checksum of the file that a backbone's weights come from, so that another file under the same name is
+    another plan.
+
+    Args:
+        name, weights: of the `BackboneConfig`.
+    """
+    if weights == PACKAGE:
+        package = find_package(name)
+        return None if package is None else package.sha256  # the file is compared with it when it is read
+    if weights in NAMED_WEIGHTS or not files.exists(weights):
         return None  # a missing file is told by the backbone, with the ways out
     return files.sha256_file(weights)

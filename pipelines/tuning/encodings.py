@@ -149,7 +149,7 @@ def encode_once(
             "method": name,
             "config": network_part(name, config),
             "attention": getattr(config, "mask", "off") != "off",
-            "weights": weights_digest(config.backbone.weights),
+            "weights": weights_digest(config.backbone.name, config.backbone.weights),
         },
         options.runtime,
         options.batch_size,

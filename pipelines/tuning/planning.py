@@ -46,7 +46,7 @@ def campaign_plan(options: TuneOptions, space: Sequence[Dimension], shards: Shar
     if isinstance(options, TuneCada):
         weights = files.sha256_file(files.join(options.model, "model.json"))
     else:
-        weights = weights_digest(config.backbone.weights)
+        weights = weights_digest(config.backbone.name, config.backbone.weights)
     for option in NOT_IN_PLANS:
         fitted.pop(option, None)
     return {

@@ -382,6 +382,14 @@ def test_a_guarded_norm_is_batch_norm_where_channels_vary():
     torch.testing.assert_close(norm(x), guard(x), rtol=1e-4, atol=1e-5)
 
 
+def test_guarded_norms_that_activate_go_on_doing_so():
+    """As those of EfficientNets do."""
+    plain, guarded = (make("efficientnet_lite0", norm_guard=guard) for guard in (0.0, 5e-4))
+    levels = [method.eval().encoders.target(random_images(1)) for method in (plain, guarded)]
+    for one, other in zip(*levels):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_a_guarded_norm_does_not_blow_up_what_hardly_varies():
     """The floor is the smaller of guard and variance of the weights: 5e-4, but 1e-5 for the third channel."""
     norm, guard = guarded()

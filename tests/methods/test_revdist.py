@@ -194,8 +194,8 @@ def test_gelu_is_the_decoders():
 def test_inputs_and_encoders_that_do_not_fit():
     with pytest.raises(OptionError, match=r"input of 72 pixels.*multiple of 32"):
         RevDistConfig(input=InputPolicy(resize="stretch", size=72, crop=None))
-    with pytest.raises(OptionError, match="choose a timm ResNet"):
-        make("efficientnet_b0")
+    with pytest.raises(OptionError, match="needs a pyramid"):
+        make("vit_tiny_patch16_224")
 
 
 MULTICLASS = TrainingConfig(

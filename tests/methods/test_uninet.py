@@ -573,8 +573,8 @@ def test_folded_it_predicts_the_same(task):
 
 # ------------------------------------------------------------------------------------------------------------ options
 def test_another_kind_of_encoder_is_refused():
-    with pytest.raises(OptionError, match="mirrors the blocks of a residual network"):
-        make(backbone=BackboneConfig("mobilenetv2_100", weights="random"))
+    with pytest.raises(OptionError, match="needs a pyramid"):
+        make(backbone=BackboneConfig("vit_tiny_patch16_224", weights="random"))
 
 
 def test_labels_need_a_task():

@@ -16,7 +16,8 @@ class BackboneConfig(Options):
 
     Args:
         name: timm model, with its weights tag where it matters (e.g. "wide_resnet50_2.tv_in1k").
-        weights: "pretrained", a file or URI, or "random". Nothing is substituted for missing weights.
+        weights: "pretrained" (timm downloads them), "package" (of an installed Python package, see
+            `unianom.weights`), a file or URI, or "random". Nothing is substituted for missing weights.
         options: further arguments of `timm.create_model` (e.g. {"pad_type": "same"}).
         random_seed: seed of "random" weights.
         precision: "fp32", or autocast to "bf16" or "fp16" in the forward pass.

@@ -63,8 +63,8 @@ class ReContrastConfig(Options):
     Args:
         preset: "paper" or "reference" (the released code); text and released code do not differ. What the
             code has besides, for stability and for a model for all categories, is options that the recipes set.
-        backbone: any timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
-            torchvision's first weights.
+        backbone: a timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
+            torchvision's first weights. Any other pyramid gets those of a ResNet-18 with its own channels.
         input: published: stretched to 256 pixels, a multiple of 32; its code has mask_resize "bilinear_any".
         training: length, batches, optimisers.
         encoder_norm: batch norm of the trained encoder takes a batch's statistics in training ("train") or keeps those

@@ -41,8 +41,8 @@ class RevDistConfig(Options):
 
     Args:
         preset: "paper" or "reference" (the released code); fills what is left null below.
-        backbone: any timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
-            torchvision's first weights.
+        backbone: a timm ResNet, whose blocks bottleneck and decoder mirror; published: Wide-ResNet-50-2 with
+            torchvision's first weights. Any other pyramid gets those of a ResNet-18 with its own channels.
         input: published: stretched to 256 pixels, a multiple of 32; its code has mask_resize "bilinear_half".
         training: length, batches, optimiser. A model for all categories learns as CADA says, which the recipes set.
         activation: of the decoder: "relu", or "gelu" (CADA, a model for all categories).

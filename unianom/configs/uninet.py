@@ -85,7 +85,8 @@ class UniNetConfig(Options):
         task: what is learned from; "anomaly" learns from normal images, "classification" also from anomalous
             ones, by their labels (VAD), "segmentation" from masks, and gives their probability as map (polyps), "video"
             is "anomaly" with a head that paints the frame again, whose error adds to the score (Ped2).
-        backbone: any timm ResNet; published: Wide-ResNet-50-2 with torchvision's first weights.
+        backbone: a timm ResNet, whose blocks the student mirrors; published: Wide-ResNet-50-2 with torchvision's first
+            weights. Any other pyramid gets those of a ResNet-18 with its own channels.
         input: published: stretched to 256 pixels, Lanczos.
         training: length, batches, optimisers.
         augmentation: flips and turns of images and masks.

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from unianom.configs.recontrast import ReContrastConfig
@@ -80,7 +81,10 @@ def guard_batch_norm(module: nn.Module, guard: float) -> None:
     """Put `GuardedBatchNorm` in the place of every batch norm of a module."""
     for name, part in module.named_children():
         if isinstance(part, nn.BatchNorm2d):
-            setattr(module, name, GuardedBatchNorm(part, guard))
+            guarded: nn.Module = GuardedBatchNorm(part, guard)
+            if isinstance(part, BatchNormAct2d):  # timm's, of EfficientNets and MobileNets
+                guarded = nn.Sequential(guarded, part.drop, part.act)
+            setattr(module, name, guarded)
         else:
             guard_batch_norm(part, guard)
 
@@ -137,7 +141,7 @@ class ReContrast(TrainedMethod[ReContrastConfig]):
         bottleneck: from three levels of either encoder to an embedding, B×2048×8×8 as published.
 
     Raises:
-        OptionError: the backbone is no residual network.
+        OptionError: the backbone is no pyramid of feature maps of reduction 4 to 32.
         WeightsError: see `TeacherPair`.
     """
 

@@ -42,7 +42,7 @@ class RevDist(TrainedMethod[RevDistConfig]):
         bottleneck: from three levels to the one-class embedding, B×2048×8×8 as published.
 
     Raises:
-        OptionError: the backbone is no residual network.
+        OptionError: the backbone is no pyramid of feature maps of reduction 4 to 32.
     """
 
     Config = RevDistConfig

@@ -293,7 +293,7 @@ class UniNet(TrainedMethod[UniNetConfig]):
         config: options.
 
     Raises:
-        OptionError: the backbone is no residual network.
+        OptionError: the backbone is no pyramid of feature maps of reduction 4 to 32.
         WeightsError: see `TeacherPair`.
     """
 

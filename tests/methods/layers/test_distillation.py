@@ -231,9 +231,32 @@ def test_other_residual_networks_are_mirrored(name, plan):
         assert count(block) == count(kept)
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_b4.aa_in1k", "vit_tiny_patch16_224", "convnext_atto", "resnetv2_50"])
-def test_other_networks_are_refused(name):
-    with pytest.raises(OptionError, match=rf"backbone.name={name}.*choose a timm ResNet"):
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("tf_efficientnet_lite0", (24, 40, 112, 320)),
+        ("convnext_atto", (40, 80, 160, 320)),
+        ("resnetv2_50", (256, 512, 1024, 2048)),  # of pre-activation blocks, which are not those of a ResNet
+    ],
+)
+def test_other_pyramids_are_grown_by_blocks_of_a_resnet18(name, channels):
+    plan = residual_plan(BackboneConfig(name, weights="random"))
+    assert plan == ResidualPlan(False, channels, channels, (2, 2, 2, 2), 1)
+    with torch.device("meta"):
+        levels = timm.create_model(name, features_only=True)(torch.zeros(1, 3, 64, 64))[-4:-1]
+        grown = ReverseDecoder(plan)(OneClassBottleneck(plan)(levels))
+    assert [level.shape for level in grown] == [level.shape for level in levels]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_tiny_patch16_224", "several feature maps of reduction 16; this method needs a pyramid"),
+        ("levit_128", "backbone.name=levit_128: .*feature maps of reduction 4, 8, 16, 32, .*; it has 16, 32, 64"),
+    ],
+)
+def test_networks_without_such_a_pyramid_are_refused(name, message):
+    with pytest.raises(OptionError, match=message):
         residual_plan(BackboneConfig(name, weights="random"))
 
 

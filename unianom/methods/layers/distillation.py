@@ -1,5 +1,5 @@
-"""What the student–teacher methods share: a residual encoder's pyramid is fused to one map, and a decoder of the same
-kind of blocks grows the pyramid again from it (reverse distillation).
+"""What the student–teacher methods share: an encoder's pyramid is fused to one map, and a decoder of residual
+blocks grows the pyramid again from it (reverse distillation).
 
 Levels are listed fine to coarse. With a Wide-ResNet-50-2 at 256 pixels: 256×64×64, 512×32×32, 1024×16×16, and 2048×8×8
 behind the bottleneck.
@@ -17,14 +17,17 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from unianom.backbones import CnnBackbone, check_name
+from unianom.backbones import CnnBackbone, check_name, pyramid_channels
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.distance_map import DistanceMapConfig
-from unianom.errors import OptionError, WeightsError
+from unianom.errors import WeightsError
 from unianom.methods.layers.postprocess import gaussian_blur, gaussian_filter, upsample_levels
 
 TAPS = (4, 8, 16)
 """Reductions of layer1, layer2 and layer3 of a ResNet."""
+
+PYRAMID = (*TAPS, 32)
+"""With that of layer4, which the bottleneck takes the place of."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -32,7 +35,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 # ------------------------------------------------------------------------------------------------ the encoder's plan
 @dataclass(frozen=True)
 class ResidualPlan:
-    """Of what blocks a residual encoder is made, for bottlenecks and decoders that mirror it.
+    """Of what blocks bottlenecks and decoders are made; those of a residual encoder, which they mirror.
 
     Attributes:
         bottleneck: whether its blocks are 1×1, 3×3, 1×1 convolutions ("bottleneck") or two 3×3 ones ("basic").
@@ -50,20 +53,21 @@ class ResidualPlan:
 
 
 def residual_plan(backbone: BackboneConfig) -> ResidualPlan:
-    """Return the plan of a timm ResNet (resnet…, wide_resnet…, resnext…).
+    """Return the plan by which bottleneck and decoder mirror an encoder.
+
+    Those of a timm ResNet (resnet…, wide_resnet…, resnext…) have its own blocks, as published. For any other pyramid
+    they have the blocks and depths of a ResNet-18 and the encoder's channels, which no paper has.
 
     Raises:
-        OptionError: another kind of network.
+        OptionError: no feature maps of reduction 4, 8, 16 and 32.
     """
     check_name(backbone)
     with torch.device("meta"):  # only its structure is asked for
         model: Any = timm.create_model(backbone.name, pretrained=False, **backbone.options)
     kinds = {type(block) for stage in range(1, 5) for block in getattr(model, f"layer{stage}", ())}
     if not isinstance(model, ResNet) or not kinds or not kinds <= {BasicBlock, Bottleneck}:
-        raise OptionError(
-            f"backbone.name={backbone.name}: this method mirrors the blocks of a residual network; choose a "
-            f"timm ResNet (resnet18 … wide_resnet50_2, resnext50_32x4d)"
-        )
+        channels = pyramid_channels(backbone, PYRAMID)
+        return ResidualPlan(False, channels, channels, (2, 2, 2, 2), 1)
     stages = [getattr(model, f"layer{stage}") for stage in range(1, 5)]
     bottleneck = kinds == {Bottleneck}
     last = [stage[-1] for stage in stages]
