@@ -10,6 +10,7 @@ from pipelines.runtime.cli import console, run
 
 def main(options: ReportOptions) -> None:
     """Write the report and print where it is."""
+    options.check_given()
     from pipelines.reporting.html import write_report
 
     console.print(f"report written: {write_report(options)}")

@@ -28,10 +28,12 @@ def write_report(options: ReportOptions) -> str:
     """Write the report, or find it written; return its path or URI.
 
     Raises:
+        OptionError: nothing to report is given, or the output lies within what is read.
         DataError: no evaluation there, its scores or shards are gone or were changed since, several evaluations are of
             different shards, a section is missing or not what it should be, or the output is anything but such
             a report.
     """
+    options.check_given()
     inputs, shards = read_inputs(options)
     sections = [read_section(folder) for folder in options.sections]
     output = files.full_uri(options.output)

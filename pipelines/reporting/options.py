@@ -8,6 +8,11 @@ from pipelines.runtime.options import TrackingOptions
 from unianom.errors import OptionError
 from unianom.options import AtLeastZero, Options
 
+NEEDS = (
+    "a report needs either --evaluation FOLDER, or --evaluations '[FOLDER, FOLDER]', or --scores FOLDER with --shards "
+    "FOLDER"
+)
+
 
 @dataclass(frozen=True)
 class ReportOptions(Options):
@@ -48,17 +53,23 @@ class ReportOptions(Options):
         if not self.output.endswith(".html"):
             raise OptionError(f"output={self.output} must be a file name that ends in .html")
         given = [self.evaluation is not None, bool(self.evaluations), self.scores is not None]
-        if sum(given) != 1:
-            raise OptionError(
-                "a report needs either --evaluation FOLDER, or --evaluations '[FOLDER, FOLDER]', or --scores FOLDER "
-                f"with --shards FOLDER; {'none of them is' if not any(given) else 'several of them are'} given"
-            )
+        if sum(given) > 1:
+            raise OptionError(f"{NEEDS}; several of them are given")
         if (self.scores is None) != (self.shards is None):
             raise OptionError("--scores and --shards go together: give both, or an evaluation, which names its own")
         if len(set(self.evaluations)) < len(self.evaluations):
             raise OptionError("an evaluation is given twice; give each once")
         if self.names and (len(self.names) != self.count or len(set(self.names)) < self.count):
             raise OptionError(f"names={list(self.names)} must be {self.count} different names, one for each evaluation")
+
+    def check_given(self) -> None:
+        """Refuse options that name nothing to report; apart from `check`, so that defaults can be printed.
+
+        Raises:
+            OptionError: neither evaluations nor scores are given.
+        """
+        if self.evaluation is None and not self.evaluations and self.scores is None:
+            raise OptionError(f"{NEEDS}; none of them is given")
 
     @property
     def count(self) -> int:

@@ -93,7 +93,7 @@ def test_inputs_that_do_not_go_together_are_refused(tmp_path: Path):
     with pytest.raises(OptionError, match=r"--scores and --shards go together"):
         ReportOptions(scores="scores")
     with pytest.raises(OptionError, match=r"either --evaluation FOLDER, or .*; none of them is given"):
-        ReportOptions()
+        write_report(ReportOptions())
     with pytest.raises(OptionError, match=r"several of them are given"):
         ReportOptions("evaluation", scores="scores", shards="shards")
     scores, _ = write_scored(tmp_path / "one", unlabelled(), [model_entry(POLICY, None)])
