@@ -15,6 +15,7 @@ from unianom.thresholds import (
     Threshold,
     fit_bands,
     fit_rule,
+    fit_supported,
     fit_threshold,
     normals_needed,
     smallest_supported_rate,
@@ -293,3 +294,15 @@ def test_damaged_rules_are_named():
     swapped = {**content["common"], "fail": content["common"]["review"], "review": content["common"]["fail"]}
     with pytest.raises(ModelError, match="at or below the threshold to fail"):
         DecisionRule.from_dict({**content, "common": swapped})
+
+
+@pytest.mark.parametrize(
+    ("n", "rate", "above"),
+    [(13, None, 0), (14, 0.2, 0), (30, 0.2, 2), (60, 0.2, 6), (61, 0.1, 2), (123, 0.1, 6), (124, 0.05, 2)],
+)
+def test_unasked_the_lowest_rate_is_promised_that_leaves_two_scores_above(n, rate, above):
+    """By the tables of the binomial distribution: P(Binomial(124, 0.05) ≤ 2) = 0.049, of 123 it is 0.051."""
+    threshold = fit_supported(np.arange(n))
+    assert (threshold.target_fpr, threshold.promised) == ((0.05, False) if rate is None else (rate, True))
+    assert n - threshold.rank == above
+    assert threshold.value == n - 1 - above

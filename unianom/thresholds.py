@@ -10,9 +10,11 @@ The smallest r that keeps this at or below 1 − confidence is taken. If scores 
 a score equal to the threshold passes, and the distribution function at s_(r) is then at least the uniform order
 statistic it is in the continuous case. ("score ≥ threshold" would lose the guarantee.)
 
-Fewer normals than a rate needs support a higher one: the threshold at their highest score promises the rate
-1 − (1 − confidence)^(1/n). Where that is above `HIGHEST_PROMISED`, the same threshold is marked as promising nothing;
-all that is known then is that of n + 1 exchangeable scores each is the highest with probability 1/(n + 1).
+Unless a rate is asked for, it is the lowest of `RATES` that so many normals support by a threshold with at least
+`SPARE` of their scores above it: a threshold at the very highest score is at the mercy of one odd image, and then
+catches little. Where they support none of them in that way, it is the highest rate, and where not even that by their
+highest score, the threshold at that score is marked as promising nothing: all that is known then is that of n + 1
+exchangeable scores each is the highest with probability 1/(n + 1).
 
 Scores of held-out normals are one source. The images of a memory bank itself are another (leave-one-out): each is
 scored as if the bank did not hold its own vectors. What is promised then assumes:
@@ -53,12 +55,13 @@ Source = Literal["held_out", "leave_one_out"]
 """Where normal scores are from: of images that were not learned from, or of those of a memory bank, each scored without
 its own vectors."""
 
-USUAL_FPR = 0.05
-"""Highest false-positive rate that is aimed at unless told otherwise."""
+RATES = (0.05, 0.1, 0.2)
+"""False-positive rates that are promised unless one is asked for: the first, or with too few normals the next."""
 
-HIGHEST_PROMISED = 0.2
-"""Highest false-positive rate that is promised unasked; a threshold from normals that support no lower one promises
-nothing."""
+SPARE = 2
+"""Normal scores that lie above a threshold at least, for it to be chosen unasked."""
+
+USUAL_FPR, HIGHEST_PROMISED = RATES[0], RATES[-1]
 
 # Slack for rounding in logarithms, so that the smallest rate n normals support needs n normals and not n + 1.
 _ROUNDING = 1e-9
@@ -197,16 +200,7 @@ def fit_threshold(scores: ArrayLike, target_fpr: float, confidence: float = 0.95
             f"and {target_fpr:g} needs {needed} normal scores; "
             f"add normal images, or ask for a higher rate or a lower confidence"
         )
-    from scipy.stats import binom  # takes longer to import than all else here
-
-    # How many normals may lie above the threshold: binom.ppf is the first count whose cumulative probability
-    # reaches 1 − confidence, so the largest count that does not exceed it is that one or the one before. None above
-    # is always right, since n is large enough.
-    risk = 1 - confidence
-    above = int(binom.ppf(risk, n, target_fpr))
-    if above > 0 and binom.cdf(above, n, target_fpr) > risk:
-        above -= 1
-    rank = n - above
+    rank = n - scores_above(n, target_fpr, confidence)
     value = float(ordered[rank - 1])
     return Threshold(
         value=value,
@@ -225,8 +219,7 @@ def fit_supported(
 
     Args:
         scores: (n,) scores of normal images, at least one.
-        target_fpr: highest false-positive rate wanted; None takes `USUAL_FPR`, or the lowest rate above it that n
-            normals support, or above `HIGHEST_PROMISED` no promise at all.
+        target_fpr: highest false-positive rate wanted; None takes that of `supported_rate`, or promises nothing.
         confidence: in (0, 1).
         source: where the scores are from.
 
@@ -244,15 +237,31 @@ def fit_supported(
 
 
 def supported_rate(n: int, confidence: float = 0.95) -> float | None:
-    """Return the false-positive rate that is promised of n normals unless another is asked for: `USUAL_FPR`, or the
-    lowest above it that they support; None where that is above `HIGHEST_PROMISED`.
+    """Return the false-positive rate that n normals promise unless another is asked for; see `RATES` and `SPARE`.
+
+    Returns:
+        The rate; None where n normals support not even the highest.
 
     Raises:
         OptionError: a confidence outside (0, 1).
     """
-    if n < normals_needed(HIGHEST_PROMISED, confidence):
-        return None
-    return max(USUAL_FPR, smallest_supported_rate(n, confidence))
+    for rate in RATES:
+        if n >= normals_needed(rate, confidence) and scores_above(n, rate, confidence) >= SPARE:
+            return rate
+    return HIGHEST_PROMISED if n >= normals_needed(HIGHEST_PROMISED, confidence) else None
+
+
+def scores_above(n: int, rate: float, confidence: float) -> int:
+    """Return how many of n normal scores may lie above a threshold that promises a rate which n supports."""
+    from scipy.stats import binom  # takes longer to import than all else here
+
+    # binom.ppf is the first count whose cumulative probability reaches 1 − confidence, so the largest count that does
+    # not exceed it is that one or the one before. None above is always right, since n is large enough.
+    risk = 1 - confidence
+    above = int(binom.ppf(risk, n, rate))
+    if above > 0 and binom.cdf(above, n, rate) > risk:
+        above -= 1
+    return above
 
 
 def fit_by_category(

@@ -109,10 +109,13 @@ def _source(
     """
     if options.source != "auto":
         return options.source
-    needed = normals_needed(options.target_fpr or USUAL_FPR, options.confidence)
     categories = {row["category"] for row in train}
     fewest = min(held_out.get(name, 0) for name in categories) if options.per_category else sum(held_out.values())
-    return "held_out" if fewest >= needed or (val and sum(held_out.values()) >= len(train)) else LEFT_OUT
+    if options.target_fpr is None:
+        enough = supported_rate(fewest, options.confidence) == USUAL_FPR
+    else:
+        enough = fewest >= normals_needed(options.target_fpr, options.confidence)
+    return "held_out" if enough or (val and sum(held_out.values()) >= len(train)) else LEFT_OUT
 
 
 def _shortage(count: int, source: Source, train: int, options: SplitOptions, validate: bool) -> str:
@@ -132,8 +135,9 @@ def _shortage(count: int, source: Source, train: int, options: SplitOptions, val
     left_out = source == LEFT_OUT
     if left_out and count == 1:
         return "no threshold: by leave_one_out the bank needs a second normal image; add normal images"
+    rate = supported_rate(count, confidence) if target is None else None
     needed = normals_needed(target or USUAL_FPR, confidence)
-    if count >= needed:
+    if rate == USUAL_FPR or (target is not None and count >= needed):
         return ""
     named = counted(count, "normal image" if left_out else "held-out normal image")
     sure = f"at {100 * confidence:g} % confidence"
@@ -152,17 +156,16 @@ def _shortage(count: int, source: Source, train: int, options: SplitOptions, val
             "no threshold: no normal image is held out to choose it from; raise --threshold.validation_fraction, or "
             "add normal images"
         )
-    rate = supported_rate(count, confidence)
+    few = "is" if count == 1 else "are"
     if rate is None:
         enough = normals_needed(HIGHEST_PROMISED, confidence)
-        few = "is" if count == 1 else "are"
         return (
             f"the threshold promises nothing: {named} {few} too few, {enough} support a false-positive rate of "
-            f"{HIGHEST_PROMISED:g} {sure}, and {needed} one of {USUAL_FPR:g}"
+            f"{HIGHEST_PROMISED:g} {sure}"
         )
     return (
-        f"the threshold promises a false-positive rate of {rate:.3g}: {named} support no lower one {sure}, and "
-        f"{needed} are needed for {USUAL_FPR:g}"
+        f"the threshold promises a false-positive rate of {rate:g}, since {named} {few} few; more of them support a "
+        f"lower one, and --threshold.target_fpr asks for one, at a threshold at or near the highest of their scores"
     )
 
 

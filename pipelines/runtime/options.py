@@ -58,18 +58,16 @@ class TrackingOptions(Options):
 
 @dataclass(frozen=True)
 class DemoOptions(Options):
-    """Draw a corpus, ingest it, fit UniFormaly, score, evaluate, register, report.
+    """Draw a corpus, inspect it with PatchCore and UniFormaly, and report on both side by side.
 
     Args:
         output: folder for everything; a second run continues there.
-        weights: of the encoder: "random", or a weights file of `backbone`.
-        backbone: timm vision transformer.
         seed: of the corpus.
-        runtime: actors and their CPUs.
+        runtime: workers and their CPUs.
+        tracking: where MLflow records training, evaluation and report.
     """
 
     output: str = "demo"
-    weights: str = "random"
-    backbone: str = "vit_tiny_patch16_224"
     seed: int = 0
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    tracking: TrackingOptions = field(default_factory=lambda: TrackingOptions(enabled=False))

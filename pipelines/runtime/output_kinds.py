@@ -154,6 +154,7 @@ KINDS: dict[str, OutputKind] = {
         keys=frozenset({"space", "search", "objective"}),
     ),
     "demo": OutputKind("a demo", "demo", (), done=None),
+    "inspection": OutputKind("an inspection", "inspect", (), done=None),
     # what jobs keep for each other, under a name that is the digest of its plan
     "features": OutputKind("frozen features", "train", (r".*",)),
     "patches": OutputKind("patches of a bank", "train", (r".*",)),

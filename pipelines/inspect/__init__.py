@@ -1,0 +1,1 @@
+"""One command from a folder of images to a report: `unianom inspect`."""
