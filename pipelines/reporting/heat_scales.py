@@ -31,6 +31,9 @@ their ranks are correlated at least so much."""
 NEIGHBOURS = 3
 """Images on each side of the threshold that its place is estimated from."""
 
+THRESHOLD_AT_LEAST = 0.5
+"""Share of the scale below the threshold, where its place is known: few glaring defects do not make all others dark."""
+
 ScaleKey = tuple[str, float | None]
 """A model's digest and its threshold for a category."""
 
@@ -93,7 +96,11 @@ def _drawn_by_name(table: pa.Table) -> dict[str, tuple[bool, float]]:
 def _scale(
     samples: Mapping[str, tuple[bool, float]], maps: Mapping[str, np.ndarray], threshold: float | None
 ) -> MarkedScale:
-    """Return the scale of some samples. What stays below the threshold never has the last colour."""
+    """Return the scale of some samples.
+
+    The threshold, where its place is known, lies in the upper half: what stays below it never has the last colour, and
+    what is above it is bright.
+    """
     pixels: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for sample_id, (anomalous, _) in samples.items():
         pixels[anomalous].append(maps[sample_id][::4, ::4].ravel())
@@ -106,7 +113,8 @@ def _scale(
     value = threshold if exact else _value_at(threshold, score, highest)
     if value is None:
         return MarkedScale(heat, None)
-    return MarkedScale(visual.HeatScale(heat.low, max(heat.high, value)), value, exact)
+    high = max(value, min(heat.high, heat.low + (value - heat.low) / THRESHOLD_AT_LEAST))
+    return MarkedScale(visual.HeatScale(heat.low, high if high > heat.low else heat.high), value, exact)
 
 
 def _value_at(threshold: float, score: np.ndarray, highest: np.ndarray) -> float | None:

@@ -269,7 +269,7 @@ def test_masks_that_fit_nothing_are_told(tmp_path):
     detected, _ = found(tmp_path)
     assert detected.masks == 0
     assert (
-        "masks/ (1 images) was not taken for masks: no file in it is named like a defective image" in detected.warnings
+        "masks/ (1 image) was not taken for masks: no file in it is named like a defective image" in detected.warnings
     )
 
 

@@ -221,6 +221,7 @@ def test_threshold_is_marked_on_the_scale_where_scores_are_maxima_of_maps(page: 
     scale = _scale(page)
     (mark,) = [a["style"] for tag, a in page.elements if tag == "b" and a.get("style", "").startswith("left")]
     share = (THRESHOLD - scale.low) / (scale.high - scale.low)
+    assert share == pytest.approx(0.5, abs=1e-3), "the brightest pixels reach further"
     assert float(re.search(r"left: ([\d.]+)%", mark)[1]) == pytest.approx(100 * share, abs=0.2)
     samples = [replace(s, score=None if s.score is None else 7 * s.score) for s in drawn_samples()]
     other = _report(tmp_path, samples, [model_entry(POLICY, 7 * THRESHOLD)])

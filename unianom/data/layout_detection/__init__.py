@@ -6,6 +6,7 @@ Nothing is guessed silently: every decision is said in words, and what names lea
 that say it.
 """
 
-from unianom.data.layout_detection.detect import ROLES, Detected, command_line, detect_layout, option_arguments
+from unianom.data.layout_detection.commands import command_line, option_arguments
+from unianom.data.layout_detection.detect import ROLES, Detected, detect_layout
 
 __all__ = ["ROLES", "Detected", "command_line", "detect_layout", "option_arguments"]

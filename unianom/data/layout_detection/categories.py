@@ -284,11 +284,11 @@ def _no_normal(base: Node, nodes: list[Node], roles: dict[str, Role | None]) -> 
 
 def counted(base: Node, most: int = 8) -> str:
     """Return the folders in one with their numbers of images, for messages."""
-    named = [f"{node.name}/ ({images(node.total)})" for node in base.folders if node.total]
-    loose = [f"{images(len(base.images))} beside them"] if base.images and named else []
+    named = [f"{node.name}/ ({in_words(node.total)})" for node in base.folders if node.total]
+    loose = [f"{in_words(len(base.images))} beside them"] if base.images and named else []
     return listed([*named, *loose], most)
 
 
-def images(count: int) -> str:
+def in_words(count: int) -> str:
     """Return a number of images in words."""
     return f"{count} image" + "s" * (count != 1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unianom.data.layout_detection.categories import in_words
+from unianom.data.layout_detection.cautions import warnings_of_counts, warnings_of_left_out
+from unianom.data.layout_detection.commands import command_line, option_arguments
 from unianom.data.layout_detection.folders import read_folders
 from unianom.data.layout_detection.reading import Reading, Unclear, Way
 from unianom.data.layout_detection.tables import read_tables
@@ -26,9 +26,6 @@ ROLES = (
     "unlabelled",
 )
 """What images may be, by split and label; those without a label are of any split."""
-
-FEW_NORMALS = 10
-"""Fewer normal images of a category to train on are worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,7 @@ def _checked(root: Source, reading: Reading, tree: Node | None, program: str) ->
         ) from error
     left_out.links |= root.left_out.links  # seen when the folders were listed
     decisions = [
-        f"{taken.shown} → {taken.meaning} ({_images(sum(below[path] for path in taken.paths))})"
+        f"{taken.shown} → {taken.meaning} ({in_words(sum(below[path] for path in taken.paths))})"
         for taken in reading.taken
     ]
     return Detected(
@@ -251,7 +248,7 @@ def _checked(root: Source, reading: Reading, tree: Node | None, program: str) ->
         masks=masks,
         categories=dict(categories),
         decisions=(*decisions, *reading.decisions),
-        warnings=(*reading.warnings, *_warnings(counts, masks, learnt), *_left_out(root, left_out)),
+        warnings=(*reading.warnings, *warnings_of_counts(counts, masks, learnt), *warnings_of_left_out(root, left_out)),
         arguments=arguments,
     )
 
@@ -270,58 +267,6 @@ def _nearest_folder(path: str, folders: Iterable[str]) -> str:
     return ""
 
 
-def _images(count: int) -> str:
-    return f"{count} image" + "s" * (count != 1)
-
-
-def _warnings(counts: Mapping[str, int], masks: int, learnt: Mapping[str, int]) -> Iterator[str]:
-    anomalous = sum(count for role, count in counts.items() if role.endswith("_anomalous"))
-    if not counts["train_normal"]:
-        yield "no normal image to train on: there is nothing to learn what is normal from"
-    few = {category: count for category, count in learnt.items() if 0 < count < FEW_NORMALS}
-    if few:
-        shown = listed(f"{category} ({count})" for category, count in few.items())
-        yield f"fewer than {FEW_NORMALS} normal images to train on: {shown}"
-    none = [category for category, count in learnt.items() if not count]
-    if none and counts["train_normal"]:
-        yield f"no normal image to train on in {listed(none)}"
-    if not anomalous:
-        yield "no anomalous images: how well they are found cannot be measured"
-    elif not counts["test_normal"] + counts["val_normal"]:
-        yield "no normal images to test: how often they are mistaken for anomalous cannot be measured"
-    if anomalous and not masks:
-        yield "no masks: where anomalies lie cannot be measured, only which images have one"
-    elif masks < anomalous:
-        yield f"{anomalous - masks} of {anomalous} anomalous images have no mask; pixel metrics leave them out"
-
-
-def _left_out(root: Source, left_out: LeftOut) -> Iterator[str]:
-    """Yield in words what the layout saw and did not take."""
-    prefix = root.uri().rstrip("/") + "/"
-    folders = {folder.removeprefix(prefix): count for folder, count in sorted(left_out.folders.items()) if count}
-    if folders:
-        shown = listed((f"{folder}/ ({_images(count)})" for folder, count in folders.items()), 8)
-        yield f"not taken for anything: {shown}"
-    endings: Counter[str] = Counter()
-    for found in left_out.files.values():
-        for ending, (count, _) in found.items():
-            endings[ending] += count
-    loose = {ending: count for ending, count in endings.items() if ending in IMAGE_SUFFIXES}
-    others = {ending: count for ending, count in endings.items() if ending not in IMAGE_SUFFIXES}
-    if loose:
-        folders_of = [folder for folder, found in left_out.files.items() if set(found) & set(loose)]
-        where = listed(
-            (folder.removeprefix(prefix) if folder != root.uri() else "the root" for folder in folders_of), 4
-        )
-        yield f"{_images(sum(loose.values()))} beside the folders in {where}: not taken"
-    if others:
-        shown = listed(f"{count} {ending or 'without ending'}" for ending, count in sorted(others.items()))
-        yield f"files that are no images that can be read: {shown}"
-    if left_out.links:
-        shown = listed(link.removeprefix(prefix) for link in sorted(left_out.links))
-        yield f"links that lead back to a folder they lie in, not followed: {shown}"
-
-
 def _question(root: Source, unclear: Unclear, program: str) -> OptionError:
     """Return the error that says what was found and how to say what it is."""
     ways = [
@@ -330,30 +275,3 @@ def _question(root: Source, unclear: Unclear, program: str) -> OptionError:
     ]
     how = f"; say it, for example {'; or '.join(ways)}" if ways else ""
     return OptionError(f"{root.uri()}: {unclear.reason}{how}")
-
-
-def option_arguments(layout: str, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a layout and its options as arguments of a command line, not yet quoted for a shell."""
-    arguments = ["--layout", layout]
-    for name, value in options.items():
-        arguments += [f"--layout_options.{name}", _written(value)]
-    return tuple(arguments)
-
-
-def _written(value: Any) -> str:
-    """Return a value as it is typed: text as it is, lists in brackets."""
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_item(str(each)) for each in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if not text or text != text.strip() or text[0] in "[{'\"" else text
-
-
-def _item(text: str) -> str:
-    return text if re.fullmatch(r"[^\W\d][\w./-]*|\d+", text) else json.dumps(text, ensure_ascii=False)
-
-
-def command_line(program: str, source: str, arguments: Iterable[str]) -> str:
-    """Return a command line, quoted for a shell."""
-    return f"{program} {shlex.join([source, *arguments])}"

@@ -218,9 +218,5 @@ class _Found:
         images = [
             image for _, record in self.records() if record.role == "abnormal" for image in record.node.all_images()
         ]
-        nodes = list(self.tree.masks())
-        names = []
-        for node in nodes:
-            own = [root for name, root in self.roots.items() if name and root and node.path.startswith(f"{root}/")]
-            names.append(posixpath.relpath(node.path, own[0]) if own else node.path)
-        return read_masks(images, nodes, list(dict.fromkeys(names)))
+        roots = [root for name, root in self.roots.items() if name and root]
+        return read_masks(images, list(self.tree.masks()), roots)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unianom.data.layout_detection.categories import counted, find_levels, inner, split_options
+from unianom.data.layout_detection.categories import counted, find_levels, in_words, inner, split_options
 from unianom.data.layout_detection.reading import Reading, Taken, Unclear
 from unianom.data.layout_detection.tree import Affixes, Node, find_affixes, find_beside
 from unianom.data.layouts.folder_options import EVERY, FolderOptions, Split
@@ -29,26 +30,43 @@ class MaskReading:
     warnings: tuple[str, ...] = ()
 
 
-def read_masks(images: list[Entry], nodes: list[Node], names: Sequence[str]) -> MaskReading:
+def name_mask_folders(nodes: list[Node], roots: list[str]) -> tuple[list[str], str]:
+    """Return the names of folders of masks as the option takes them, and what to call them.
+
+    Args:
+        nodes: the folders.
+        roots: folders of categories; names of what lies in one are those inside it.
+    """
+    names: dict[str, None] = {}
+    shown: dict[str, None] = {}
+    for node in nodes:
+        root = next((root for root in roots if node.path.startswith(f"{root}/")), None)
+        name = node.path if root is None else node.path[len(root) + 1 :]
+        names[name] = None
+        shown[f"{name}/" if root is None else f"<category>/{name}/"] = None
+    return list(names), listed(shown)
+
+
+def read_masks(images: list[Entry], nodes: list[Node], roots: list[str]) -> MaskReading:
     """Return how the masks of defective images are read.
 
     Args:
         images: the defective ones.
         nodes: folders of masks.
-        names: of these folders as the option takes them.
+        roots: folders of categories, where there are several.
     """
     if not nodes:
         beside = find_beside(images) if images else None
         if beside is None or beside.share < LEAST_BESIDE:
             return MaskReading()
         return MaskReading({"mask_beside": True, **_affix_options(beside)}, (_beside_in_words(beside),))
-    shown = listed(f"{node.path}/" for node in nodes)
+    names, shown = name_mask_folders(nodes, roots)
     total = sum(node.total for node in nodes)
     affixes = find_affixes(_files(nodes), images)
     if affixes is None:
         reason = "no file in it is named like a defective image" if images else "there are no defective images"
-        return MaskReading(warnings=(f"{shown} ({total} images) was not taken for masks: {reason}",))
-    options = {"masks": names[0] if len(names) == 1 else list(names), **_affix_options(affixes)}
+        return MaskReading(warnings=(f"{shown} ({in_words(total)}) was not taken for masks: {reason}",))
+    options = {"masks": names[0] if len(names) == 1 else names, **_affix_options(affixes)}
     return MaskReading(options, (f"{shown} → masks ({total}){_named(affixes)}",))
 
 
@@ -80,13 +98,8 @@ def read_labels_of_masks(tree: Node) -> Reading | None:
     options |= split_options(levels)
     options["label_by_mask"] = True
     if nodes:
-        own = [f"{base.path}/{name}/".lstrip("/") for name in divided]
-        paths = [
-            next((node.path[len(root) :] for root in own if node.path.startswith(root)), node.path) for node in nodes
-        ]
-        paths = list(dict.fromkeys(paths))
+        paths, shown = name_mask_folders(nodes, [posixpath.join(base.path, name) for name in divided])
         options["masks"] = paths[0] if len(paths) == 1 else paths
-        shown = listed(f"{node.path}/" for node in nodes)
         decisions.append(f"{shown} → masks ({sum(node.total for node in nodes)}){_named(affixes)}")
     else:
         options["mask_beside"] = True
