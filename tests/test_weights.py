@@ -34,7 +34,8 @@ from unianom.model import Model, load
 from unianom.options import from_plain
 from unianom.weights import PACKAGES, find_package, locate_package, read_package
 
-RECIPES = sorted((Path(__file__).parents[1] / "jobs" / "recipes" / "offline").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "jobs" / "recipes" / "offline").glob("*.yaml"))
 LITE0 = BackboneConfig("tf_efficientnet_lite0.in1k", "package")
 VIT = BackboneConfig("vit_small_patch14_dinov2", "package")
 HALF = (0.5, 0.5, 0.5)
@@ -232,6 +233,13 @@ def test_a_model_needs_the_package_only_to_be_made(
     assert isinstance(found, MemoryMethod)
     assert found.config == method.config
     torch.testing.assert_close(found.embed(images).patches, method.embed(images).patches)
+
+
+def test_the_set_up_installs_what_is_known() -> None:
+    lite0, vit = PACKAGES
+    assert lite0.requirement in (ROOT / "constraints.txt").read_text().splitlines()
+    assert f'offline = ["{lite0.requirement}", "onnx' in (ROOT / "pyproject.toml").read_text()
+    assert vit.commands[0] in (ROOT / "Makefile").read_text()
 
 
 def test_every_method_has_a_recipe_without_downloads() -> None:

@@ -24,12 +24,14 @@ class HubWeights:
         files: of which timm takes the first that the repository has.
         address: of the repository, or of the file.
         path: the file in the cache of this machine; None if it is not there.
+        licence: as timm names it; "" where it does not.
     """
 
     repository: str
     files: tuple[str, ...]
     address: str
     path: Path | None
+    licence: str
 
 
 def find_hub_weights(name: str) -> HubWeights | None:
@@ -41,14 +43,14 @@ def find_hub_weights(name: str) -> HubWeights | None:
         from timm.models._hub import get_cache_dir
 
         path = Path(get_cache_dir()) / settings.url.rsplit("/", 1)[-1]
-        return HubWeights("", (path.name,), settings.url, path if path.is_file() else None)
+        return HubWeights("", (path.name,), settings.url, path if path.is_file() else None, settings.license or "")
     from huggingface_hub import constants, try_to_load_from_cache
 
     repository, _, revision = settings.hf_hub_id.partition("@")
     names = (settings.hf_hub_filename,) if settings.hf_hub_filename else HUB_FILES
     found = (try_to_load_from_cache(repository, file, revision=revision or None) for file in names)
     path = next((Path(file) for file in found if isinstance(file, str)), None)
-    return HubWeights(repository, names, f"{constants.ENDPOINT}/{repository}", path)
+    return HubWeights(repository, names, f"{constants.ENDPOINT}/{repository}", path, settings.license or "")
 
 
 def cached_weights(name: str) -> Path | None:

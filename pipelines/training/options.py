@@ -321,3 +321,32 @@ def train_options() -> dict[str, type[TrainJobOptions]]:
         cls.__doc__ = "\n".join([summary, "", "Args:", arguments])
         classes[name] = cls
     return classes
+
+
+@dataclass(frozen=True)
+class RecipeWeightsOptions(Options):
+    """Say which weights recipes take, where they come from and whether they are there. Nothing is downloaded.
+
+    Args:
+        recipes: recipe files whose names begin with that of their method, or folders of them; paths or URIs. Empty
+            takes those of this project.
+        json: print JSON in place of a table.
+    """
+
+    recipes: tuple[str, ...] = ()
+    json: bool = False
+
+
+def weights_options() -> dict[str, type[Options]]:
+    """Return the options classes of jobs/weights.py: for every method those of jobs/train.py, none of them required,
+    and one for recipes."""
+    classes: dict[str, type[Options]] = {"recipes": RecipeWeightsOptions}
+    for name, cls in train_options().items():
+        added = [("shards", str, ""), ("output", str, ""), ("json", bool, False)]
+        made = dataclasses.make_dataclass(f"Weights_{name}", added, bases=(cls,), frozen=True)
+        made.__doc__ = (
+            f"Say which weights jobs/train.py {name} takes with these options, where they come from and whether they "
+            f"are there. Nothing is downloaded.\n\nArgs:\n    json: print JSON in place of a table."
+        )
+        classes[name] = made
+    return classes

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 FIRST_WORD = {
     "train": "uniad",
     "tune": "patchcore",
+    "weights": "patchcore",
     "semantic": "patchcore",
     "low_shot": "patchcore",
     "benchmark": "pipe",
