@@ -67,10 +67,10 @@ class IngestOptions(Options):
         mask_threshold: mask values above this are anomalous, whatever the layout says. Null leaves it to the layout,
             and that mostly to the mask: above 0, or above half of white where it is anti-aliased or was saved as JPEG.
         invert_masks: what is black in a mask is anomalous.
-        mask_orientation: of images that their EXIF data turns, and of masks without such data: the masks lie as the
-            image is "shown", as its pixels are "stored", or "auto": as the size tells, else as it is shown.
-        bits: that images with 16 bits a sample make use of, such as 12 of many cameras; they are stored scaled up to
-            all 16. Null takes what each file states, else 16.
+        mask_orientation: how masks without EXIF data lie over images that theirs turns: as the image is "shown", as its
+            pixels are "stored", or "auto": as the size tells, else as it is shown.
+        bits: how many of its 16 bits a sample uses, such as 12 of many cameras; images are stored scaled up to all 16.
+            Null takes what each file states, else 16.
         resize: store images reduced to this shorter side; null stores the original bytes, or a layout's crops whole.
         part_bytes: aimed size of a part.
         min_parts: parts at least, where there are so many samples; a part is the task of later jobs.

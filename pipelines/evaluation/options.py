@@ -87,7 +87,7 @@ class CompareOptions(Options):
     Args:
         evaluations: folders that jobs/evaluate.py wrote; paths or URIs.
         output: folder for comparison.json, .csv, .md and .tex; path or URI.
-        names: of the evaluations, in the same order; empty takes the last part of each path.
+        names: what the evaluations are called, in the same order; empty takes the last part of each path.
         published: YAML file of published results in place of the one that comes along; path or URI.
         overwrite: replace another comparison in the output.
         tracking: where MLflow records the run.

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from pipelines.runtime.console import console, print_table
 from pipelines.runtime.errors import reason, user_error, worker_error
-from pipelines.runtime.exit_codes import DONE, FAILED, WRONG_OPTIONS
+from pipelines.runtime.exit_codes import DONE, FAILED, WRONG_OPTIONS, show
 from pipelines.runtime.given_options import GivenOptions
 from pipelines.runtime.signals import StopSignals
 from unianom.errors import OptionError
@@ -33,8 +33,7 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
     if arguments[:1] == ["--complete"]:
         from pipelines.runtime.completion import candidates
 
-        print("\n".join(candidates(options, arguments[1:])))
-        sys.exit(DONE)
+        show("\n".join(candidates(options, arguments[1:])))
     stops = StopSignals()
     try:
         parsed = parse(options, arguments)
@@ -75,11 +74,9 @@ def parse(options: type | dict[str, type], arguments: Sequence[str]) -> Any:
     if given.asks in ("help", "help_all"):
         from pipelines.runtime.help import help_text
 
-        print(help_text(options, program, everything=given.asks == "help_all"))
-        sys.exit(DONE)
+        show(help_text(options, program, everything=given.asks == "help_all"))
     if given.asks == "print_config":
-        print(dump_yaml(given.printed(), default_flow_style=False), end="")
-        sys.exit(DONE)
+        show(dump_yaml(given.printed(), default_flow_style=False).rstrip("\n"))
     return given.instance()
 
 
@@ -89,8 +86,7 @@ def _chosen(choices: dict[str, type], arguments: list[str]) -> list[str]:
     if arguments and arguments[0] in ("-h", "--help", "--help-all", "--help_all"):
         from pipelines.runtime.help import choices_text
 
-        print(choices_text(choices, sys.argv[0]))
-        sys.exit(DONE)
+        show(choices_text(choices, sys.argv[0]))
     if not arguments or arguments[0].startswith("-"):
         raise OptionError(f"the first argument must be one of: {names}")
     if arguments[0] not in choices:

@@ -11,8 +11,9 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from pipelines.runtime.exit_codes import DONE, WRONG_OPTIONS
+from pipelines.runtime.exit_codes import DONE, WRONG_OPTIONS, show
 
 PROGRAM = "unianom"
 COMPLETE = "complete"
@@ -20,7 +21,7 @@ COMPLETE = "complete"
 SHELLS = ("bash", "zsh", "fish")
 
 
-def run_command(folder: Path, groups: Mapping[str, Sequence[str]], argv: Sequence[str] | None = None) -> None:
+def run_command(folder: Path, groups: Mapping[str, Sequence[str]], argv: Sequence[str] | None = None) -> NoReturn:
     """List the jobs of a folder, or run one of them as `python FOLDER/NAME.py` would; exits with its code.
 
     Args:
@@ -32,24 +33,25 @@ def run_command(folder: Path, groups: Mapping[str, Sequence[str]], argv: Sequenc
     jobs = find_jobs(folder)
     first, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if first in ("-h", "--help", "--help-all", "help"):
-        print(listed(jobs, groups))
-    elif first == "--version":
+        show(listed(jobs, groups))
+    if first == "--version":
         from unianom import __version__
 
-        print(f"{PROGRAM} {__version__}")
-    elif first == COMPLETE and len(rest) < 2:
-        print("\n".join(_starting_with(rest[-1] if rest else "", [*sorted(jobs), "completion", "--help", "--version"])))
-    elif first == COMPLETE and rest[0] == "completion":
-        print("\n".join(_starting_with(rest[-1], SHELLS) if len(rest) == 2 else ()))
-    elif first == COMPLETE:
-        if name := _known(rest[0], jobs):
-            _run(jobs[name], name, ["--complete", *rest[1:]])
-    elif first == "completion":
-        _print_completion(rest)
-    elif name := _known(first, jobs):
-        _run(jobs[name], name, rest)
-    else:
-        near = difflib.get_close_matches(first.replace("-", "_"), [*jobs, "completion"], 1)
+        show(f"{PROGRAM} {__version__}")
+    if first == "completion":
+        _show_completion(rest)
+    if first == COMPLETE and len(rest) < 2:
+        show("\n".join(_starting_with(rest[-1] if rest else "", [*jobs, "completion", "--help", "--version"])))
+    if first == COMPLETE and rest[0] == "completion":
+        show("\n".join(_starting_with(rest[-1], SHELLS) if len(rest) == 2 else ()))
+    complete = first == COMPLETE
+    named, arguments = (rest[0], ["--complete", *rest[1:]]) if complete else (first, rest)
+    name = named.replace("-", "_")
+    if name in jobs:
+        sys.argv = [f"{PROGRAM} {name}", *arguments]
+        runpy.run_module(f"{folder.name}.{jobs[name].stem}", run_name="__main__")
+    elif not complete:
+        near = difflib.get_close_matches(name, [*jobs, "completion"], 1)
         _refuse(f"unknown job '{first}'" + (f"; did you mean '{near[0]}'?" if near else f"; {PROGRAM} lists the jobs"))
     sys.exit(DONE)
 
@@ -88,32 +90,20 @@ def _first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_bytes())) or "").partition("\n")[0]
 
 
-def _known(name: str, jobs: Mapping[str, Path]) -> str:
-    """Return the job that a name means, with dashes as underscores; empty if there is none."""
-    name = name.replace("-", "_")
-    return name if name in jobs else ""
-
-
-def _run(path: Path, name: str, arguments: list[str]) -> None:
-    sys.argv = [f"{PROGRAM} {name}", *arguments]
-    runpy.run_module(f"{path.parent.name}.{path.stem}", run_name="__main__")
-
-
 def _starting_with(typed: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(typed.replace("-", "_")) or name.startswith(typed)]
 
 
-def _print_completion(arguments: list[str]) -> None:
+def _show_completion(arguments: list[str]) -> NoReturn:
     from pipelines.runtime.completion import script
 
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: {PROGRAM} completion SHELL\n\nPrint completion for a shell: {', '.join(SHELLS)}.")
-        return
+        show(f"usage: {PROGRAM} completion SHELL\n\nPrint completion for a shell: {', '.join(SHELLS)}.")
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         _refuse(f"name one shell, such as {PROGRAM} completion bash; known: {', '.join(SHELLS)}")
-    print(script(arguments[0]), end="")
+    show(script(arguments[0]).rstrip("\n"))
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(WRONG_OPTIONS)

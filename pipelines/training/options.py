@@ -210,7 +210,7 @@ class CalibrateOptions(Options):
         calibration: variant, statistics and head.
         batch_size: images in one forward pass.
         folder: where embeddings are kept for all runs; null takes `prepared` beside the model.
-        precision: "half" or "full", of kept embeddings.
+        precision: of kept embeddings, "half" or "full".
         checkpoint_every: steps of the head between checkpoints.
         overwrite: replace another calibrator, or what else lies in the output.
         limits: what an image may cost.

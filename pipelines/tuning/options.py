@@ -61,8 +61,8 @@ class SearchOptions(Options):
             methods that are trained, whose options then change on the way.
         trials: how many; the one with the options as given is counted, null takes 24, the whole grid, or a population
             of 8.
-        settings: of the postprocess options that each trial is finished with; all combinations of single values where
-            there are no more.
+        settings: of the postprocess options that are tried in each trial, at most; all combinations of single values
+            where there are no more.
         objective: what is maximised; weights of image_auroc, image_ap, pixel_auroc, pixel_ap, each a mean over
             categories, and of the same of all categories as one, such as union_image_auroc.
         validation: the images settings are compared on.
@@ -75,7 +75,7 @@ class SearchOptions(Options):
         pareto: let "tpe" look for accuracy, latency and memory at once.
         prefer: among trials within `tolerance` of the best objective, take the most accurate, the one of least
             "latency" or the one of least "memory".
-        tolerance: see there.
+        tolerance: how far below the best objective `prefer` may choose.
         threshold_rates: false-positive rates to choose the threshold's from, by balanced accuracy on the validation
             images; empty leaves it as it is.
         diagnose: when all is chosen, measure on the labelled test split how well the validation images ranked the

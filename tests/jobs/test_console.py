@@ -110,3 +110,10 @@ def test_it_says_its_version(unianom: Run) -> None:
 def test_help_names_the_command_as_it_was_called(unianom: Run) -> None:
     assert unianom("train", "patchcore", "--help").stdout.startswith("usage: unianom train patchcore --shards VALUE ")
     assert json.dumps(unianom("train", "--help").stdout).count("unianom train NAME") == 2
+
+
+def test_who_has_read_enough_may_go(command_folder) -> None:
+    for arguments in ("", "train patchcore --help-all", "train patchcore --print_config"):
+        code = f"{command_folder}/unianom {arguments} | true"
+        done = subprocess.run(["sh", "-c", code], capture_output=True, text=True, check=True)
+        assert done.stderr == ""

@@ -27,9 +27,16 @@ class ReContrastTraining(TrainingConfig):
     """Length, batches and optimisers: one for the encoder, one for bottleneck and decoder.
 
     Args:
-        iterations: steps, which take the place of `epochs` until they are set to null; published: 2000 (MVTec AD).
+        epochs: passes over the training images; they count where `iterations` is null.
+        iterations: steps; they take the place of `epochs`, published are 2000 (MVTec AD).
+        batch_size: images of a step, over all workers together.
+        optimiser: "adamw", or "adam", whose weight decay is an L2 penalty.
         learning_rate: of bottleneck and decoder.
         weight_decay, betas, eps, amsgrad: of both optimisers.
+        decay_at: shares of the run after which the learning rates are multiplied by `decay`.
+        decay: that factor.
+        clip_norm: largest gradient norm; null for no clipping.
+        seed: of initial weights, order of images and all else that is drawn.
         encoder_learning_rate: of the trained encoder.
         reset_every: iterations after which the optimiser of bottleneck and decoder forgets its moments, again and
             again; 0 for never. Published for the stable variant: 500.

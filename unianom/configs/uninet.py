@@ -60,8 +60,16 @@ class UniNetTraining(TrainingConfig):
     """Length, batches and optimisers: one for the target teacher, one for all else.
 
     Args:
+        epochs: passes over the training images; converted to iterations.
+        iterations: steps; takes the place of `epochs` if given.
+        batch_size: images of a step, over all workers together.
+        optimiser: "adamw", or "adam", whose weight decay is an L2 penalty.
         learning_rate: of student, bottleneck, feature selection and heads.
         weight_decay, betas, eps, amsgrad: of both optimisers.
+        decay_at: shares of the run after which the learning rates are multiplied by `decay`.
+        decay: that factor.
+        clip_norm: largest gradient norm; null for no clipping.
+        seed: of initial weights, order of images and all else that is drawn.
         encoder_learning_rate: of the target teacher.
     """
 

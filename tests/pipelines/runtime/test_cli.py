@@ -26,7 +26,8 @@ from unianom import files
 from unianom.data.layouts import LAYOUTS, make_options
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.methods import METHODS
-from unianom.options import to_plain
+from unianom.options import Options as Base
+from unianom.options import named, to_plain
 
 
 @dataclass(frozen=True)
@@ -365,6 +366,34 @@ def test_refused_values_name_the_option(arguments, words):
 def test_files_that_cannot_be_used(config, text, words):
     message = refused(*config(text))
     assert all(word in message for word in words)
+
+
+@dataclass(frozen=True)
+class Placed(Base):
+    """Look at a folder.
+
+    Args:
+        folder: of images.
+        model: that knows them.
+        layout: of the folder.
+    """
+
+    positional = ("folder",)
+
+    folder: str
+    model: str | None = None
+    layout: str = field(default="own", metadata=named(["own", "mvtec"]))
+
+
+def test_options_by_their_place(capsys):
+    for arguments in (["007", "--model", "m"], ["--model", "m", "007"], ["--folder", "007", "--model", "m"]):
+        assert parse(Placed, arguments) == Placed("007", "m")
+    assert refused("a", "b", options=Placed) == "unrecognized arguments: b"
+    assert refused(options=Placed) == "the option --folder is required"
+    assert exit_of(print, ["--help"], Placed) == DONE
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " FOLDER [options] Look at a folder. required: --folder of images options:" in shown
+    assert "--layout of the folder (one of own, mvtec; default: own)" in shown
 
 
 def test_methods_by_name():
