@@ -1,5 +1,6 @@
-"""Write one HTML file that shows whether a model works on your images; of several evaluations, all models beside each
-other; of scores without labels, the most anomalous first.
+"""Write one HTML file that shows whether models work on your images.
+
+Of several evaluations it shows all models beside each other, of scores without labels the most anomalous first.
 
 python jobs/report.py --evaluation evaluations/mvtec --output report.html
 """
