@@ -249,7 +249,7 @@ def test_head_says_what_was_evaluated(evaluation: str, page: Page):
         "wide_resnet50_2.tv_in1k, fp32",
         "stretched to 64 × 64, bilinear; masks nearest",
         "4,321 of 43,210 patches of 60 images (coreset ratio 0.1), flat index",
-        "5, from 60 held-out normal images: at most 10 % false positives with 95 % confidence",
+        "5: at most 10 % of normal images fail, at 95 % confidence, from 60 held-out normal images",
         "10.0 % of 20 normal images; set for ≤ 10 %",
         MODEL,
     ):
@@ -404,10 +404,12 @@ def test_margins_are_distances_from_the_threshold_in_deviations_of_normal_scores
         {"model": "b", "label": 0, "score": 30.0},
         {"model": "b", "label": 1, "score": 90.0},
         {"model": "c", "label": 1, "score": 4.0},
+        {"model": "c", "label": 1, "score": 4.0, "category": "stripe"},
     ]
     table = pa.table(
         {
             "model": pa.array([r["model"] for r in rows]).dictionary_encode(),
+            "category": pa.array([r.get("category", "disc") for r in rows]).dictionary_encode(),
             "label": pa.array([r["label"] for r in rows], pa.int8()),
             "score": pa.array([r["score"] for r in rows], pa.float32()),
         }
@@ -415,10 +417,10 @@ def test_margins_are_distances_from_the_threshold_in_deviations_of_normal_scores
     models = [
         {"digest": "a", "threshold": {"value": 5.0}},
         {"digest": "b", "threshold": None},
-        {"digest": "c", "threshold": {"value": 3.0}},
+        {"digest": "c", "threshold": {"value": 3.0}, "category_thresholds": {"stripe": {"value": 2.0}}},
     ]
     # a: deviation 1 around threshold 5; b: deviation 10 around the median 20; c: one score, no deviation
-    assert margins(table, models).tolist() == [-4, -2, 4, -1, 1, 7, 1]
+    assert margins(table, models).tolist() == [-4, -2, 4, -1, 1, 7, 1, 2]
 
 
 def test_choice_does_not_depend_on_the_order_of_rows(evaluation: str):
