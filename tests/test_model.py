@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from dataclasses import replace
 import pickletools
 import re
 from pathlib import Path
@@ -125,6 +126,34 @@ def test_a_loaded_model_is_the_saved_one(model, folder):
     assert loaded.digest == model.digest == files.sha256_file(folder / "model.json")
     assert not loaded.method.training
     assert same(loaded.predict(pictures()), model.predict(pictures()))
+
+
+def test_thresholds_of_categories_and_their_scores_are_kept(model, tmp_path):
+    own = replace(model, category_thresholds={"nut": threshold(2.5)}, normal_scores={"bolt": [0.5, 1.25], "nut": [2.5]})
+    own.save(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.category_thresholds == {"nut": threshold(2.5)}
+    assert loaded.normal_scores == {"bolt": [0.5, 1.25], "nut": [2.5]}
+    value = model.threshold.value
+    middle = (value + 2.5) / 2
+    expected = {"nut": "fail" if middle > 2.5 else "pass", "bolt": "fail" if middle > value else "pass"}
+    assert expected["nut"] != expected["bolt"]
+    assert {name: loaded.decide(middle, None, name) for name in expected} == expected
+    assert loaded.decide(middle, None, None) == loaded.decide(middle, None, "new") == expected["bolt"]
+    edit(tmp_path, normal_scores={"bolt": ["high"]})
+    with pytest.raises(ModelError, match=r"a threshold in .* is not valid"):
+        load(tmp_path)
+
+
+def test_a_model_of_before_has_neither(model, folder):
+    description = json.loads((folder / "model.json").read_text())
+    assert not {"category_thresholds", "normal_scores"} & set(description)
+    assert not {"promised", "source"} & set(description["threshold"])
+    assert not (folder / "bank" / "origins.parquet").exists()
+    loaded = load(folder)
+    assert (loaded.category_thresholds, loaded.normal_scores) == ({}, {})
+    with pytest.raises(ModelError, match="does not tell which image"):
+        loaded.method.bank.without_image(0)
 
 
 def outlives_its_weights_file(method: Method, weights: Path, folder: Path) -> None:

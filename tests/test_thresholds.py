@@ -14,11 +14,14 @@ from unianom.thresholds import (
     DecisionRule,
     Threshold,
     fit_bands,
+    fit_by_category,
     fit_rule,
     fit_supported,
     fit_threshold,
     normals_needed,
     smallest_supported_rate,
+    supported_rate,
+    threshold_of,
 )
 
 
@@ -183,9 +186,78 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize(
+    ("n", "rate", "rank"),
+    [
+        (1, None, 1),
+        (13, None, 13),  # 1 − 0.05^(1/13) is 20.6 %
+        (14, 0.19263617565013524, 14),
+        (31, 0.09211405994732369, 31),
+        (58, 1 - 0.05 ** (1 / 58), 58),
+        (59, 0.05, 59),
+        (93, 0.05, 92),
+    ],
+)
+def test_what_is_not_asked_for_is_promised_as_far_as_the_scores_support_it(n, rate, rank):
+    threshold = fit_supported(np.arange(n), source="leave_one_out")
+    assert supported_rate(n) == (None if rate is None else pytest.approx(rate, rel=1e-12))
+    assert (threshold.n_normals, threshold.rank, threshold.value) == (n, rank, rank - 1)
+    assert threshold.source == "leave_one_out"
+    assert threshold.promised == (rate is not None)
+    if rate is None:
+        assert threshold.promise().startswith(f"no promise, from too few scores: about 1 in {n + 1} normal images is")
+    else:
+        assert threshold.target_fpr == pytest.approx(rate, rel=1e-12)
+        assert threshold.promise().startswith(f"at most {100 * rate:.3g} % of normal images fail, at 95 % confidence")
+    assert Threshold.from_dict(json.loads(json.dumps(threshold.to_dict()))) == threshold
+
+
+def test_what_is_asked_for_is_promised_or_refused():
+    assert fit_supported(np.arange(31), 0.1) == fit_threshold(np.arange(31), 0.1)
+    assert fit_supported(np.arange(7), 0.35).promised
+    with pytest.raises(OptionError, match="31 normal scores cannot support"):
+        fit_supported(np.arange(31), 0.05)
+    with pytest.raises(DataError, match="at least one image"):
+        fit_supported([])
+
+
+def test_promises_in_words():
+    one, many = fit_supported([3.0]), fit_supported(np.arange(1200))
+    assert one.promise() == (
+        "no promise, from too few scores: about 1 in 2 normal images is expected to fail, from 1 held-out normal image"
+    )
+    assert many.promise() == "at most 5 % of normal images fail, at 95 % confidence, from 1,200 held-out normal images"
+    left_out = replace(one, promised=True, target_fpr=0.0921, n_normals=31, source="leave_one_out")
+    assert left_out.promise() == (
+        "at most 9.21 % of normal images fail, at 95 % confidence, from 31 normal images, each scored without its own "
+        "vectors"
+    )
+
+
+def test_thresholds_of_before_are_read():
+    """They had neither `promised` nor `source`, and were promised and of held-out images."""
+    before = {"value": 58.0, "target_fpr": 0.05, "confidence": 0.95, "n_normals": 59, "rank": 59, "observed_fpr": 0.0}
+    threshold = fit_threshold(np.arange(59), 0.05)
+    assert Threshold.from_dict(before) == threshold
+    assert threshold.to_dict() == before
+    assert (threshold.promised, threshold.source) == (True, "held_out")
+
+
+def test_categories_that_support_a_promise_have_thresholds_of_their_own():
+    normals = {"bolt": np.arange(60), "nut": 10 + np.arange(20), "ring": np.arange(13), "disc": []}
+    unasked = fit_by_category(normals, source="leave_one_out")
+    assert unasked == {name: fit_supported(normals[name], source="leave_one_out") for name in ("bolt", "nut")}
+    assert fit_by_category(normals, 0.1) == {"bolt": fit_threshold(normals["bolt"], 0.1)}
+    model = {"threshold": {"value": 1.0}, "category_thresholds": {"bolt": {"value": 2.0}}}
+    assert [threshold_of(model, name)["value"] for name in ("bolt", "ring", None)] == [2.0, 1.0, 1.0]
+    assert threshold_of({"threshold": None}, "bolt") is None
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"extra": 1}, "this one has confidence, extra"),
+        ({"promised": "yes"}, "promised=yes from source=held_out"),
+        ({"source": "test"}, "promised=True from source=test"),
         ({"value": "high"}, "not a number"),
         ({"rank": None}, "not a number"),
     ],
@@ -224,6 +296,16 @@ def test_equal_scores_have_a_spread_of_one():
     bands = fit_bands(np.full(100, 3.0), 0.05, 0.2)
     assert bands.spread == 1
     assert bands.margin(5.0) == 2
+
+
+def test_bands_of_few_scores_promise_what_they_can():
+    bands = fit_bands(np.arange(31), None, 0.2)
+    assert bands.fail == fit_supported(np.arange(31))
+    assert bands.review == fit_threshold(np.arange(31), 0.2)
+    assert fit_bands(np.arange(16), None, 0.17).review.value == 15  # 16 scores support 17.1 % at best
+    few = fit_bands(np.arange(5), None, 0.2, source="leave_one_out")
+    assert few.fail == few.review == fit_supported(np.arange(5), source="leave_one_out")
+    assert list(few.decide([4, 4.1])) == ["pass", "fail"]
 
 
 def test_a_review_rate_below_the_target_is_refused():
@@ -271,6 +353,19 @@ def test_a_rule_judges_the_kind_of_score_it_was_fitted_to():
     assert rule.decide(99.5, -5.0, "bolt") == "pass"
     with pytest.raises(DataError, match="calibrated scores and there is none"):
         rule.decide(99.5, None, "bolt")
+
+
+def test_rules_without_a_rate_promise_what_each_category_supports():
+    normals = normals_of_three()
+    rule = fit_rule(normals, "raw", None, 0.2, per_category=True, pool_small=True, source="leave_one_out")
+    assert rule.bands("bolt") == fit_bands(normals["bolt"], None, 0.2, source="leave_one_out")
+    everything = np.concatenate(list(normals.values()))
+    assert rule.bands("ring") == fit_bands(everything, None, 0.2, source="leave_one_out")
+    with pytest.raises(
+        OptionError, match="a false-positive rate of 0.2 at 95 % confidence, which takes 14: ring has 7"
+    ):
+        fit_rule(normals, "raw", None, 0.2, per_category=True)
+    assert DecisionRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
 @pytest.mark.parametrize("pool_small", [False, True])

@@ -19,7 +19,7 @@ COMPARISONS = 1_000_000_000
 """Distances that the choice of a coreset may take, the product of patches and vectors: about a minute of two cores.
 More vectors than that allows hardly change what is found."""
 
-MOST_VECTORS = 5_000
+MOST_VECTORS = 2_000
 """Vectors of a bank at most, since the time of scoring grows with them."""
 
 
@@ -63,7 +63,7 @@ def with_bounded_bank(method: str, config: Any, images: int) -> Any:
     """Return a memory method's options with a coreset that so many images allow to be chosen in minutes."""
     height, width = make_memory_method(method, config).grid
     patches = images * height * width
-    most = min(MOST_VECTORS, max(1000, COMPARISONS // patches))
+    most = min(MOST_VECTORS, max(500, COMPARISONS // patches))
     ratio = min(config.bank.coreset_ratio, most / patches)
     if ratio == config.bank.coreset_ratio:
         return config

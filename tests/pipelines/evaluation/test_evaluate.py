@@ -217,6 +217,28 @@ def test_rates_follow_the_decisions(tmp_path: Path):
     assert [row["category"] for row in threshold["categories"]] == ["disc", "plain", "stripe"]
 
 
+def test_rates_are_those_of_the_thresholds_of_the_categories(tmp_path: Path):
+    entry = model_entry(POLICY, 1.0)
+    own = {**entry["threshold"], "value": 0.5, "target_fpr": 0.2, "promised": False}
+    entry |= {"category_thresholds": {"stripe": own}, "normal_scores": {"stripe": [0.5]}}
+    found = files.read_json(
+        f"{write_evaluation(tmp_path, _samples(), [entry], parts=3, bootstrap=FEW)}/evaluation.json"
+    )
+    limits = {"disc": 1.0, "plain": 1.0, "stripe": 0.5}
+    anomalous = [s for s in _samples() if s.label == 1]
+    failed = {name: [s.score > limits[name] for s in anomalous if s.category == name] for name in limits}  # type: ignore[operator]
+    rates = {row["category"]: row for row in found["threshold"]["categories"]}
+    for name in ("disc", "stripe"):
+        assert rates[name]["detection_rate"] == np.mean(failed[name])
+        assert rates[name]["threshold"] == limits[name]
+    assert [rates[name]["target_fpr"] for name in limits] == [0.1, 0.1, 0.2]
+    assert [rates[name]["promised"] for name in limits] == [True, True, False]
+    union = found["threshold"]["union"]
+    assert union["detection_rate"] == np.mean([value for values in failed.values() for value in values])
+    assert (union["threshold"], union["target_fpr"], union["promised"]) == (None, 0.2, False)
+    assert "normal_scores" not in found["models"][0]
+
+
 def test_rates_are_those_of_the_threshold_where_a_rule_decided(tmp_path: Path):
     samples = [replace(s, decision="pass") for s in _samples()]
     rule = {"kind": "raw"}

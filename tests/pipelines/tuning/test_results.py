@@ -203,7 +203,13 @@ def test_a_recipe_keeps_how_a_trial_was_fitted(tmp_path: Path) -> None:
         "few_shot": 4,
         "seed": 7,
         "batch_size": 3,
-        "threshold": {"target_fpr": 0.02, "confidence": 0.9, "validation_fraction": 0.4},
+        "threshold": {
+            "target_fpr": 0.02,
+            "confidence": 0.9,
+            "source": "auto",
+            "validation_fraction": 0.4,
+            "per_category": True,
+        },
         "runtime": {"cpus_per_worker": 2},
         "method": {"bank": {"coreset_ratio": 0.2}},
     }

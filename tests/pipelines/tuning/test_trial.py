@@ -84,7 +84,7 @@ def config(sharp: str, **changes: Any) -> UniFormalyConfig:
 
 
 def fit_options(shards: ShardSet, **changes: Any) -> FitOptions:
-    threshold = ThresholdOptions(target_fpr=0.5, validation_fraction=0.25)
+    threshold = ThresholdOptions(target_fpr=0.5, source="held_out", validation_fraction=0.25)
     defaults: dict[str, Any] = {"seed": 3, "batch_size": 5, "threshold": threshold, "runtime": ONE}
     return FitOptions(shards.uri, "/nowhere", **{**defaults, **changes})
 
