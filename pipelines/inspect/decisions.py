@@ -26,7 +26,9 @@ def write_decisions(scores: ScoreSet, path: str) -> dict[str, int]:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    files.write_bytes(path, text.getvalue().encode())
+    content = text.getvalue().encode()
+    if not files.exists(path) or files.read_bytes(path) != content:
+        files.write_bytes(path, content)
     counts: dict[str, int] = {}
     for row in rows:
         name = row["decision"] or ("no threshold" if row["status"] == "ok" else row["status"])

@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.runtime.recipes import recipe_names
 from tests.jobs.conftest import ROOT
+from unianom.data.drawing import draw_corpus
 
 PACKAGES = ("jobs", "pipelines", "unianom")
 
@@ -111,3 +112,24 @@ def test_recipes_are_found_by_name_outside_the_checkout(run) -> None:
     wrong = run("unianom", "train", "patchcore", "--config", "patchcore_mvtek")
     assert wrong.returncode == 2
     assert "no file patchcore_mvtek, and no recipe of that name; did you mean patchcore_mvtec" in wrong.stderr
+
+
+def test_a_folder_is_inspected_outside_the_checkout(run, tmp_path: Path) -> None:
+    """With the weights that a package carries, and without Ray: from good and bad pictures to a report."""
+    draw_corpus(tmp_path / "drawn", ("grain",), train=8, good=2, per_defect=1, size=64)
+    (tmp_path / "my parts").mkdir()
+    (tmp_path / "drawn/grain/train/good").rename(tmp_path / "my parts/good")
+    (tmp_path / "my parts/scratched").mkdir()
+    defects = (path for path in (tmp_path / "drawn/grain/test").glob("*/*.png") if path.parent.name != "good")
+    for number, image in enumerate(sorted(defects)):
+        image.rename(tmp_path / f"my parts/scratched/{number}.png")
+    done = run("unianom", "inspect", "my parts", "--runtime.local", "true")
+    assert done.returncode == 0, done.stderr
+    (output,) = (tmp_path / "inspected").iterdir()
+    assert (output / "report.html").stat().st_size > 20_000
+    assert f"{output}/report.html" in done.stdout.replace("\n", "")
+    lines = (output / "patchcore/decisions.csv").read_text().splitlines()
+    assert lines[0].startswith("sample_id,category,split,label,defect,score,decision")
+    scored = [line.split(",")[3] for line in lines[1:]]
+    assert sorted(scored) == ["0", "0", "1", "1", "1"]
+    assert scored[:3] == ["1", "1", "1"], "every defect scores higher than any normal picture"
