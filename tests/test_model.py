@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from dataclasses import replace
 import pickletools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

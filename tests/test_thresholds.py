@@ -362,7 +362,7 @@ def test_rules_without_a_rate_promise_what_each_category_supports():
     everything = np.concatenate(list(normals.values()))
     assert rule.bands("ring") == fit_bands(everything, None, 0.2, source="leave_one_out")
     with pytest.raises(
-        OptionError, match="a false-positive rate of 0.2 at 95 % confidence, which takes 14: ring has 7"
+        OptionError, match=r"a false-positive rate of 0\.2 at 95 % confidence, which takes 14: ring has 7"
     ):
         fit_rule(normals, "raw", None, 0.2, per_category=True)
     assert DecisionRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
