@@ -22,8 +22,8 @@ scored as if the bank did not hold its own vectors. What is promised then assume
 - A score falls, or stays, where the bank gets more vectors. It does where it grows with the distances to the nearest
   ones. A new image is then compared with one image more than those of the bank were, so the mean rate above the r-th
   score is at most 1 − r/(n + 1), as of held-out scores. A coreset and PatchCore's re-weighting make this approximate:
-  a coreset was chosen with the image present, and without its vectors covers less than one chosen anew, so that its
-  score tends to be higher; the re-weighting may go either way.
+  a coreset was chosen with the image present, and what is added for it (`unianom/memory/cover.py`) only restores the
+  radius within which it covers other images; the re-weighting may go either way.
 - Scores are independent, which the confidence needs. They share a bank, so they are not quite; in simulations broken
   promises were as frequent as of independent scores (tests/methods/test_leave_one_out.py).
 
