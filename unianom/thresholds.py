@@ -24,8 +24,8 @@ scored as if the bank did not hold its own vectors. What is promised then assume
 - A score falls, or stays, where the bank gets more vectors. It does where it grows with the distances to the nearest
   ones. A new image is then compared with one image more than those of the bank were, so the mean rate above the r-th
   score is at most 1 − r/(n + 1), as of held-out scores. A coreset and PatchCore's re-weighting make this approximate:
-  a coreset was chosen with the image present, and without its vectors covers less than one chosen anew, so that its
-  score tends to be higher; the re-weighting may go either way.
+  a coreset was chosen with the image present, and what is added for it (`unianom/memory/cover.py`) only restores the
+  radius within which it covers other images; the re-weighting may go either way.
 - Scores are independent, which the confidence needs. They share a bank, so they are not quite; in simulations broken
   promises were as frequent as of independent scores (tests/methods/test_leave_one_out.py).
 
@@ -253,15 +253,18 @@ def supported_rate(n: int, confidence: float = 0.95) -> float | None:
 
 def scores_above(n: int, rate: float, confidence: float) -> int:
     """Return how many of n normal scores may lie above a threshold that promises a rate which n supports."""
-    from scipy.stats import binom  # takes longer to import than all else here
+    from scipy.special import bdtr  # the binomial distribution function; scipy.stats takes a second to import
 
-    # binom.ppf is the first count whose cumulative probability reaches 1 − confidence, so the largest count that does
-    # not exceed it is that one or the one before. None above is always right, since n is large enough.
-    risk = 1 - confidence
-    above = int(binom.ppf(risk, n, rate))
-    if above > 0 and binom.cdf(above, n, rate) > risk:
-        above -= 1
-    return above
+    # the largest count whose cumulative probability does not exceed 1 − confidence lies in [low, high); none above is
+    # always right, since n is large enough
+    low, high = 0, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        if bdtr(middle, n, rate) <= 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def fit_by_category(

@@ -35,8 +35,9 @@ class UnianomPyfunc(PythonModel):
 
         Args:
             context: as MLflow gives it; not used.
-            model_input: a column `image` of encoded image files, as bytes or base64 text; a model whose calibrator goes
-                by category also needs a column `category`.
+            model_input: a column `image` of encoded image files, as bytes or base64 text; by a column `category`, where
+                given, images are judged by the thresholds of single categories. A model whose calibrator goes by
+                category needs it.
             params: {"maps": True} adds the anomaly maps.
 
         Returns:

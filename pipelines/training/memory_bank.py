@@ -24,15 +24,15 @@ from pipelines.runtime.progress import Progress
 from pipelines.training.leave_one_out import score_left_out
 from pipelines.training.options import WORK, FitOptions
 from pipelines.training.per_category import FitResult, FitTask, fit_all, open_models, plan_fits, weights_digest
-from pipelines.training.threshold import NormalScores, score_held_out, set_thresholds
+from pipelines.training.threshold import score_held_out, set_thresholds
 from unianom import files
 from unianom.configs.bank import BankConfig
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.memory.coreset import greedy_coreset
+from unianom.memory.cover import cover_without_images
 from unianom.memory.index import MemoryBank
 from unianom.memory.origins import Origins
-from unianom.methods import MemoryMethod
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 
@@ -107,18 +107,25 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
     counts = np.concatenate([keep.sum(1) for keep in cached.arrays(KEEP)])
     came_from = np.repeat(np.arange(len(images), dtype=np.int32), counts)
     origins = Origins(tuple(row["sample_id"] for row in images), came_from)
-    method.bank, radius = build_bank(patches, config.bank, origins)
+    indices, radius = choose_coreset(patches, config.bank)
+    method.bank = index_coreset(patches, indices, radius, config.bank, origins)
     method.check_bank()
     model = Model(method, categories)
     if chosen.held_out or (chosen.source == LEFT_OUT and len(images) > 1):
         fitted = files.join(work, "fitted")
         model.save(fitted)
         if chosen.source == LEFT_OUT:
-            normals = _left_out(fitted, method, embedded, name, task, [row["category"] for row in images], options)
-            notice = notice if normals.by_category else TOO_FEW_VECTORS
+            scored, added = embedded, files.join(work, "added.npy")
+            if method.masks_bank_otherwise:
+                scored, _ = _embed(name, task, files.join(work, "scored_patches"), options, for_bank=False)
+            files.write_array(added, _added(patches, indices, radius, config.bank, origins))
+            names = [row["category"] for row in images]
+            found = score_left_out(fitted, scored, embedded, added, names, options.runtime)
+            notice = TOO_FEW_VECTORS if found is None else notice
         else:
-            normals = score_held_out(fitted, shards, chosen.held_out, categories, options)
-        set_thresholds(model, normals, options.threshold)
+            found = score_held_out(fitted, shards, chosen.held_out, categories, options)
+        if found is not None:
+            set_thresholds(model, found, options.threshold)
     provenance = {
         "plan_digest": digest,
         "shards": {"digest": shards.digest},  # not where they lie: a copy elsewhere makes the same model
@@ -161,21 +168,13 @@ def _normals(categories: Sequence[str]) -> Selection:
     return Selection(("train",), tuple(categories), (NORMAL,))
 
 
-def _left_out(
-    fitted: str,
-    method: MemoryMethod,
-    embedded: FeatureCache,
-    name: str,
-    task: FitTask,
-    categories: Sequence[str],
-    options: FitOptions,
-) -> NormalScores:
-    """Return the leave-one-out scores of the images of a bank; none if it has too few vectors for them."""
-    if method.masks_bank_otherwise:
-        folder = files.join(task.output, WORK, "scored_patches")
-        embedded, _ = _embed(name, task, folder, options, for_bank=False)
-    found = score_left_out(fitted, embedded, categories, options.runtime)
-    return NormalScores(LEFT_OUT, {}) if found is None else found
+def _added(patches: PatchMatrix, chosen: np.ndarray, radius: float, config: BankConfig, origins: Origins) -> np.ndarray:
+    """Return which patches take the place of an image's chosen ones: A×2, numbers of images, ascending, and rows."""
+    if len(chosen) == patches.rows:
+        return np.empty((0, 2), np.int64)
+    features = patches.projected(config.projection, config.seed)
+    added = cover_without_images(features, chosen, origins.rows, len(origins.images), radius)
+    return np.concatenate([np.column_stack([np.full(len(rows), image), rows]) for image, rows in enumerate(added)])
 
 
 def _embed(
@@ -201,31 +200,41 @@ def _embed(
     )
 
 
-def build_bank(patches: PatchMatrix, config: BankConfig, origins: Origins | None = None) -> tuple[MemoryBank, float]:
-    """Choose the coreset and index it; also the cover radius in the projected space.
+def build_bank(patches: PatchMatrix, config: BankConfig) -> tuple[MemoryBank, float]:
+    """Choose the coreset and index it; also the cover radius in the projected space."""
+    indices, radius = choose_coreset(patches, config)
+    return index_coreset(patches, indices, radius, config), radius
+
+
+def choose_coreset(patches: PatchMatrix, config: BankConfig) -> tuple[np.ndarray, float]:
+    """Return the rows of the patches that are kept, ascending, and the cover radius in the projected space."""
+    count = max(1, int(config.coreset_ratio * patches.rows))
+    if count == patches.rows:
+        return np.arange(patches.rows), 0.0
+    progress = Progress("coreset", count, "patches")
+    chosen = greedy_coreset(
+        patches.projected(config.projection, config.seed),
+        count,
+        config.seed,
+        config.start_points,
+        progress=lambda done, _: progress.set(done),
+    )
+    progress.close()
+    # ascending rows, so that equal distances fall to the earliest patch whatever the order of choice
+    return np.sort(chosen.indices), chosen.radius
+
+
+def index_coreset(
+    patches: PatchMatrix, indices: np.ndarray, radius: float, config: BankConfig, origins: Origins | None = None
+) -> MemoryBank:
+    """Return the bank of chosen patches.
 
     Args:
         patches: of all images.
+        indices, radius: of `choose_coreset`.
         config: of the bank.
         origins: the image of each patch, where the bank is to know those of its vectors.
     """
-    count = max(1, int(config.coreset_ratio * patches.rows))
-    radius = 0.0
-    indices = np.arange(patches.rows)
-    if count < patches.rows:
-        progress = Progress("coreset", count, "patches")
-        chosen = greedy_coreset(
-            patches.projected(config.projection, config.seed),
-            count,
-            config.seed,
-            config.start_points,
-            progress=lambda done, _: progress.set(done),
-        )
-        progress.close()
-        indices, radius = chosen.indices, chosen.radius
-    # ascending rows, so that equal distances fall to the earliest patch whatever the order of choice
-    indices = np.sort(indices)
-    vectors = patches.take(indices)
     metadata = {
         "coreset_ratio": config.coreset_ratio,
         "projection": config.projection,
@@ -234,8 +243,8 @@ def build_bank(patches: PatchMatrix, config: BankConfig, origins: Origins | None
         "patches": patches.rows,
         "cover_radius": radius,
     }
-    bank = MemoryBank.build(
-        vectors,
+    return MemoryBank.build(
+        patches.take(indices),
         shards=config.shards,
         kind=config.index,
         nlist=config.nlist,
@@ -244,4 +253,3 @@ def build_bank(patches: PatchMatrix, config: BankConfig, origins: Origins | None
         metadata=metadata,
         origins=None if origins is None else Origins(origins.images, origins.rows[indices]),
     )
-    return bank, radius

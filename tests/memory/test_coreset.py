@@ -130,10 +130,10 @@ def test_distance_of_a_pair_does_not_depend_on_its_batch():
     rng = np.random.default_rng(0)
     for dim in (1, 3, 17, 128, 300):
         a, b = rng.standard_normal((2, 50, dim)).astype(np.float32)
-        together = coreset._distance(a, b)
-        alone = [coreset._distance(a[row : row + 1], b[row])[0] for row in range(50)]
+        together = coreset.row_distances(a, b)
+        alone = [coreset.row_distances(a[row : row + 1], b[row])[0] for row in range(50)]
         assert np.array_equal(together, alone)
-        assert np.array_equal(together[7:30:3], coreset._distance(a[7:30:3], b[7:30:3]))
+        assert np.array_equal(together[7:30:3], coreset.row_distances(a[7:30:3], b[7:30:3]))
 
 
 def test_most_distances_are_never_measured(monkeypatch):

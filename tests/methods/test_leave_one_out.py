@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -28,10 +29,10 @@ def method_of(name: str, **changes):
     return METHODS[name](replace(TINY[name].config, **changes))
 
 
-def reduced(bank: MemoryBank, image: int) -> MemoryBank:
-    """A bank of the vectors of the other images alone; of the same lists, where it has lists."""
+def reduced(bank: MemoryBank, image: int, added: np.ndarray) -> MemoryBank:
+    """A bank of the vectors of the other images and those added; of the same lists, where it has lists."""
     kept = bank.origins.rows != image
-    vectors = bank.vectors()[kept]
+    vectors = np.concatenate([bank.vectors()[kept], added])
     if bank.kind == "flat":
         return MemoryBank.build(vectors)
     inverted = bank.shards[0].index
@@ -40,10 +41,13 @@ def reduced(bank: MemoryBank, image: int) -> MemoryBank:
         size = inverted.invlists.list_size(number)
         ids = np.array([inverted.invlists.get_single_id(number, place) for place in range(size)], np.int64)
         lists[ids] = number
-    index = _ivf_flat(vectors, lists[kept], inverted.quantizer, inverted.nprobe)
+    centroids = faiss.downcast_index(inverted.quantizer).reconstruct_n(0, inverted.nlist)
+    of_added = ((added[:, None] - centroids[None]) ** 2).sum(2).argmin(1)
+    index = _ivf_flat(vectors, np.concatenate([lists[kept], of_added]), inverted.quantizer, inverted.nprobe)
     return MemoryBank([Shard(index, 0)], "ivf_flat")
 
 
+@pytest.mark.parametrize("count", [0, 7])
 @pytest.mark.parametrize("kind", ["flat", "ivf_flat"])
 @pytest.mark.parametrize(
     ("name", "changes"),
@@ -55,7 +59,7 @@ def reduced(bank: MemoryBank, image: int) -> MemoryBank:
         ("uniformaly", {"neighbours": 3, "k_ratio": 0.4}),
     ],
 )
-def test_scores_are_those_of_a_bank_without_the_image(name, changes, kind):
+def test_scores_are_those_of_a_bank_without_the_image(name, changes, kind, count):
     method = method_of(name, **changes)
     cells = method.grid[0] * method.grid[1]
     patches = patches_of_images(cells)
@@ -66,14 +70,16 @@ def test_scores_are_those_of_a_bank_without_the_image(name, changes, kind):
     how = {} if kind == "flat" else {"nlist": 4, "nprobe": 3}
     bank = MemoryBank.build(patches.reshape(-1, D)[chosen], 1, kind, origins=origins, **how)
     method.bank = bank
+    added = patches[:, 3].mean(0) + rng.normal(0, 1, (count, D)).astype(np.float32)  # near to no image
     whole, left = [], []
     for image in range(IMAGES):
         embedding = MaskedPatches(torch.from_numpy(patches[image : image + 1]), keep[image : image + 1])
-        score = method.score_without_image(embedding, image)
+        score = method.score_without_image(embedding, image, added)
         assert method.bank is bank
+        assert bank.rows == len(chosen)
         whole.append(float(method.postprocess(method.search_bank(embedding)).score))
         left.append(score)
-        method.bank = reduced(bank, image)
+        method.bank = reduced(bank, image, added)
         assert score == float(method.postprocess(method.search_bank(embedding)).score)
         method.bank = bank
     assert min(left) > max(whole)

@@ -101,7 +101,7 @@ def greedy_coreset(
     for first in range(0, rows, BLOCK_ROWS):
         block = slice(first, first + BLOCK_ROWS)
         for start in starts:
-            mean[block] += _distance(features[block], features[start])
+            mean[block] += row_distances(features[block], features[start])
     return farthest_points(features, mean / len(starts), count, progress)
 
 
@@ -150,7 +150,7 @@ def _checked(features: Float32, count: int) -> Float32:
     return features
 
 
-def _distance(a: Float32, b: Float32) -> Float64:
+def row_distances(a: Float32, b: Float32) -> Float64:
     """Compute the distance of each row of `a` to `b` (one row, or one for each of `a`): √Σ(a−b)² in float64.
 
     einsum sums each row on its own, in an order that depends on nothing but D.
@@ -206,7 +206,7 @@ class _Traversal:
                 break
             self._take(rows[best : best + 1])
             near = np.flatnonzero(centred @ self.pick_vectors[self.taken - 1] + square[best] + lowest <= bound**2)
-            bound[near] = np.minimum(bound[near], _distance(features[near], features[best]))
+            bound[near] = np.minimum(bound[near], row_distances(features[near], features[best]))
             bound[best] = TAKEN
         self.bound[rows] = bound
         self.seen[rows] = self.taken
@@ -257,7 +257,7 @@ class _Traversal:
         closer = np.flatnonzero(nearest - margin <= bound)
         row, pick = np.nonzero(product[closer] <= limit[closer, None])
         row = rows[closer[row]]
-        distance = _distance(self.features[row], self.features[self.picks[first + pick]])
+        distance = row_distances(self.features[row], self.features[self.picks[first + pick]])
         np.minimum.at(self.bound, row, distance)
 
     def cover_radius(self) -> float:

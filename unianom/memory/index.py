@@ -267,17 +267,18 @@ class MemoryBank:
         if not 1 <= k <= self.rows:
             raise OptionError(f"k must be between 1 and the {self.rows} rows of the bank, got {k}")
 
-    def without_image(self, image: int) -> BankWithoutImage:
+    def without_image(self, image: int, added: Float32 | None = None) -> BankWithoutImage:
         """Return a bank of the vectors of all other images, without copying one.
 
         Args:
             image: number of the image among those of `origins`.
+            added: shape (A, D), vectors that take the place of its own.
 
         Raises:
             ModelError: the bank does not know the origins of its vectors.
             OptionError: it has no vectors of other images.
         """
-        return BankWithoutImage(self, image)
+        return BankWithoutImage(self, image, added)
 
     def recall(self, queries: Float32, k: int = 1) -> Recall:
         """Compare this bank's answers with exact search over the same rows."""
@@ -361,24 +362,37 @@ class MemoryBank:
 class BankWithoutImage(MemoryBank):
     """A bank as it would be without the vectors of one image; it shares all others with the whole bank.
 
-    Rows keep the numbers that they have in the whole bank, and "ivf_flat" keeps its lists. Answers are those of a bank
-    that was built of the other vectors, in these lists.
+    Rows keep the numbers that they have in the whole bank, those added follow, and "ivf_flat" keeps its lists. Answers
+    are those of a bank that was built of the other vectors and those added, in these lists.
     """
 
-    def __init__(self, bank: MemoryBank, image: int) -> None:
+    def __init__(self, bank: MemoryBank, image: int, added: Float32 | None = None) -> None:
         super().__init__(bank.shards, bank.kind, bank.metadata, bank.origins)
         if bank.origins is None:
             raise ModelError("this memory bank does not tell which image each vector came from; fit the model again")
         self._excluded = bank.origins.rows == image
         if self._excluded.all():
             raise OptionError("the memory bank has no vectors of other images; give it more images")
+        if added is not None and len(added):
+            added = _checked(added, "vectors", self.dimension)
+            self.shards.append(Shard(self._index_of(added), bank.rows))
+            self._excluded = np.concatenate([self._excluded, np.zeros(len(added), bool)])
+
+    def _index_of(self, vectors: Float32) -> Any:
+        """Index further vectors as those of the bank are, in the same lists if it has lists."""
+        if self.kind == "flat":
+            return _flat(vectors)
+        index = self.shards[0].index
+        quantizer = _faiss().downcast_index(index.quantizer)
+        lists = _nearest_centroids(quantizer, _longest(quantizer), vectors, 1)[1][:, 0]
+        return _ivf_flat(vectors, lists, quantizer, index.nprobe)
 
     @property
     def rows(self) -> int:
         return len(self._excluded) - int(self._excluded.sum())
 
     def vectors(self) -> Float32:
-        """Return all rows but those of the image, shape (rows, dimension)."""
+        """Return all rows but those of the image, and those added, shape (rows, dimension)."""
         return super().vectors()[~self._excluded]
 
     def search(self, queries: Float32, k: int = 1) -> tuple[Float32, Int64]:

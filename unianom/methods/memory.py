@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -155,20 +156,21 @@ class MemoryMethod(Method[B]):
         return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
 
     @torch.inference_mode()
-    def score_without_image(self, embedding: MaskedPatches, image: int) -> float:
+    def score_without_image(self, embedding: MaskedPatches, image: int, added: np.ndarray | None = None) -> float:
         """Return the score that an image has by a bank without the vectors of one image of the bank: of an image of the
         bank itself, its leave-one-out score.
 
         Args:
             embedding: of `mask_patches`, of a single image.
             image: number of the image that is left out, among those of the bank's `origins`.
+            added: A×D float32, vectors that take the place of its own.
 
         Raises:
             ModelError: there is no bank, or it does not know the origins of its vectors.
             OptionError: without that image it has fewer vectors than scores need.
         """
         bank = self.require_bank()
-        self.bank = bank.without_image(image)
+        self.bank = bank.without_image(image, added)
         try:
             self.check_bank()
             return float(self.postprocess(self.search_bank(embedding)).score)

@@ -28,6 +28,8 @@ from unianom.data.image import decode_prepared
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
+from unianom.memory.coreset import random_projection
+from unianom.memory.cover import cover_without_images
 from unianom.memory.index import MemoryBank
 from unianom.methods import MemoryMethod
 
@@ -59,7 +61,7 @@ def pixels(rows: list[dict[str, Any]], method: MemoryMethod) -> torch.Tensor:
 def test_a_model_keeps_the_scores_of_its_images_by_banks_without_them(
     shards: ShardSet, tmp_path: Path, scope: str
 ) -> None:
-    method = tiny_method(mask="binary", mask_scope=scope, neighbours=2, bank=BankConfig(coreset_ratio=0.3))
+    method = tiny_method(mask="binary", mask_scope=scope, neighbours=2, bank=BankConfig(coreset_ratio=1))
     fit(shards, tmp_path / "model", method=method)
     model = unianom.load(tmp_path / "model")
     own = model.method
@@ -92,6 +94,31 @@ def test_a_model_keeps_the_scores_of_its_images_by_banks_without_them(
     made = model.provenance
     assert (made["bank"]["images"], made["held_out_normals"]) == (30, 0)
     assert made["notice"].startswith("the threshold promises a false-positive rate of 0.095: 30 normal images support")
+
+
+def test_what_an_image_leaves_uncovered_is_covered_again(shards: ShardSet, tmp_path: Path) -> None:
+    config = BankConfig(coreset_ratio=0.2, projection=16)
+    fit(shards, tmp_path / "model", method=tiny_method(mask="off", bank=config))
+    model = unianom.load(tmp_path / "model")
+    own = model.method
+    assert isinstance(own, MemoryMethod)
+    bank = own.bank
+    assert bank is not None
+    assert bank.origins is not None
+    patches = torch.cat([own.embed(pixels([row], own)).patches for row in LEARNED]).detach().numpy()  # 30 16 D
+    flat, images = patches.reshape(-1, patches.shape[2]), np.repeat(np.arange(30, dtype=np.int32), patches.shape[1])
+    chosen = np.array([((flat - vector) ** 2).sum(1).argmin() for vector in bank.vectors()])
+    assert (images[chosen] == bank.origins.rows).all()
+    features = flat @ random_projection(flat.shape[1], 16, seed=0)
+    added = cover_without_images(features, chosen, images, 30, bank.metadata["cover_radius"])
+    assert sum(map(len, added)) > 20
+    expected = []
+    for number, row in enumerate(LEARNED):
+        others = bank.vectors()[bank.origins.rows != number]
+        own.bank = MemoryBank.build(np.concatenate([others, flat[added[number]]]))
+        expected.append(float(own.predict(pixels([row], own)).score))
+    found = [score for scores in model.normal_scores.values() for score in scores]
+    np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-4)
 
 
 def test_the_number_of_workers_changes_no_byte(shards: ShardSet, tmp_path: Path) -> None:
