@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.thresholds import (

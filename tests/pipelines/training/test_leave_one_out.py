@@ -216,8 +216,8 @@ def split(shards: ShardSet, **changes: Any) -> Any:
         ([("bolt", "train", 40)], {"target_fpr": 0.4}, "held_out", 32, 8),
         ([("bolt", "train", 40)], {"target_fpr": 0.2}, "leave_one_out", 40, 0),
         # a val split that suffices, one that does not, and one that is larger than the bank
-        ([("bolt", "train", 80), ("bolt", "val", 60)], {}, "held_out", 80, 60),
-        ([("bolt", "train", 80), ("bolt", "val", 20)], {}, "leave_one_out", 80, 0),
+        ([("bolt", "train", 80), ("bolt", "val", 124)], {}, "held_out", 80, 124),
+        ([("bolt", "train", 80), ("bolt", "val", 60)], {}, "leave_one_out", 80, 0),
         ([("bolt", "train", 10), ("bolt", "val", 20)], {}, "held_out", 10, 20),
         # said by name, and where images to validate with are needed
         ([("bolt", "train", 40)], {"source": "held_out"}, "held_out", 32, 8),
