@@ -25,6 +25,10 @@ STOPS = {
 """Signals that end a job in good order, and what it then says."""
 
 
+TASK_THREADS = "unianom-task"
+"""Beginning of the names of threads that do tasks."""
+
+
 class StopSignals:
     """Makes every signal of `STOPS` end the job as Ctrl-C does: by a KeyboardInterrupt in the main thread.
 
@@ -58,6 +62,10 @@ class StopSignals:
             os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
             threading.excepthook = lambda _: None
             ray.shutdown()
+        if any(thread.name.startswith(TASK_THREADS) for thread in threading.enumerate()):
+            # an exit would wait for tasks in the middle of their work, which are whole or not at all anyway
+            sys.stdout.flush()
+            os._exit(FAILED)
         sys.exit(FAILED)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.signals import TASK_THREADS
 from pipelines.runtime.task_worker import ERROR, TaskWorker, torch_threads
 
 IMAGES_PER_THREAD = 32
@@ -35,7 +36,7 @@ def run_on_threads(
         result: dict[str, Any] = json.loads(json.dumps(own.worker.run(task)))
         return result
 
-    pool = ThreadPoolExecutor(thread_count(options, len(tasks), images), thread_name_prefix="task")
+    pool = ThreadPoolExecutor(thread_count(options, len(tasks), images), thread_name_prefix=TASK_THREADS)
     with torch_threads():
         try:
             for future in as_completed([pool.submit(run, task) for task in tasks]):

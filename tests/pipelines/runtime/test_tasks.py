@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -133,3 +135,31 @@ def test_what_needs_ray_says_so_where_it_may_not_be_used(monkeypatch: pytest.Mon
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(OptionError, match=r"this job needs Ray; leave out --runtime.local"):
         actors.connect(HERE)
+
+
+SLOW = """
+import time
+from pipelines.runtime.cli import run
+from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.tasks import run_tasks
+
+class Slow:
+    def run(self, task):
+        print("begun", flush=True)
+        time.sleep(600)
+
+def main(options):
+    list(run_tasks(Slow, {}, [{}], RuntimeOptions(local=True), 1))
+
+run(main, RuntimeOptions, [])
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_task() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert said == "error: interrupted; the same command continues\n"
