@@ -76,7 +76,7 @@ class DecideOptions(Options):
         too_few: with `per_category`, "refuse" if a category has too few normal images for `target_fpr`, or judge it by
             the normal images of all categories ("pooled"), which promises nothing of that category alone.
         target_fpr: highest share of normal images that may fail; null aims at 0.05 and takes, where there are too few
-            normal images for that, the lowest that they support, or, above 0.2, promises nothing and says so.
+            normal images for that, 0.1 or 0.2, or promises nothing and says so.
         review_fpr: highest share of normal images that may fail or come to review.
         confidence: probability that a promise holds; of each promise by itself.
         held_out_fraction: share of its normal training images that the model held out, for models that do not record

@@ -37,7 +37,7 @@ class ThresholdOptions(Options):
 
     Args:
         target_fpr: highest share of normal images that may fail; null aims at 0.05 and takes, where there are too few
-            normal images for that, the lowest that they support, or, above 0.2, promises nothing and says so.
+            normal images for that, 0.1 or 0.2, or promises nothing and says so.
         confidence: probability that the promise holds.
         source: "held_out" takes normal images that are in no bank and no training batch; "leave_one_out", for methods
             with a memory bank, all that are in the bank, each scored as if the bank did not hold its own vectors;
