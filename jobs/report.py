@@ -1,4 +1,4 @@
-"""Write one HTML file that shows whether models work on your images.
+"""Write one HTML file that shows whether it works on your images.
 
 Of several evaluations it shows all models beside each other, of scores without labels the most anomalous first.
 

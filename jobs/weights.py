@@ -1,4 +1,4 @@
-"""Say which weights a method or the recipes take, where they come from and whether they are there.
+"""List the weights that recipes take, and where to get them.
 
 python jobs/weights.py patchcore --config jobs/recipes/offline/patchcore.yaml
 python jobs/weights.py recipes

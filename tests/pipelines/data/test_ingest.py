@@ -77,7 +77,6 @@ def tasks(monkeypatch):
             yield json.loads(json.dumps(worker(**arguments).run(task)))
 
     monkeypatch.setattr(module, "run_tasks", run_tasks)
-    monkeypatch.setattr(module, "connect", lambda _: None)
     return done
 
 

@@ -243,14 +243,14 @@ def test_a_name_that_looks_like_a_number_is_the_name(name, quote, config):
 
 def test_layout_options_that_are_no_text_keep_their_types():
     given = [
-        "--layout_options.normal",
+        "--layout_options.category",
         "[a]",
         "--layout_options.mask_threshold=010",
         "--layout_options.unlabelled",
         "no",
     ]
     options = parse(IngestOptions, [*FOLDERS, *given, "--layout_options.train_fraction", "1"]).layout_options
-    assert options == {"normal": "[a]", "mask_threshold": 10, "unlabelled": False, "train_fraction": 1}
+    assert options == {"category": "[a]", "mask_threshold": 10, "unlabelled": False, "train_fraction": 1}
     assert [type(value) for value in options.values()] == [str, int, bool, int]
     with pytest.raises(OptionError, match="option seed of layout folder cannot be 'x'; it takes a whole number"):
         make_options(LAYOUTS["folder"], parse(IngestOptions, [*FOLDERS, "--layout_options.seed=x"]).layout_options)
