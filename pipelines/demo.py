@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 from pipelines.inspect.inspect import inspect
@@ -13,7 +16,7 @@ from pipelines.runtime import outputs
 from pipelines.runtime.cli import console, parse
 from pipelines.runtime.options import DemoOptions
 from pipelines.training.options import train_options
-from unianom.data.drawing import draw_corpus
+from unianom.data.drawing import DEFECTS, draw_corpus
 from unianom.weights import find_package, locate_package
 
 
@@ -29,7 +32,8 @@ def run_demo(options: DemoOptions) -> None:
     with outputs.open_output(str(root), "demo", {"seed": options.seed}):
         console.print("draw a corpus in MVTec AD layout", style="bold")
         corpus = root / "corpus"
-        draw_corpus(corpus, train=60, seed=options.seed)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            list(pool.map(partial(draw_corpus, corpus, seed=options.seed), [(category,) for category in DEFECTS]))
         output = str(root / "inspected")
         console.print(f"\nunianom inspect {corpus} --output {output} --methods '[{', '.join(methods)}]'", style="bold")
         inspect(InspectOptions(str(corpus), output, methods, runtime=options.runtime, tracking=options.tracking))
