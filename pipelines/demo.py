@@ -29,14 +29,23 @@ def run_demo(options: DemoOptions) -> None:
     start = time.monotonic()
     root = Path(options.output).absolute()
     methods = ("patchcore", "uniformaly") if _has_weights("uniformaly") else ("patchcore",)
-    with outputs.open_output(str(root), "demo", {"seed": options.seed}):
+    with outputs.open_output(str(root), "demo", {"seed": options.seed}, overwrite=options.overwrite):
         console.print("draw a corpus in MVTec AD layout", style="bold")
         corpus = root / "corpus"
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             list(pool.map(partial(draw_corpus, corpus, seed=options.seed), [(category,) for category in DEFECTS]))
         output = str(root / "inspected")
         console.print(f"\nunianom inspect {corpus} --output {output} --methods '[{', '.join(methods)}]'", style="bold")
-        inspect(InspectOptions(str(corpus), output, methods, runtime=options.runtime, tracking=options.tracking))
+        inspect(
+            InspectOptions(
+                str(corpus),
+                output,
+                methods,
+                overwrite=options.overwrite,
+                runtime=options.runtime,
+                tracking=options.tracking,
+            )
+        )
     if len(methods) < 2:
         console.print("UniFormaly was left out: unianom weights uniformaly --config offline/uniformaly says how")
     console.print(f"\ndemo:       {time.monotonic() - start:.0f} s. The pictures are drawn; with your own:")

@@ -63,11 +63,13 @@ class DemoOptions(Options):
     Args:
         output: folder for everything; a second run continues there.
         seed: of the corpus.
+        overwrite: replace what another demo, such as an earlier version's, left in the output.
         runtime: workers and their CPUs.
         tracking: where MLflow records training, evaluation and report.
     """
 
     output: str = "demo"
     seed: int = 0
+    overwrite: bool = False
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     tracking: TrackingOptions = field(default_factory=lambda: TrackingOptions(enabled=False))
