@@ -430,7 +430,8 @@ def test_a_killed_job_and_a_killed_worker_end_with_the_same_weights(
 ) -> None:
     """kill -9 of driver, cluster and workers behind a checkpoint, then of a worker of the job that continues it."""
     output = undisturbed_model.parent / "killed"
-    asked = options("uniad", small, output, LONG, checkpoint_every=20)
+    on_ray = RuntimeOptions(workers=1, local=False)
+    asked = options("uniad", small, output, LONG, checkpoint_every=20, runtime=on_ray)
     config = undisturbed_model.parent / "killed.yaml"
     config.write_text(yaml.safe_dump(to_plain(asked)))
     process = subprocess.Popen([sys.executable, "jobs/train.py", "uniad", "--config", str(config)], cwd=REPOSITORY)
