@@ -89,6 +89,7 @@ def ingest_folder(options: InspectOptions, layout: Layout, output: str) -> Shard
         source=layout.source,
         output=output,
         layout_options=layout.options,
+        max_reject_fraction=options.max_reject_fraction,
         overwrite=options.overwrite,
         limits=options.limits,
         runtime=options.runtime,

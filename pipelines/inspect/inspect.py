@@ -18,13 +18,14 @@ from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score import score
 from pipelines.inspect.corpus import Layout, find_layout, ingest_folder
 from pipelines.inspect.decisions import write_decisions
-from pipelines.inspect.model import fit, recipe_of
+from pipelines.inspect.model import Recipe, fit, read_recipes
 from pipelines.inspect.options import InspectOptions
 from pipelines.reporting.evaluation_report import print_evaluation
 from pipelines.reporting.html import write_report
 from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.cli import console
+from pipelines.runtime.model_set import ModelSet
 from unianom import files
 from unianom.data.schema import ANOMALOUS
 from unianom.data.shards import Selection, ShardSet
@@ -52,6 +53,7 @@ def inspect(options: InspectOptions) -> str:
 
     Raises:
         OptionError: the layout cannot be told, or options are wrong.
+        ModelError: no usable model where one was given.
         DataError: there is nothing to learn from, an image too many cannot be read, or the output is another's.
         WeightsError: weights are missing; says what to install.
     """
@@ -59,6 +61,9 @@ def inspect(options: InspectOptions) -> str:
     root = files.full_uri(options.output or f"inspected/{files.safe_name(options.source.rstrip('/').split('/')[-1])}")
     _say(f"images in {options.source}")
     layout = find_layout(options)
+    if options.model is not None:
+        ModelSet.open(options.model).descriptions()
+    recipes = [] if options.model is not None else read_recipes(options)  # wrong ones show before anything is written
     plan = {
         "source": files.full_uri(layout.source),
         "layout": [layout.name, layout.options],
@@ -69,22 +74,21 @@ def inspect(options: InspectOptions) -> str:
     }
     inputs = {"source": options.source, "model": options.model}
     with outputs.open_output(root, "inspection", plan, inputs=inputs, overwrite=options.overwrite):
-        report = _inspect(options, layout, root)
+        report = _inspect(options, layout, root, recipes)
     console.print(f"time:       {time.monotonic() - start:.0f} s")
     return report
 
 
-def _inspect(options: InspectOptions, layout: Layout, root: str) -> str:
+def _inspect(options: InspectOptions, layout: Layout, root: str, recipes: list[Recipe]) -> str:
     shards = ingest_folder(options, layout, files.join(root, "shards"))
     if options.model is not None:
         done = [_apply("model", options.model, shards, root, options)]
     else:
-        recipes = options.recipes or tuple(recipe_of(method) for method in options.methods)
         done = []
-        for method, recipe in zip(options.methods, recipes, strict=True):
-            _say(f"{method}: learn what is normal")
-            model = fit(method, recipe, shards, files.join(root, method, "model"), options)
-            done.append(_apply(method, model, shards, root, options))
+        for recipe in recipes:
+            _say(f"{recipe.method}: learn what is normal")
+            model = fit(recipe, shards, files.join(root, recipe.method, "model"), options)
+            done.append(_apply(recipe.method, model, shards, root, options))
     report = write_report(_report_options(done, shards, root, options))
     console.print(f"\nreport:     {report}")
     for each in done:
@@ -112,6 +116,7 @@ def _apply(name: str, model: str, shards: ShardSet, root: str, options: InspectO
             made.scores,
             splits=splits,
             maps=True,
+            max_reject_fraction=options.max_reject_fraction,
             overwrite=options.overwrite,
             limits=options.limits,
             runtime=options.runtime,

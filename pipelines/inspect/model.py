@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.inspect.options import InspectOptions
@@ -28,12 +29,41 @@ def recipe_of(method: str) -> str:
     return f"offline/{method}"
 
 
-def fit(method: str, recipe: str, shards: ShardSet, output: str, options: InspectOptions) -> str:
+@dataclass(frozen=True)
+class Recipe:
+    """A method as a recipe has it.
+
+    Attributes:
+        method: its name.
+        options: of jobs/train.py, without shards and output.
+        grid: height and width of its patches of an image.
+    """
+
+    method: str
+    options: TrainJobOptions
+    grid: tuple[int, int]
+
+
+def read_recipes(options: InspectOptions) -> list[Recipe]:
+    """Return the methods that are asked for, each made once, so that missing weights show.
+
+    Raises:
+        OptionError: no such recipe, or it does not fit its method.
+        WeightsError: its weights are missing.
+    """
+    recipes = []
+    names = options.recipes or tuple(recipe_of(method) for method in options.methods)
+    for method, name in zip(options.methods, names, strict=True):
+        given: TrainJobOptions = parse(train_options()[method], ["--config", name, "--shards", "", "--output", ""])
+        recipes.append(Recipe(method, given, make_memory_method(method, given.method).grid))
+    return recipes
+
+
+def fit(recipe: Recipe, shards: ShardSet, output: str, options: InspectOptions) -> str:
     """Fit a method to the normal training images, or find it fitted; return the model folder.
 
     Args:
-        method: name of a memory method.
-        recipe: name or file of its options.
+        recipe: the method.
         shards: images.
         output: model folder.
         options: target of the threshold, and workers.
@@ -41,13 +71,14 @@ def fit(method: str, recipe: str, shards: ShardSet, output: str, options: Inspec
     Raises:
         UnianomError: see `pipelines.training.train.train`.
     """
-    given = ["--config", recipe, "--shards", shards.uri, "--output", output]
-    parsed: TrainJobOptions = parse(train_options()[method], given)
-    config = with_bounded_bank(method, parsed.method, shards.count(Selection(("train",), labels=(NORMAL,))))
+    images = shards.count(Selection(("train",), labels=(NORMAL,)))
+    config = with_bounded_bank(recipe.options.method, recipe.grid, images)
     training = dataclasses.replace(
-        parsed,
+        recipe.options,
+        shards=shards.uri,
+        output=output,
         method=config,
-        threshold=dataclasses.replace(parsed.threshold, target_fpr=options.target_fpr),
+        threshold=dataclasses.replace(recipe.options.threshold, target_fpr=options.target_fpr),
         overwrite=options.overwrite,
         limits=options.limits,
         runtime=options.runtime,
@@ -59,10 +90,10 @@ def fit(method: str, recipe: str, shards: ShardSet, output: str, options: Inspec
     return output
 
 
-def with_bounded_bank(method: str, config: Any, images: int) -> Any:
-    """Return a memory method's options with a coreset that so many images allow to be chosen in minutes."""
-    height, width = make_memory_method(method, config).grid
-    patches = images * height * width
+def with_bounded_bank(config: Any, grid: tuple[int, int], images: int) -> Any:
+    """Return a memory method's options with a coreset that so many images, of so many patches, allow to be chosen in
+    minutes."""
+    patches = images * grid[0] * grid[1]
     most = min(MOST_VECTORS, max(500, COMPARISONS // patches))
     ratio = min(config.bank.coreset_ratio, most / patches)
     if ratio == config.bank.coreset_ratio:

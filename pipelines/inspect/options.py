@@ -9,7 +9,7 @@ from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.configs import all_configs, has_bank
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
-from unianom.options import AS_WRITTEN, AtLeastZero, OpenShare, Options
+from unianom.options import AS_WRITTEN, AtLeastZero, OpenShare, Options, Share
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class InspectOptions(Options):
         layout: how the folder is laid out; null finds that out and says so.
         layout_options: options of the layout, by name.
         target_fpr: highest share of normal images that may fail; null takes 0.05, or what the images can support.
+        max_reject_fraction: above this share of images that cannot be read the job fails, after finishing the rest.
         gallery: pictures of each category in the report; 0 shows none.
         overwrite: replace what an earlier run of another folder, or with other options, left in the output.
         limits: what an image may cost.
@@ -43,6 +44,7 @@ class InspectOptions(Options):
     layout: str | None = None
     layout_options: dict[str, Any] = field(default_factory=dict, metadata=AS_WRITTEN)
     target_fpr: OpenShare | None = None
+    max_reject_fraction: Share = 0.1
     gallery: AtLeastZero = 8
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipelines.inspect import model as fitting
 from pipelines.inspect.inspect import inspect
 from pipelines.inspect.model import hidden_share, with_bounded_bank
 from pipelines.inspect.options import InspectOptions
@@ -21,7 +20,7 @@ from unianom.configs.patchcore import PatchCoreConfig
 from unianom.data.drawing import draw_corpus
 from unianom.data.image import InputPolicy
 from unianom.data.shards import ScoreSet, ShardSet
-from unianom.errors import DataError, OptionError
+from unianom.errors import DataError, ModelError, OptionError, WeightsError
 from unianom.files import read_json
 
 HERE = RuntimeOptions(local=True, workers=1)
@@ -164,6 +163,29 @@ def test_a_folder_without_normal_images_is_refused_before_anything_is_written(fo
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_that_cannot_be_read_is_named_and_the_others_inspected(
+    folder: Path, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    (tmp_path / "set/OK/broken.png").write_bytes((folder / "OK/000.png").read_bytes()[:200])
+    inspect(options(tmp_path / "set", tmp_path / "out", recipe))
+    assert "rejected: 1 corrupt" in capsys.readouterr().out
+    shards = ShardSet.open(tmp_path / "out/shards")
+    assert [row["sample_id"] for row in shards.rejected().to_pylist()] == ["set/OK/broken.png"]
+    with pytest.raises(DataError, match=r"more than --max-reject-fraction 0\.02 allows"):
+        inspect(options(tmp_path / "set", tmp_path / "strict", recipe, max_reject_fraction=0.02))
+
+
+def test_what_is_missing_shows_before_anything_is_written(folder: Path, recipe: str, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    missing.write_text(RECIPE.replace("random", str(tmp_path / "none.safetensors")))
+    with pytest.raises(WeightsError, match="no weights file at"):
+        inspect(options(folder, tmp_path / "out", str(missing)))
+    with pytest.raises(ModelError, match="no model in"):
+        inspect(options(folder, tmp_path / "out", recipe, model=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,11 +208,10 @@ def test_the_share_of_an_image_that_a_crop_hides() -> None:
     assert hidden_share(PatchCoreConfig(input=InputPolicy(resize="stretch", crop=None)), 512, 1024) == 0
 
 
-def test_a_bank_stays_small_enough_to_be_chosen_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "make_memory_method", lambda *_: SimpleNamespace(grid=(28, 28)))
-    config = PatchCoreConfig()
-    assert with_bounded_bank("patchcore", config, images=20) == config, "1,568 of 15,680 patches"
+def test_a_bank_stays_small_enough_to_be_chosen_in_minutes() -> None:
+    config, grid = PatchCoreConfig(), (28, 28)
+    assert with_bounded_bank(config, grid, images=20) == config, "1,568 of 15,680 patches"
     # 78,400 patches: 2,000 vectors are 2.6 %
-    assert with_bounded_bank("patchcore", config, images=100).bank.coreset_ratio == 0.026
+    assert with_bounded_bank(config, grid, images=100).bank.coreset_ratio == 0.026
     # 784,000 patches: 1e9 comparisons allow 1,275 vectors, 0.16 %
-    assert with_bounded_bank("patchcore", config, images=1000).bank.coreset_ratio == 0.0016
+    assert with_bounded_bank(config, grid, images=1000).bank.coreset_ratio == 0.0016
