@@ -34,6 +34,7 @@ from unianom.folding import fold_batch_norm
 from unianom.memory.index import MemoryBank
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method, Prediction
+from unianom.methods.base import ScoredImages
 from unianom.options import from_plain, to_plain
 from unianom.thresholds import DecisionRule, Threshold
 
@@ -185,6 +186,20 @@ class Model:
         """
         prediction = self.method.predict(images)
         return prediction, None if self.calibrator is None else self.calibrator.calibrate(prediction, categories)
+
+    @torch.inference_mode()
+    def score_images(
+        self, images: torch.Tensor, categories: Sequence[str] | None = None
+    ) -> tuple[ScoredImages, Calibration | None]:
+        """Score and, if there is a calibrator, calibrate B×3×S×S normalised images; see `Method.score_images`.
+
+        Raises:
+            OptionError, ModelError, DataError: as `examine`.
+        """
+        if self.calibrator is not None:  # which takes its score from the map
+            prediction, calibration = self.examine(images, categories)
+            return ScoredImages.of(prediction), calibration
+        return self.method.score_images(images), None
 
     def _prepared(
         self, images: Sequence[AnyImage], batch_size: int, limits: ImageLimits, bits: int | None

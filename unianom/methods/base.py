@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import Field
+from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -31,6 +31,28 @@ class Prediction(NamedTuple):
     score: Tensor
     raw_map: Tensor
     embedding: Tensor
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """The scores of B images, whose maps are computed only where they are wanted.
+
+    Attributes:
+        score: B float32; the image score, equal to the bit to that of `Prediction`.
+        embedding: B×C×h×w, as in `Prediction`.
+        predict_rows: the prediction of some of these images, by their numbers (int64, on the method's device).
+    """
+
+    score: Tensor
+    embedding: Tensor
+    predict_rows: Callable[[Tensor], Prediction]
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> ScoredImages:
+        """Return the scores of images that are predicted already."""
+        return cls(
+            prediction.score, prediction.embedding, lambda rows: Prediction(*(value[rows] for value in prediction))
+        )
 
 
 class RawOutputs(NamedTuple):
@@ -143,6 +165,15 @@ class Method(nn.Module, Generic[C]):
         """
         self.check_images(images)
         return self.postprocess(self.forward(images))
+
+    @torch.inference_mode()
+    def score_images(self, images: Tensor) -> ScoredImages:
+        """Score B×3×S×S normalised images: what `predict` gives, but maps only of images that are asked for.
+
+        Raises:
+            OptionError, ModelError: as `predict`.
+        """
+        return ScoredImages.of(self.predict(images))
 
     def size_buffers(self, state: Mapping[str, Tensor]) -> None:
         """Give buffers whose size training decides the size they have in `state`, before that is loaded."""
