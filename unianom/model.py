@@ -30,6 +30,7 @@ from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits, check_bits, decode_image, prepare_image, spread_bits
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, ModelError, OptionError, UnianomError, image_error, storage_error
+from unianom.execution import Engine, Execution, Search
 from unianom.folding import fold_batch_norm
 from unianom.memory.index import MemoryBank
 from unianom.memory_limit import memory_limit
@@ -400,17 +401,24 @@ def _read_file(uri: str | os.PathLike[str]) -> bytes:
         raise known or ImageError("missing", f"cannot read {name!r}: {error}") from error
 
 
-def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
+def load(
+    uri: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    engine: Engine = "pytorch",
+    search: Search = "auto",
+) -> Model:
     """Load a model folder from a path or URI.
 
     Args:
         uri: the folder that holds `model.json`.
         device: where its network runs; "cuda" without a GPU is an error, never a silent fallback.
+        engine, search: as of `Execution`.
 
     Raises:
         ModelError: the folder is missing, unfinished, damaged or of another format version.
-        OptionError: the device is not there.
+        OptionError: the device is not there, or the engine or the search cannot be.
     """
+    execution = Execution(str(device), engine, search)
     try:
         asked = torch.device(device)
     except RuntimeError as error:
@@ -474,6 +482,7 @@ def load(uri: str | os.PathLike[str], device: str | torch.device = "cpu") -> Mod
             raise ModelError(f"{manifest} is missing or not the one this model was saved with; fit the model again")
         method.bank = MemoryBank.load(files.join(uri, "bank"))
     method.eval().to(device)
+    method.execution = execution
     try:
         threshold = None if description["threshold"] is None else Threshold.from_dict(description["threshold"])
         own = {name: Threshold.from_dict(one) for name, one in (description.get("category_thresholds") or {}).items()}

@@ -18,6 +18,7 @@ from pipelines.runtime.task_worker import set_threads
 from unianom.backbones import VIT_MODULES
 from unianom.configs.backbone import BackboneConfig
 from unianom.errors import DataError
+from unianom.execution import CPU
 from unianom.model import Model
 
 
@@ -80,7 +81,7 @@ _pass: Callable[[], tuple[float, float, int]]
 def _prepare_forward(folder: str, images: str, batch_size: int) -> None:
     global _pass
     set_threads(1)
-    model = load_model(folder, "cpu")
+    model = load_model(folder, CPU)
     config: BackboneConfig = model.method.config.backbone
     network: Any = bare_network(model)
     batches = list(torch.from_numpy(np.load(images)).split(batch_size))

@@ -11,13 +11,14 @@ from pipelines.benchmarks.options import InferenceBenchmark
 from pipelines.benchmarks.report import write_report
 from pipelines.runtime.models import load_model
 from unianom.errors import OptionError
+from unianom.execution import Execution
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 
 
 def measure_inference(options: InferenceBenchmark) -> dict[str, Any]:
     """Predict by both networks in turns, and compare their scores and maps."""
-    trained, folded = (load_model(options.model, options.device) for _ in range(2))
+    trained, folded = (load_model(options.model, Execution(options.device)) for _ in range(2))
     if not isinstance(trained.method, TrainedMethod):
         raise OptionError(f"{options.model} holds a {trained.method.name}; give a model of a trained method")
     folded.fold()

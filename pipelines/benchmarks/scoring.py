@@ -30,6 +30,7 @@ from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import OptionError
+from unianom.execution import CPU
 from unianom.methods import MemoryMethod, Method
 from unianom.model import Model
 from unianom.options import to_plain
@@ -113,7 +114,7 @@ def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> d
         "maps": options.maps,
         "batch_size": options.batch_size,
         "limits": ImageLimits(),
-        "device": "cpu",
+        "execution": CPU,
         "threads": 1,
     }
 
@@ -136,7 +137,7 @@ def memory_model(folder: str) -> MemoryMethod:
     model_set = ModelSet.open(folder)
     if model_set.by_category:
         raise OptionError(f"{folder} holds a model for each category; give the folder of one of them")
-    method = load_model(model_set.uri, "cpu").method
+    method = load_model(model_set.uri, CPU).method
     if not isinstance(method, MemoryMethod):
         raise OptionError(f"{folder} holds a {method.name}; this benchmark takes models with a memory bank")
     return method

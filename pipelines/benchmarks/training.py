@@ -27,6 +27,7 @@ from pipelines.training.trainer import Trainer
 from unianom.data.image import ImageLimits
 from unianom.data.shards import ShardSet
 from unianom.errors import OptionError
+from unianom.execution import Execution
 from unianom.methods.trained import TrainedMethod
 
 KEPT, ENCODED = "features kept", "encoded every step"
@@ -35,7 +36,7 @@ KEPT, ENCODED = "features kept", "encoded every step"
 def measure_training(options: TrainingBenchmark) -> dict[str, Any]:
     """Take the same steps on the same images from either source; measure what is kept, and the wait for data."""
     shards = ShardSet.open(options.shards)
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, Execution(options.device))
     method = model.method
     if (
         not isinstance(method, TrainedMethod)
@@ -90,7 +91,7 @@ def _sources(
     for name, extractor in extractors.items():
         samples = SampleSource(shards, selection, ImageLimits(), masks=masks and name == ENCODED)
         cache = FeatureCache(str(folder / name.replace(" ", "_")), "features", {}, {"": samples})
-        writer = CacheWriter(cache, {"": extractor}, 8, options.device, options.threads)
+        writer = CacheWriter(cache, {"": extractor}, 8, Execution(options.device), options.threads)
         start, rows, size, made = time.perf_counter(), 0, 0, set()
         for number, part in enumerate(shards.parts):
             record = writer.run({"group": "", "part": part})

@@ -34,6 +34,7 @@ from unianom.data.image import InputPolicy
 from unianom.data.shards import MANIFEST
 from unianom.data.tensors import normalise
 from unianom.errors import DataError
+from unianom.execution import Execution
 from unianom.methods import Method
 from unianom.model import Model, is_model
 
@@ -143,7 +144,7 @@ class FeatureCache:
             kind: which of `outputs.KINDS`.
             images: by the name of their group.
             computed: what is computed of them, with its options and the digests of weights, as plain data.
-            runtime, batch_size: where the bits of results depend on device, threads and what shares a batch.
+            runtime, batch_size: where the bits of results depend on device, engine, threads and what shares a batch.
         """
         plan: dict[str, Any] = {
             "tool": __version__,
@@ -153,7 +154,7 @@ class FeatureCache:
             "computed": dict(computed),
         }
         if runtime is not None:
-            plan |= {"batch_size": batch_size, "device": runtime.device, "threads": runtime.cpus_per_worker}
+            plan |= {"batch_size": batch_size, **runtime.execution.plan, "threads": runtime.cpus_per_worker}
         return FeatureCache(files.join(folder, files.digest_of(plan)[:20]), kind, plan, images)
 
     @property
@@ -200,7 +201,7 @@ class FeatureCache:
                 "cache": self,
                 "extractors": dict(extractors),
                 "batch_size": batch_size,
-                "device": runtime.device,
+                "execution": runtime.execution,
                 "threads": runtime.cpus_per_worker,
             }
             tasks = {
@@ -245,14 +246,19 @@ class CacheWriter:
         cache: where to.
         extractors: what is computed of the images of each group.
         batch_size: images at once.
-        device: where networks run.
+        execution: how models are run.
         threads: images decoded at the same time, ahead of the network.
     """
 
     def __init__(
-        self, cache: FeatureCache, extractors: Mapping[str, Extractor], batch_size: int, device: str, threads: int
+        self,
+        cache: FeatureCache,
+        extractors: Mapping[str, Extractor],
+        batch_size: int,
+        execution: Execution,
+        threads: int,
     ) -> None:
-        self._cache, self._extractors, self._device = cache, extractors, device
+        self._cache, self._extractors, self._execution = cache, extractors, execution
         self._batch_size, self._threads = batch_size, threads
         self._methods: dict[str, Method] = {}
         self._readers: dict[str, ReadPart] = {}
@@ -286,7 +292,7 @@ class CacheWriter:
     def _load(self, folder: str) -> Method:
         """Return the method of a model folder, loaded once for all groups."""
         if folder not in self._methods:
-            self._methods[folder] = load_model(folder, self._device).method
+            self._methods[folder] = load_model(folder, self._execution).method
         return self._methods[folder]
 
 

@@ -30,6 +30,7 @@ from unianom import __version__, files
 from unianom.configs import method_of
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
+from unianom.execution import CPU
 from unianom.options import to_plain
 
 SECTION = "section.json"
@@ -82,7 +83,7 @@ class BankScorer:
         plan: str,
         tasks: Sequence[dict[str, Any]],
     ) -> None:
-        self.method = load_memory_method(embedded.encoder, "cpu")
+        self.method = load_memory_method(embedded.encoder, CPU)
         self.config, self.output, self.plan, self.tasks = config, output, plan, tasks
         self.reader = embedded
         self._batch_size = batch_size
@@ -177,7 +178,7 @@ def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:
         "shards": shards.digest,
         "batch_size": options.batch_size,
         "limits": to_plain(options.limits),
-        "device": options.runtime.device,
+        **options.runtime.execution.plan,
         "threads": options.runtime.cpus_per_worker,
         **own,
     }

@@ -92,7 +92,7 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
         "shards": shards.digest,
         "models": [model["digest"] for model in models],
         **{key: to_plain(getattr(options, key)) for key in PLANNED},
-        "device": options.runtime.device,
+        **options.runtime.execution.plan,
         "threads": options.runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)

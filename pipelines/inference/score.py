@@ -30,6 +30,7 @@ from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError
+from unianom.execution import Execution
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 from unianom.options import to_plain
@@ -78,7 +79,7 @@ def score(options: ScoreOptions) -> ScoreResult:
         "batch_size": options.batch_size,
         "fold_batch_norm": options.fold_batch_norm,
         "limits": to_plain(options.limits),
-        "device": options.runtime.device,
+        **options.runtime.execution.plan,
         "threads": options.runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
@@ -97,7 +98,7 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "maps": maps,
                 "batch_size": options.batch_size,
                 "limits": options.limits,
-                "device": options.runtime.device,
+                "execution": options.runtime.execution,
                 "threads": options.runtime.cpus_per_worker,
                 "fold": options.fold_batch_norm,
             }
@@ -140,7 +141,7 @@ class PartScorer:
         maps: whether anomaly maps are kept.
         batch_size: images in one forward pass.
         limits: what an image may cost.
-        device: where networks run.
+        execution: how models are run.
         threads: images decoded at the same time, ahead of the network.
         fold: whether batch norm of trained methods is folded.
     """
@@ -156,13 +157,13 @@ class PartScorer:
         maps: bool,
         batch_size: int,
         limits: ImageLimits,
-        device: str,
+        execution: Execution,
         threads: int,
         fold: bool = False,
     ) -> None:
         self._shards, self._selection, self._model_set, self._digests = shards, selection, model_set, digests
         self._output, self._plan, self._maps = output, plan, maps
-        self._batch_size, self._limits, self._device, self._fold = batch_size, limits, device, fold
+        self._batch_size, self._limits, self._execution, self._fold = batch_size, limits, execution, fold
         self._pool = ThreadPoolExecutor(threads)
         self._ahead = 2 * batch_size
         self._models: dict[str, Model] = {}
@@ -224,7 +225,7 @@ class PartScorer:
 
     def _model(self, folder: str) -> Model:
         if folder not in self._models:
-            model = load_model(folder, self._device)
+            model = load_model(folder, self._execution)
             if self._fold and isinstance(model.method, TrainedMethod):
                 model.fold()
             self._models[folder] = model

@@ -63,7 +63,7 @@ def commit_scores(
         "plan_digest": digest,
         "shards": {"digest": shards.digest},
         "models": models,
-        **{key: plan[key] for key in ("splits", "categories", "maps", "batch_size", "device")},
+        **{key: plan[key] for key in ("splits", "categories", "maps", "batch_size", "device", "engine") if key in plan},
         "counts": counts,
         "statuses": dict(sorted(statuses.items())),
         "files": entries,

@@ -5,29 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from unianom.errors import ModelError
+from unianom.execution import Execution
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model, load
 
 
-def load_model(folder: str, device: str) -> Model:
-    """Load a model from a path or URI.
+def load_model(folder: str, execution: Execution) -> Model:
+    """Load a model from a path or URI, to be run in this way.
 
     Raises:
         ModelError, OptionError: as `unianom.load`.
     """
-    return load(folder, device)
+    return load(folder, execution.device, execution.engine, execution.search)
 
 
-def load_memory_method(folder: str, device: str) -> MemoryMethod:
+def load_memory_method(folder: str, execution: Execution) -> MemoryMethod:
     """Load the method of a model folder that holds a memory method.
 
     Raises:
         ModelError: it holds another one, or no usable model.
         OptionError: as `unianom.load`.
     """
-    return memory_method(load_model(folder, device).method)
+    return memory_method(load_model(folder, execution).method)
 
 
 def memory_method(method: Method) -> MemoryMethod:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from unianom.execution import Execution
 from unianom.options import AtLeastOne, NotNegative, Options, ValueRefused
 
 
@@ -18,6 +20,9 @@ class RuntimeOptions(Options):
         cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
         gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
         local_cpus: CPUs to use of this machine where no cluster is given; null takes all.
+        engine: what computes frozen encoders: "pytorch", or on CPUs "openvino" (in float32: features differ by 1e-5 of
+            the largest at most) or "openvino_bf16" (in bfloat16, which changes scores); "auto" takes what the job
+            chooses, of those that compute in float32.
     """
 
     usual = ("local", "workers", "gpus_per_worker")
@@ -27,11 +32,21 @@ class RuntimeOptions(Options):
     cpus_per_worker: AtLeastOne = 1
     gpus_per_worker: NotNegative = 0
     local_cpus: AtLeastOne | None = None
+    engine: Literal["auto", "pytorch", "openvino", "openvino_bf16"] = "auto"
+
+    def check(self) -> None:
+        if self.gpus_per_worker and self.engine not in ("auto", "pytorch"):
+            raise ValueRefused(f"engine={self.engine} runs on CPUs; leave out gpus_per_worker, or take pytorch")
 
     @property
     def device(self) -> str:
         """Device that networks run on."""
         return "cuda" if self.gpus_per_worker else "cpu"
+
+    @property
+    def execution(self) -> Execution:
+        """How models are run; by PyTorch where the job has chosen no engine."""
+        return Execution(self.device, "pytorch" if self.engine == "auto" else self.engine)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pipelines.training.options import CalibrateOptions
 from unianom import files
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError
+from unianom.execution import CPU
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
 
@@ -144,7 +145,7 @@ def _calibrate(output: str, kept: EmbeddingCache, plan: dict[str, Any], options:
         "versions": versions(),
     }
     if not files.same_place(kept.model, output):
-        load_model(kept.model, "cpu").save(output)
+        load_model(kept.model, CPU).save(output)
     Model.add_calibrator(output, calibrator, made)
     files.remove(checkpoint)
     return CalibrateResult(output, kept.categories, True, metrics)

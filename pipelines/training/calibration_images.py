@@ -104,7 +104,7 @@ class EmbeddingCache:
             "batch_size": options.batch_size,
             "half": options.precision == "half",
             "limits": to_plain(options.limits),
-            "device": options.runtime.device,
+            **options.runtime.execution.plan,
             "threads": options.runtime.cpus_per_worker,
         }
         cache = FeatureCache.below(

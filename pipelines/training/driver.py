@@ -33,6 +33,7 @@ from unianom import files
 from unianom.data.schema import ANOMALOUS
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
+from unianom.execution import CPU
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model, is_model, versions
 from unianom.options import to_plain
@@ -88,7 +89,7 @@ def plan_trainings(name: str, config: Any, options: TrainingOptions) -> list[Fit
             "feature_precision": options.data.feature_precision,
             "images": options.data.images,
             "window": options.data.window,
-            "device": options.runtime.device,
+            **options.runtime.execution.plan,
             "weights": weights(own.backbone.name, own.backbone.weights),
             **({"phases": to_plain(options.phases)} if options.phases else {}),
         }
@@ -106,7 +107,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
     config, shards, categories, output = task.config, task.shards, task.categories, task.output
     chosen, notice = task.chosen, task.notice
     if is_model(output):
-        return _result(load_model(output, "cpu"), output, fresh=False)
+        return _result(load_model(output, CPU), output, fresh=False)
     batch_spec = make_method(name, config).batch_spec
     prefix = f"{scope(categories[0])}/" if options.per_category else ""
     work = files.join(output, WORK)
@@ -122,7 +123,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
 
             connect(options.runtime)
             run_job(job, options, work, run, prefix)
-    model = load_model(trained, "cpu")
+    model = load_model(trained, CPU)
     final = Model(model.method, categories)
     if chosen.held_out:
         normals = score_held_out(trained, shards, chosen.held_out, categories, options)
@@ -143,7 +144,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
         "notice": notice,
         "seeds": {"split": options.seed, "training": config.training.seed},
         "few_shot": options.few_shot,
-        "device": options.runtime.device,
+        **options.runtime.execution.plan,
         "versions": versions(),
     }
     final.provenance = provenance

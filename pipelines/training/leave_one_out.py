@@ -21,6 +21,7 @@ from pipelines.runtime.tasks import run_tasks
 from pipelines.training.threshold import NormalScores
 from unianom import files
 from unianom.errors import OptionError
+from unianom.execution import CPU
 from unianom.methods.memory import MaskedPatches
 
 
@@ -36,7 +37,7 @@ class LeaveOneOutScorer:
     """
 
     def __init__(self, model: str, cache: FeatureCache, bank_cache: FeatureCache, added: str) -> None:
-        self._method = load_memory_method(model, "cpu")
+        self._method = load_memory_method(model, CPU)
         self._cached = cache.open()
         self._patches = PatchMatrix(bank_cache.open().arrays(PATCHES))
         self._added = files.read_array(added)

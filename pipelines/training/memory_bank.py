@@ -29,6 +29,7 @@ from unianom import files
 from unianom.configs.bank import BankConfig
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
+from unianom.execution import CPU
 from unianom.memory.coreset import greedy_coreset
 from unianom.memory.cover import cover_without_images
 from unianom.memory.index import MemoryBank
@@ -78,7 +79,7 @@ def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
             "batch_size": options.batch_size,
             "threshold": to_plain(options.threshold),
             "limits": to_plain(options.limits),
-            "device": options.runtime.device,
+            **options.runtime.execution.plan,
             "threads": options.runtime.cpus_per_worker,
             "weights": weights(own.backbone.name, own.backbone.weights),
         }
@@ -96,10 +97,10 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
     config, shards, categories, output = task.config, task.shards, task.categories, task.output
     chosen, notice = task.chosen, task.notice
     if is_model(output):
-        return _result(load_model(output, "cpu"), output, False, 0.0)
+        return _result(load_model(output, CPU), output, False, 0.0)
     work = files.join(output, WORK)
     embedded, rate = _embed(name, task, files.join(work, "patches"), options)
-    method = load_memory_method(embedded.encoder, "cpu")
+    method = load_memory_method(embedded.encoder, CPU)
     cached = embedded.open()
     patches = PatchMatrix(cached.arrays(PATCHES))
     rows = shards.table(_normals(categories), ["sample_id", "category"]).to_pylist()
@@ -140,7 +141,7 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
         "notice": notice,
         "seeds": {"split": options.seed, "coreset": config.bank.seed},
         "few_shot": options.few_shot,
-        "device": options.runtime.device,
+        **options.runtime.execution.plan,
         "versions": versions(),
     }
     model.provenance = provenance

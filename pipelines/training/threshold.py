@@ -14,6 +14,7 @@ from unianom.data.image import ImageLimits
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
+from unianom.execution import Execution
 from unianom.model import Model
 from unianom.thresholds import Source, fit_by_category, fit_supported
 
@@ -49,10 +50,10 @@ class HeldOutScorer:
         chosen: frozenset[str],
         batch_size: int,
         limits: ImageLimits,
-        device: str,
+        execution: Execution,
         threads: int,
     ) -> None:
-        self._model = load_model(model, device)
+        self._model = load_model(model, execution)
         self._reader = SampleReader(shards, selection, chosen, batch_size, limits, threads)
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def score_held_out(
         "chosen": held_out,
         "batch_size": options.batch_size,
         "limits": options.limits,
-        "device": options.runtime.device,
+        "execution": options.runtime.execution,
         "threads": options.runtime.cpus_per_worker,
     }
     progress = Progress("score held-out normals", len(held_out))

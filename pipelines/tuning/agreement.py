@@ -27,6 +27,7 @@ from pipelines.tuning.trial import Campaign
 from unianom import files
 from unianom.data.shards import Selection
 from unianom.errors import DataError
+from unianom.execution import Execution
 
 DIAGNOSIS = "diagnosis.json"
 """File of the diagnosis."""
@@ -93,7 +94,7 @@ def _test_settings(campaign: Campaign, folder: str, runtime: RuntimeOptions) -> 
         if record is not None and record["status"] == DONE:
             records.append(record)
     tests = {record["trial"]: (record["values"], campaign.tests(record["values"], folder)) for record in records}
-    arguments = {"campaign": campaign, "tests": tests, "folder": folder, "device": runtime.device}
+    arguments = {"campaign": campaign, "tests": tests, "folder": folder, "execution": runtime.execution}
     tasks = {record["trial"]: {"trial": record["trial"]} for record in records}
     runtime = dataclasses.replace(runtime, workers=None)
     progress = Progress("diagnose", len(tasks), "trials")
@@ -111,15 +112,15 @@ class Diagnoser:
     """Measures all settings of a trial on the test split. A `PartTask`."""
 
     def __init__(
-        self, campaign: Campaign, tests: dict[str, tuple[dict[str, Any], Any]], folder: str, device: str
+        self, campaign: Campaign, tests: dict[str, tuple[dict[str, Any], Any]], folder: str, execution: Execution
     ) -> None:
-        self._campaign, self._tests, self._folder, self._device = campaign, tests, folder, device
+        self._campaign, self._tests, self._folder, self._execution = campaign, tests, folder, execution
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Measure one trial and commit what came of it."""
         campaign = self._campaign
         own, tests = self._tests[task["trial"]]
-        fitted = campaign.find_in_tests(own, tests, self._device)
+        fitted = campaign.find_in_tests(own, tests, self._execution)
         validation_set = ValidationSet(fitted.validation_set, campaign.validation.pixel_stride)
         objective = available(campaign.objective, validation_set)
         config = campaign.config_of(own)

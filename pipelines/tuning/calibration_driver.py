@@ -14,6 +14,7 @@ from pipelines.tuning.dimensions import Dimension
 from pipelines.tuning.driver import Driver
 from pipelines.tuning.options import TuneOptions
 from unianom import files
+from unianom.execution import CPU
 
 
 class CadaDriver(Driver[CadaCampaign]):
@@ -38,7 +39,7 @@ class CadaDriver(Driver[CadaCampaign]):
     def prepare(self) -> None:
         campaign = self.campaign
         self._cache.fill(campaign.options)
-        validation_set = campaign.validation_set_of(load_model(campaign.model, "cpu").method)
+        validation_set = campaign.validation_set_of(load_model(campaign.model, CPU).method)
         ValidationSet(validation_set).check(campaign.objective)
         cached = cache_outputs(campaign, validation_set, files.join(campaign.folder, "seen"))
         self.campaign = dataclasses.replace(campaign, validation_set=validation_set, outputs=cached)

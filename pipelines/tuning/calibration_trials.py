@@ -25,6 +25,7 @@ from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
 from unianom.errors import ModelError
+from unianom.execution import CPU, Execution
 from unianom.methods import Method, Prediction
 from unianom.methods.layers.postprocess import top_mean
 
@@ -56,10 +57,10 @@ class CadaCampaign(Campaign):
         return self._found(values, self.outputs, self.validation_set)
 
     def tests(self, values: Mapping[str, Any], folder: str) -> tuple[str, str]:
-        uri = self.tests_for(load_model(self.model, "cpu").method, folder)
+        uri = self.tests_for(load_model(self.model, CPU).method, folder)
         return cache_outputs(self, uri, files.join(folder, "seen")), uri
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: tuple[str, str], device: str) -> FittedTrial:
+    def find_in_tests(self, values: Mapping[str, Any], tests: tuple[str, str], execution: Execution) -> FittedTrial:
         return self._found(values, *tests)
 
     def _found(self, values: Mapping[str, Any], outputs: str, validation_set: str) -> FittedTrial:

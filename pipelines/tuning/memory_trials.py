@@ -15,6 +15,7 @@ from pipelines.tuning.objective import latency, memory
 from pipelines.tuning.space import key_of
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
+from unianom.execution import CPU, Execution
 from unianom.methods import MaskedPatches, MemoryMethod
 
 
@@ -36,7 +37,7 @@ class MemoryCampaign(Campaign):
         return self._found(values, self.encoding_of(values))
 
     def tests(self, values: Mapping[str, Any], folder: str) -> EncodedImages:
-        method = load_memory_method(self.encoding_of(values).encoder, "cpu")
+        method = load_memory_method(self.encoding_of(values).encoder, CPU)
         encodings = files.join(folder, "encodings")
         return encode_once(
             self.name,
@@ -49,7 +50,7 @@ class MemoryCampaign(Campaign):
             encodings,
         )
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: EncodedImages, device: str) -> FittedTrial:
+    def find_in_tests(self, values: Mapping[str, Any], tests: EncodedImages, execution: Execution) -> FittedTrial:
         return self._found(values, tests)
 
     def _found(self, values: Mapping[str, Any], encoded: EncodedImages) -> FittedTrial:
@@ -72,7 +73,7 @@ def is_bank_option(method: type[MemoryMethod], option: str) -> bool:
 def fit_bank(campaign: MemoryCampaign, values: Mapping[str, Any]) -> MemoryMethod:
     """Return the method of a trial with its bank."""
     config, encoded = campaign.config_of(values), campaign.encoding_of(values)
-    method = load_memory_method(encoded.encoder, "cpu")
+    method = load_memory_method(encoded.encoder, CPU)
     method.bank, _ = build_bank(encoded.bank_patches(method, config), config.bank)
     return method
 

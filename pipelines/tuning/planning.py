@@ -63,7 +63,7 @@ def campaign_plan(options: TuneOptions, space: Sequence[Dimension], shards: Shar
         "early_stopping": to_plain(options.early_stopping),
         "population": to_plain(options.population) if options.search == "pbt" else None,
         "fit": fitted,
-        "device": options.runtime.device,
+        **options.runtime.execution.plan,
         "threads": options.runtime.cpus_per_worker,
     }
 

@@ -22,6 +22,7 @@ from pipelines.tuning.records import REPORTS, read_reports
 from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.errors import DataError
+from unianom.execution import CPU, Execution
 from unianom.model import is_model
 
 
@@ -31,7 +32,7 @@ class TrainedCampaign(Campaign[TrainingOptions]):
     def fit(self, values: Mapping[str, Any], folder: str, context: TrialContext) -> FittedTrial:
         validation_set = self.train(values, folder, context, None)
         raw_outputs, milliseconds = load_raw_outputs(files.join(folder, RAW_OUTPUTS_FOLDER))
-        method = load_model(trained_model(folder), "cpu").method
+        method = load_model(trained_model(folder), CPU).method
         return FittedTrial(method, raw_outputs, validation_set, milliseconds, memory(method))
 
     def train(self, values: Mapping[str, Any], folder: str, context: TrialContext, segment: Segment | None) -> str:
@@ -58,10 +59,10 @@ class TrainedCampaign(Campaign[TrainingOptions]):
                 f"the models of the trials in {self.folder} were not kept, so they cannot be diagnosed; run the "
                 f"campaign with --diagnose true from its start, in another output"
             )
-        return self.tests_for(load_model(model, "cpu").method, folder)
+        return self.tests_for(load_model(model, CPU).method, folder)
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: str, device: str) -> FittedTrial:
-        method = load_model(trained_model(self.trial_folder(values)), device).method
+    def find_in_tests(self, values: Mapping[str, Any], tests: str, execution: Execution) -> FittedTrial:
+        method = load_model(trained_model(self.trial_folder(values)), execution).method
         batches = ValidationSet(tests).batches(self.options.batch_size, method.input, method.device)
         raw_outputs = {name: value.cpu() for name, value in compute_raw_outputs(method, batches).items()}
         return FittedTrial(method.to("cpu"), raw_outputs, tests, 0.0, memory(method))

@@ -52,6 +52,7 @@ from pipelines.tuning.statuses import CRASHED, DONE, FAILED
 from unianom import files
 from unianom.data.shards import ShardSet
 from unianom.errors import MachineError, UnianomError, WeightsError
+from unianom.execution import Execution
 from unianom.methods import METHODS, Method
 from unianom.options import from_plain, to_plain, with_values
 
@@ -139,7 +140,7 @@ class Campaign(Generic[FittingOptions]):
         """
         raise NotImplementedError
 
-    def find_in_tests(self, values: Mapping[str, Any], tests: Any, device: str) -> FittedTrial:
+    def find_in_tests(self, values: Mapping[str, Any], tests: Any, execution: Execution) -> FittedTrial:
         """Compute the raw outputs of a trial on the test split."""
         raise NotImplementedError
 

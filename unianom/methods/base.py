@@ -15,6 +15,7 @@ from unianom.configs import CONFIGS
 from unianom.configs.backbone import BackboneConfig
 from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
+from unianom.execution import CPU, Execution
 
 
 class Prediction(NamedTuple):
@@ -97,6 +98,7 @@ class Method(nn.Module, Generic[C]):
 
     Attributes:
         config: the frozen options, all resolved (no value left to a preset or a backbone).
+        execution: how it is run.
         postprocess_options: dotted names of the options that act in `anomaly_maps` and `image_scores` and nowhere else.
         map_options: those of them that change the maps, and so maybe the score; the others change the score alone.
     """
@@ -106,6 +108,7 @@ class Method(nn.Module, Generic[C]):
     postprocess_options: ClassVar[tuple[str, ...]] = ()
     map_options: ClassVar[tuple[str, ...]] = ()
     config: C
+    execution: Execution = CPU
 
     @property
     def input(self) -> InputPolicy:

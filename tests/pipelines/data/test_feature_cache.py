@@ -34,6 +34,7 @@ from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
+from unianom.execution import CPU
 from unianom.methods import Method
 
 NORMAL = Selection(("train",), (), (0,))
@@ -226,7 +227,7 @@ def test_rows_of_another_shape_are_a_fault_of_the_extractor(shards: ShardSet, tm
             counts = iter(range(1, 9))
             return BatchFunction(POLICY, lambda batch: {"x": np.zeros((len(batch), next(counts)))})
 
-    writer = CacheWriter(make(shards, tmp_path), {"": Growing()}, 2, "cpu", 1)
+    writer = CacheWriter(make(shards, tmp_path), {"": Growing()}, 2, CPU, 1)
     with pytest.raises(ValueError, match=r"rows of float64 \(2,\) after rows of float64 \(1,\)"):
         writer.run({"group": "", "part": "part-0.parquet"})
     assert not list(tmp_path.rglob("*.npy"))
@@ -391,7 +392,7 @@ def test_validation_images_are_cached_in_parts(inline: None, tmp_path: Path, mon
 
             return BatchFunction(InputPolicy("stretch", 8, None), compute)  # the images are input already
 
-    writer = CacheWriter(cache, {"": Sums()}, 3, "cpu", 1)
+    writer = CacheWriter(cache, {"": Sums()}, 3, CPU, 1)
     records = [writer.run({"group": "", "part": part}) for part in cache.images[""].parts()]
     assert [(record["part"], record["rows"]) for record in records] == [("images-000000", 4), ("images-000004", 2)]
     assert seen == [3, 1, 2]

@@ -9,6 +9,7 @@ from pipelines.runtime.models import load_memory_method, load_model, memory_meth
 from tests.methods.conftest import TINY, tiny_method
 from unianom import files
 from unianom.errors import DataError, ModelError
+from unianom.execution import CPU
 from unianom.methods import METHODS
 from unianom.model import Model
 
@@ -107,7 +108,7 @@ def test_a_model_loads_from_an_object_store_as_from_disk(tmp_path):
     try:
         for root in (str(tmp_path / "model"), "memory://test-model/model"):
             model.save(root)
-            loaded = load_model(root, "cpu")
+            loaded = load_model(root, CPU)
             (result,) = loaded.predict([image])
             assert result.score == expected.score
             np.testing.assert_array_equal(result.anomaly_map, expected.anomaly_map)
@@ -119,12 +120,12 @@ def test_a_model_loads_from_an_object_store_as_from_disk(tmp_path):
 def test_methods_of_another_kind_are_refused(tmp_path):
     for name in ("patchcore", "uniad"):
         Model(METHODS[name](TINY[name].config).eval(), ["nut"]).save(str(tmp_path / name))
-    assert load_memory_method(str(tmp_path / "patchcore"), "cpu").name == "patchcore"
-    assert trained_method(load_model(str(tmp_path / "uniad"), "cpu").method).name == "uniad"
+    assert load_memory_method(str(tmp_path / "patchcore"), CPU).name == "patchcore"
+    assert trained_method(load_model(str(tmp_path / "uniad"), CPU).method).name == "uniad"
     assert memory_method_class("patchcore") is METHODS["patchcore"]
     with pytest.raises(ModelError, match="uniad has no memory bank; give a model of a memory method"):
-        load_memory_method(str(tmp_path / "uniad"), "cpu")
+        load_memory_method(str(tmp_path / "uniad"), CPU)
     with pytest.raises(ModelError, match="uniad has no memory bank; give a memory method"):
         memory_method_class("uniad")
     with pytest.raises(ModelError, match="patchcore is not trained; give a model of a trained method"):
-        trained_method(load_model(str(tmp_path / "patchcore"), "cpu").method)
+        trained_method(load_model(str(tmp_path / "patchcore"), CPU).method)

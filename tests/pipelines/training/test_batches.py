@@ -50,6 +50,7 @@ from unianom.data.shards import Selection, ShardSet
 from unianom.data.synthesis import Synthesiser
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, OptionError
+from unianom.execution import CPU
 from unianom.methods.trained import BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
 # ---- order --------------------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ class Pooled(TrainedMethod):
 def write_cache(shards: ShardSet, folder: str, selection: Selection, extractor: Extractor, masks: bool = False) -> None:
     """Fill the parts of a cache in this process; the model of features is `Pooled`."""
     cache = FeatureCache(folder, "features", {}, {"": SampleSource(shards, selection, LIMITS, masks=masks)})
-    writer = CacheWriter(cache, {"": extractor}, 4, "cpu", 1)
+    writer = CacheWriter(cache, {"": extractor}, 4, CPU, 1)
     writer._methods[POOLED] = Pooled()
     for part in shards.parts:
         writer.run({"group": "", "part": part})

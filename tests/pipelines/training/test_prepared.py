@@ -49,6 +49,7 @@ from unianom.data.image import InputPolicy, decode_prepared
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError
+from unianom.execution import CPU
 from unianom.methods import METHODS
 from unianom.methods.trained import FeatureMaps, TrainedMethod
 from unianom.model import Model
@@ -92,7 +93,7 @@ class Preparer:
         images = SampleSource(shards, selection or normals(CATEGORIES), LIMITS, masks=masks)
         extractor: Extractor = PreparedPixels(policy, masks) if model is None else FrozenFeatures(model, half)
         cache = FeatureCache(str(output), "features", {}, {"": images})
-        self.writer = CacheWriter(cache, {"": extractor}, batch_size, "cpu", 2)
+        self.writer = CacheWriter(cache, {"": extractor}, batch_size, CPU, 2)
 
     def run(self, part: str) -> dict[str, Any]:
         return self.writer.run({"group": "", "part": part})

@@ -37,6 +37,7 @@ from unianom.configs.uninet import UniNetTraining
 from unianom.data.image import InputPolicy
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
+from unianom.execution import CPU
 from unianom.methods import METHODS, Prediction
 from unianom.methods.trained import BatchSpec, FeatureMaps, TrainedMethod, TrainingBatch
 
@@ -255,7 +256,7 @@ def test_a_labelled_corpus_is_learned_from_however_images_come(
     assert (changes == len(set(groups)) - 1) == (not pixels)  # one row group after the other
     assert result.threshold is not None
     assert result.threshold.n_normals == 2
-    assert load_model(result.folder, "cpu").provenance["training"]["anomalous"] == 9
+    assert load_model(result.folder, CPU).provenance["training"]["anomalous"] == 9
     losses = [event["losses"]["loss"] for event in here.told if "losses" in event]
     assert losses[-1] < losses[0]
     steps = [event["step"] for event in here.told if "validation" in event]
@@ -338,7 +339,7 @@ def test_options_of_one_category(here: Here, shards: ShardSet) -> None:
         shards.uri, str(here.folder / "m"), per_category=True, category_options=changes, validate_every=0
     )
     train_networks("uninet", TINY_UNINET, options, None)  # type: ignore[arg-type]
-    made = {c: load_model(str(here.folder / "m" / c), "cpu").method.config for c in ("bolt", "nut")}
+    made = {c: load_model(str(here.folder / "m" / c), CPU).method.config for c in ("bolt", "nut")}
     assert made["bolt"].temperature == TINY_UNINET.temperature
     assert made["bolt"].training == TINY_UNINET.training
     assert made["nut"].temperature == 0.1
@@ -382,7 +383,7 @@ def test_uninet_learns_from_labels_and_masks(here: Here, shards: ShardSet, task:
     losses = [event["losses"] for event in here.told if "losses" in event]
     assert all(loss["supervised"] > 0 for loss in losses)
     assert any("validation" in event for event in here.told)
-    model = load_model(result.folder, "cpu")
+    model = load_model(result.folder, CPU)
     assert dataclasses.replace(model.method.config, input=config.input) == config
     images = torch.randn(2, 3, model.method.input.side, model.method.input.side)
     assert torch.isfinite(model.method.predict(images).anomaly_map).all()

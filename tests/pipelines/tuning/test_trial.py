@@ -45,6 +45,7 @@ from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.data.drawing import draw_sample
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError, UnianomError
+from unianom.execution import CPU
 from unianom.memory.coreset import random_projection
 from unianom.methods import METHODS, MemoryMethod
 from unianom.methods.uniformaly import UniFormaly
@@ -260,14 +261,14 @@ def test_patches_are_projected_part_by_part(campaign: MemoryCampaign) -> None:
     assert len(arrays[0]) > 32
     matrix = random_projection(48, 16, seed=0)
     expected = np.concatenate([array.reshape(-1, 48) @ matrix for array in arrays])
-    method = load_memory_method(made.encoder, "cpu")
+    method = load_memory_method(made.encoder, CPU)
     np.testing.assert_array_equal(made.bank_patches(method, own).projected(16, 0), expected)
 
 
 def test_masks_of_a_trial_count(campaign: MemoryCampaign) -> None:
     """The values above do mask something, or the banks would be compared for nothing."""
     made = campaign.encoding_of({})
-    method = load_memory_method(made.encoder, "cpu")
+    method = load_memory_method(made.encoder, CPU)
     patches = {
         threshold: made.bank_patches(method, campaign.config_of({"mask_threshold": threshold})).rows
         for threshold in (0.0, 0.9)
@@ -283,7 +284,7 @@ def test_masks_of_a_trial_count(campaign: MemoryCampaign) -> None:
 @pytest.mark.parametrize("values", [{}, {"mask_threshold": 0.9, "mask_kernel": 1}, {"mask": "off"}, {"mask": "soft"}])
 def test_encoded_images_are_what_the_method_embeds(campaign: MemoryCampaign, values: dict[str, Any]) -> None:
     made = campaign.encoding_of({})
-    encoder, own = load_memory_method(made.encoder, "cpu"), campaign.config_of(values)
+    encoder, own = load_memory_method(made.encoder, CPU), campaign.config_of(values)
     method = remade(encoder, own)
     assert isinstance(method, MemoryMethod)
     found = list(made.compared_patches(encoder, own))

@@ -47,6 +47,7 @@ from unianom.configs.calibration import CalibrationConfig
 from unianom.configs.training import TrainingConfig
 from unianom.data.shards import ShardSet
 from unianom.errors import DataError, OptionError
+from unianom.execution import CPU
 from unianom.options import to_plain
 
 REPOSITORY = Path(__file__).parents[3]
@@ -162,7 +163,7 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
     validation_set = ValidationSet(
         next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2
     )
-    method = load_model(str(tmp_path / "model"), "cpu").method
+    method = load_model(str(tmp_path / "model"), CPU).method
     scores, maps = [], []
     for images in validation_set.batches(8, method.input, method.device):
         seen = method.predict(images)
@@ -437,7 +438,7 @@ def test_a_killed_campaign_goes_on_and_its_recipe_trains_the_best_trial_again(sm
     kept = trained_model(str(tmp_path / "c" / "trials" / content["best"]["trial"]))
     weights = [Path(folder, "weights.safetensors").read_bytes() for folder in (again.folder, kept)]
     assert weights[0] == weights[1]
-    assert load_model(again.folder, "cpu").method.config.score_pool == content["best"]["values"]["score_pool"]
+    assert load_model(again.folder, CPU).method.config.score_pool == content["best"]["values"]["score_pool"]
 
 
 @pytest.mark.ray
@@ -473,7 +474,7 @@ def test_tpe_learns_again_what_it_knew(ray_cluster: None, small: Small, tmp_path
             tracking=UNTRACKED,
         )
     )[0]
-    method = load_model(model.folder, "cpu").method
+    method = load_model(model.folder, CPU).method
     assert method.config.bank.coreset_ratio == best["values"]["bank.coreset_ratio"]
     validation_set = ValidationSet(
         next(str(path.parent) for path in (tmp_path / "c" / "validation").glob("*/images.parquet")), 2

@@ -1,0 +1,51 @@
+"""How a model is run: on which device, by what its encoder is computed, and how its memory bank is searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from unianom.errors import OptionError
+
+Engine = Literal["pytorch", "openvino", "openvino_bf16"]
+"""What computes a frozen encoder: PyTorch, or OpenVINO on CPUs, in float32 or in bfloat16."""
+
+Search = Literal["auto", "exact", "device"]
+"""How a memory bank is searched."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is run; what it predicts is the same but for rounding.
+
+    Attributes:
+        device: where its network runs, as PyTorch names it.
+        engine: what computes its encoder, if that is frozen; see `Engine`.
+        search: how a memory bank is searched; see `Search`.
+
+    Raises:
+        OptionError: an engine or a search of another name, or an engine that does not run on this device.
+    """
+
+    device: str = "cpu"
+    engine: Engine = "pytorch"
+    search: Search = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("engine", self.engine, Engine), ("search", self.search, Search)):
+            if value not in get_args(known):
+                raise OptionError(f"{name}={value}: take one of {', '.join(get_args(known))}")
+        if self.engine != "pytorch" and self.device != "cpu":
+            raise OptionError(
+                f"engine={self.engine} runs on CPUs; take device=cpu instead of {self.device}, or pytorch"
+            )
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Return device and engine, as plans record what the bytes of an output depend on; PyTorch is not named, so
+        that outputs of before there were engines keep their plan."""
+        return {"device": self.device} | ({} if self.engine == "pytorch" else {"engine": self.engine})
+
+
+CPU = Execution()
+"""PyTorch on the CPU."""
