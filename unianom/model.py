@@ -466,7 +466,7 @@ def load(
     weights = files.join(uri, "weights.safetensors")
     state = _read_state(weights, description["weights_sha256"], "fit the model again")
     try:
-        with memory_limit("its network", _most_memory(state)):
+        with memory_limit("its network", _most_memory(state), _most_tensors(state)):
             method = cls(blank)
     except (*_WRONG_VALUES, RuntimeError, MemoryError) as error:
         raise ModelError(f"the config in {path} is not valid: {error}; fit the model again") from error
@@ -517,6 +517,14 @@ def _most_memory(state: dict[str, torch.Tensor]) -> int:
     return 4 * sum(value.nbytes for value in state.values()) + (1 << 30)
 
 
+def _most_tensors(state: dict[str, torch.Tensor]) -> int:
+    """Return the most tensors that may be made while the network with these weights is built.
+
+    Each weight takes a few, and parts of an encoder that are cut off afterwards as many as the rest of it.
+    """
+    return 50 * len(state) + 5000
+
+
 def store_rule(uri: str | os.PathLike[str], rule: DecisionRule, provenance: dict[str, Any]) -> None:
     """Put a decision rule into a finished model folder, or in the place of another one there, whole or not at all;
     weights, bank and calibrator are not touched.
@@ -556,7 +564,7 @@ def _load_calibrator(
         channels, (height, width) = description["channels"], description["grid"]
         expected = description["sha256"]
         state = _read_state(path, expected, "calibrate again")
-        with memory_limit("its head", _most_memory(state)):
+        with memory_limit("its head", _most_memory(state), _most_tensors(state)):
             calibrator = Calibrator(config, description["categories"], channels, (height, width))
     except (*_WRONG_VALUES, RuntimeError, MemoryError) as error:
         raise ModelError(
