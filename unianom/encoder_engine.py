@@ -8,6 +8,7 @@ number of threads.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import threading
@@ -173,9 +174,10 @@ def _convert(openvino: Any, backbone: Backbone, side: int) -> Any:
     with _tracing, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer; what it gets wrong shows in the comparison
         try:
-            model = openvino.convert_model(
-                _Tensors(backbone).eval(), example_input=torch.zeros(2, 3, side, side), input=[[-1, 3, side, side]]
-            )
+            # a copy, as what is converted shares its memory with the weights, which batch norm may be folded into later
+            tensors = _Tensors(copy.deepcopy(backbone)).eval()
+            traced = torch.jit.trace(tensors, torch.zeros(2, 3, side, side), check_trace=False)
+            model = openvino.convert_model(torch.jit.freeze(traced), input=[[-1, 3, side, side]])
         except Exception as error:  # of the tracer or the converter, each in its own way
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise EngineError(f"OpenVINO cannot convert {backbone.config.name}: {reason}; take pytorch") from error
