@@ -14,6 +14,11 @@ Search = Literal["auto", "exact", "device"]
 """How a memory bank is searched."""
 
 
+def precision_of(engine: Engine) -> str:
+    """Return the precision that an engine computes a float32 encoder in."""
+    return "bfloat16" if engine == "openvino_bf16" else "float32"
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a model is run; what it predicts is the same but for rounding.

@@ -195,6 +195,27 @@ class TrainingBenchmark(Options):
 
 
 @dataclass(frozen=True)
+class EncoderBenchmark(Options):
+    """The frozen encoder of a model by every engine for CPUs ÷ by PyTorch, in CPU seconds.
+
+    Args:
+        model: model folder; path or URI.
+        output: JSON file to write; path or URI.
+        images: random ones, in a timing.
+        batch_size: images in one forward pass.
+        rounds: turns of each engine.
+        threads: threads of each engine.
+    """
+
+    model: str
+    output: str
+    images: AtLeastOne = 32
+    batch_size: AtLeastOne = 8
+    rounds: AtLeastOne = 5
+    threads: AtLeastOne = 1
+
+
+@dataclass(frozen=True)
 class InferenceBenchmark(Options):
     """Predictions of a network with its batch norm folded into convolutions ÷ those of the network as it was trained.
 
@@ -254,6 +275,7 @@ class PipeBenchmark(Options):
         rounds: turns of each side.
         maps: keep anomaly maps.
         batch_size: images in one forward pass, on all sides.
+        engine: what computes the encoder of the scoring; the bare backbone stays with PyTorch.
     """
 
     model: str
@@ -263,6 +285,7 @@ class PipeBenchmark(Options):
     rounds: AtLeastOne = 3
     maps: bool = False
     batch_size: AtLeastOne = 8
+    engine: Literal["pytorch", "openvino", "openvino_bf16"] = "pytorch"
 
 
 BENCHMARKS: dict[str, type] = {
@@ -274,6 +297,7 @@ BENCHMARKS: dict[str, type] = {
     "search": SearchBenchmark,
     "training": TrainingBenchmark,
     "inference": InferenceBenchmark,
+    "encoder": EncoderBenchmark,
     "similarity": SimilarityBenchmark,
 }
 """The options of each benchmark by its name on the command line."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.benchmarks.encoder import measure_encoder
 from pipelines.benchmarks.inference import measure_inference
 from pipelines.benchmarks.ingest import measure_ingest
 from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
@@ -17,6 +18,7 @@ from pipelines.benchmarks.metrics import measure_metrics
 from pipelines.benchmarks.options import (
     Benchmark,
     CoresetBenchmark,
+    EncoderBenchmark,
     InferenceBenchmark,
     IngestBenchmark,
     MetricsBenchmark,
@@ -42,6 +44,7 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     SearchBenchmark: measure_search,
     TrainingBenchmark: measure_training,
     InferenceBenchmark: measure_inference,
+    EncoderBenchmark: measure_encoder,
     SimilarityBenchmark: measure_similarity,
 }
 """The function that measures each benchmark."""

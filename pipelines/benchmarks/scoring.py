@@ -30,7 +30,7 @@ from unianom.data.image import ImageLimits, decode_image, prepare_image
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import OptionError
-from unianom.execution import CPU
+from unianom.execution import CPU, Execution
 from unianom.methods import MemoryMethod, Method
 from unianom.model import Model
 from unianom.options import to_plain
@@ -114,7 +114,7 @@ def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> d
         "maps": options.maps,
         "batch_size": options.batch_size,
         "limits": ImageLimits(),
-        "execution": CPU,
+        "execution": Execution("cpu", options.engine),
         "threads": 1,
     }
 

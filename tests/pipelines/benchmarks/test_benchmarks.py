@@ -19,6 +19,7 @@ from pipelines.benchmarks.memory_peak import reset_peak
 from pipelines.benchmarks.options import (
     BENCHMARKS,
     CoresetBenchmark,
+    EncoderBenchmark,
     InferenceBenchmark,
     MetricsBenchmark,
     PipeBenchmark,
@@ -163,6 +164,18 @@ def model_and_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Sha
     method.bank = MemoryBank.build(generator.normal(size=(50, method.encoder.dimension)).astype(np.float32))
     Model(method, ["disc"]).save(folder / "model")
     return str(folder / "model"), write_shards(folder / "shards", samples, 2)
+
+
+def test_an_encoder_benchmark_end_to_end(model_and_shards: tuple[str, ShardSet], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    output = tmp_path / "encoder.json"
+    content = measure(EncoderBenchmark(model_and_shards[0], str(output), images=3, batch_size=2, rounds=1))
+    assert json.loads(output.read_text()) == content
+    (figures,) = content["tables"].values()
+    assert figures["pytorch"]["largest difference"] == 0
+    assert figures["openvino"]["largest difference"] <= 1e-5
+    assert figures["openvino"]["CPU seconds to convert"] > 0
+    assert set(figures) - set(content["sides"]) == set()
 
 
 def test_the_bare_network_of_a_model_whose_options_name_classes() -> None:
