@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.benchmarks.encoder import measure_encoder
+from pipelines.benchmarks.host import measure_host
 from pipelines.benchmarks.inference import measure_inference
 from pipelines.benchmarks.ingest import measure_ingest
 from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
@@ -19,6 +20,7 @@ from pipelines.benchmarks.options import (
     Benchmark,
     CoresetBenchmark,
     EncoderBenchmark,
+    HostBenchmark,
     InferenceBenchmark,
     IngestBenchmark,
     MetricsBenchmark,
@@ -37,6 +39,7 @@ from unianom.errors import DataError
 
 MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     PipeBenchmark: measure_pipe,
+    HostBenchmark: measure_host,
     IngestBenchmark: measure_ingest,
     MetricsBenchmark: measure_metrics,
     PixelsBenchmark: measure_pixels,

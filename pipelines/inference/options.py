@@ -7,6 +7,7 @@ from typing import Literal
 
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.data.image import ImageLimits
+from unianom.data.maps import MapsKept
 from unianom.errors import OptionError
 from unianom.options import AtLeastOne, AtLeastZero, OpenShare, Options, Share
 from unianom.thresholds import USUAL_FPR, ScoreKind
@@ -22,7 +23,8 @@ class ScoreOptions(Options):
         output: folder of the score set; path or URI.
         splits: splits to score; empty for all.
         categories: categories to score; empty for all.
-        maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
+        maps: which anomaly maps (16-bit) are kept: of "all" images, as pixel metrics need, of those that come to review
+            or fail ("flagged"), or of "none", which is the fastest; null is all where there are masks, else none.
         batch_size: images in one forward pass.
         fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, by fewer
             operations; jobs/benchmark.py inference measures what that saves.
@@ -50,7 +52,7 @@ class ScoreOptions(Options):
     output: str
     splits: tuple[str, ...] = ("test",)
     categories: tuple[str, ...] = ()
-    maps: bool | None = None
+    maps: MapsKept | None = None
     batch_size: AtLeastOne = 8
     fold_batch_norm: bool = False
     max_reject_fraction: Share = 0.01
