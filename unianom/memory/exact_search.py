@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unianom.errors import OptionError
-from unianom.memory.faiss_indexes import Bool, Float32, Float64, Int64, lengths
+from unianom.memory.faiss_indexes import Bool, Float32, Int64, lengths
 
 SPARE = 8
 """Neighbours asked of FAISS beyond the k wanted, so that near ties can be told apart."""
@@ -24,24 +24,6 @@ CANDIDATES_AT_ONCE = 1 << 22
 
 PAIRS_AT_ONCE = 1024
 """Exact distances computed at a time, so that they stay in cache."""
-
-
-def distance_error(query_lengths: Float64, longest: float, dimension: int) -> Float64:
-    """Return the most by which squared distances in float32 are wrong, however they are computed.
-
-    A float32 dot product of D terms is wrong by at most D·u·|x||y|, in any order of summation (Higham, "Accuracy and
-    Stability of Numerical Algorithms", §3.1); 16u more cover the squares, the sums and rounding the result.
-
-    Args:
-        query_lengths: shape (Q,), lengths of the queries.
-        longest: length of the longest row that they are compared with.
-        dimension: D.
-
-    Returns:
-        shape (Q,).
-    """
-    unit_error = (dimension + 16) * np.finfo(np.float32).eps / 2
-    return unit_error * (query_lengths + longest) ** 2 + np.finfo(np.float32).tiny
 
 
 def nearest_centroids(quantizer: Any, longest: float, vectors: Float32, count: int) -> tuple[Float32, Int64]:
@@ -84,7 +66,10 @@ def exact_nearest(
     """
     distances = np.empty((len(queries), k), dtype=np.float32)
     rows = np.empty((len(queries), k), dtype=np.int64)
-    error = distance_error(lengths(queries), longest, queries.shape[1])
+    # A float32 dot product of D terms is wrong by at most D·u·|x||y|, in any order of summation (Higham, "Accuracy and
+    # Stability of Numerical Algorithms", §3.1); 16u more cover the squares, the sums and rounding the result.
+    unit_error = (queries.shape[1] + 16) * np.finfo(np.float32).eps / 2
+    error = unit_error * (lengths(queries) + longest) ** 2 + np.finfo(np.float32).tiny
     pending, width = np.arange(len(queries)), min(k + SPARE, index.ntotal)
     while pending.size:
         unsettled = []

@@ -103,22 +103,3 @@ def ivf_flat_index(vectors: Float32, lists: Int64, quantizer: Any, nprobe: int) 
     index.make_direct_map()  # rows can be read back by number
     index.nprobe = nprobe
     return index
-
-
-def distances_to(index: Any, queries: Float32, rows: Int64) -> Float32:
-    """Compute squared distances of queries to given rows of a flat index, in float32.
-
-    Args:
-        index: an IndexFlatL2.
-        queries: shape (Q, D).
-        rows: shape (Q, R), row numbers; −1 for none.
-
-    Returns:
-        shape (Q, R); infinity for no row.
-    """
-    faiss = load_faiss()
-    queries, rows = np.ascontiguousarray(queries), np.ascontiguousarray(rows)
-    distances = np.empty(rows.shape, np.float32)
-    pointers = faiss.swig_ptr(distances), faiss.swig_ptr(rows)
-    index.compute_distance_subset(len(queries), faiss.swig_ptr(queries), rows.shape[1], *pointers)
-    return distances

@@ -10,8 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from unianom.errors import DataError, ModelError, OptionError, UnianomError
-from unianom.memory.exact_search import distance_error, merge_results, nearest_centroids
+from unianom.memory.exact_search import merge_results, nearest_centroids
 from unianom.memory.faiss_indexes import (
+    Bool,
     Float32,
     Int64,
     checked_vectors,
@@ -23,11 +24,14 @@ from unianom.memory.faiss_indexes import (
 )
 from unianom.memory.origins import Origins
 from unianom.memory.proposals import Proposals
-from unianom.memory.shard import Shard
+from unianom.memory.shard import Shard, all_vectors, vectors_at
 from unianom.memory.storage import Kind, StoredBank, read_bank, write_bank
 
 DEFAULT_NPROBE = 8
 """Inverted lists that are compared with each query, unless told otherwise."""
+
+QUERIES_AT_ONCE = 256
+"""Queries whose bounds are computed at a time, so that they stay in cache."""
 
 LEAST_ROWS = 2000
 """Banks of fewer rows are searched in full as fast as proposals are found."""
@@ -144,7 +148,7 @@ class MemoryBank:
 
     def vectors(self) -> Float32:
         """Return all rows, shape (rows, dimension), exactly as they were put in."""
-        return np.concatenate([shard.vectors() for shard in self.shards])
+        return all_vectors(self.shards)
 
     def rows_at(self, rows: Int64) -> Float32:
         """Return the vectors of given row numbers: shape rows.shape + (dimension,).
@@ -155,11 +159,7 @@ class MemoryBank:
         count = self.shards[-1].first_row + self.shards[-1].rows
         if rows.size and not (rows.min() >= 0 and rows.max() < count):
             raise OptionError(f"the memory bank has rows 0 to {count - 1}, asked for {rows.min()} to {rows.max()}")
-        vectors = np.empty((*rows.shape, self.dimension), dtype=np.float32)
-        for shard in self.shards:
-            here = (rows >= shard.first_row) & (rows < shard.first_row + shard.rows)
-            vectors[here] = shard.index.reconstruct_batch(rows[here] - shard.first_row)
-        return vectors
+        return vectors_at(self.shards, rows)
 
     def search(self, queries: Float32, k: int = 1) -> tuple[Float32, Int64]:
         """Find the k nearest rows, by (squared distance, row); exact as `Shard.search` says.
@@ -197,24 +197,22 @@ class MemoryBank:
         if self.proposals is None:
             raise ModelError("this memory bank has no proposals, so distances cannot be bounded; search it")
         queries = checked_vectors(queries, "queries", self.dimension)
-        rows = self._counted(self.proposals.near(queries, probes))
-        parts = [shard.distances_near(queries, rows) for shard in self.shards]
-        distances = parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
-        nearest = np.full((len(queries), k), np.inf, np.float32)
-        found = min(k, distances.shape[1])
-        if found == 1:
-            nearest[:, 0] = distances.min(axis=1, initial=np.inf)
-        else:
-            nearest[:, :found] = np.sort(np.partition(distances, found - 1, axis=1)[:, :found], axis=1)
-        # a length in float32 is off by far less than 1/1000; two more roundings follow, so two steps up
-        query_lengths = 1.001 * np.sqrt(np.einsum("nd,nd->n", queries, queries), dtype=np.float64)
-        longest = max(shard.longest for shard in self.shards)
-        bounds = nearest + distance_error(query_lengths, longest, self.dimension)[:, None].astype(np.float32)
-        return np.nextafter(np.nextafter(bounds, np.inf, dtype=np.float32), np.inf, dtype=np.float32)
+        rows = self.proposals.near(queries, k, probes, self._passed_over())
+        bounds = np.empty(rows.shape, np.float32)
+        for start in range(0, len(rows), QUERIES_AT_ONCE):
+            some = slice(start, start + QUERIES_AT_ONCE)
+            difference = vectors_at(self.shards, np.maximum(rows[some], 0))
+            difference -= queries[some, None]
+            bounds[some] = np.einsum("nkd,nkd->nk", difference, difference)
+        # differences, squares and sums of squares in float32, none below 0, are off by less than this share
+        bounds *= 1 + (self.dimension + 16) * np.finfo(np.float32).eps
+        bounds += self.dimension * np.finfo(np.float32).tiny
+        bounds[rows < 0] = np.inf
+        return np.sort(bounds, axis=1)
 
-    def _counted(self, rows: Int64) -> Int64:
-        """Return row numbers with −1 in place of those that do not count."""
-        return rows
+    def _passed_over(self) -> Bool | None:
+        """Return which rows are not to be proposed."""
+        return None
 
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.rows:
@@ -284,7 +282,7 @@ class BankWithoutImage(MemoryBank):
         super().__init__(bank.shards, bank.kind, bank.metadata, bank.origins, bank.proposals)
         if bank.origins is None:
             raise ModelError("this memory bank does not tell which image each vector came from; fit the model again")
-        self._excluded = bank.origins.rows == image
+        self._excluded = self._of_image = bank.origins.rows == image
         if self._excluded.all():
             raise OptionError("the memory bank has no vectors of other images; give it more images")
         if added is not None and len(added):
@@ -316,8 +314,8 @@ class BankWithoutImage(MemoryBank):
         parts = [shard.search(queries, k, self._excluded[edge]) for shard, edge in zip(self.shards, edges, strict=True)]
         return merge_results(parts, k)
 
-    def _counted(self, rows: Int64) -> Int64:
-        return np.where(self._excluded[rows], -1, rows)  # of −1 it does not matter whether the last row counts
+    def _passed_over(self) -> Bool | None:
+        return self._of_image
 
     def save(self, uri: str) -> None:
         """Refuse to be saved."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from unianom.errors import OptionError
 from unianom.memory.exact_search import exact_nearest, nearest_centroids
-from unianom.memory.faiss_indexes import Bool, Float32, Int64, checked_vectors, distances_to, load_faiss, longest_row
+from unianom.memory.faiss_indexes import Bool, Float32, Int64, checked_vectors, load_faiss, longest_row
 
 GPU_NEIGHBOURS = 2048
 """Most neighbours that FAISS returns on a GPU."""
@@ -77,19 +78,6 @@ class Shard:
         rows[rows >= 0] += self.first_row
         return distances, rows
 
-    def distances_near(self, queries: Float32, rows: Int64) -> Float32:
-        """Compute squared distances of queries to given rows in float32, of a "flat" shard; see `distance_error`.
-
-        Args:
-            queries: shape (Q, D), checked.
-            rows: shape (Q, R), row numbers of the bank; −1 for none.
-
-        Returns:
-            shape (Q, R); infinity for rows that are not of this shard.
-        """
-        here = (rows >= self.first_row) & (rows < self.first_row + self.rows)
-        return distances_to(self.index, queries, np.where(here, rows - self.first_row, -1))
-
     def to_gpu(self, device: int) -> None:
         """Let a GPU propose the neighbours; distances are still taken on the CPU. See `MemoryBank.to_gpu`."""
         faiss = load_faiss()
@@ -108,3 +96,19 @@ class Shard:
             return self.index.search_preassigned(some, width, lists[block], centroid_distances[block])
 
         return exact_nearest(search, self.index, self.longest, queries, k, excluded)
+
+
+def all_vectors(shards: Sequence[Shard]) -> Float32:
+    """Return the rows of all shards, exactly as they were put in."""
+    return np.concatenate([shard.vectors() for shard in shards])
+
+
+def vectors_at(shards: Sequence[Shard], rows: Int64) -> Float32:
+    """Return the vectors of given row numbers, all in these shards: shape rows.shape + (dimension,)."""
+    if len(shards) == 1:
+        return shards[0].index.reconstruct_batch(rows.ravel() - shards[0].first_row).reshape(*rows.shape, -1)
+    vectors = np.empty((*rows.shape, shards[0].dimension), dtype=np.float32)
+    for shard in shards:
+        here = (rows >= shard.first_row) & (rows < shard.first_row + shard.rows)
+        vectors[here] = shard.index.reconstruct_batch(rows[here] - shard.first_row)
+    return vectors

@@ -12,7 +12,7 @@ from unianom.errors import ModelError, OptionError
 from unianom.memory.faiss_indexes import load_faiss
 from unianom.memory.origins import ORIGINS, Origins
 from unianom.memory.proposals import PROPOSALS, Proposals
-from unianom.memory.shard import Shard
+from unianom.memory.shard import Shard, all_vectors
 
 Kind = Literal["flat", "ivf_flat"]
 
@@ -84,7 +84,7 @@ def read_bank(uri: str) -> StoredBank:
         manifest["kind"],
         manifest["metadata"],
         None if origins is None else Origins.load(uri, origins["sha256"], first_row),
-        None if proposals is None else Proposals.load(uri, proposals["sha256"], first_row, manifest["dimension"]),
+        None if proposals is None else Proposals.load(uri, proposals["sha256"], all_vectors(shards)),
     )
 
 

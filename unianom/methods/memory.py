@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -183,24 +183,29 @@ class MemoryMethod(Method[B]):
         Raises:
             OptionError, ModelError: as `search_bank`.
         """
-        if not self._bounds_pay(embedding):
-            raw = self.search_bank(embedding)
+        raw, predict = (self._search_deciding if self._bounds_pay(embedding) else self._search_all)(embedding)
+        return ScoredImages(self.patch_scores(raw.tensors), raw.embedding, torch.inference_mode()(predict))
 
-            def predict_found(rows: Tensor) -> Prediction:
-                tensors = {name: tensor[rows] for name, tensor in raw.tensors.items()}
-                return self.postprocess(RawOutputs(tensors, raw.embedding[rows]))
+    def _search_all(self, embedding: MaskedPatches) -> tuple[RawOutputs, Callable[[Tensor], Prediction]]:
+        """Return the raw outputs of images, and what predicts some of them."""
+        raw = self.search_bank(embedding)
 
-            return ScoredImages(self.patch_scores(raw.tensors), raw.embedding, torch.inference_mode()(predict_found))
+        def predict(rows: Tensor) -> Prediction:
+            tensors = {name: tensor[rows] for name, tensor in raw.tensors.items()}
+            return self.postprocess(RawOutputs(tensors, raw.embedding[rows]))
 
+        return raw, predict
+
+    def _search_deciding(self, embedding: MaskedPatches) -> tuple[RawOutputs, Callable[[Tensor], Prediction]]:
+        """Return raw outputs of images that suffice for their scores, and what predicts some of them."""
         count = self.config.neighbours
         self._check_neighbours(count)
         found = search_largest(self.require_bank(), *embedding, count, self.deciding_patches())
-        raw = self.raw_outputs(embedding, *found)
 
-        def predict_rows(rows: Tensor) -> Prediction:
+        def predict(rows: Tensor) -> Prediction:
             return self.postprocess(self.search_bank(MaskedPatches(embedding.patches[rows], embedding.keep[rows])))
 
-        return ScoredImages(self.patch_scores(raw.tensors), raw.embedding, torch.inference_mode()(predict_rows))
+        return self.raw_outputs(embedding, *found), predict
 
     def _bounds_pay(self, embedding: MaskedPatches) -> bool:
         """Return whether a bounded search takes less time than a full one."""
@@ -208,8 +213,8 @@ class MemoryMethod(Method[B]):
         return few and embedding.patches.device.type == "cpu" and self.require_bank().proposals is not None
 
     def deciding_patches(self, config: B | None = None) -> int:
-        """Return how many patches an image's score is made of: those of largest mean distance, the first of equals
-        first. All, unless a method takes fewer.
+        """Return how many patches an image's score is made of, those of largest mean distance: all, unless a method
+        takes fewer.
 
         Args:
             config: options that differ from the method's own in `postprocess_options` only; None takes its own.
