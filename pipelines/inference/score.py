@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ def score(options: ScoreOptions) -> ScoreResult:
     models = model_set.descriptions()
     for category in options.categories or shards.categories:
         model_set.folder_of(category)
+    execution = replace(options.runtime.execution, search=options.search)
     masks_missing = shards.manifest["summary"]["masks"]["missing"]["count"]
     anomalous = shards.count(Selection(options.splits, options.categories, (1,)))
     maps = anomalous > masks_missing if options.maps is None else options.maps
@@ -79,7 +80,8 @@ def score(options: ScoreOptions) -> ScoreResult:
         "batch_size": options.batch_size,
         "fold_batch_norm": options.fold_batch_norm,
         "limits": to_plain(options.limits),
-        **options.runtime.execution.plan,
+        **execution.plan,
+        **({"search": "device"} if execution.searches_on_device else {}),  # left out before there was a choice
         "threads": options.runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
@@ -98,7 +100,7 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "maps": maps,
                 "batch_size": options.batch_size,
                 "limits": options.limits,
-                "execution": options.runtime.execution,
+                "execution": execution,
                 "threads": options.runtime.cpus_per_worker,
                 "fold": options.fold_batch_norm,
             }
@@ -244,6 +246,7 @@ class PartScorer:
             affine = list(zip(*(part.float().cpu().tolist() for part in calibration), strict=True))
         for (row, _), value, anomaly_map, (level, spread, common) in zip(waiting, scores, maps, affine, strict=True):
             if not np.isfinite(value) or (common is not None and not np.isfinite(common)):
+                model.method.check_finite(images)
                 raise DataError(
                     f"{row['sample_id']} got the score {value} (calibrated: {common}); check the model's weights and "
                     f"precision"

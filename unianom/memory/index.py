@@ -44,9 +44,6 @@ ROWS_AT_ONCE = 1 << 16
 PAIRS_AT_ONCE = 1024
 """Exact distances computed at a time, so that they stay in cache."""
 
-GPU_NEIGHBOURS = 2048
-"""Most neighbours that FAISS returns on a GPU."""
-
 
 @dataclass(frozen=True)
 class Recall:
@@ -74,7 +71,6 @@ class Shard:
     def __init__(self, index: Any, first_row: int) -> None:
         self.index = index
         self.first_row = first_row
-        self._gpu_index: Any = None
         self._longest = _longest(index)
         self._quantizer: Any = None
         if hasattr(index, "quantizer"):
@@ -125,14 +121,8 @@ class Shard:
         rows[rows >= 0] += self.first_row
         return distances, rows
 
-    def to_gpu(self, device: int) -> None:
-        """Let a GPU propose the neighbours; distances are still taken on the CPU. See `MemoryBank.to_gpu`."""
-        faiss = _faiss()
-        self._gpu_index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, self.index)
-
     def _search_flat(self, queries: Float32, width: int, _block: Int64) -> tuple[Float32, Int64]:
-        on_gpu = self._gpu_index is not None and width <= GPU_NEIGHBOURS
-        return (self._gpu_index if on_gpu else self.index).search(queries, width)
+        return self.index.search(queries, width)
 
     def _search_lists(self, queries: Float32, k: int, excluded: Bool | None) -> tuple[Float32, Int64]:
         centroid_distances, lists = _nearest_centroids(
@@ -288,23 +278,6 @@ class MemoryBank:
         nearest, exact = distances[:, 0].astype(np.float64), exact_distances[:, 0].astype(np.float64)
         excess = np.divide(nearest - exact, exact, out=np.where(nearest > exact, np.inf, 0.0), where=exact > 0)
         return Recall(float(found[:, 0].mean()), float(found.mean()), float(excess.max()))
-
-    def to_gpu(self) -> None:
-        """Let the GPUs of this machine propose neighbours, shard by shard in turn; answers stay the same.
-
-        Raises:
-            UnianomError: this FAISS has no GPU support or there is no GPU.
-            OptionError: the bank is not of kind "flat".
-        """
-        faiss = _faiss()
-        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-            raise UnianomError(
-                "this FAISS finds no GPU; on a machine with one, pip install 'unianom[gpu]' in place of 'unianom[cpu]'"
-            )
-        if self.kind != "flat":
-            raise OptionError(f"only a bank of kind 'flat' can be searched on a GPU, this one is '{self.kind}'")
-        for number, shard in enumerate(self.shards):
-            shard.to_gpu(number % faiss.get_num_gpus())
 
     def save(self, uri: str) -> None:
         """Write the bank to a folder: one FAISS file for each shard, and last the manifest that makes it whole."""

@@ -12,7 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from unianom.configs.bank import BankConfig
 from unianom.errors import ModelError, OptionError
-from unianom.memory.index import MemoryBank
+from unianom.memory.device_search import DeviceBank, Products
+from unianom.memory.index import BankWithoutImage, MemoryBank
 from unianom.methods.base import Method, MethodConfig, RawOutputs
 from unianom.methods.layers.postprocess import upsample, upsample_and_blur
 
@@ -80,6 +81,7 @@ class MemoryMethod(Method[B]):
     map_options: ClassVar[tuple[str, ...]] = ("neighbours", "blur_sigma")
     bank: MemoryBank | None = None
     grid: tuple[int, int]
+    _on_device: tuple[MemoryBank, DeviceBank] | None = None
 
     def encode(self, images: Tensor) -> PatchFeatures:
         """Run the network on B×3×S×S normalised images."""
@@ -146,6 +148,9 @@ class MemoryMethod(Method[B]):
         """
         count = neighbours or self.config.neighbours
         self._check_neighbours(count)
+        on_device = self.bank_on_device()
+        if on_device is not None:
+            return _nearest_on_device(on_device, embedding, count)
         keep = embedding.keep.cpu()  # B N
         distances = torch.zeros(*keep.shape, count)
         rows = torch.zeros(*keep.shape, count, dtype=torch.int64)
@@ -154,6 +159,36 @@ class MemoryMethod(Method[B]):
             found, ids = self.require_bank().search(queries.float().cpu().numpy(), count)  # M K
             distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
         return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
+
+    def bank_on_device(self) -> DeviceBank | None:
+        """Return the bank as it lies on the method's device, where it is searched there, see `Execution.search`; None
+        where it is searched exactly, on the CPU, as a bank without one of its images always is.
+
+        Matrix products are in bfloat16 where the encoder works in half precision, else in float32.
+
+        Raises:
+            OptionError: the search on the device was asked for, but the bank has inverted lists; or it does not fit.
+            ModelError: there is no bank.
+        """
+        bank, device, search = self.require_bank(), self.device, self.execution.search
+        if search == "exact" or (search == "auto" and device.type == "cpu") or isinstance(bank, BankWithoutImage):
+            return None
+        if bank.kind != "flat":
+            if search == "auto":
+                return None
+            raise OptionError(
+                f"search=device compares with all vectors, but this memory bank is of kind '{bank.kind}'; take "
+                f"search=exact, or fit the model with bank.index=flat"
+            )
+        products: Products = "fp32" if self.config.backbone.precision == "fp32" else "bf16"
+        if self._on_device is not None:
+            of, held = self._on_device
+            if of is bank and held.device == device and held.products == products:
+                return held
+        self._on_device = None  # memory is free before it is taken again
+        held = DeviceBank(bank.vectors(), device, products)
+        self._on_device = (bank, held)
+        return held
 
     @torch.inference_mode()
     def score_without_image(self, embedding: MaskedPatches, image: int, added: np.ndarray | None = None) -> float:
@@ -230,8 +265,16 @@ def mean_distances(distances: Tensor, neighbours: int) -> Tensor:
     found = distances.shape[2]
     if neighbours > found:
         raise OptionError(f"neighbours={neighbours}, but only {found} were searched; search for that many")
-    # the search gives its results on the CPU; a mean taken there does not differ by device
-    return distances[:, :, :neighbours].cpu().contiguous().mean(2).to(distances.device)
+    return distances[:, :, :neighbours].contiguous().mean(2)
+
+
+def _nearest_on_device(bank: DeviceBank, embedding: MaskedPatches, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `MemoryMethod.nearest_vectors` does. Patches that are not kept are searched, too: to pick out the
+    others the host would have to wait for their number."""
+    patches, keep = embedding.patches, embedding.keep[:, :, None]  # B N 1
+    found = bank.search(patches.flatten(0, 1).float().to(bank.device), count)  # B·N K
+    distances, rows = (part.unflatten(0, patches.shape[:2]).to(patches.device) for part in found)
+    return torch.where(keep, distances, 0), torch.where(keep, rows, 0)
 
 
 def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:
