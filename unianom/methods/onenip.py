@@ -140,6 +140,7 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
     postprocess_options = ("alpha", "score_pool")
     map_options = ("alpha",)
     finish_images: ClassVar[int] = 256
+    _finished = False
 
     def __init__(self, config: OneNIPConfig) -> None:
         super().__init__()
@@ -333,6 +334,8 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
         return with_flags(self.postprocess(self._raw_outputs(self.neck(images), entries)), images)
 
     def _check_finished(self) -> None:
+        if self._finished:
+            return
         if (self.config.prompt != "none" and len(self.prompt_pool) == 0) or (
             self.refiner is not None and self.fusion_scale == 0
         ):
@@ -340,6 +343,7 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
                 "onenip has no prompts and no fusion scale yet; train it with jobs/train.py onenip, or call finalize() "
                 "with training images"
             )
+        self._finished = True  # remembered, since the host may have to wait to read the scale
 
     def _entries(self, neck: Tensor) -> Tensor | None:
         """Choose entries; None for a decoder that takes no prompt."""
