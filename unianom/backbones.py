@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -216,13 +216,31 @@ def _load_state(
     model.load_state_dict(state)
 
 
-class _Backbone(nn.Module):
-    """What both kinds share: frozen or trainable, precision, memory format."""
+class Backbone(nn.Module):
+    """What both kinds share: frozen or trainable, precision, memory format, and what computes it.
+
+    Attributes:
+        compiled: computes in place of PyTorch what `tensors` returns; None lets PyTorch do it.
+    """
+
+    compiled: Callable[[Tensor], list[Tensor]] | None = None
 
     def __init__(self, config: BackboneConfig, trainable: bool) -> None:
         super().__init__()
         self.config = config
         self.trainable = trainable
+
+    @property
+    def taps_key(self) -> tuple[Any, ...]:
+        """What is tapped: networks of one config and equal weights with the same key compute the same."""
+        raise NotImplementedError
+
+    def tensors(self, images: Tensor) -> list[Tensor]:
+        """Compute by PyTorch all that `forward` returns of B×3×H×W images, B×… float32, in one list."""
+        raise NotImplementedError
+
+    def _computed(self, images: Tensor) -> list[Tensor]:
+        return self.tensors(images) if self.compiled is None else self.compiled(images)
 
     def _finish(self) -> None:
         if not self.trainable:
@@ -233,7 +251,7 @@ class _Backbone(nn.Module):
             self.compile()
         self.train(False)
 
-    def train(self, mode: bool = True) -> _Backbone:
+    def train(self, mode: bool = True) -> Backbone:
         """Set the mode, but keep a frozen backbone in evaluation mode: its batch norm keeps its running statistics."""
         super().train(mode and self.trainable)
         return self
@@ -262,7 +280,7 @@ class VitFeatures(NamedTuple):
     attention: Tensor | None
 
 
-class VitBackbone(_Backbone):
+class VitBackbone(Backbone):
     """A timm `VisionTransformer` tapped at blocks.
 
     Args:
@@ -332,9 +350,18 @@ class VitBackbone(_Backbone):
 
     def forward(self, images: Tensor) -> VitFeatures:
         """Compute the taps of B×3×H×W images in one pass."""
+        computed = self._computed(images)
+        tokens = computed[: len(self.blocks)]
+        return VitFeatures(tokens, None if self.attention_block is None else computed[-1])
+
+    @property
+    def taps_key(self) -> tuple[Any, ...]:
+        return self.blocks, self.attention_block, self.rollout
+
+    def tensors(self, images: Tensor) -> list[Tensor]:
         with self._precision(images.device):
             tokens, attention = self._taps(self._format(images))
-        return VitFeatures([t.float() for t in tokens], None if attention is None else attention.float())
+        return [tap.float() for tap in (*tokens, *([] if attention is None else [attention]))]
 
     def _taps(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
         vit = self.vit
@@ -436,7 +463,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(str(number) for number in numbers)
 
 
-class CnnBackbone(_Backbone):
+class CnnBackbone(Backbone):
     """A timm encoder that gives a pyramid of feature maps, tapped at some of its levels.
 
     Args:
@@ -458,6 +485,7 @@ class CnnBackbone(_Backbone):
     def __init__(self, config: BackboneConfig, taps: Sequence[int], trainable: bool = False) -> None:
         super().__init__(config, trainable)
         check_taps(taps)
+        self.taps = tuple(taps)
         self.encoder: Any = _create(config, features_only=True, out_indices=_feature_indices(config, taps))
         if config.padding_side:
             fix_padding(self.encoder, config.padding_side, config.name)
@@ -468,6 +496,13 @@ class CnnBackbone(_Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return feature maps B×C×h×w float32 of B×3×H×W images, fine to coarse."""
+        return self._computed(images)
+
+    @property
+    def taps_key(self) -> tuple[Any, ...]:
+        return self.taps
+
+    def tensors(self, images: Tensor) -> list[Tensor]:
         with self._precision(images.device):
             maps = self.encoder(self._format(images))
         return [m.permute(0, 3, 1, 2).float() if self._last else m.float() for m in maps]

@@ -16,6 +16,10 @@ class OptionError(UnianomError):
     """An option has a wrong value or does not fit the others."""
 
 
+class EngineError(OptionError):
+    """An engine cannot compute a method's encoder, or not as PyTorch does."""
+
+
 class DataError(UnianomError):
     """A data source, shard set or score set is missing, unfinished or not what it claims to be."""
 

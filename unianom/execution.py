@@ -16,6 +16,11 @@ where the network runs, within the bounds of `unianom.memory.device_search`; "au
 "device" (but a bank with inverted lists like "exact"), else like "exact"."""
 
 
+def precision_of(engine: Engine) -> str:
+    """Return the precision that an engine computes a float32 encoder in."""
+    return "bfloat16" if engine == "openvino_bf16" else "float32"
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a model is run; what it predicts is the same but for rounding.

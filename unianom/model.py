@@ -418,7 +418,8 @@ def load(
 
     Raises:
         ModelError: the folder is missing, unfinished, damaged or of another format version.
-        OptionError: the device is not there, or the engine or the search cannot be.
+        OptionError: the device is not there, or the engine or the search cannot be; EngineError, one of these, where
+            the engine is not installed, or cannot compute this model's encoder as PyTorch does.
     """
     execution = Execution(str(device), engine, search)
     try:
@@ -485,6 +486,10 @@ def load(
         method.bank = MemoryBank.load(files.join(uri, "bank"))
     method.eval().to(device)
     method.execution = execution
+    if engine != "pytorch":
+        from unianom.encoder_engine import compile_encoders  # only here, as it draws pictures to compare on
+
+        compile_encoders(method, engine)
     try:
         threshold = None if description["threshold"] is None else Threshold.from_dict(description["threshold"])
         own = {name: Threshold.from_dict(one) for name, one in (description.get("category_thresholds") or {}).items()}

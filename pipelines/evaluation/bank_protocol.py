@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.data.engine import choose_engine
+from pipelines.data.image_source import SampleSource
 from pipelines.evaluation.embeddings import EmbeddedImages, Side, check_scope, embed_once
 from pipelines.evaluation.options import EmbeddingOptions
 from pipelines.runtime import outputs
@@ -158,14 +160,26 @@ def run_banks(
     return list(records.values())
 
 
-def check_method(options: EmbeddingOptions) -> None:
-    """Refuse, before an output is claimed, options of a method that no images could be embedded with.
+E = TypeVar("E", bound=EmbeddingOptions)
+
+
+def checked(options: E, shards: ShardSet, sides: Mapping[Side, Selection]) -> E:
+    """Refuse, before an output is claimed, options of a method that no images could be embedded with; return them with
+    the engine that computes its encoder.
+
+    Args:
+        options: of the protocol.
+        shards, sides: the images.
 
     Raises:
-        OptionError, WeightsError: see `check_scope` and `make_memory_method`.
+        OptionError, WeightsError: see `check_scope`, `make_memory_method` and `choose_engine`.
     """
     check_scope(options.method, options.batch_size)
-    make_memory_method(method_of(options.method), options.method)
+    method = make_memory_method(method_of(options.method), options.method)
+    images = sum(shards.count(selection) for selection in sides.values())
+    source = SampleSource(shards, sides["train"], options.limits)
+    runtime = choose_engine(options.runtime, source, images, lambda: method)
+    return dataclasses.replace(options, runtime=runtime)
 
 
 def protocol_plan(options: Any, shards: ShardSet, **own: Any) -> dict[str, Any]:

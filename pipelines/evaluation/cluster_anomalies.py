@@ -6,10 +6,12 @@ shards ─▶ features of every image ─▶ K-means per category ─▶ agreeme
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pipelines.data.engine import choose_engine
+from pipelines.data.image_source import SampleSource
 from pipelines.evaluation.cluster_summary import (
     METRICS,
     mean_of_defined,
@@ -23,12 +25,14 @@ from pipelines.reporting.cluster_report import cluster_section
 from pipelines.reporting.cluster_sheet import cluster_sheet
 from pipelines.runtime import outputs
 from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.models import load_model
 from pipelines.runtime.tracking import scope, track
 from unianom import __version__, files
 from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, ModelError
+from unianom.execution import CPU
 from unianom.methods import METHODS, MemoryMethod
 from unianom.options import from_plain, to_plain
 
@@ -87,6 +91,14 @@ def cluster_anomalies(options: ClusterOptions) -> ClusterResult:
                 f"{model_set.uri} is a {model['method']} model, which has no memory bank of patches to search"
             )
         model_k_ratio(options, model)
+    source = SampleSource(shards, selection, options.limits)
+    runtime = choose_engine(
+        options.runtime,
+        source,
+        shards.count(selection) // len(models),
+        lambda: load_model(model_set.folders[0], CPU).method,
+    )
+    options = replace(options, runtime=runtime)
     plan = {
         "tool": __version__,
         "shards": shards.digest,

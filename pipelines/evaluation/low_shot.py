@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipelines.evaluation.bank_protocol import SECTION, ProtocolResult, check_method, protocol_plan, run_banks
+from pipelines.evaluation.bank_protocol import SECTION, ProtocolResult, checked, protocol_plan, run_banks
 from pipelines.evaluation.embeddings import Side
 from pipelines.evaluation.low_shot_draws import METRICS, DrawScorer, flat_summary, low_shot_content, plan_draws
 from pipelines.evaluation.options import LowShotOptions
@@ -37,7 +37,8 @@ def low_shot(options: LowShotOptions) -> ProtocolResult:
     shards.check(train)
     shards.check(test)
     draws, skipped = plan_draws(shards, options)
-    check_method(options)
+    sides: dict[Side, Selection] = {"train": train, "test": test}
+    options = checked(options, shards, sides)
     plan = protocol_plan(
         options, shards, protocol="low_shot", **{key: to_plain(getattr(options, key)) for key in PLANNED}
     )
@@ -49,7 +50,6 @@ def low_shot(options: LowShotOptions) -> ProtocolResult:
     ):
         fresh = not outputs.is_complete(output)
         if fresh:
-            sides: dict[Side, Selection] = {"train": train, "test": test}
             records = run_banks(DrawScorer, options, shards, sides, output, digest, draws, "low-shot draws")
             _write(output, low_shot_content(options, shards, records, skipped))
         content = files.read_json(files.join(output, "low_shot.json"))

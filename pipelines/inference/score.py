@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.data.ahead import map_ahead
+from pipelines.data.engine import choose_engine, say_precision
+from pipelines.data.image_source import SampleSource
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
 from pipelines.runtime import outputs
@@ -30,7 +32,7 @@ from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError
-from unianom.execution import Execution
+from unianom.execution import CPU, Execution
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
 from unianom.options import to_plain
@@ -67,7 +69,14 @@ def score(options: ScoreOptions) -> ScoreResult:
     models = model_set.descriptions()
     for category in options.categories or shards.categories:
         model_set.folder_of(category)
-    execution = replace(options.runtime.execution, search=options.search)
+    runtime = choose_engine(
+        options.runtime,
+        SampleSource(shards, selection, options.limits),
+        shards.count(selection) // len(models),
+        lambda: load_model(model_set.folders[0], CPU).method,
+    )
+    execution = replace(runtime.execution, search=options.search)
+    say_precision(models, execution)
     masks_missing = shards.manifest["summary"]["masks"]["missing"]["count"]
     anomalous = shards.count(Selection(options.splits, options.categories, (1,)))
     maps = anomalous > masks_missing if options.maps is None else options.maps
@@ -82,7 +91,7 @@ def score(options: ScoreOptions) -> ScoreResult:
         "limits": to_plain(options.limits),
         **execution.plan,
         **({"search": "device"} if execution.searches_on_device else {}),  # left out before there was a choice
-        "threads": options.runtime.cpus_per_worker,
+        "threads": runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
     inputs = {"model": options.model, "shards": options.shards}
@@ -101,10 +110,10 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "batch_size": options.batch_size,
                 "limits": options.limits,
                 "execution": execution,
-                "threads": options.runtime.cpus_per_worker,
+                "threads": runtime.cpus_per_worker,
                 "fold": options.fold_batch_norm,
             }
-            rate = _write_parts(arguments, shards, selection, options.runtime)
+            rate = _write_parts(arguments, shards, selection, runtime)
             commit_scores(output, digest, shards, selection, models, plan)
     scores = ScoreSet.open(output)
     check_unscored(scores, options.max_reject_fraction)

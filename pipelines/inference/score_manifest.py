@@ -11,6 +11,9 @@ from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.errors import DataError
 
+PLANNED = ("splits", "categories", "maps", "batch_size", "device", "engine")
+"""Entries of the plan that the manifest repeats; a plan without an engine is of PyTorch."""
+
 
 def score_part(part: str, plan: str) -> str:
     """Return the name of the score part of a shard part: it tells the plan, so parts of two plans never mix."""
@@ -56,14 +59,14 @@ def commit_scores(
         if (not selection.splits or row["split"] in selection.splits)
         and (not selection.categories or row["category"] in selection.categories)
     ]
-    manifest = {
+    manifest: dict[str, Any] = {
         "kind": ScoreSet.kind,
         "schema_version": SCORE_VERSION,
         "tool_version": __version__,
         "plan_digest": digest,
         "shards": {"digest": shards.digest},
         "models": models,
-        **{key: plan[key] for key in ("splits", "categories", "maps", "batch_size", "device", "engine") if key in plan},
+        **{key: plan[key] for key in PLANNED if key in plan},
         "counts": counts,
         "statuses": dict(sorted(statuses.items())),
         "files": entries,

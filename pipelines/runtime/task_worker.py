@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from pipelines.runtime.errors import WorkerError, reason, user_error
-from unianom.errors import DataError, MachineError, ModelError, OptionError, UnianomError, WeightsError
+from unianom.errors import DataError, EngineError, MachineError, ModelError, OptionError, UnianomError, WeightsError
 
 STARTED, ENDED = "_started", "_ended"
 """Keys of a task's result: when its actor began and ended it, in seconds since 1970."""
@@ -22,7 +22,7 @@ reason and its traceback."""
 UNEXPECTED = "_unexpected"
 
 ERRORS: dict[str, type[UnianomError]] = {
-    error.__name__: error for error in (DataError, MachineError, ModelError, OptionError, WeightsError)
+    error.__name__: error for error in (DataError, EngineError, MachineError, ModelError, OptionError, WeightsError)
 }
 
 

@@ -10,9 +10,11 @@ head's training continues from its last checkpoint.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pipelines.data.engine import choose_engine, say_precision
+from pipelines.data.image_source import SampleSource
 from pipelines.runtime import outputs
 from pipelines.runtime.locks import exclusive
 from pipelines.runtime.model_set import ModelSet, write_index
@@ -22,7 +24,8 @@ from pipelines.training.calibration_head import train_calibrator
 from pipelines.training.calibration_images import EmbeddingCache
 from pipelines.training.options import CalibrateOptions
 from unianom import files
-from unianom.data.shards import ShardSet
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
 from unianom.execution import CPU
 from unianom.model import Model, is_model, versions
@@ -54,7 +57,17 @@ def calibrate(options: CalibrateOptions) -> list[CalibrateResult]:
         ModelError: no usable model.
     """
     shards, model_set = ShardSet.open(options.shards), ModelSet.open(options.model)
-    model_set.descriptions()  # a missing or damaged model shows now
+    descriptions = model_set.descriptions()  # a missing or damaged model shows now
+    categories = tuple({name for description in descriptions for name in description["categories"]})
+    images = SampleSource(shards, Selection(("train", "val"), categories, (NORMAL,)), options.limits)
+    runtime = choose_engine(
+        options.runtime,
+        images,
+        images.count() // len(descriptions),
+        lambda: load_model(model_set.folders[0], CPU).method,
+    )
+    say_precision(descriptions, runtime.execution)
+    options = replace(options, runtime=runtime)
     output = model_set.uri if options.output is None else files.full_uri(options.output)
     tasks = []
     for folder in model_set.folders:

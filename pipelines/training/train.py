@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from pipelines.data.engine import choose_engine
+from pipelines.data.image_source import SampleSource
+from pipelines.runtime.models import make_memory_method
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.run_record import Run
 from pipelines.runtime.tracking import scope, track
 from pipelines.training.calibrate import calibrate_model
 from pipelines.training.driver import plan_trainings, train_planned
+from pipelines.training.job import make_method
 from pipelines.training.memory_bank import fit_planned_banks, plan_banks
 from pipelines.training.options import CalibrateOptions, CalibratorVariant, TrainingOptions, TrainJobOptions
 from pipelines.training.per_category import FitResult, open_models
 from unianom import files
 from unianom.configs import method_of
 from unianom.configs.calibration import CalibrationConfig
-from unianom.data.shards import ShardSet
+from unianom.data.schema import NORMAL
+from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
 from unianom.options import to_plain
 
@@ -25,6 +33,7 @@ def train(options: TrainJobOptions) -> list[FitResult]:
     """
     name = method_of(options.method)
     output = files.full_uri(options.output)
+    options = replace(options, runtime=_runtime(options))
     if isinstance(options, TrainingOptions):
         tasks = plan_trainings(name, options.method, options)
     else:
@@ -42,6 +51,22 @@ def train(options: TrainJobOptions) -> list[FitResult]:
         for result in results:
             _record(run, result, options, single=not options.per_category)
     return results
+
+
+def _runtime(options: TrainJobOptions) -> RuntimeOptions:
+    """Return the job's options of running, with the engine that computes frozen encoders."""
+    name, shards = method_of(options.method), ShardSet.open(options.shards)
+    categories = list(options.categories) or shards.categories
+    selection = Selection(("train", "val"), tuple(categories), (NORMAL,))
+    images = SampleSource(shards, selection, options.limits)
+    each = images.count() if options.few_shot is None else options.few_shot * len(categories)
+    make = make_method if isinstance(options, TrainingOptions) else make_memory_method
+    return choose_engine(
+        options.runtime,
+        images,
+        each // (len(categories) if options.per_category else 1),
+        lambda: make(name, options.method),
+    )
 
 
 def _calibrate(results: list[FitResult], options: TrainJobOptions, variant: CalibratorVariant) -> None:

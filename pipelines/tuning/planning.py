@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.data.engine import choose_engine
+from pipelines.data.image_source import SampleSource
 from pipelines.data.splits import TrainValSplit, choose_samples
 from pipelines.runtime.model_set import ModelSet
-from pipelines.runtime.models import make_memory_method
+from pipelines.runtime.models import load_model, make_memory_method
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.run_record import Run
 from pipelines.training.calibration_images import EmbeddingCache
 from pipelines.training.driver import check_masks
@@ -21,7 +24,7 @@ from pipelines.tuning.dimensions import Dimension
 from pipelines.tuning.driver import Driver
 from pipelines.tuning.memory_driver import MemoryDriver
 from pipelines.tuning.memory_trials import MemoryCampaign
-from pipelines.tuning.options import TuneCada, TuneMethod, TuneOptions, fit_class, method_name, searched
+from pipelines.tuning.options import TuneCada, TuneMethod, TuneOptions, fit_class, method_name, per_category, searched
 from pipelines.tuning.population import PopulationCampaign
 from pipelines.tuning.population_driver import PopulationDriver
 from pipelines.tuning.space import key_of, read_value, settings_of, split_space
@@ -30,7 +33,8 @@ from unianom import __version__, files
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
-from unianom.methods import METHODS, MemoryMethod
+from unianom.execution import CPU
+from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.trained import BatchSpec
 from unianom.options import to_plain
 
@@ -102,6 +106,26 @@ def check_method(options: TuneOptions, shards: ShardSet) -> BatchSpec:
         make_memory_method(name, options.method)
     shards.check(Selection(("train",), options.categories, (NORMAL,)))
     return needs
+
+
+def chosen_runtime(options: TuneOptions, shards: ShardSet) -> RuntimeOptions:
+    """Return the campaign's options of running, with the engine that computes frozen encoders.
+
+    Raises:
+        EngineError: see `choose_engine`.
+    """
+    categories = () if isinstance(options, TuneCada) else options.categories
+    source = SampleSource(shards, Selection(("train",), categories, (NORMAL,)), options.limits)
+
+    def method() -> Method:
+        if isinstance(options, TuneCada):
+            return load_model(ModelSet.open(options.model).uri, CPU).method
+        name = method_name(options)
+        make = make_memory_method if issubclass(METHODS[name], MemoryMethod) else make_method
+        return make(name, options.method)
+
+    groups = len(categories or shards.categories) if per_category(options) else 1
+    return choose_engine(options.runtime, source, source.count() // groups, method)
 
 
 def make_driver(

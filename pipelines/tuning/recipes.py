@@ -10,6 +10,7 @@ import yaml
 
 from pipelines.tuning.trial import Campaign
 from unianom import __version__
+from unianom.execution import precision_of
 from unianom.methods import METHODS
 from unianom.options import from_plain, merged, open_options, to_plain
 
@@ -37,8 +38,13 @@ def recipe(campaign: Campaign, values: Mapping[str, Any], rate: float | None) ->
     }
     if rate is not None:
         fitted = merged(fitted, {"threshold": {"target_fpr": rate}})
+    runtime: dict[str, Any] = {}
     if options.runtime.cpus_per_worker != 1:
-        fitted["runtime"] = {"cpus_per_worker": options.runtime.cpus_per_worker}
+        runtime["cpus_per_worker"] = options.runtime.cpus_per_worker
+    if precision_of(options.runtime.execution.engine) != "float32":
+        runtime["engine"] = options.runtime.engine
+    if runtime:
+        fitted["runtime"] = runtime
     config = campaign.config_of(values)
     group = "method" if campaign.name in METHODS else "calibration"
     return {**fitted, group: minimal_options(config)}

@@ -7,7 +7,7 @@ on kept raw outputs ─▶ best setting as a recipe ─▶ tables, figures, MLfl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.runtime import outputs
@@ -17,7 +17,7 @@ from pipelines.training.per_category import inputs_of
 from pipelines.tuning.agreement import ABOUT, DIAGNOSIS, diagnose
 from pipelines.tuning.campaign_run import CampaignRun, read_settings
 from pipelines.tuning.options import TuneCada, TuneOptions, method_name, output_of, per_category, searched
-from pipelines.tuning.planning import campaign_plan, category_groups, check_method, make_driver
+from pipelines.tuning.planning import campaign_plan, category_groups, check_method, chosen_runtime, make_driver
 from pipelines.tuning.recipes import RECIPE
 from pipelines.tuning.report import write_agreement, write_report
 from pipelines.tuning.results import campaign_content, final_records, record_campaign, write_campaign, write_common
@@ -63,6 +63,7 @@ def tune(options: TuneOptions) -> TuneResult:
     groups = category_groups(options, shards)  # a missing model shows first
     space = space_of(name, searched(options), options.space)
     needs = check_method(options, shards)
+    options = replace(options, runtime=chosen_runtime(options, shards))
     output = files.full_uri(output_of(options))
     if options.resume and not files.exists(files.join(output, outputs.PLAN)):
         raise DataError(f"{output} holds no campaign to resume; mend --output, or leave out --resume")
