@@ -111,14 +111,17 @@ class BankScorer:
         """
         scored = []
         for rows, embedding in self.reader.batches(self._batch_size, categories):
-            found = self.method.postprocess(self.method.search_bank(embedding))
-            scores = found.score.float().numpy()
+            if see is None:
+                scores = self.method.score_patches(embedding).score.float().numpy()
+            else:
+                found = self.method.postprocess(self.method.search_bank(embedding))
+                scores, maps = found.score.float().numpy(), found.anomaly_map.float().numpy()
             for number, (row, value) in enumerate(zip(rows, scores, strict=True)):
                 if not np.isfinite(value):
                     raise DataError(f"{row['sample_id']} got the score {value}; check the weights and the precision")
                 scored.append({**row, "score": float(value)})
                 if see is not None:
-                    see(row, found.anomaly_map[number].float().numpy())
+                    see(row, maps[number])
         return scored
 
     def commit(self, number: int, rows: list[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:

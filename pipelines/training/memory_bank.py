@@ -253,4 +253,5 @@ def index_coreset(
         seed=config.seed,
         metadata=metadata,
         origins=None if origins is None else Origins(origins.images, origins.rows[indices]),
+        proposals=True,
     )

@@ -61,7 +61,7 @@ class HeldOutScorer:
         method, scores, categories = self._model.method, [], []
         for batch in self._reader.decoded(task["part"], method.input, ["category"]):
             images = normalise([sample.pixels for sample in batch], method.input).to(method.device)
-            scores += method.predict(images).score.float().cpu().tolist()
+            scores += method.score_images(images).score.float().cpu().tolist()
             categories += [sample.row["category"] for sample in batch]
         return {"categories": categories, "scores": scores}
 

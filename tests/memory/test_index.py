@@ -10,8 +10,10 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from unianom.errors import DataError, ModelError, OptionError, UnianomError
-from unianom.memory.index import MemoryBank, load_shard, merge_results
+from unianom.memory.exact_search import merge_results
+from unianom.memory.index import MemoryBank
 from unianom.memory.origins import Origins
+from unianom.memory.storage import load_shard
 
 
 def _vectors(rows=700, dimension=24, seed=0, offset=0.0, scale=1.0):

@@ -10,8 +10,10 @@ import torch
 
 from tests.methods.conftest import TINY
 from unianom.errors import ModelError, OptionError
-from unianom.memory.index import MemoryBank, Shard, _ivf_flat
+from unianom.memory.faiss_indexes import ivf_flat_index
+from unianom.memory.index import MemoryBank
 from unianom.memory.origins import Origins
+from unianom.memory.shard import Shard
 from unianom.methods import METHODS
 from unianom.methods.memory import MaskedPatches
 from unianom.thresholds import fit_supported
@@ -43,7 +45,7 @@ def reduced(bank: MemoryBank, image: int, added: np.ndarray) -> MemoryBank:
         lists[ids] = number
     centroids = faiss.downcast_index(inverted.quantizer).reconstruct_n(0, inverted.nlist)
     of_added = ((added[:, None] - centroids[None]) ** 2).sum(2).argmin(1)
-    index = _ivf_flat(vectors, np.concatenate([lists[kept], of_added]), inverted.quantizer, inverted.nprobe)
+    index = ivf_flat_index(vectors, np.concatenate([lists[kept], of_added]), inverted.quantizer, inverted.nprobe)
     return MemoryBank([Shard(index, 0)], "ivf_flat")
 
 

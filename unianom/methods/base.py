@@ -170,7 +170,8 @@ class Method(nn.Module, Generic[C]):
             ModelError: the method is not fitted.
         """
         self.check_images(images)
-        return with_flags(self.postprocess(self.forward(images)), images)
+        prediction = self.postprocess(self.forward(images))
+        return prediction._replace(score=flagged(prediction.score, images))
 
     @torch.inference_mode()
     def score_images(self, images: Tensor) -> ScoredImages:
@@ -207,13 +208,12 @@ class Method(nn.Module, Generic[C]):
             raise OptionError(f"{self.name} got images with NaN or infinite values; check decoding and mean/std")
 
 
-def with_flags(prediction: Prediction, images: Tensor) -> Prediction:
-    """Return a prediction with the score NaN of every image that holds NaN or infinity, whatever the network made of
-    it; on the CPU, where such images are refused, the prediction itself."""
+def flagged(score: Tensor, images: Tensor) -> Tensor:
+    """Return scores, B, with NaN for every image that holds NaN or infinity, whatever the network made of it; on the
+    CPU, where `Method.check_images` refuses such images, the scores themselves."""
     if images.device.type == "cpu":
-        return prediction
-    finite = images.sum((1, 2, 3)).isfinite()  # B
-    return prediction._replace(score=torch.where(finite, prediction.score, torch.nan))
+        return score
+    return torch.where(images.sum((1, 2, 3)).isfinite(), score, torch.nan)
 
 
 METHODS: dict[str, type[Method[Any]]] = {}

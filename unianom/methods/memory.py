@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -12,10 +13,15 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from unianom.configs.bank import BankConfig
 from unianom.errors import ModelError, OptionError
+from unianom.memory.bounded_search import search_largest
 from unianom.memory.device_search import DeviceBank, Products
 from unianom.memory.index import BankWithoutImage, MemoryBank
-from unianom.methods.base import Method, MethodConfig, RawOutputs
+from unianom.memory.patch_distances import mean_distances
+from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, ScoredImages, flagged
 from unianom.methods.layers.postprocess import upsample, upsample_and_blur
+
+LARGEST_SHARE = 0.5
+"""Share of an image's patches beyond which bounds save no time."""
 
 MAX_CELLS = 8
 """Cells a side of the embedding at most; as many as the bottleneck of RevDist has."""
@@ -69,6 +75,9 @@ B = TypeVar("B", bound=MemoryConfig)
 
 class MemoryMethod(Method[B]):
     """A training-free method: it embeds images, and fitting it is building a bank of normal patches.
+
+    Its image score comes from the distances of patches, not from the map: subclasses override `patch_scores`, and
+    `deciding_patches` where few patches decide it.
 
     Attributes:
         bank: once fitted.
@@ -137,7 +146,10 @@ class MemoryMethod(Method[B]):
             OptionError: the bank has fewer vectors.
             ModelError: there is no bank.
         """
-        distances, _ = self.nearest_vectors(embedding, neighbours)
+        return self.raw_outputs(embedding, *self.nearest_vectors(embedding, neighbours))
+
+    def raw_outputs(self, embedding: MaskedPatches, distances: Tensor, rows: Tensor) -> RawOutputs:
+        """Make the raw outputs of what `nearest_vectors` found."""
         return RawOutputs({"distances": distances}, pooled_embedding(embedding.patches, self.grid))
 
     def nearest_vectors(self, embedding: MaskedPatches, neighbours: int | None = None) -> tuple[Tensor, Tensor]:
@@ -191,6 +203,75 @@ class MemoryMethod(Method[B]):
         return held
 
     @torch.inference_mode()
+    def score_images(self, images: Tensor) -> ScoredImages:
+        """Score B×3×S×S normalised images as every method does; see `score_patches`."""
+        self.check_images(images)
+        scored = self.score_patches(self.embed(images))
+        return replace(scored, score=flagged(scored.score, images))
+
+    @torch.inference_mode()
+    def score_patches(self, embedding: MaskedPatches) -> ScoredImages:
+        """Score images by their patches. Scores are those of `search_bank`, bit for bit; where the bank has proposals,
+        only the patches that can decide a score are searched in full, and the others of images that are predicted.
+
+        Args:
+            embedding: of `mask_patches`.
+
+        Raises:
+            OptionError, ModelError: as `search_bank`.
+        """
+        raw, predict = (self._search_deciding if self._bounds_pay(embedding) else self._search_all)(embedding)
+        return ScoredImages(self.patch_scores(raw.tensors), raw.embedding, torch.inference_mode()(predict))
+
+    def _search_all(self, embedding: MaskedPatches) -> tuple[RawOutputs, Callable[[Tensor], Prediction]]:
+        """Return the raw outputs of images, and what predicts some of them."""
+        raw = self.search_bank(embedding)
+
+        def predict(rows: Tensor) -> Prediction:
+            tensors = {name: tensor[rows] for name, tensor in raw.tensors.items()}
+            return self.postprocess(RawOutputs(tensors, raw.embedding[rows]))
+
+        return raw, predict
+
+    def _search_deciding(self, embedding: MaskedPatches) -> tuple[RawOutputs, Callable[[Tensor], Prediction]]:
+        """Return raw outputs of images that suffice for their scores, and what predicts some of them."""
+        count = self.config.neighbours
+        self._check_neighbours(count)
+        found = search_largest(self.require_bank(), *embedding, count, self.deciding_patches())
+
+        def predict(rows: Tensor) -> Prediction:
+            return self.postprocess(self.search_bank(MaskedPatches(embedding.patches[rows], embedding.keep[rows])))
+
+        return self.raw_outputs(embedding, *found), predict
+
+    def _bounds_pay(self, embedding: MaskedPatches) -> bool:
+        """Return whether a bounded search takes less time than a full one."""
+        few = self.deciding_patches() <= LARGEST_SHARE * embedding.keep.shape[1]
+        on_cpu = embedding.patches.device.type == "cpu" and self.bank_on_device() is None
+        return few and on_cpu and self.require_bank().proposals is not None
+
+    def deciding_patches(self, config: B | None = None) -> int:
+        """Return how many patches an image's score is made of, those of largest mean distance: all, unless a method
+        takes fewer.
+
+        Args:
+            config: options that differ from the method's own in `postprocess_options` only; None takes its own.
+        """
+        return self.grid[0] * self.grid[1]
+
+    def patch_scores(self, tensors: Mapping[str, Tensor], config: B | None = None) -> Tensor:
+        """Compute image scores of raw outputs, B; arguments and errors as of `anomaly_maps`.
+
+        The distances of patches that are not among the `deciding_patches` may be larger than they are, as long as they
+        stay out of these.
+        """
+        raise NotImplementedError
+
+    def image_scores(self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: B | None = None) -> Tensor:
+        """Compute image scores as every method does; the map plays no part."""
+        return self.patch_scores(tensors, config)
+
+    @torch.inference_mode()
     def score_without_image(self, embedding: MaskedPatches, image: int, added: np.ndarray | None = None) -> float:
         """Return the score that an image has by a bank without the vectors of one image of the bank: of an image of the
         bank itself, its leave-one-out score.
@@ -208,7 +289,7 @@ class MemoryMethod(Method[B]):
         self.bank = bank.without_image(image, added)
         try:
             self.check_bank()
-            return float(self.postprocess(self.search_bank(embedding)).score)
+            return float(self.score_patches(embedding).score)
         finally:
             self.bank = bank
 
@@ -254,18 +335,6 @@ class MemoryMethod(Method[B]):
         if self.bank is None:
             raise ModelError(f"{self.name} has no memory bank yet; fit it with jobs/train.py {self.name}")
         return self.bank
-
-
-def mean_distances(distances: Tensor, neighbours: int) -> Tensor:
-    """Average the first of K distances; B×N×K to B×N.
-
-    Raises:
-        OptionError: there are fewer than `neighbours`.
-    """
-    found = distances.shape[2]
-    if neighbours > found:
-        raise OptionError(f"neighbours={neighbours}, but only {found} were searched; search for that many")
-    return distances[:, :, :neighbours].contiguous().mean(2)
 
 
 def _nearest_on_device(bank: DeviceBank, embedding: MaskedPatches, count: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.transformer import TransformerConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Prediction, RawOutputs, register_method, with_flags, with_statistics
+from unianom.methods.base import Prediction, RawOutputs, flagged, register_method, with_statistics
 from unianom.methods.layers.postprocess import pooled_maximum, upsample
 from unianom.methods.layers.reconstruction import (
     AttentionBlock,
@@ -331,7 +331,8 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
         size = len(self.prompt_pool)
         if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
             raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
-        return with_flags(self.postprocess(self._raw_outputs(self.neck(images), entries)), images)
+        prediction = self.postprocess(self._raw_outputs(self.neck(images), entries))
+        return prediction._replace(score=flagged(prediction.score, images))
 
     def _check_finished(self) -> None:
         if self._finished:

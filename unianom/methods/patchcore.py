@@ -15,8 +15,9 @@ from unianom.configs.patchcore import PatchCoreConfig
 from unianom.errors import OptionError
 from unianom.memory.device_search import DeviceBank
 from unianom.memory.index import MemoryBank
+from unianom.memory.patch_distances import mean_distances
 from unianom.methods.base import RawOutputs, register_method, with_statistics
-from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures, mean_distances, pooled_embedding
+from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures
 
 
 @register_method("patchcore")
@@ -60,24 +61,27 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         finest = interpolate(coarse, size=self.grid, mode="bilinear", align_corners=False)
         return finest.flatten(2).transpose(1, 2)
 
-    def search_bank(self, embedding: MaskedPatches, neighbours: int | None = None) -> RawOutputs:
-        """Search the bank.
+    def raw_outputs(self, embedding: MaskedPatches, distances: Tensor, rows: Tensor) -> RawOutputs:
+        """Make the raw outputs of what `nearest_vectors` found.
 
         Besides "distances" the tensors hold what eq. 7 needs of an image's peak, its patch of largest mean distance
         to the k nearest vectors, for k = 1…K: "peak" B×K×D, the patch; "peak_distance" B×K, squared, to its nearest
         vector m*; "peak_row" B×K, the bank's row of m*.
         """
-        distances, rows = self.nearest_vectors(embedding, neighbours)  # B N K
         batch, _, count = distances.shape
         peak = torch.stack([mean_distances(distances, k + 1).argmax(1) for k in range(count)], dim=1)  # B K
         image = torch.arange(batch, device=distances.device)[:, None]
         tensors = {
-            "distances": distances,
             "peak": embedding.patches[image, peak],
             "peak_distance": distances[image, peak, 0],
             "peak_row": rows[image, peak, 0],
         }
-        return RawOutputs(tensors, pooled_embedding(embedding.patches, self.grid))
+        raw = super().raw_outputs(embedding, distances, rows)
+        return raw._replace(tensors={**raw.tensors, **tensors})
+
+    def deciding_patches(self, config: PatchCoreConfig | None = None) -> int:
+        """One: the patch of largest mean distance."""
+        return 1
 
     def check_bank(self, config: PatchCoreConfig | None = None) -> None:
         """Check the bank as every memory method does, and that it has the two vectors that re-weighted scores need."""
@@ -91,9 +95,7 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
                 f"reweight=false"
             )
 
-    def image_scores(
-        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: PatchCoreConfig | None = None
-    ) -> Tensor:
+    def patch_scores(self, tensors: Mapping[str, Tensor], config: PatchCoreConfig | None = None) -> Tensor:
         """Take the largest squared distance of a patch, re-weighted (eq. 7) if so configured; B."""
         config = config or self.config
         distances = mean_distances(tensors["distances"], config.neighbours)  # B N

@@ -16,8 +16,9 @@ from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.memory.masking import back_patch_mask, soft_mask
+from unianom.memory.patch_distances import mean_distances
 from unianom.methods.base import register_method, with_statistics
-from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures, mean_distances
+from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures
 
 
 @register_method("uniformaly")
@@ -94,11 +95,12 @@ class UniFormaly(MemoryMethod[UniFormalyConfig]):
         """Whether images of the bank are masked batch by batch."""
         return self.config.mask_scope == "batch" and self.config.mask == "binary"
 
-    def image_scores(
-        self, tensors: Mapping[str, Tensor], anomaly_map: Tensor, config: UniFormalyConfig | None = None
-    ) -> Tensor:
+    def deciding_patches(self, config: UniFormalyConfig | None = None) -> int:
+        """The top k-ratio of the patches; masked ones count in N."""
+        return max(1, round((config or self.config).k_ratio * self.grid[0] * self.grid[1]))
+
+    def patch_scores(self, tensors: Mapping[str, Tensor], config: UniFormalyConfig | None = None) -> Tensor:
         """Average the top k-ratio of the patches' distances (eq. 2), masked ones zero; B."""
         config = config or self.config
         distances = mean_distances(tensors["distances"], config.neighbours)  # B N
-        top = max(1, round(config.k_ratio * distances.shape[1]))  # masked patches count in N
-        return distances.topk(top, dim=1).values.mean(1)
+        return distances.topk(self.deciding_patches(config), dim=1).values.mean(1)
