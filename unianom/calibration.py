@@ -212,21 +212,29 @@ class Calibrator(nn.Module):
         normed = (features - self.feature_mean[:, None, None]) / self.feature_deviation
         return self.head(normed).float()
 
-    def loss(self, features: Tensor, targets: Tensor, category: Tensor) -> Tensor:
+    def loss_transitions(self) -> tuple[float, float]:
+        """Return where the smooth L1 losses of û and of γ̂ turn from square to linear: α in standard units."""
+        of_level, of_top = (self.alpha / self.target_deviation).tolist()
+        return of_level, of_top
+
+    def loss(
+        self, features: Tensor, targets: Tensor, category: Tensor, transitions: tuple[float, float] | None = None
+    ) -> Tensor:
         """Compute the loss of a batch: smooth L1 of û and of γ̂, added (eq. 3), or cross-entropy of the classes (eq. 2).
 
         Args:
             features: B×C×h×w.
             targets: B×2, u and γ in the unit of the maps.
             category: B int64.
+            transitions: of `loss_transitions`, for which the host waits; given, it need not wait at every step.
         """
         made = self.outputs(features)
         if self.config.variant == "classifier":
             return cross_entropy(made, category)
         aims = (targets - self.target_mean) / self.target_deviation
         # with α in standard units, too, each loss is that of the maps' unit divided by the deviation
-        alphas = (self.alpha / self.target_deviation).tolist()
-        parts = [smooth_l1_loss(made[:, part], aims[:, part], beta=alphas[part]) for part in range(2)]
+        transitions = transitions or self.loss_transitions()
+        parts = [smooth_l1_loss(made[:, part], aims[:, part], beta=transitions[part]) for part in range(2)]
         return parts[0] + parts[1]
 
     def statistics_of(self, features: Tensor, categories: Sequence[str] | None = None) -> Tensor:
@@ -240,7 +248,7 @@ class Calibrator(nn.Module):
             DataError: they are needed and not given, or one is not among the training categories.
         """
         if self.config.variant == "none":
-            return torch.tensor([[0.0, 1.0]], device=features.device).expand(len(features), 2)
+            return torch.arange(2.0, device=features.device).expand(len(features), 2)
         if self.config.variant == "labels":
             return self.class_statistics[self._classes(categories, features)]
         if self.config.variant == "classifier":
@@ -256,7 +264,8 @@ class Calibrator(nn.Module):
                 f"this calibrator goes by category and knows {', '.join(self.categories)}, not {', '.join(unknown)}; "
                 f"calibrate with --calibration.variant cada, which needs no category"
             )
-        return torch.tensor([self.categories.index(name) for name in categories], device=features.device)
+        classes = torch.tensor([self.categories.index(name) for name in categories])
+        return classes.to(features.device, non_blocking=True)
 
     @torch.inference_mode()
     def calibrate(self, prediction: Prediction, categories: Sequence[str] | None = None) -> Calibration:
@@ -320,7 +329,7 @@ class HeadTrainer:
             DataError: the loss is not finite.
         """
         calibrator, config = self.calibrator, self.calibrator.config
-        device = calibrator.class_statistics.device
+        device, transitions = calibrator.class_statistics.device, calibrator.loss_transitions()
         calibrator.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             while self.step < steps:
@@ -329,7 +338,7 @@ class HeadTrainer:
                 features = torch.from_numpy(self._rows.take(chosen)).to(device).float()
                 targets = torch.from_numpy(self._targets[chosen]).to(device)
                 category = torch.from_numpy(self._category[chosen]).to(device)
-                loss = calibrator.loss(features, targets, category)
+                loss = calibrator.loss(features, targets, category, transitions)
                 self._optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 if config.clip_norm is not None:

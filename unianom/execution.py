@@ -11,7 +11,9 @@ Engine = Literal["pytorch", "openvino", "openvino_bf16"]
 """What computes a frozen encoder: PyTorch, or OpenVINO on CPUs, in float32 or in bfloat16."""
 
 Search = Literal["auto", "exact", "device"]
-"""How a memory bank is searched."""
+"""How a memory bank is searched: "exact" by FAISS on the CPU, with the same bits whatever the batch or worker; "device"
+where the network runs, within the bounds of `unianom.memory.device_search`; "auto" on a device other than the CPU like
+"device" (but a bank with inverted lists like "exact"), else like "exact"."""
 
 
 def precision_of(engine: Engine) -> str:
@@ -50,6 +52,11 @@ class Execution:
         """Return device and engine, as plans record what the bytes of an output depend on; PyTorch is not named, so
         that outputs of before there were engines keep their plan."""
         return {"device": self.device} | ({} if self.engine == "pytorch" else {"engine": self.engine})
+
+    @property
+    def searches_on_device(self) -> bool:
+        """Whether a memory bank without inverted lists is searched where the network runs."""
+        return self.search == "device" or (self.search == "auto" and self.device != "cpu")
 
 
 CPU = Execution()

@@ -151,6 +151,8 @@ class Model:
             known: Sequence[str | None] = [None] * len(batch) if names is None else names
             prediction, calibration = self.examine(tensor, names)
             scores, maps = prediction.score.cpu().tolist(), prediction.anomaly_map.cpu().numpy()
+            if not np.isfinite(scores).all():
+                self.method.check_finite(tensor)
             common: Sequence[float | None] = [None] * len(batch)
             common_maps: Sequence[np.ndarray | None] = [None] * len(batch)
             if calibration is not None:

@@ -21,6 +21,7 @@ from pipelines.runtime.model_set import ModelSet
 from unianom.data.image import IMAGENET_MEAN, IMAGENET_STD, ImageLimits, InputPolicy
 from unianom.data.maps import MapsKept
 from unianom.data.shards import Selection, ShardSet
+from unianom.execution import CPU
 from unianom.methods.base import Method, Prediction, ScoredImages
 from unianom.methods.layers.postprocess import upsample_and_blur
 from unianom.model import Model
@@ -118,7 +119,7 @@ def _score(options: HostBenchmark, shards: ShardSet, policy: InputPolicy, maps: 
             maps=maps,
             batch_size=options.batch_size,
             limits=ImageLimits(),
-            device="cpu",
+            execution=CPU,
             threads=options.threads,
         )
         start, own = time.process_time(), time.thread_time()

@@ -9,6 +9,7 @@ from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.data.image import ImageLimits
 from unianom.data.maps import MapsKept
 from unianom.errors import OptionError
+from unianom.execution import Search
 from unianom.options import AtLeastOne, AtLeastZero, OpenShare, Options, Share
 from unianom.thresholds import USUAL_FPR, ScoreKind
 
@@ -26,6 +27,10 @@ class ScoreOptions(Options):
         maps: which anomaly maps (16-bit) are kept: of "all" images, as pixel metrics need, of those that come to review
             or fail ("flagged"), or of "none", which is the fastest; null is all where there are masks, else none.
         batch_size: images in one forward pass.
+        search: how memory banks are searched: "exact" on the CPU, with the same bits whatever the batch or worker;
+            "device" where the network runs, with scores that may differ, relatively, by 1e-5 (by more where the encoder
+            works in half precision); "auto" is "device" on a GPU (but "exact" for a bank with inverted lists), else
+            "exact".
         fold_batch_norm: fold batch norm of trained methods into convolutions: the same scores up to rounding, by fewer
             operations; jobs/benchmark.py inference measures what that saves.
         max_reject_fraction: above this share of samples without a score the job fails, after finishing the rest.
@@ -54,6 +59,7 @@ class ScoreOptions(Options):
     categories: tuple[str, ...] = ()
     maps: MapsKept | None = None
     batch_size: AtLeastOne = 8
+    search: Search = "auto"
     fold_batch_norm: bool = False
     max_reject_fraction: Share = 0.01
     overwrite: bool = False

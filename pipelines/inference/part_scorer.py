@@ -30,6 +30,7 @@ from unianom.data.image import ImageLimits, InputPolicy, encode_map
 from unianom.data.maps import MapsKept
 from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import PartWriter, Selection, ShardSet
+from unianom.execution import Execution
 from unianom.methods.base import ScoredImages
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
@@ -55,7 +56,7 @@ class PartScorer:
         maps: which anomaly maps are kept.
         batch_size: images in one forward pass; fewer where an image cannot be read or the next is another model's.
         limits: what an image may cost.
-        device: where networks run.
+        execution: how models are run.
         threads: threads that decode images and encode maps beside the network.
         fold: whether batch norm of trained methods is folded.
     """
@@ -71,13 +72,13 @@ class PartScorer:
         maps: MapsKept,
         batch_size: int,
         limits: ImageLimits,
-        device: str,
+        execution: Execution,
         threads: int,
         fold: bool = False,
     ) -> None:
         self._shards, self._selection, self._model_set, self._digests = shards, selection, model_set, digests
         self._output, self._plan, self._maps = output, plan, maps
-        self._batch_size, self._device, self._fold = batch_size, device, fold
+        self._batch_size, self._execution, self._fold = batch_size, execution, fold
         self._pool, self._reader, self._writer = (ThreadPoolExecutor(count) for count in (threads, 1, 1))
         self._clock = StageClock()
         self._decoder = BatchDecoder(self._pool, threads, limits, self._clock)
@@ -122,7 +123,7 @@ class PartScorer:
 
     def _model(self, folder: str) -> Model:
         if folder not in self._models:
-            model = load_model(folder, self._device)
+            model = load_model(folder, self._execution)
             if self._fold and isinstance(model.method, TrainedMethod):
                 model.fold()
             self._models[folder] = model

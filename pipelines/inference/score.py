@@ -8,7 +8,7 @@ A part's bytes depend on the plan alone, so whoever writes it, and however often
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.data.engine import choose_engine, say_precision
@@ -70,7 +70,8 @@ def score(options: ScoreOptions) -> ScoreResult:
         shards.count(selection) // len(models),
         lambda: load_model(model_set.folders[0], CPU).method,
     )
-    say_precision(models, runtime.execution)
+    execution = replace(runtime.execution, search=options.search)
+    say_precision(models, execution)
     plan = {
         "shards": shards.digest,
         "models": [model["digest"] for model in models],
@@ -80,7 +81,8 @@ def score(options: ScoreOptions) -> ScoreResult:
         "batch_size": options.batch_size,
         "fold_batch_norm": options.fold_batch_norm,
         "limits": to_plain(options.limits),
-        **runtime.execution.plan,
+        **execution.plan,
+        **({"search": "device"} if execution.searches_on_device else {}),  # left out before there was a choice
         "threads": runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
@@ -99,7 +101,7 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "maps": maps,
                 "batch_size": options.batch_size,
                 "limits": options.limits,
-                "execution": runtime.execution,
+                "execution": execution,
                 "threads": runtime.cpus_per_worker,
                 "fold": options.fold_batch_norm,
             }

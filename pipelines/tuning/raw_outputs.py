@@ -23,6 +23,8 @@ def compute_raw_outputs(method: Method, batches: Iterable[Tensor]) -> dict[str, 
     found = []
     for images in batches:
         method.check_images(images)
+        if images.device.type != "cpu":  # its `predict` would mark their scores, which are made of these outputs later
+            method.check_finite(images)
         found.append(method.forward(images).tensors)
     return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
 

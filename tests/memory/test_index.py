@@ -389,9 +389,3 @@ def test_without_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UnianomError, match=r"unianom\[cpu\]"):
         MemoryBank.build(_vectors())
-
-
-@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this FAISS has GPU support")
-def test_without_gpu():
-    with pytest.raises(UnianomError, match=r"unianom\[gpu\]"):
-        MemoryBank.build(_vectors()).to_gpu()

@@ -240,23 +240,6 @@ class MemoryBank:
         excess = np.divide(nearest - exact, exact, out=np.where(nearest > exact, np.inf, 0.0), where=exact > 0)
         return Recall(float(found[:, 0].mean()), float(found.mean()), float(excess.max()))
 
-    def to_gpu(self) -> None:
-        """Let the GPUs of this machine propose neighbours, shard by shard in turn; answers stay the same.
-
-        Raises:
-            UnianomError: this FAISS has no GPU support or there is no GPU.
-            OptionError: the bank is not of kind "flat".
-        """
-        faiss = load_faiss()
-        if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-            raise UnianomError(
-                "this FAISS finds no GPU; on a machine with one, pip install 'unianom[gpu]' in place of 'unianom[cpu]'"
-            )
-        if self.kind != "flat":
-            raise OptionError(f"only a bank of kind 'flat' can be searched on a GPU, this one is '{self.kind}'")
-        for number, shard in enumerate(self.shards):
-            shard.to_gpu(number % faiss.get_num_gpus())
-
     def save(self, uri: str) -> None:
         """Write the bank to a folder: one FAISS file for each shard, and last the manifest that makes it whole."""
         write_bank(uri, StoredBank(self.shards, self.kind, self.metadata, self.origins, self.proposals))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,17 +29,22 @@ def smooth_attention(attention: Tensor, kernel: int = 7) -> Tensor:
 
     Raises:
         OptionError: `kernel` is not a positive odd number.
-        DataError: the map has another shape, or holds NaN, infinity or negative values.
+        DataError: the map has another shape or, on the CPU, holds NaN, infinity or negative values.
     """
     if kernel < 1 or kernel % 2 == 0:
         raise OptionError(f"the smoothing kernel of back-patch masking must be a positive odd number, got {kernel}")
     if attention.ndim != 3:
         raise DataError(f"an attention map must have shape (images, height, width), got {tuple(attention.shape)}")
     attention = attention.float()
-    if not (attention.isfinite() & (attention >= 0)).all():
+    if attention.device.type == "cpu" and not _is_usable(attention).all():
         raise DataError("an attention map holds NaN, infinite or negative values; check the backbone and its weights")
     pooled = F.avg_pool2d(attention[:, None], kernel, stride=1, padding=kernel // 2)  # B 1 h w
     return pooled[:, 0]  # B h w
+
+
+def _is_usable(attention: Tensor) -> Tensor:
+    """Tell of each image whether its attention map holds finite values of at least zero; B h w to B."""
+    return (attention.isfinite() & (attention >= 0)).flatten(1).all(1)
 
 
 def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Tensor:
@@ -51,7 +57,8 @@ def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Ten
             does, which lets the mask of an image depend on the others.
 
     Returns:
-        shape (B, h, w), float32.
+        shape (B, h, w), float32. Where the CPU would raise a DataError, other devices, whose values the host would have
+        to wait for, give NaN for the whole image.
 
     Raises:
         OptionError: `kernel` or `scope` is not a valid one.
@@ -64,6 +71,9 @@ def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Ten
         largest = smooth.max()
     else:
         raise OptionError(f"the scope of back-patch masking must be 'image' or 'batch', got '{scope}'")
+    if attention.device.type != "cpu":
+        usable = _is_usable(attention)[:, None, None] & (largest > 0)  # B 1 1
+        return torch.where(usable, smooth / largest, torch.nan)
     if not (largest > 0).all():
         raise DataError("an attention map is zero everywhere, so no patch can be told from the background")
     return smooth / largest
@@ -79,7 +89,7 @@ def back_patch_mask(attention: Tensor, kernel: int = 7, threshold: float = 0.1, 
         scope: see `soft_mask`.
 
     Returns:
-        shape (B, h, w), bool, True for patches to keep.
+        shape (B, h, w), bool, True for patches to keep; of an image whose soft mask is NaN all are.
 
     Raises:
         OptionError: an option is not a valid one.
@@ -87,4 +97,4 @@ def back_patch_mask(attention: Tensor, kernel: int = 7, threshold: float = 0.1, 
     """
     if not 0 <= threshold < 1:
         raise OptionError(f"the threshold of back-patch masking must be in [0, 1), got {threshold}")
-    return soft_mask(attention, kernel, scope) > threshold
+    return ~(soft_mask(attention, kernel, scope) <= threshold)

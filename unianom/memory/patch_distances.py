@@ -16,5 +16,4 @@ def mean_distances(distances: Tensor, neighbours: int) -> Tensor:
     found = distances.shape[2]
     if neighbours > found:
         raise OptionError(f"neighbours={neighbours}, but only {found} were searched; search for that many")
-    # the search gives its results on the CPU; a mean taken there does not differ by device
-    return distances[:, :, :neighbours].cpu().contiguous().mean(2).to(distances.device)
+    return distances[:, :, :neighbours].contiguous().mean(2)

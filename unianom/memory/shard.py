@@ -11,9 +11,6 @@ from unianom.errors import OptionError
 from unianom.memory.exact_search import exact_nearest, nearest_centroids
 from unianom.memory.faiss_indexes import Bool, Float32, Int64, checked_vectors, load_faiss, longest_row
 
-GPU_NEIGHBOURS = 2048
-"""Most neighbours that FAISS returns on a GPU."""
-
 
 class Shard:
     """Consecutive rows of a bank in one FAISS index, searched on its own, e.g. on a machine of its own.
@@ -27,7 +24,6 @@ class Shard:
     def __init__(self, index: Any, first_row: int) -> None:
         self.index = index
         self.first_row = first_row
-        self._gpu_index: Any = None
         self.longest = longest_row(index)
         self._quantizer: Any = None
         if hasattr(index, "quantizer"):
@@ -78,14 +74,8 @@ class Shard:
         rows[rows >= 0] += self.first_row
         return distances, rows
 
-    def to_gpu(self, device: int) -> None:
-        """Let a GPU propose the neighbours; distances are still taken on the CPU. See `MemoryBank.to_gpu`."""
-        faiss = load_faiss()
-        self._gpu_index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device, self.index)
-
     def _search_flat(self, queries: Float32, width: int, _block: Int64) -> tuple[Float32, Int64]:
-        on_gpu = self._gpu_index is not None and width <= GPU_NEIGHBOURS
-        return (self._gpu_index if on_gpu else self.index).search(queries, width)
+        return self.index.search(queries, width)
 
     def _search_lists(self, queries: Float32, k: int, excluded: Bool | None) -> tuple[Float32, Int64]:
         centroid_distances, lists = nearest_centroids(

@@ -162,12 +162,16 @@ class Method(nn.Module, Generic[C]):
     def predict(self, images: Tensor) -> Prediction:
         """Predict B×3×S×S normalised images. The result does not depend on which images share a batch.
 
+        An image that holds NaN or infinity is refused on the CPU. On other devices, where the host would have to wait
+        to know of it, its score is NaN; `check_finite` tells once scores are fetched.
+
         Raises:
             OptionError: not a batch of this method's input.
             ModelError: the method is not fitted.
         """
         self.check_images(images)
-        return self.postprocess(self.forward(images))
+        prediction = self.postprocess(self.forward(images))
+        return prediction._replace(score=flagged(prediction.score, images))
 
     @torch.inference_mode()
     def score_images(self, images: Tensor) -> ScoredImages:
@@ -185,14 +189,31 @@ class Method(nn.Module, Generic[C]):
         """Refuse what is not a batch of this method's input.
 
         Raises:
-            OptionError: wrong shape or type, or a value that is not finite.
+            OptionError: wrong shape or type, or, on the CPU, a value that is not finite.
         """
         side = self.input.side
         if images.ndim != 4 or images.shape[1:] != (3, side, side) or images.dtype != torch.float32:
             given = f"{tuple(images.shape)} {images.dtype}"
             raise OptionError(f"{self.name} takes images of shape B×3×{side}×{side} float32, got {given}")
+        if images.device.type == "cpu":
+            self.check_finite(images)
+
+    def check_finite(self, images: Tensor) -> None:
+        """Refuse images with a value that is not finite. Reads from their device, for which the host waits.
+
+        Raises:
+            OptionError: there is such a value.
+        """
         if not torch.isfinite(images.sum()):  # one pass; any NaN or infinity reaches the sum
             raise OptionError(f"{self.name} got images with NaN or infinite values; check decoding and mean/std")
+
+
+def flagged(score: Tensor, images: Tensor) -> Tensor:
+    """Return scores, B, with NaN for every image that holds NaN or infinity, whatever the network made of it; on the
+    CPU, where `Method.check_images` refuses such images, the scores themselves."""
+    if images.device.type == "cpu":
+        return score
+    return torch.where(images.sum((1, 2, 3)).isfinite(), score, torch.nan)
 
 
 METHODS: dict[str, type[Method[Any]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from unianom.configs.bank import BankConfig
 from unianom.errors import ModelError, OptionError
 from unianom.memory.bounded_search import search_largest
-from unianom.memory.index import MemoryBank
+from unianom.memory.device_search import DeviceBank, Products
+from unianom.memory.index import BankWithoutImage, MemoryBank
 from unianom.memory.patch_distances import mean_distances
-from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, ScoredImages
+from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, ScoredImages, flagged
 from unianom.methods.layers.postprocess import upsample, upsample_and_blur
 
 LARGEST_SHARE = 0.5
@@ -88,6 +90,7 @@ class MemoryMethod(Method[B]):
     map_options: ClassVar[tuple[str, ...]] = ("neighbours", "blur_sigma")
     bank: MemoryBank | None = None
     grid: tuple[int, int]
+    _on_device: tuple[MemoryBank, DeviceBank] | None = None
 
     def encode(self, images: Tensor) -> PatchFeatures:
         """Run the network on B×3×S×S normalised images."""
@@ -157,6 +160,9 @@ class MemoryMethod(Method[B]):
         """
         count = neighbours or self.config.neighbours
         self._check_neighbours(count)
+        on_device = self.bank_on_device()
+        if on_device is not None:
+            return _nearest_on_device(on_device, embedding, count)
         keep = embedding.keep.cpu()  # B N
         distances = torch.zeros(*keep.shape, count)
         rows = torch.zeros(*keep.shape, count, dtype=torch.int64)
@@ -166,11 +172,42 @@ class MemoryMethod(Method[B]):
             distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
         return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
 
+    def bank_on_device(self) -> DeviceBank | None:
+        """Return the bank as it lies on the method's device, where it is searched there, see `Execution.search`; None
+        where it is searched exactly, on the CPU, as a bank without one of its images always is.
+
+        Matrix products are in bfloat16 where the encoder works in half precision, else in float32.
+
+        Raises:
+            OptionError: the search on the device was asked for, but the bank has inverted lists; or it does not fit.
+            ModelError: there is no bank.
+        """
+        bank, device, search = self.require_bank(), self.device, self.execution.search
+        if search == "exact" or (search == "auto" and device.type == "cpu") or isinstance(bank, BankWithoutImage):
+            return None
+        if bank.kind != "flat":
+            if search == "auto":
+                return None
+            raise OptionError(
+                f"search=device compares with all vectors, but this memory bank is of kind '{bank.kind}'; take "
+                f"search=exact, or fit the model with bank.index=flat"
+            )
+        products: Products = "fp32" if self.config.backbone.precision == "fp32" else "bf16"
+        if self._on_device is not None:
+            of, held = self._on_device
+            if of is bank and held.device == device and held.products == products:
+                return held
+        self._on_device = None  # memory is free before it is taken again
+        held = DeviceBank(bank.vectors(), device, products)
+        self._on_device = (bank, held)
+        return held
+
     @torch.inference_mode()
     def score_images(self, images: Tensor) -> ScoredImages:
         """Score B×3×S×S normalised images as every method does; see `score_patches`."""
         self.check_images(images)
-        return self.score_patches(self.embed(images))
+        scored = self.score_patches(self.embed(images))
+        return replace(scored, score=flagged(scored.score, images))
 
     @torch.inference_mode()
     def score_patches(self, embedding: MaskedPatches) -> ScoredImages:
@@ -210,7 +247,8 @@ class MemoryMethod(Method[B]):
     def _bounds_pay(self, embedding: MaskedPatches) -> bool:
         """Return whether a bounded search takes less time than a full one."""
         few = self.deciding_patches() <= LARGEST_SHARE * embedding.keep.shape[1]
-        return few and embedding.patches.device.type == "cpu" and self.require_bank().proposals is not None
+        on_cpu = embedding.patches.device.type == "cpu" and self.bank_on_device() is None
+        return few and on_cpu and self.require_bank().proposals is not None
 
     def deciding_patches(self, config: B | None = None) -> int:
         """Return how many patches an image's score is made of, those of largest mean distance: all, unless a method
@@ -297,6 +335,15 @@ class MemoryMethod(Method[B]):
         if self.bank is None:
             raise ModelError(f"{self.name} has no memory bank yet; fit it with jobs/train.py {self.name}")
         return self.bank
+
+
+def _nearest_on_device(bank: DeviceBank, embedding: MaskedPatches, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `MemoryMethod.nearest_vectors` does. Patches that are not kept are searched, too: to pick out the
+    others the host would have to wait for their number."""
+    patches, keep = embedding.patches, embedding.keep[:, :, None]  # B N 1
+    found = bank.search(patches.flatten(0, 1).float().to(bank.device), count)  # B·N K
+    distances, rows = (part.unflatten(0, patches.shape[:2]).to(patches.device) for part in found)
+    return torch.where(keep, distances, 0), torch.where(keep, rows, 0)
 
 
 def pooled_embedding(patches: Tensor, grid: tuple[int, int]) -> Tensor:

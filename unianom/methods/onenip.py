@@ -19,7 +19,7 @@ from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.transformer import TransformerConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Prediction, RawOutputs, register_method, with_statistics
+from unianom.methods.base import Prediction, RawOutputs, flagged, register_method, with_statistics
 from unianom.methods.layers.postprocess import pooled_maximum, upsample
 from unianom.methods.layers.reconstruction import (
     AttentionBlock,
@@ -140,6 +140,7 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
     postprocess_options = ("alpha", "score_pool")
     map_options = ("alpha",)
     finish_images: ClassVar[int] = 256
+    _finished = False
 
     def __init__(self, config: OneNIPConfig) -> None:
         super().__init__()
@@ -330,9 +331,12 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
         size = len(self.prompt_pool)
         if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
             raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
-        return self.postprocess(self._raw_outputs(self.neck(images), entries))
+        prediction = self.postprocess(self._raw_outputs(self.neck(images), entries))
+        return prediction._replace(score=flagged(prediction.score, images))
 
     def _check_finished(self) -> None:
+        if self._finished:
+            return
         if (self.config.prompt != "none" and len(self.prompt_pool) == 0) or (
             self.refiner is not None and self.fusion_scale == 0
         ):
@@ -340,6 +344,7 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
                 "onenip has no prompts and no fusion scale yet; train it with jobs/train.py onenip, or call finalize() "
                 "with training images"
             )
+        self._finished = True  # remembered, since the host may have to wait to read the scale
 
     def _entries(self, neck: Tensor) -> Tensor | None:
         """Choose entries; None for a decoder that takes no prompt."""

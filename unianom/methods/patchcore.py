@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool1d, interpolate, unfold
 from unianom.backbones import CnnBackbone
 from unianom.configs.patchcore import PatchCoreConfig
 from unianom.errors import OptionError
+from unianom.memory.device_search import DeviceBank
 from unianom.memory.index import MemoryBank
 from unianom.memory.patch_distances import mean_distances
 from unianom.methods.base import RawOutputs, register_method, with_statistics
@@ -68,8 +69,7 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         vector m*; "peak_row" B×K, the bank's row of m*.
         """
         batch, _, count = distances.shape
-        peaks = [mean_distances(distances, k + 1).cpu().argmax(1) for k in range(count)]
-        peak = torch.stack(peaks, dim=1).to(distances.device)  # B K
+        peak = torch.stack([mean_distances(distances, k + 1).argmax(1) for k in range(count)], dim=1)  # B K
         image = torch.arange(batch, device=distances.device)[:, None]
         tensors = {
             "peak": embedding.patches[image, peak],
@@ -101,11 +101,18 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         distances = mean_distances(tensors["distances"], config.neighbours)  # B N
         if not config.reweight:
             return distances.amax(1)
-        queries, nearest, ids = (
-            tensors[name][:, config.neighbours - 1].cpu().numpy() for name in ("peak", "peak_distance", "peak_row")
-        )
-        score = self._reweighted(queries, nearest, ids, config.reweight_neighbours)
-        return torch.from_numpy(score).to(distances.device)
+        self.check_bank(replace(self.config, neighbours=1, reweight=True))
+        bank = self.bank_on_device()
+        where = torch.device("cpu") if bank is None else bank.device
+        names = ("peak", "peak_distance", "peak_row")
+        patch, nearest, row = (tensors[name][:, config.neighbours - 1].to(where) for name in names)
+        if bank is not None:
+            score = _reweighted_on_device(bank, patch, nearest, row, config.reweight_neighbours)
+        else:
+            score = torch.from_numpy(
+                self._reweighted(patch.numpy(), nearest.numpy(), row.numpy(), config.reweight_neighbours)
+            )
+        return score.to(distances.device)
 
     def _reweighted(self, queries: np.ndarray, nearest: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
         """Return eq. 7, B float32: s = (1 − exp‖q−m*‖ / Σ_{m ∈ N_b(m*)} exp‖q−m‖) · ‖q−m*‖, with unsquared distances.
@@ -116,7 +123,6 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
             ids: B bank rows of m*.
             count: b.
         """
-        self.check_bank(replace(self.config, neighbours=1, reweight=True))
         bank = self.require_bank()
         near = min(count, bank.rows)
         _, neighbours = bank.search(bank.rows_at(ids), near)  # B b; m* is its own nearest
@@ -126,3 +132,13 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         largest = np.maximum(to_neighbours.max(1), to_nearest)
         share = np.exp(to_nearest - largest) / np.exp(to_neighbours - largest[:, None]).sum(1)
         return ((1 - share) * to_nearest).astype(np.float32)
+
+
+def _reweighted_on_device(bank: DeviceBank, queries: Tensor, nearest: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Return what `PatchCore._reweighted` does, on the device."""
+    _, neighbours = bank.search(bank.rows_at(ids), min(count, bank.rows))  # B b
+    to_neighbours = (queries[:, None] - bank.rows_at(neighbours)).square().sum(2).sqrt()  # B b
+    to_nearest = nearest.sqrt()  # B
+    largest = torch.maximum(to_neighbours.amax(1), to_nearest)
+    share = (to_nearest - largest).exp() / (to_neighbours - largest[:, None]).exp().sum(1)
+    return (1 - share) * to_nearest

@@ -71,7 +71,11 @@ class UniFormaly(MemoryMethod[UniFormalyConfig]):
             weights = soft_mask(encoded.attention, config.mask_kernel, config.mask_scope)  # B h w
             return super().mask_patches(encoded._replace(patches=encoded.patches * weights.flatten(1).unsqueeze(-1)))
         mask = back_patch_mask(encoded.attention, config.mask_kernel, config.mask_threshold, config.mask_scope)  # B h w
-        return MaskedPatches(encoded.patches, mask.flatten(1))
+        patches = encoded.patches
+        if patches.device.type != "cpu":  # which refuses attention that is not finite; here it shows in the score
+            weights = soft_mask(encoded.attention, config.mask_kernel, config.mask_scope)  # B h w
+            patches = torch.where(weights.isnan().flatten(1)[:, :, None], torch.nan, patches)
+        return MaskedPatches(patches, mask.flatten(1))
 
     def mask_bank_patches(self, encoded: PatchFeatures, config: UniFormalyConfig | None = None) -> MaskedPatches:
         """Mask the patches of images for the bank.

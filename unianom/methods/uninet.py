@@ -279,8 +279,10 @@ def largest_mean(maps: Tensor, share: Tensor) -> Tensor:
     """Average the ⌊share · H · W⌋ largest pixels of each map, at least one; B×S×S and B to B."""
     pixels = maps.flatten(1)
     counts = (share.double() * pixels.shape[1]).long().clamp(1, pixels.shape[1])
-    # which K are largest differs by image, the sorted values up to the largest K serve all; on the whole few hundred
-    values = pixels.topk(int(counts.max()), dim=1).values.double()
+    # which K are largest differs by image, the sorted values up to the largest K serve all; on the whole few hundred,
+    # but on other devices than the CPU the host would have to wait to know how many
+    most = int(counts.max()) if pixels.device.type == "cpu" else pixels.shape[1]
+    values = pixels.topk(most, dim=1).values.double()
     return (values.cumsum(1).gather(1, counts[:, None] - 1)[:, 0] / counts).to(maps.dtype)
 
 
