@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.benchmarks.image_scores import measure_scores
 from pipelines.benchmarks.inference import measure_inference
 from pipelines.benchmarks.ingest import measure_ingest
 from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
@@ -22,6 +23,7 @@ from pipelines.benchmarks.options import (
     MetricsBenchmark,
     PipeBenchmark,
     PixelsBenchmark,
+    ScoresBenchmark,
     SearchBenchmark,
     SimilarityBenchmark,
     TrainingBenchmark,
@@ -40,6 +42,7 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     PixelsBenchmark: measure_pixels,
     CoresetBenchmark: measure_coreset,
     SearchBenchmark: measure_search,
+    ScoresBenchmark: measure_scores,
     TrainingBenchmark: measure_training,
     InferenceBenchmark: measure_inference,
     SimilarityBenchmark: measure_similarity,
