@@ -9,7 +9,7 @@ import torch
 from tests.methods.conftest import TINY, random_images
 from unianom.memory.index import MemoryBank
 from unianom.memory.origins import Origins
-from unianom.methods import METHODS, MaskedPatches
+from unianom.methods import METHODS, MaskedPatches, memory
 
 CASES = [
     ("patchcore", {"neighbours": 1, "reweight": False}),
@@ -19,6 +19,11 @@ CASES = [
     ("uniformaly", {"neighbours": 2, "k_ratio": 0.3}),
     ("uniformaly", {"neighbours": 1, "k_ratio": 1.0}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _bounds_always_pay(monkeypatch):
+    monkeypatch.setattr(memory, "LEAST_PRODUCTS", 0)
 
 
 def _fitted(name, changes, shards=1, proposals=True):
@@ -84,6 +89,17 @@ def test_a_large_share_is_searched_in_full(monkeypatch):
     searched = _counted(method, monkeypatch)
     method.score_images(images)
     assert searched == [6 * method.grid[0] * method.grid[1]]
+
+
+def test_small_searches_are_done_in_full(monkeypatch):
+    method, images = _fitted("patchcore", {"neighbours": 1, "reweight": False})
+    products = method.embed(images).patches.numel() * method.bank.rows
+    searched = _counted(method, monkeypatch)
+    for least in (products, products + 1):
+        monkeypatch.setattr(memory, "LEAST_PRODUCTS", least)
+        searched.clear()
+        method.score_images(images)
+        assert (sum(searched) == 6 * method.grid[0] * method.grid[1]) is (least > products)
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
