@@ -89,6 +89,8 @@ def patch_features(method: MemoryMethod, shards: ShardSet, rows: int) -> np.ndar
         kept.append(embedding.patches[embedding.keep].float().numpy())
         if sum(len(patches) for patches in kept) >= rows:
             break
+    if not kept:
+        raise DataError(f"{shards.uri} has no normal training images to take patches of; give another shard set")
     return np.concatenate(kept)
 
 

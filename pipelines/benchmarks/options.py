@@ -10,7 +10,7 @@ from unianom.data.image.options import Side
 from unianom.data.layouts import LAYOUTS
 from unianom.data.maps import MapsKept
 from unianom.errors import OptionError
-from unianom.options import AS_WRITTEN, AtLeastOne, AtLeastZero, Options, Positive, named
+from unianom.options import AS_WRITTEN, AtLeastOne, AtLeastZero, Options, Positive, PositiveShare, named
 from unianom.written import plain_options
 
 
@@ -92,6 +92,35 @@ class SearchBenchmark(Options):
     nprobe: AtLeastOne = 8
     batch_size: AtLeastOne = 8
     rounds: AtLeastOne = 5
+    threads: AtLeastOne = 1
+
+
+@dataclass(frozen=True)
+class ScoresBenchmark(Options):
+    """Image scores by bounded search against plain FAISS, a full search and anomalib's: CPU time, and equality.
+
+    Args:
+        model: model folder of a memory method; path or URI.
+        shards: shard set, whose test images are scored; path or URI.
+        output: JSON file to write; path or URI.
+        bank_rows: vectors of a bank drawn from normal training images; null takes the model's own bank.
+        share: of an image's patches whose mean is a score, besides the largest.
+        images: how many.
+        batch_size: images whose patches are searched at once.
+        seed: of the draw.
+        rounds: turns of each side.
+        threads: threads of each side.
+    """
+
+    model: str
+    shards: str
+    output: str
+    bank_rows: AtLeastOne | None = None
+    share: PositiveShare = 0.05
+    images: AtLeastOne = 32
+    batch_size: AtLeastOne = 8
+    seed: int = 0
+    rounds: AtLeastOne = 3
     threads: AtLeastOne = 1
 
 
@@ -321,6 +350,7 @@ BENCHMARKS: dict[str, type] = {
     "pixels": PixelsBenchmark,
     "coreset": CoresetBenchmark,
     "search": SearchBenchmark,
+    "scores": ScoresBenchmark,
     "training": TrainingBenchmark,
     "inference": InferenceBenchmark,
     "encoder": EncoderBenchmark,

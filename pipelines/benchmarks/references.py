@@ -146,3 +146,12 @@ def anomalib_coreset(features: np.ndarray, count: int, seed: int) -> Callable[[]
         return KCenterGreedy(unprojected, (count + 0.5) / len(features)).select_coreset_idxs()
 
     return work
+
+
+def nearest_distances(patches: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return the distance of patches M×D to the nearest of vectors N×D as anomalib computes it: the square root of
+    |x|² − 2x·y + |y|² for all pairs, then the smallest."""
+    distances = torch.matmul(patches, vectors.T).mul_(-2)
+    distances += patches.square().sum(1, keepdim=True)
+    distances += vectors.square().sum(1)
+    return distances.clamp_min_(0).sqrt_().amin(1)

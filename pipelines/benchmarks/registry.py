@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.benchmarks.encoder import measure_encoder
 from pipelines.benchmarks.host import measure_host
+from pipelines.benchmarks.image_scores import measure_scores
 from pipelines.benchmarks.inference import measure_inference
 from pipelines.benchmarks.ingest import measure_ingest
 from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
@@ -26,6 +27,7 @@ from pipelines.benchmarks.options import (
     MetricsBenchmark,
     PipeBenchmark,
     PixelsBenchmark,
+    ScoresBenchmark,
     SearchBenchmark,
     SimilarityBenchmark,
     TrainingBenchmark,
@@ -45,6 +47,7 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     PixelsBenchmark: measure_pixels,
     CoresetBenchmark: measure_coreset,
     SearchBenchmark: measure_search,
+    ScoresBenchmark: measure_scores,
     TrainingBenchmark: measure_training,
     InferenceBenchmark: measure_inference,
     EncoderBenchmark: measure_encoder,

@@ -15,7 +15,7 @@ from torch import Tensor
 from unianom.memory.index import MemoryBank
 from unianom.memory.patch_distances import mean_distances
 
-FEW_PROBES, MANY_PROBES = 1, 8
+FEW_PROBES, MANY_PROBES = 1, 6
 """Lists that proposals come from: for all patches at first, then for those whose bounds are high."""
 
 ONCE, TWICE, EXACT = 0, 1, 2

@@ -33,8 +33,8 @@ DEFAULT_NPROBE = 8
 QUERIES_AT_ONCE = 256
 """Queries whose bounds are computed at a time, so that they stay in cache."""
 
-LEAST_ROWS = 2000
-"""Banks of fewer rows are searched in full as fast as proposals are found."""
+LEAST_ROWS = 1000
+"""Banks of fewer rows have no proposals: they are searched in full about as fast."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,11 @@ def all_vectors(shards: Sequence[Shard]) -> Float32:
 def vectors_at(shards: Sequence[Shard], rows: Int64) -> Float32:
     """Return the vectors of given row numbers, all in these shards: shape rows.shape + (dimension,)."""
     if len(shards) == 1:
-        return shards[0].index.reconstruct_batch(rows.ravel() - shards[0].first_row).reshape(*rows.shape, -1)
+        return (
+            shards[0]
+            .index.reconstruct_batch(rows.ravel() - shards[0].first_row)
+            .reshape(*rows.shape, shards[0].dimension)
+        )
     vectors = np.empty((*rows.shape, shards[0].dimension), dtype=np.float32)
     for shard in shards:
         here = (rows >= shard.first_row) & (rows < shard.first_row + shard.rows)

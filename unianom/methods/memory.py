@@ -21,7 +21,10 @@ from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, S
 from unianom.methods.layers.postprocess import upsample, upsample_and_blur
 
 LARGEST_SHARE = 0.5
-"""Share of an image's patches beyond which bounds save no time."""
+"""Share of an image's patches that decide its score beyond which bounds save no time."""
+
+LEAST_PRODUCTS = 2e8
+"""Multiplications of a full search below which it is no slower than finding bounds."""
 
 MAX_CELLS = 8
 """Cells a side of the embedding at most; as many as the bottleneck of RevDist has."""
@@ -246,9 +249,14 @@ class MemoryMethod(Method[B]):
 
     def _bounds_pay(self, embedding: MaskedPatches) -> bool:
         """Return whether a bounded search takes less time than a full one."""
-        few = self.deciding_patches() <= LARGEST_SHARE * embedding.keep.shape[1]
-        on_cpu = embedding.patches.device.type == "cpu" and self.bank_on_device() is None
-        return few and on_cpu and self.require_bank().proposals is not None
+        bank = self.require_bank()
+        return (
+            bank.proposals is not None
+            and embedding.patches.device.type == "cpu"
+            and self.bank_on_device() is None
+            and embedding.patches.numel() * bank.rows >= LEAST_PRODUCTS
+            and self.deciding_patches() <= LARGEST_SHARE * embedding.keep.shape[1]
+        )
 
     def deciding_patches(self, config: B | None = None) -> int:
         """Return how many patches an image's score is made of, those of largest mean distance: all, unless a method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +25,11 @@ from pipelines.benchmarks.options import (
     MetricsBenchmark,
     PipeBenchmark,
     PixelsBenchmark,
+    ScoresBenchmark,
     SimilarityBenchmark,
 )
 from pipelines.benchmarks.printing import print_report
-from pipelines.benchmarks.references import plain_coreset, scikit_learn_metrics, swept_aupro
+from pipelines.benchmarks.references import nearest_distances, plain_coreset, scikit_learn_metrics, swept_aupro
 from pipelines.benchmarks.registry import measure
 from pipelines.benchmarks.scoring import StagedScorer, scorer_arguments, span
 from pipelines.inference.part_scorer import PartScorer
@@ -246,6 +248,35 @@ def test_an_inference_benchmark_end_to_end(tmp_path: Path, model_and_shards: tup
     with pytest.raises(DataError, match=r"inference.json is there already; choose another output"):
         measure(options)
     assert (tmp_path / "inference.json").read_bytes() == before
+
+
+def test_a_scores_benchmark_end_to_end(tmp_path: Path, model_and_shards: tuple[str, ShardSet]) -> None:
+    method: Any = unianom.load(model_and_shards[0]).method
+    vectors = np.random.default_rng(4).normal(size=(2400, method.encoder.dimension)).astype(np.float32)
+    method.bank = MemoryBank.build(vectors)
+    Model(method, ["disc"]).save(tmp_path / "model")
+    _, shards = model_and_shards
+    options = ScoresBenchmark(
+        str(tmp_path / "model"), shards.uri, str(tmp_path / "scores.json"), images=4, batch_size=2, rounds=1
+    )
+    table = measure(options)["tables"]["bounded search"]
+    assert len(table) == 2
+    for row in table.values():
+        assert row["scores equal to the bit"]
+        assert 0 < row["patches searched in full"] <= 1
+    few = dataclasses.replace(options, model=model_and_shards[0], output=str(tmp_path / "few.json"))
+    with pytest.raises(DataError, match="a bank of 50 rows has no proposals"):
+        measure(few)
+    many = dataclasses.replace(options, bank_rows=10**6, output=str(tmp_path / "many.json"))
+    with pytest.raises(DataError, match="has no normal training images to take patches of"):
+        measure(many)
+
+
+def test_the_search_of_anomalib_finds_the_nearest() -> None:
+    generator = np.random.default_rng(5)
+    patches, vectors = generator.normal(size=(20, 6)), generator.normal(size=(30, 6))
+    expected = np.sqrt(((patches[:, None] - vectors[None]) ** 2).sum(2)).min(1)
+    assert np.allclose(nearest_distances(torch.from_numpy(patches), torch.from_numpy(vectors)), expected)
 
 
 def test_every_benchmark_documents_its_options() -> None:
