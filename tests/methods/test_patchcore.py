@@ -19,7 +19,7 @@ from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import MaskedPatches
-from unianom.methods.patchcore import PatchCore
+from unianom.methods.patchcore import PatchCore, average_rows
 
 Array = NDArray[np.float64]
 
@@ -235,3 +235,11 @@ def test_a_bank_too_small_for_its_options_is_refused(rows):
     for refused in (more.check_bank, lambda: more.postprocess(more.search_bank(embedding))):
         with pytest.raises(OptionError, match=f"neighbours={rows + 1}, but the memory bank has only {rows} vectors"):
             refused()
+
+
+# ------------------------------------------------------------------------------------------------------------- pooling
+@pytest.mark.parametrize(("rows", "count"), [(360, 1024), (1152, 64), (9, 4), (10, 20), (7, 7), (1, 3), (65, 64)])
+def test_rows_are_averaged_to_the_bits_of_adaptive_pooling(rows, count):
+    values = torch.randn(2, rows, 5, generator=torch.Generator().manual_seed(0))
+    wanted = torch.nn.functional.adaptive_avg_pool1d(values.transpose(1, 2), count).transpose(1, 2)
+    assert torch.equal(average_rows(values, count), wanted)

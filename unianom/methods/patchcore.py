@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool1d, interpolate, unfold
+from torch.nn.functional import interpolate, unfold
 
 from unianom.backbones import CnnBackbone
 from unianom.configs.patchcore import PatchCoreConfig
@@ -46,14 +46,14 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         """Average neighbourhoods of the encoder's maps of B×3×S×S normalised images to patches B×N×dimension, without
         attention."""
         pooled = [self._pool(feature_map) for feature_map in self.encoder(images)]  # each B N dimension
-        patches = adaptive_avg_pool1d(torch.cat(pooled, dim=-1), self.config.dimension)  # B N dimension
-        return PatchFeatures(patches, None)
+        patches = torch.stack(pooled, dim=2).flatten(2).unflatten(2, (self.config.dimension, len(pooled)))
+        return PatchFeatures(average_in_order(list(patches.unbind(-1))), None)  # B N dimension
 
     def _pool(self, feature_map: Tensor) -> Tensor:
         """Pool neighbourhoods of B×C×h×w, on the finest grid, to B×N×dimension."""
         size = self.config.patch_size
         cells = unfold(feature_map, size, padding=size // 2)  # B C·size² h·w
-        pooled = adaptive_avg_pool1d(cells.transpose(1, 2), self.config.dimension)  # B h·w dimension
+        pooled = average_rows(cells, self.config.dimension).transpose(1, 2).contiguous()  # B h·w dimension
         if feature_map.shape[2:] == self.grid:
             return pooled
         # pooling and interpolation are both linear, so the order is free; pooled first, there is less to interpolate
@@ -142,3 +142,27 @@ def _reweighted_on_device(bank: DeviceBank, queries: Tensor, nearest: Tensor, id
     largest = torch.maximum(to_neighbours.amax(1), to_nearest)
     share = (to_nearest - largest).exp() / (to_neighbours - largest[:, None]).exp().sum(1)
     return (1 - share) * to_nearest
+
+
+def average_rows(rows: Tensor, count: int) -> Tensor:
+    """Average B×P×N over P to B×count×N, in the bins of `adaptive_avg_pool1d` and to the same bits.
+
+    Whole rows are added, where that function goes over memory in strides.
+    """
+    given = rows.shape[1]
+    number = torch.arange(count, device=rows.device)
+    start, end = number * given // count, ((number + 1) * given + count - 1) // count
+    length = (end - start)[:, None]
+    total = rows.index_select(1, start)
+    for step in range(1, -(-given // count) + 1):
+        inside = (step < length).to(rows.dtype)
+        total.addcmul_(rows.index_select(1, (start + step).clamp(max=given - 1)), inside)
+    return total.div_(length.to(rows.dtype))
+
+
+def average_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Average tensors, added in their order."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total.div_(len(parts))
