@@ -93,12 +93,16 @@ class PartDecider:
         name = decision_part(task["part"], self._plan)
         path = files.join(self._output, name)
         decided = [self._decided(batch) for batch in self._scores.read(task["part"], None, COLUMNS, rows=4096)]
-        table = pa.concat_tables([DECISION_SCHEMA.empty_table(), *decided])
+        table = pa.concat_tables([DECISION_SCHEMA.empty_table(), *(columns for columns, _ in decided)])
+        margins = np.concatenate([[], *(margin for _, margin in decided)])
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, DECISION_SCHEMA)
             writer.write_table(table)
             writer.close()
-        test = table.filter(pc.equal(table["split"].cast(pa.string()), "test")).to_pylist()
+        of_test = pc.equal(table["split"].cast(pa.string()), "test").to_numpy()
+        test = table.filter(pa.array(of_test)).to_pylist()
+        for row, margin in zip(test, margins[of_test].tolist(), strict=True):
+            row["margin"] = margin  # not rounded, for the order of the queues
         counts = Counter((row["category"], row["label"], row["decision"]) for row in test)
         record = {
             "plan": self._plan,
@@ -112,8 +116,9 @@ class PartDecider:
         outputs.commit_part(self._output, name, record)
         return {"rows": len(table)}
 
-    def _decided(self, batch: pa.RecordBatch) -> pa.Table:
-        """Return rows of DECISION_SCHEMA, in the order of the scores; those without a score have no decision."""
+    def _decided(self, batch: pa.RecordBatch) -> tuple[pa.Table, np.ndarray]:
+        """Return rows of DECISION_SCHEMA, in the order of the scores, and their margins in float64; those without a
+        score have no decision."""
         rows = np.flatnonzero(pc.equal(batch["status"].cast(pa.string()), "ok").to_numpy(zero_copy_only=False))
         scored = batch.take(pa.array(rows))
         score = scored["score"].to_numpy(zero_copy_only=False)
@@ -126,7 +131,9 @@ class PartDecider:
             values = np.full(len(batch), None, object)
             values[rows] = getattr(judged, name)
             columns[name] = pa.array(values, field.type, from_pandas=True)
-        return pa.Table.from_arrays([columns[name] for name in DECISION_SCHEMA.names], schema=DECISION_SCHEMA)
+        margins = np.full(len(batch), np.nan)
+        margins[rows] = judged.margin
+        return pa.Table.from_arrays([columns[name] for name in DECISION_SCHEMA.names], schema=DECISION_SCHEMA), margins
 
 
 def review_queues(rows: list[dict[str, Any]], count: int) -> dict[str, list[dict[str, Any]]]:
