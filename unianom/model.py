@@ -27,7 +27,15 @@ from unianom.backbones import state_faults
 from unianom.calibration import Calibration, Calibrator
 from unianom.configs.backbone import with_padding_of_old
 from unianom.configs.calibration import CalibrationConfig
-from unianom.data.image import ImageLimits, check_bits, decode_image, prepare_image, spread_bits
+from unianom.data.image import (
+    ImageLimits,
+    InputPolicy,
+    check_bits,
+    decode_image,
+    decode_prepared,
+    prepare_image,
+    spread_bits,
+)
 from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, ModelError, OptionError, UnianomError, image_error, storage_error
 from unianom.execution import Engine, Execution, Search
@@ -245,7 +253,7 @@ class Model:
 
         def prepare(number: int) -> np.ndarray:
             try:
-                return prepare_image(to_pixels(images[number], limits, bits), self.method.input)
+                return _to_input(images[number], self.method.input, limits, bits)
             except ImageError as error:
                 raise ImageError(error.status, f"images[{number}]: {error}") from error
             except OptionError as error:
@@ -362,6 +370,18 @@ def _kind(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else type(value).__name__
 
 
+def _to_input(image: AnyImage, policy: InputPolicy, limits: ImageLimits, bits: int | None) -> np.ndarray:
+    """Convert any form of image that `Model.predict` takes to S×S×3 uint8 input; `bits` as there, errors as of
+    `to_pixels`."""
+    if isinstance(image, Image.Image | np.ndarray):
+        return prepare_image(to_pixels(image, limits), policy)
+
+    def decode(content: bytes) -> np.ndarray:
+        return decode_prepared(content if bits is None else spread_bits(content, bits, limits), policy, limits)
+
+    return _of_file(image, decode)
+
+
 def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> np.ndarray:
     """Convert any form of image that `Model.predict` takes to H×W×3 uint8; `bits` as there.
 
@@ -371,8 +391,6 @@ def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> 
         OptionError: an array is empty or not uint8 of such a shape, a Pillow image has no pixels or more than 8 bits,
             or it is no image at all.
     """
-    if isinstance(image, bytes | bytearray | memoryview):
-        return _decoded(bytes(image), limits, bits)
     if isinstance(image, Image.Image):
         return _pillow_pixels(image, limits)
     if isinstance(image, np.ndarray):
@@ -383,17 +401,24 @@ def to_pixels(image: AnyImage, limits: ImageLimits, bits: int | None = None) -> 
             raise OptionError(f"an image array of shape {image.shape} has no pixels; check how it was cut out")
         plain = np.asarray(image)  # a matrix has two dimensions whatever is done to it
         return np.repeat(plain[:, :, None], 3, axis=2) if plain.ndim == 2 else plain
+
+    def decode(content: bytes) -> np.ndarray:
+        return decode_image(content if bits is None else spread_bits(content, bits, limits), limits).pixels
+
+    return _of_file(image, decode)
+
+
+def _of_file(image: Any, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """Decode an image that is given as encoded bytes, path or URI; an error names the file."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode(bytes(image))
     if not isinstance(image, str | os.PathLike):
         raise OptionError(f"an image is a path, URI, bytes, H×W×3 uint8 array or Pillow image, not {_kind(image)}")
     try:
-        return _decoded(_read_file(image), limits, bits)
+        return decode(_read_file(image))
     except ImageError as error:
         known = os.fspath(image) in str(error)
         raise error if known else ImageError(error.status, f"{os.fspath(image)}: {error}") from error
-
-
-def _decoded(content: bytes, limits: ImageLimits, bits: int | None) -> np.ndarray:
-    return decode_image(content if bits is None else spread_bits(content, bits, limits), limits).pixels
 
 
 def _pillow_pixels(image: Image.Image, limits: ImageLimits) -> np.ndarray:

@@ -57,7 +57,7 @@ class FreeMethod(Method[Any]):
         numbers = torch.arange(self.seen, self.seen + len(images))
         self.seen += len(images)
         maps = self.map.expand(len(images), -1, -1)
-        return Prediction(maps, (numbers % ONE_FLAGGED_OF == 0).float(), maps, self.unused[None, None])
+        return Prediction(maps, (numbers % ONE_FLAGGED_OF == 0).float(), maps, maps[:, None, :1, :1])
 
     def score_images(self, images: Tensor) -> ScoredImages:
         return ScoredImages.of(self.predict(images))

@@ -326,7 +326,9 @@ class HostBenchmark(Options):
     Args:
         shards: shard set, all splits are scored; path or URI.
         output: JSON file to write; path or URI.
-        resize, size, crop: how images become input; see the options `method.input` of jobs/train.py.
+        resize: as of the option `method.input` of jobs/train.py, which says how images become input.
+        size: as there.
+        crop: as there.
         batch_size: images in one batch.
         threads: threads that decode and encode.
         rounds: turns of each side.

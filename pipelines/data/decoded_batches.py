@@ -26,7 +26,8 @@ class DecodedBatch:
     Attributes:
         model: folder of the model.
         rows: the other columns of all B rows.
-        images: K×3×S×S float32, normalised, of those that can be read.
+        images: K×3×S×S float32, normalised, of those that can be read. Their memory is used again for a later batch,
+            so they hold until the next one is asked for.
         places: K numbers of the rows of these images, ascending.
         errors: why the others cannot be read, by the number of their row.
     """
@@ -84,6 +85,7 @@ class BatchDecoder:
 
     def __init__(self, pool: ThreadPoolExecutor, threads: int, limits: ImageLimits, clock: StageClock) -> None:
         self._pool, self._threads, self._limits, self._clock = pool, threads, limits, clock
+        self._free: list[np.ndarray] = []  # memory of batches that are done with; new pages cost as much as normalising
 
     def decoded(
         self, batches: Iterator[tuple[str, pa.Table]], policy_of: Callable[[str], InputPolicy], ahead: int
@@ -104,18 +106,28 @@ class BatchDecoder:
                 batch = waiting.popleft()
                 rows -= len(batch.rows)
                 yield batch.result()
+                self._free.append(batch.images)
         for batch in waiting:
             yield batch.result()
+            self._free.append(batch.images)
 
     def _begin(self, model: str, table: pa.Table, policy: InputPolicy) -> _Pending:
         """Have the images of a batch decoded, each thread a share of them."""
-        images = np.empty((len(table), 3, policy.side, policy.side), np.float32)
+        images = self._memory(len(table), policy.side)
         share = -(-len(table) // self._threads)
         futures = [
             self._pool.submit(self._decode, table["image"].slice(start, share), images[start : start + share], policy)
             for start in range(0, len(table), share)
         ]
         return _Pending(model, table.drop_columns("image"), images, futures)
+
+    def _memory(self, count: int, side: int) -> np.ndarray:
+        """Return room for so many images."""
+        while self._free:
+            room = self._free.pop()
+            if room.shape[2] == side and len(room) >= count:
+                return room[:count]
+        return np.empty((count, 3, side, side), np.float32)
 
     def _decode(self, files: pa.ChunkedArray, images: np.ndarray, policy: InputPolicy) -> list[ImageError | None]:
         """Decode files into their places; return of each why it cannot be read, or None."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.inference.options import DecideOptions
 from pipelines.inference.score_columns import IDENTITY
@@ -33,6 +35,9 @@ DECISION_SCHEMA = pa.schema(
 )
 """One judged sample. `score` is the one that was judged, raw or calibrated; `decision` is pass, review or fail, null
 where there is no score; `margin` is the distance above `fail_above` in standard deviations of normal scores."""
+
+COLUMNS = (*IDENTITY, "score", "calibrated_score", "status", "error", "model")
+"""What is read of a score."""
 
 DECISION_VERSION = 1
 
@@ -87,44 +92,48 @@ class PartDecider:
         """Write one decision part and its record, which sums up its images of the test split."""
         name = decision_part(task["part"], self._plan)
         path = files.join(self._output, name)
-        rows = list(self._decided(task["part"]))
+        decided = [self._decided(batch) for batch in self._scores.read(task["part"], None, COLUMNS, rows=4096)]
+        table = pa.concat_tables([DECISION_SCHEMA.empty_table(), *(columns for columns, _ in decided)])
+        margins = np.concatenate([[], *(margin for _, margin in decided)])
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, DECISION_SCHEMA)
-            for row in rows:
-                writer.write(row)
+            writer.write_table(table)
             writer.close()
-        test = [row for row in rows if row["split"] == "test"]
-        counts = Counter((row["category"], row["label"], row.get("decision")) for row in test)
+        of_test = pc.equal(table["split"].cast(pa.string()), "test").to_numpy()
+        test = table.filter(pa.array(of_test)).to_pylist()
+        for row, margin in zip(test, margins[of_test].tolist(), strict=True):
+            row["margin"] = margin  # not rounded, for the order of the queues
+        counts = Counter((row["category"], row["label"], row["decision"]) for row in test)
         record = {
             "plan": self._plan,
             "name": name,
-            "rows": len(rows),
+            "rows": len(table),
             "sha256": files.sha256_file(path),
             "counts": [[*key, count] for key, count in sorted(counts.items(), key=str)],
-            "queues": review_queues([row for row in test if "decision" in row], self._queue),
-            "ordinary": hash_order((row["sample_id"] for row in test if row.get("decision") == PASS), 0)[:ORDINARY],
+            "queues": review_queues([row for row in test if row["decision"] is not None], self._queue),
+            "ordinary": hash_order((row["sample_id"] for row in test if row["decision"] == PASS), 0)[:ORDINARY],
         }
         outputs.commit_part(self._output, name, record)
-        return {"rows": len(rows)}
+        return {"rows": len(table)}
 
-    def _decided(self, part: str) -> Iterator[dict[str, Any]]:
-        """Yield rows of DECISION_SCHEMA in the order of the part; those without a score have no decision."""
-        columns = [*IDENTITY, "score", "calibrated_score", "status", "error", "model"]
-        for batch in self._scores.read(part, None, columns, rows=4096):
-            for row in batch.to_pylist():
-                calibrated = row.pop("calibrated_score")
-                if row["status"] != "ok":
-                    yield row
-                    continue
-                bands = self._rule.bands(row["category"])
-                row["score"] = self._rule.value(row["score"], calibrated)
-                yield {
-                    **row,
-                    "fail_above": bands.fail.value,
-                    "review_above": bands.review.value,
-                    "decision": str(bands.decide(row["score"])),
-                    "margin": float(bands.margin(row["score"])),
-                }
+    def _decided(self, batch: pa.RecordBatch) -> tuple[pa.Table, np.ndarray]:
+        """Return rows of DECISION_SCHEMA, in the order of the scores, and their margins in float64; those without a
+        score have no decision."""
+        rows = np.flatnonzero(pc.equal(batch["status"].cast(pa.string()), "ok").to_numpy(zero_copy_only=False))
+        scored = batch.take(pa.array(rows))
+        score = scored["score"].to_numpy(zero_copy_only=False)
+        common = scored["calibrated_score"]
+        calibrated = None if common.null_count else common.to_numpy(zero_copy_only=False)
+        judged = self._rule.judge(score, calibrated, scored["category"].to_pylist())
+        columns = {name: batch[name] for name in DECISION_SCHEMA.names if name in batch.schema.names}
+        for name in ("score", "fail_above", "review_above", "decision", "margin"):
+            field = DECISION_SCHEMA.field(name)
+            values = np.full(len(batch), None, object)
+            values[rows] = getattr(judged, name)
+            columns[name] = pa.array(values, field.type, from_pandas=True)
+        margins = np.full(len(batch), np.nan)
+        margins[rows] = judged.margin
+        return pa.Table.from_arrays([columns[name] for name in DECISION_SCHEMA.names], schema=DECISION_SCHEMA), margins
 
 
 def review_queues(rows: list[dict[str, Any]], count: int) -> dict[str, list[dict[str, Any]]]:

@@ -8,7 +8,7 @@ Each step is bounded in what it holds, and order is kept throughout.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from pipelines.data.ahead import Behind, read_ahead
 from pipelines.data.decoded_batches import BatchDecoder, DecodedBatch, same_model_batches
-from pipelines.inference.score_columns import IDENTITY, PackedMap, ScoreColumns, check_finite, score_table
+from pipelines.inference.score_columns import IDENTITY, PackedMap, ScoreColumns, ScoredBatch, check_finite, score_table
 from pipelines.inference.score_manifest import score_part
 from pipelines.runtime import outputs
 from pipelines.runtime.model_set import ModelSet
@@ -39,8 +39,9 @@ from unianom.thresholds import FAIL, REVIEW
 STAGES = "stages"
 """Key of a task's result: CPU seconds of each stage. It is no part of the record that is stored."""
 
-WAITING = 2
-"""Batches that wait for their maps, or to be written."""
+WRITTEN_ROWS = 128
+WRITTEN_PIXELS = 1 << 23
+"""Rows that are written at once, at most, and pixels of their maps; tables of fewer cost more than what is in them."""
 
 
 class PartScorer:
@@ -95,10 +96,9 @@ class PartScorer:
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SCORE_SCHEMA)
-            with closing(self._decoded(task["part"])) as batches, Behind(self._writer, WAITING) as behind:
-                for batch in batches:
-                    scored, maps = self._score(batch) if len(batch.places) else (None, {})
-                    behind.submit(self._write, writer, statuses, batch, scored, maps)
+            with closing(self._decoded(task["part"])) as batches, Behind(self._writer, 1) as behind:
+                for group in _grouped(self._scored(batch) for batch in batches):
+                    behind.submit(self._write, writer, statuses, group)
             with self._clock.stage("write"):
                 writer.close()
         with self._clock.stage("write"):
@@ -128,6 +128,19 @@ class PartScorer:
                 model.fold()
             self._models[folder] = model
         return self._models[folder]
+
+    def _scored(self, batch: DecodedBatch) -> ScoredBatch:
+        scored, maps = self._score(batch) if len(batch.places) else (None, {})
+        side = self._policy(batch.model).side
+        return ScoredBatch(
+            rows=batch.rows,
+            model=self._digests[batch.model],
+            places=batch.places,
+            scored=scored,
+            maps=maps,
+            map_pixels=len(maps) * side**2,
+            errors=batch.errors,
+        )
 
     def _score(self, batch: DecodedBatch) -> tuple[ScoreColumns, Mapping[int, Future[PackedMap]]]:
         """Return what the model says of the images of a batch, and their maps that are kept, by row, being encoded."""
@@ -168,22 +181,27 @@ class PartScorer:
         with self._clock.stage("encode maps"):
             return encode_map(anomaly_map)
 
-    def _write(
-        self,
-        writer: PartWriter,
-        statuses: Counter[str],
-        batch: DecodedBatch,
-        scored: ScoreColumns | None,
-        maps: Mapping[int, Future[PackedMap]],
-    ) -> None:
-        """Write the rows of a batch, in their order; by the writer's thread."""
-        packed = {row: future.result() for row, future in maps.items()}
+    def _write(self, writer: PartWriter, statuses: Counter[str], batches: Sequence[ScoredBatch]) -> None:
+        """Write the rows of some batches, in their order; by the writer's thread."""
         with self._clock.stage("rows"):
-            model = self._digests[batch.model]
-            table = score_table(batch.rows, model, batch.places, scored, packed, batch.errors)
+            table = score_table(batches)
             statuses.update(table["status"].to_pylist())
         with self._clock.stage("write"):
             writer.write_table(table)
+
+
+def _grouped(batches: Iterator[ScoredBatch]) -> Iterator[list[ScoredBatch]]:
+    """Yield groups of batches that are written at once."""
+    group: list[ScoredBatch] = []
+    rows = pixels = 0
+    for batch in batches:
+        group.append(batch)
+        rows, pixels = rows + len(batch.rows), pixels + batch.map_pixels
+        if rows >= WRITTEN_ROWS or pixels >= WRITTEN_PIXELS:
+            yield group
+            group, rows, pixels = [], 0, 0
+    if group:
+        yield group
 
 
 def _fetch(values: torch.Tensor) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,57 +49,67 @@ def check_finite(score: np.ndarray, calibrated: np.ndarray | None, sample_ids: S
         )
 
 
-def score_table(
-    rows: pa.Table,
-    model: str,
-    places: np.ndarray,
-    scored: ScoreColumns | None,
-    maps: Mapping[int, PackedMap],
-    errors: Mapping[int, ImageError],
-) -> pa.Table:
-    """Return rows of SCORE_SCHEMA.
+@dataclass(frozen=True, eq=False)
+class ScoredBatch:
+    """What became of B rows that one model has scored.
 
-    Args:
-        rows: B rows with the `IDENTITY` columns.
+    Attributes:
+        rows: the `IDENTITY` columns.
         model: digest of the model.
-        places: K numbers of the rows that are scored.
+        places: K numbers of the rows that are scored, ascending.
         scored: what the model says of them; None where K is 0.
-        maps: their maps that are kept, by the number of their row.
+        maps: their maps that are kept, by the number of their row, which may still be being encoded.
+        map_pixels: pixels of all these maps.
         errors: why the other rows have no score, by their number.
     """
+
+    rows: pa.Table
+    model: str
+    places: np.ndarray
+    scored: ScoreColumns | None
+    maps: Mapping[int, Future[PackedMap]]
+    map_pixels: int
+    errors: Mapping[int, ImageError]
+
+
+def score_table(batches: Sequence[ScoredBatch]) -> pa.Table:
+    """Return the rows of SCORE_SCHEMA of some batches; waits for their maps."""
+    rows = pa.concat_tables([batch.rows for batch in batches])
     count = len(rows)
-    packed = [maps.get(row, (None, None, None)) for row in range(count)]
-    statuses = ["ok"] * count
-    for row, error in errors.items():
-        statuses[row] = error.status
-    values: dict[str, Any] = {
-        "anomaly_map": [png for png, _, _ in packed],
-        "map_offset": [offset for _, offset, _ in packed],
-        "map_scale": [scale for _, _, scale in packed],
-        "status": statuses,
-        "error": [str(errors[row]) if row in errors else None for row in range(count)],
-        "model": [model] * count,
-    }
-    if scored is not None:
-        values["score"] = _spread(scored.score, places, count)
-        decisions = np.full(count, None, object)
-        decisions[places] = scored.decision
-        values["decision"] = decisions.tolist()
-        if scored.calibration is not None:
-            names = ("calibration_offset", "calibration_scale", "calibrated_score")
-            values |= {name: _spread(part, places, count) for name, part in zip(names, scored.calibration, strict=True)}
-    columns = []
-    for field in SCORE_SCHEMA:
-        if field.name in IDENTITY:
-            columns.append(rows[field.name])
-        else:
-            content = values.get(field.name)
-            columns.append(pa.nulls(count, field.type) if content is None else pa.array(content, field.type))
-    return pa.Table.from_arrays(columns, schema=SCORE_SCHEMA)
+    floats = {
+        name: (np.zeros(count, np.float32), np.ones(count, bool)) for name in _FLOATS
+    }  # values, and where none is
+    objects = {name: np.full(count, None, object) for name in ("decision", "anomaly_map", "error")}
+    statuses, models = np.full(count, "ok", object), np.full(count, "", object)
+
+    def fill(name: str, places: Any, values: Any) -> None:
+        column, missing = floats[name]
+        column[places], missing[places] = values, False
+
+    start = 0
+    for batch in batches:
+        models[start : start + len(batch.rows)] = batch.model
+        places = batch.places + start
+        if batch.scored is not None:
+            fill("score", places, batch.scored.score)
+            objects["decision"][places] = batch.scored.decision
+            if batch.scored.calibration is not None:
+                for name, values in zip(_CALIBRATION, batch.scored.calibration, strict=True):
+                    fill(name, places, values)
+        for row, packed in batch.maps.items():
+            objects["anomaly_map"][start + row], offset, scale = packed.result()
+            fill("map_offset", start + row, offset)
+            fill("map_scale", start + row, scale)
+        for row, error in batch.errors.items():
+            statuses[start + row], objects["error"][start + row] = error.status, str(error)
+        start += len(batch.rows)
+    columns: dict[str, Any] = {name: rows[name] for name in IDENTITY}
+    columns |= {name: pa.array(column, mask=missing) for name, (column, missing) in floats.items()}
+    for name, values in {**objects, "status": statuses, "model": models}.items():
+        columns[name] = pa.array(values, SCORE_SCHEMA.field(name).type)
+    return pa.Table.from_arrays([columns[name] for name in SCORE_SCHEMA.names], schema=SCORE_SCHEMA)
 
 
-def _spread(values: np.ndarray, places: np.ndarray, count: int) -> pa.Array:
-    """Return values in their places of a column, null elsewhere."""
-    column, missing = np.zeros(count, np.float32), np.ones(count, bool)
-    column[places], missing[places] = values, False
-    return pa.array(column, mask=missing)
+_CALIBRATION = ("calibration_offset", "calibration_scale", "calibrated_score")
+
+_FLOATS = ("score", *_CALIBRATION, "map_offset", "map_scale")

@@ -142,7 +142,7 @@ def test_evaluation_refuses_other_shards(small: Small, tiny_scores: Path, tmp_pa
 def test_one_model_per_category(small: Small, tmp_path: Path) -> None:
     threshold = ThresholdOptions(target_fpr=0.6, validation_fraction=0.3)
     train(tiny_training(small.shards, tmp_path / "models", per_category=True, threshold=threshold))
-    score(ScoreOptions(str(tmp_path / "models"), str(small.shards), str(tmp_path / "scores"), maps=False))
+    score(ScoreOptions(str(tmp_path / "models"), str(small.shards), str(tmp_path / "scores"), maps="none"))
     rows = ScoreSet.open(tmp_path / "scores").table(columns=["uri", "category", "score"]).to_pylist()
     for category in ("weave", "cog"):
         mine = [row for row in rows if row["category"] == category]
