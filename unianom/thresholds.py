@@ -37,9 +37,9 @@ asked for by itself, not all of them at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -383,6 +383,30 @@ class Bands:
         return cls(Threshold.from_dict(content["fail"]), Threshold.from_dict(content["review"]), spread)
 
 
+class Judgement(NamedTuple):
+    """What a rule says of n images.
+
+    Attributes:
+        score: (n,) float64; the score that was judged, raw or calibrated.
+        fail_above, review_above: (n,) float64; the thresholds of the image's category.
+        decision: (n,) str objects, "pass", "review" or "fail".
+        margin: (n,) float64; how far the score lies above `fail_above`, in standard deviations of normal scores.
+    """
+
+    score: NDArray[np.float64]
+    fail_above: NDArray[np.float64]
+    review_above: NDArray[np.float64]
+    decision: NDArray[np.object_]
+    margin: NDArray[np.float64]
+
+
+def number_names(names: Sequence[str | None]) -> tuple[list[str | None], NDArray[np.intp]]:
+    """Return the different names among n, in the order they come, and for each of the n its number among them."""
+    numbers: dict[str | None, int] = {}
+    places = np.array([numbers.setdefault(name, len(numbers)) for name in names], np.intp)
+    return list(numbers), places
+
+
 @dataclass(frozen=True)
 class DecisionRule:
     """How image scores become decisions.
@@ -444,6 +468,32 @@ class DecisionRule:
             DataError: no bands for the category, or no score of the right kind, or it is NaN or infinite.
         """
         return str(self.bands(category).decide(self.value(score, calibrated_score)))
+
+    def judge(
+        self, scores: ArrayLike, calibrated_scores: ArrayLike | None, categories: Sequence[str | None]
+    ) -> Judgement:
+        """Judge n images at once, each as `decide` does.
+
+        Args:
+            scores: (n,).
+            calibrated_scores: (n,); None where there are none.
+            categories: n names; None for an image whose category is not known.
+
+        Raises:
+            DataError: as `decide`.
+        """
+        judged = scores if self.kind == "raw" else calibrated_scores
+        if judged is None:
+            raise DataError("this rule judges calibrated scores and there is none; score with a calibrated model")
+        values = _finite_scores(judged)
+        names, places = number_names(categories)
+        bands = [self.bands(name) for name in names]
+        fail, review, spread = (
+            np.array([limit(own) for own in bands], np.float64)[places]
+            for limit in (lambda b: b.fail.value, lambda b: b.review.value, lambda b: b.spread)
+        )
+        decisions = np.where(values > fail, FAIL, np.where(values > review, REVIEW, PASS)).astype(object)
+        return Judgement(values, fail, review, decisions, (values - fail) / spread)
 
     def restricted(self, categories: Collection[str]) -> DecisionRule:
         """Return the same rule without what other categories have of their own.

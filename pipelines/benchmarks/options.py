@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from unianom import files
+from unianom.data.image.options import Side
 from unianom.data.layouts import LAYOUTS
+from unianom.data.maps import MapsKept
 from unianom.errors import OptionError
 from unianom.options import AS_WRITTEN, AtLeastOne, AtLeastZero, Options, Positive, named
 from unianom.written import plain_options
@@ -252,7 +254,7 @@ class PipeBenchmark(Options):
         output: JSON file to write; path or URI.
         workers: actors of one thread each; null takes one a core.
         rounds: turns of each side.
-        maps: keep anomaly maps.
+        maps: which anomaly maps are kept.
         batch_size: images in one forward pass, on all sides.
     """
 
@@ -261,12 +263,36 @@ class PipeBenchmark(Options):
     output: str
     workers: AtLeastOne | None = None
     rounds: AtLeastOne = 3
-    maps: bool = False
+    maps: MapsKept = "none"
     batch_size: AtLeastOne = 8
+
+
+@dataclass(frozen=True)
+class HostBenchmark(Options):
+    """What an image costs the host while it is scored: CPU time of each stage beside the network, which costs nothing.
+
+    Args:
+        shards: shard set, all splits are scored; path or URI.
+        output: JSON file to write; path or URI.
+        resize, size, crop: how images become input; see the options `method.input` of jobs/train.py.
+        batch_size: images in one batch.
+        threads: threads that decode and encode.
+        rounds: turns of each side.
+    """
+
+    shards: str
+    output: str
+    resize: Literal["short_side", "stretch"] = "short_side"
+    size: Side = 256
+    crop: Side | None = 224
+    batch_size: AtLeastOne = 8
+    threads: AtLeastOne = 1
+    rounds: AtLeastOne = 5
 
 
 BENCHMARKS: dict[str, type] = {
     "pipe": PipeBenchmark,
+    "host": HostBenchmark,
     "ingest": IngestBenchmark,
     "metrics": MetricsBenchmark,
     "pixels": PixelsBenchmark,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.benchmarks.host import measure_host
 from pipelines.benchmarks.inference import measure_inference
 from pipelines.benchmarks.ingest import measure_ingest
 from pipelines.benchmarks.memory_bank import measure_coreset, measure_search
@@ -17,6 +18,7 @@ from pipelines.benchmarks.metrics import measure_metrics
 from pipelines.benchmarks.options import (
     Benchmark,
     CoresetBenchmark,
+    HostBenchmark,
     InferenceBenchmark,
     IngestBenchmark,
     MetricsBenchmark,
@@ -35,6 +37,7 @@ from unianom.errors import DataError
 
 MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     PipeBenchmark: measure_pipe,
+    HostBenchmark: measure_host,
     IngestBenchmark: measure_ingest,
     MetricsBenchmark: measure_metrics,
     PixelsBenchmark: measure_pixels,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipelines.benchmarks.bare_forward import BareForward
 from pipelines.benchmarks.harness import OURS, Side, Timing, interleave
 from pipelines.benchmarks.options import PipeBenchmark
 from pipelines.benchmarks.report import write_report
-from pipelines.inference.score import PartScorer
+from pipelines.inference.part_scorer import STAGES, PartScorer
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
@@ -157,23 +156,17 @@ def input_batches(method: Method, shards: ShardSet, selection: Selection, batch_
 
 
 class StagedScorer(PartScorer):
-    """A `PartScorer` that also tells how much CPU time its stages took."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+    """A `PartScorer` that also tells how its prediction splits into forward pass and search."""
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Score a part; the record has the CPU seconds of each stage as "stages"."""
-        self._seconds.clear()
+        """Score a part; see `PartScorer`."""
         start = time.process_time()
-        record = super().run(task)
-        # what is neither: reading and writing Parquet, packing maps, Ray's own threads
-        rest = time.process_time() - start - sum(self._seconds.values())
-        return {**record, "stages": {**self._seconds, "read, write, rest": rest}}
-
-    def _decode(self, row: dict[str, Any]) -> Any:
-        return self._clocked("decode", super()._decode)(row)
+        result = super().run(task)
+        stages = result[STAGES]
+        stages["predict"] -= stages["forward"] + stages["search, map"]
+        # threads of Arrow, which read and write Parquet, and of Ray
+        rest = time.process_time() - start - sum(stages.values())
+        return {**result, STAGES: {**stages, "rest": rest}}
 
     def _model(self, folder: str) -> Model:
         new = folder not in self._models
@@ -187,11 +180,8 @@ class StagedScorer(PartScorer):
 
     def _clocked(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            start = time.thread_time()
-            try:
+            with self._clock.stage(stage):
                 return function(*arguments)
-            finally:
-                self._seconds[stage] += time.thread_time() - start
 
         return call
 
@@ -206,7 +196,7 @@ def stage_split(options: PipeBenchmark, shards: ShardSet, folder: str) -> dict[s
     with TemporaryDirectory(dir=folder) as output:
         arguments = scorer_arguments(options, shards, output)
         for result in run_tasks(StagedScorer, arguments, tasks[:enough], RuntimeOptions(workers=1, local=False), 0):
-            for stage, spent in result["stages"].items():
+            for stage, spent in result[STAGES].items():
                 seconds[stage] = seconds.get(stage, 0.0) + spent
             images += result["rows"]
     total = sum(seconds.values())

@@ -1,13 +1,17 @@
-"""Work done ahead of its use by threads."""
+"""Work done by threads, ahead of its use or behind its caller, in order and bounded in memory."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_END: Any = object()
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[T], ahead: int) -> Iterator[R]:
@@ -19,3 +23,46 @@ def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
             yield waiting.pop(0).result()
     for future in waiting:
         yield future.result()
+
+
+def read_ahead(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:
+    """Yield items, of which a thread gets the next one meanwhile."""
+    coming = pool.submit(next, items, _END)
+    try:
+        while (item := coming.result()) is not _END:
+            coming = pool.submit(next, items, _END)
+            yield item
+    finally:
+        wait([coming])  # before whoever gave the items closes what they are read from
+
+
+class Behind:
+    """Calls that another thread makes in their order; at most `most` of them wait, so memory is bounded.
+
+    A context manager: at its end all calls are made, or have failed.
+
+    Args:
+        pool: of one thread.
+        most: calls that wait; one more is taken when the first of them is done.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
+        self._pool, self._most = pool, most
+        self._waiting: deque[Future[Any]] = deque()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have a call made; raise what an earlier one raised."""
+        if len(self._waiting) >= self._most:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(function, *arguments))
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        wait(self._waiting)
+        if kind is None:
+            for future in self._waiting:
+                future.result()

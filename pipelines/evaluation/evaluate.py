@@ -80,7 +80,7 @@ def _write(
     work = files.join(output, COUNTED)
     # what a killed run has counted is found again by what it depends on
     folder = files.join(work, files.digest_of([scores.digest, shards.digest, asdict(plan)])[:12])
-    if scores.manifest["maps"]:
+    if scores.maps == "all":
         count_pixels(scores, shards, plan, folder, options.runtime)
     content = tabulate(options, scores, shards, images, plan, folder)
     files.write_bytes(files.join(output, "categories.csv"), categories_csv(content))

@@ -23,8 +23,13 @@ def evaluation_notes(
 ) -> list[str]:
     """Return a sentence for each thing that limits the figures."""
     notes = _one_sided(images)
-    if scores.manifest["maps"] and not with_maps and (images.labels == ANOMALOUS).any():
+    if scores.maps == "all" and not with_maps and (images.labels == ANOMALOUS).any():
         notes.append("no anomalous image has a mask that shows a defect, so there are no pixel metrics")
+    if scores.maps == "flagged":
+        notes.append(
+            "only images that come to review or fail have an anomaly map, and pixel metrics of these alone would say "
+            "nothing of the others, so there are none; score with --maps all to have them"
+        )
     if any(model.get("decision_rule") is not None for model in scores.manifest["models"]):
         notes.append(
             "the model decides by a rule of jobs/decide.py, which tells what that rule does; the rates here are those "

@@ -77,7 +77,7 @@ def plan_pixels(options: EvaluateOptions, scores: ScoreSet, images: LabelledImag
     sides = [from_plain(InputPolicy, model["config"]["input"]).side for model in scores.manifest["models"]]
     pixels = len(images.labels) * max(sides) ** 2
     binned = pixels > options.exact_pixels
-    if binned and options.aupro_variant != "exact" and scores.manifest["maps"]:
+    if binned and options.aupro_variant != "exact" and scores.maps == "all":
         raise OptionError(
             f"aupro_variant={options.aupro_variant} needs every pixel, and {pixels:,} are more than --exact_pixels "
             f"{options.exact_pixels:,}; raise that if there is the memory, or take the exact variant"

@@ -67,7 +67,7 @@ def _evaluate_kind(
     """Return tables and intervals of one kind of score, and the images that its pixels leave out; the pixels are in
     memory no longer than this takes."""
     counted = PixelCounts({}, {})
-    if scores.manifest["maps"]:
+    if scores.maps == "all":
         counted = read_pixel_counts(scores, shards, plan, folder, kind)
     tables = kind_tables(options, images, counted, kind, plan.accumulator)
     if not options.bootstrap.resamples:

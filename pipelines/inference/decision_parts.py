@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.inference.options import DecideOptions
-from pipelines.inference.score import IDENTITY
+from pipelines.inference.score_columns import IDENTITY
 from pipelines.runtime import outputs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tasks import run_unfinished

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.data.image import ImageLimits
+from unianom.data.maps import MapsKept
 from unianom.errors import OptionError
 from unianom.execution import Search
 from unianom.options import AtLeastOne, AtLeastZero, OpenShare, Options, Share
@@ -23,7 +24,8 @@ class ScoreOptions(Options):
         output: folder of the score set; path or URI.
         splits: splits to score; empty for all.
         categories: categories to score; empty for all.
-        maps: keep anomaly maps (16-bit), as pixel metrics and pictures need; null keeps them where there are masks.
+        maps: which anomaly maps (16-bit) are kept: of "all" images, as pixel metrics need, of those that come to review
+            or fail ("flagged"), or of "none", which is the fastest; null is all where there are masks, else none.
         batch_size: images in one forward pass.
         search: how memory banks are searched: "exact" on the CPU, with the same bits whatever the batch or worker;
             "device" where the network runs, with scores that may differ, relatively, by 1e-5 (by more where the encoder
@@ -55,7 +57,7 @@ class ScoreOptions(Options):
     output: str
     splits: tuple[str, ...] = ("test",)
     categories: tuple[str, ...] = ()
-    maps: bool | None = None
+    maps: MapsKept | None = None
     batch_size: AtLeastOne = 8
     search: Search = "auto"
     fold_batch_norm: bool = False

@@ -115,7 +115,7 @@ def _apply(name: str, model: str, shards: ShardSet, root: str, options: InspectO
             shards.uri,
             made.scores,
             splits=splits,
-            maps=True,
+            maps="all",
             max_reject_fraction=options.max_reject_fraction,
             overwrite=options.overwrite,
             limits=options.limits,

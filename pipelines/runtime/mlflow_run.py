@@ -216,7 +216,19 @@ def open_run(uri: str, experiment: str, job: str, output: str, plan: str, parent
 
 def pinned_requirements() -> list[str]:
     """Return what a model needs to run, in the versions installed here."""
-    names = ["torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pyarrow", "fsspec", "scipy", "pyyaml"]
+    names = [
+        "torch",
+        "torchvision",
+        "timm",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "pyarrow",
+        "fsspec",
+        "scipy",
+        "pyyaml",
+    ]
     names += ["annotated-types"]
     pins = [f"{name}=={_public_version(name)}" for name in names]
     for name in ("faiss-cpu", "faiss-gpu"):

@@ -12,13 +12,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, ClassVar, Self
+from types import UnionType
+from typing import IO, Any, ClassVar, Self, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unianom import files
+from unianom.data.maps import MapsKept
 from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION, SPLITS
 from unianom.errors import DataError, storage_error
 
@@ -327,8 +330,8 @@ _COUNTS = {"counts": [{"dataset": str, "category": str, "split": str, "label": o
 
 def _shape_fault(content: Any, wanted: Any, name: str = "it") -> str | None:
     """Return where what was read from a JSON file is not what `stated` says, in words."""
-    if isinstance(wanted, type):
-        return None if isinstance(content, wanted) else f"{name} is no {wanted.__name__}"
+    if isinstance(wanted, type | UnionType):
+        return None if isinstance(content, wanted) else f"{name} is no {getattr(wanted, '__name__', wanted)}"
     if not isinstance(content, type(wanted)):
         return f"{name} is no {type(wanted).__name__}"
     if isinstance(wanted, list):
@@ -393,9 +396,26 @@ class ScoreSet(PartSet):
         "shards": {"digest": str},
         "models": [{"digest": str, "config": {"input": dict}}],
         "splits": list,
-        "maps": bool,
+        "maps": bool | str,
         "statuses": dict,
     }
+
+    @property
+    def maps(self) -> MapsKept:
+        """Which anomaly maps are there: of no image, of those that come to review or fail, or of all.
+
+        Raises:
+            DataError: the manifest says something else.
+        """
+        kept = self.manifest["maps"]
+        if isinstance(kept, bool):  # as before there was a choice of three
+            return "all" if kept else "none"
+        if kept not in get_args(MapsKept):
+            raise DataError(
+                f"{self.uri} holds the maps of '{kept}' images, this unianom knows {', '.join(get_args(MapsKept))}; "
+                f"{self._again(self.uri)}"
+            )
+        return kept  # type: ignore[no-any-return]
 
 
 class PartWriter:
@@ -416,24 +436,75 @@ class PartWriter:
         self._schema = schema
         self._group_bytes = group_bytes
         self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
+        self._split: str | None = None
         self._bytes = 0
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row."""
-        if self._rows and (row["split"] != self._rows[-1]["split"] or self._bytes > self._group_bytes):
-            self._flush()
+        self._begin_row(row["split"])
         self._rows.append(row)
         self._bytes += sum(len(value) for value in row.values() if isinstance(value, bytes))
 
-    def _flush(self) -> None:
+    def write_table(self, table: pa.Table) -> None:
+        """Add rows of the part's schema; the file is the same as if each was added by itself."""
+        self._gather_rows()
+        splits = table["split"].to_pylist()
+        changes = [row for row in range(1, len(splits)) if splits[row] != splits[row - 1]]
+        sizes = _binary_bytes(table)
+        start = 0
+        while start < len(splits):
+            self._begin_row(splits[start])
+            filled = self._bytes + np.cumsum(sizes[start:])  # after each row
+            full = int(np.searchsorted(filled, self._group_bytes, side="right")) + start + 1
+            end = min([change for change in changes if change > start] + [full, len(splits)])
+            self._tables.append(table.slice(start, end - start))
+            self._bytes = int(filled[end - start - 1])
+            start = end
+
+    def _begin_row(self, split: str) -> None:
+        """Begin a row group where the next row is of another split, or this group is full."""
+        if split != self._split or self._bytes > self._group_bytes:
+            self._flush()
+        self._split = split
+
+    def _gather_rows(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows, self._bytes = [], 0
+            self._tables.append(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows = []
+
+    def _flush(self) -> None:
+        self._gather_rows()
+        if self._tables:
+            self._writer.write_table(_as_one(self._tables, self._schema))
+        self._tables, self._bytes = [], 0
 
     def close(self) -> None:
         """Write what is left and the footer."""
         self._flush()
         self._writer.close()
+
+
+def _binary_bytes(table: pa.Table) -> np.ndarray:
+    """Return the bytes of each row's images, masks and maps."""
+    sizes = np.zeros(len(table), np.int64)
+    for field in table.schema:
+        if pa.types.is_binary(field.type):
+            sizes += pc.fill_null(pc.binary_length(table[field.name]), 0).to_numpy()
+    return sizes
+
+
+def _as_one(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Join tables to one whose columns are in one piece, with dictionaries of the values that occur, in their order."""
+    joined = pa.concat_tables(tables)
+    columns = []
+    for field in schema:
+        column = joined[field.name]
+        if pa.types.is_dictionary(field.type):
+            columns.append(column.cast(field.type.value_type).combine_chunks().dictionary_encode())
+        else:
+            columns.append(column.combine_chunks())
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _codec(name: str) -> str:

@@ -26,7 +26,15 @@ from unianom.data.image.options import (
     Side,
     check_bits,
 )
-from unianom.data.image.prepare import decode_prepared, prepare_image, prepare_mask, reduce_image
+from unianom.data.image.prepare import (
+    UprightImage,
+    decode_prepared,
+    decode_upright,
+    fit_image,
+    prepare_image,
+    prepare_mask,
+    reduce_image,
+)
 from unianom.data.image.reduce import reduce_mask
 
 __all__ = [
@@ -42,6 +50,7 @@ __all__ = [
     "ImageLimits",
     "InputPolicy",
     "Side",
+    "UprightImage",
     "check_bits",
     "check_image",
     "covers_nearly_all",
@@ -52,9 +61,11 @@ __all__ = [
     "decode_mask",
     "marks_anything",
     "decode_prepared",
+    "decode_upright",
     "encode_map",
     "encode_png",
     "find_crop",
+    "fit_image",
     "prepare_image",
     "prepare_mask",
     "read_mask",

@@ -6,12 +6,13 @@ import io
 import struct
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from unianom.data.image.encode import encode_png
+from unianom.data.image.jpeg import decode_jpeg
 from unianom.data.image.options import ImageLimits
 from unianom.errors import ImageError
 
@@ -28,6 +29,7 @@ class ImageFile:
     """An opened file and what its header says, which the decoded image no longer does.
 
     Attributes:
+        data: the file.
         image: not decoded yet.
         format: one of `FORMATS`.
         lossy: whether pixels may differ from those that were saved.
@@ -35,6 +37,7 @@ class ImageFile:
         stated_bits: bits that the samples make use of, where the file states fewer than it stores them in.
     """
 
+    data: bytes
     image: Image.Image
     format: str
     lossy: bool
@@ -82,7 +85,7 @@ def open_image(data: bytes, limits: ImageLimits) -> ImageFile:
         raise ImageError("corrupt", f"unreadable image header: {error}") from error
     if sample_bits <= 8 or (stated_bits is not None and stated_bits >= 16):
         stated_bits = None
-    return ImageFile(image, file_format, _is_lossy(image, data), sample_bits, stated_bits)
+    return ImageFile(data, image, file_format, _is_lossy(image, data), sample_bits, stated_bits)
 
 
 _BITS_PER_SAMPLE, _LARGEST_SAMPLE = 258, 341  # tags of TIFF; the latter is SMaxSampleValue
@@ -119,18 +122,47 @@ def _is_lossy(image: Image.Image, data: bytes) -> bool:
 
 _ORIENTATION = 0x0112  # tag of EXIF
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of each EXIF orientation upright; one of 1 is."""
 
-def load_image(image: Image.Image) -> tuple[Image.Image, int | None]:
+
+def load_image(file: ImageFile) -> tuple[Image.Image, int | None]:
     """Decode the pixels and turn them upright; also the EXIF orientation, None if the file has none."""
     try:
-        image.load()
+        file.image.load()
     except Exception as error:  # a decoder raises whatever its parser stumbled over
         raise ImageError("corrupt", f"cannot decode: {error}") from error
+    return _turn_upright(file.image, file.image)
+
+
+def load_pixels(file: ImageFile) -> tuple[Image.Image | np.ndarray, int | None]:
+    """Do as `load_image`; grey and coloured JPEG files that are upright become H×W or H×W×3 uint8 in less time."""
+    pixels = decode_jpeg(file.data, file.image)
+    return load_image(file) if pixels is None else _turn_upright(pixels, file.image)
+
+
+P = TypeVar("P", Image.Image, np.ndarray)
+
+
+def _turn_upright(pixels: P, image: Image.Image) -> tuple[P | Image.Image, int | None]:
+    """Turn pixels by the EXIF orientation of the image whose they are; also that orientation, None if it has none."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
-        return ImageOps.exif_transpose(image), orientation if orientation in range(1, 9) else None
+        turn = _TURNS.get(orientation)  # type: ignore[arg-type]
     except Exception as error:  # as above
         raise ImageError("corrupt", f"its EXIF data, and so its orientation, cannot be read: {error}") from error
+    known = orientation if orientation in range(1, 9) else None
+    if turn is None:
+        return pixels, known
+    return (Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels).transpose(turn), known
 
 
 def to_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
@@ -210,7 +242,9 @@ def check_image(data: bytes, limits: ImageLimits | None = None) -> ImageFacts:
         ImageError: as `decode_image`.
     """
     file = open_image(data, limits or ImageLimits())
-    image, orientation = load_image(file.image)
+    image, orientation = load_pixels(file)
+    if isinstance(image, np.ndarray):
+        return ImageFacts(file.format, image.shape[0], image.shape[1], orientation)
     if image.mode not in ("L", "RGB", "RGBA", "P", "CMYK", "1") or file.stated_bits is not None:
         to_rgb(image, file)  # modes whose pixels decide
     return ImageFacts(file.format, image.height, image.width, orientation, _largest(image, file))
@@ -259,8 +293,15 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> DecodedImage
             header) or "unsupported" (pixels without an agreed range).
     """
     file = open_image(data, limits or ImageLimits())
-    image, orientation = load_image(file.image)
+    image, orientation = load_pixels(file)
+    if isinstance(image, np.ndarray):
+        return DecodedImage(repeat_grey(image), file.format, orientation)
     return DecodedImage(np.asarray(to_rgb(image, file)), file.format, orientation, _largest(image, file))
+
+
+def repeat_grey(pixels: np.ndarray) -> np.ndarray:
+    """Return H×W×3 of what may be H×W."""
+    return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
 
 
 def spread_bits(data: bytes, bits: int, limits: ImageLimits | None = None) -> bytes:
@@ -273,7 +314,7 @@ def spread_bits(data: bytes, bits: int, limits: ImageLimits | None = None) -> by
     file = open_image(data, limits or ImageLimits())
     if file.sample_bits <= 8:
         return data
-    image, _ = load_image(file.image)
+    image, _ = load_image(file)
     if not image.mode.startswith("I"):
         raise ImageError(
             "unsupported",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -14,6 +16,30 @@ def encode_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _encode_grey16(pixels: np.ndarray) -> bytes:
+    """Encode H×W uint16 as PNG in a quarter of the time that `encode_png` takes; equal pixels give equal bytes.
+
+    The lower bytes of a smooth map are noise, in which a search for what repeats finds nothing: each row is stored as
+    its difference to the one above, and the bytes of that by how often they occur, runs apart.
+    """
+    height, width = pixels.shape
+    big_endian = np.ascontiguousarray(pixels, ">u2").view(np.uint8)  # H 2W
+    rows = np.empty((height, 1 + 2 * width), np.uint8)
+    rows[:, 0] = _UP
+    rows[0, 1:] = big_endian[0]
+    np.subtract(big_endian[1:], big_endian[:-1], out=rows[1:, 1:])
+    deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    content = deflate.compress(rows) + deflate.flush()  # type: ignore[arg-type]  # any contiguous buffer
+    header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)  # 16 bits, grey, not interlaced
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
+        for name, data in ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
+    )
+
+
+_UP = 2  # the filter of PNG by which a row holds its difference to the one above
 
 
 def encode_map(anomaly_map: np.ndarray) -> tuple[bytes, float, float]:
@@ -35,8 +61,9 @@ def encode_map(anomaly_map: np.ndarray) -> tuple[bytes, float, float]:
     if scale == 0:
         steps = np.zeros(anomaly_map.shape, np.uint16)
     else:
-        steps = np.clip(np.rint((anomaly_map.astype(np.float64) - offset) / scale), 0, 65535).astype(np.uint16)
-    return encode_png(steps), offset, scale
+        values = (anomaly_map.astype(np.float64) - offset) / scale
+        steps = np.clip(np.rint(values, out=values), 0, 65535, out=values).astype(np.uint16)
+    return _encode_grey16(steps), offset, scale
 
 
 def decode_map(data: bytes, offset: float, scale: float) -> np.ndarray:

@@ -44,7 +44,7 @@ def marks_anything(data: bytes, threshold: int | None = None, limits: ImageLimit
         ImageError: as `decode_image`.
     """
     file = open_image(data, limits or ImageLimits())
-    image, _ = load_image(file.image)
+    image, _ = load_image(file)
     if image.mode in ("1", "L") and "transparency" not in image.info:
         # whatever threshold `read_mask` takes, it lies below the largest value unless that is 0
         return int(np.asarray(image.convert("L")).max()) > (threshold or 0)
@@ -71,7 +71,7 @@ def read_mask(
         ImageError: as `decode_image`.
     """
     file = open_image(data, limits or ImageLimits())
-    image, orientation = load_image(file.image)
+    image, orientation = load_image(file)
     values, colours, opaque = _mask_values(image, file)
     halved = False
     if threshold is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Interval
 
 from unianom.errors import ImageError, OptionError
-from unianom.options import AtLeastOne, Options, Positive, ValueRefused
+from unianom.options import ADDED_LATER, AtLeastOne, Options, Positive, ValueRefused
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,6 +54,8 @@ class InputPolicy(Options):
             cell that it touches. The others follow published code: nearest neighbour alone
             ("nearest_only"), or bilinear, then ">0" ("bilinear_any"), ">0.5" ("bilinear_half") or full white only
             ("bilinear_full").
+        decode: "full", or "scaled": JPEG files are decoded at a half, a quarter or an eighth of their size where that
+            is no smaller than what they are scaled to. Large files then cost less, and pixels differ a little.
         mean, std: per channel, on a 0…1 scale; null takes those of the backbone's weights.
     """
 
@@ -67,6 +69,7 @@ class InputPolicy(Options):
     mask_resize: Literal["nearest", "nearest_only", "bilinear_any", "bilinear_half", "bilinear_full"] = "nearest"
     mean: tuple[float, float, float] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
+    decode: Literal["full", "scaled"] = field(default="full", metadata=ADDED_LATER)
 
     def check(self) -> None:
         if self.resize == "short_side" and self.crop is None:

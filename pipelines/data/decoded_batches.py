@@ -1,0 +1,158 @@
+"""Rows of shards to batches of a network's input, decoded by threads ahead of the network."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.runtime.stage_clock import StageClock
+from unianom.data.image import ImageLimits, InputPolicy, decode_upright, fit_image
+from unianom.data.tensors import normalise_into
+from unianom.errors import ImageError
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedBatch:
+    """Images as input of a network.
+
+    Attributes:
+        model: folder of the model.
+        rows: the other columns of all B rows.
+        images: K×3×S×S float32, normalised, of those that can be read.
+        places: K numbers of the rows of these images, ascending.
+        errors: why the others cannot be read, by the number of their row.
+    """
+
+    model: str
+    rows: pa.Table
+    images: torch.Tensor
+    places: np.ndarray
+    errors: dict[int, ImageError]
+
+
+def same_model_batches(
+    batches: Iterator[pa.RecordBatch], model_of: Callable[[str], str], size: int
+) -> Iterator[tuple[str, pa.Table]]:
+    """Cut rows into batches of `size`, in their order; a smaller one where the next row is of another model.
+
+    Args:
+        batches: rows with `category`.
+        model_of: returns the model folder of a category.
+        size: rows of a batch at most.
+
+    Returns:
+        Model folder and rows of each batch.
+    """
+    waiting: list[pa.RecordBatch] = []
+    count, current = 0, ""
+    for batch in batches:
+        start = 0
+        for model, run in groupby(map(model_of, batch["category"].to_pylist())):
+            end = start + sum(1 for _ in run)
+            if waiting and model != current:
+                yield current, pa.Table.from_batches(waiting)
+                waiting, count = [], 0
+            current = model
+            while start < end:
+                taken = min(end - start, size - count)
+                waiting.append(batch.slice(start, taken))
+                start, count = start + taken, count + taken
+                if count == size:
+                    yield current, pa.Table.from_batches(waiting)
+                    waiting, count = [], 0
+    if waiting:
+        yield current, pa.Table.from_batches(waiting)
+
+
+class BatchDecoder:
+    """Decodes batches ahead of their use, straight into the network's input.
+
+    Args:
+        pool: threads that decode.
+        threads: how many there are.
+        limits: what an image may cost.
+        clock: counts reading apart, decoding, resizing and normalising.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, threads: int, limits: ImageLimits, clock: StageClock) -> None:
+        self._pool, self._threads, self._limits, self._clock = pool, threads, limits, clock
+
+    def decoded(
+        self, batches: Iterator[tuple[str, pa.Table]], policy_of: Callable[[str], InputPolicy], ahead: int
+    ) -> Iterator[DecodedBatch]:
+        """Yield batches in their order.
+
+        Args:
+            batches: model folder and rows with `image`, the encoded file.
+            policy_of: returns the input policy of a model folder; called by this thread only.
+            ahead: rows that are being decoded or wait, at least; one batch more may.
+        """
+        waiting: deque[_Pending] = deque()
+        rows = 0
+        for model, table in batches:
+            waiting.append(self._begin(model, table, policy_of(model)))
+            rows += len(table)
+            while rows - len(waiting[0].rows) >= ahead:
+                batch = waiting.popleft()
+                rows -= len(batch.rows)
+                yield batch.result()
+        for batch in waiting:
+            yield batch.result()
+
+    def _begin(self, model: str, table: pa.Table, policy: InputPolicy) -> _Pending:
+        """Have the images of a batch decoded, each thread a share of them."""
+        images = np.empty((len(table), 3, policy.side, policy.side), np.float32)
+        share = -(-len(table) // self._threads)
+        futures = [
+            self._pool.submit(self._decode, table["image"].slice(start, share), images[start : start + share], policy)
+            for start in range(0, len(table), share)
+        ]
+        return _Pending(model, table.drop_columns("image"), images, futures)
+
+    def _decode(self, files: pa.ChunkedArray, images: np.ndarray, policy: InputPolicy) -> list[ImageError | None]:
+        """Decode files into their places; return of each why it cannot be read, or None."""
+        errors: list[ImageError | None] = []
+        moments = np.zeros(4)
+        spent = np.zeros(3)
+        for data, place in zip(files.to_pylist(), images, strict=True):
+            moments[0] = time.thread_time()
+            try:
+                upright = decode_upright(data, policy, self._limits)
+            except ImageError as error:
+                errors.append(error)
+                continue
+            moments[1] = time.thread_time()
+            pixels = fit_image(upright, policy)
+            moments[2] = time.thread_time()
+            normalise_into(place, pixels, policy)
+            moments[3] = time.thread_time()
+            errors.append(None)
+            spent += np.diff(moments)
+        for stage, seconds in zip(("decode", "resize", "normalise"), spent.tolist(), strict=True):
+            self._clock.add(stage, seconds)
+        return errors
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A batch that is being decoded."""
+
+    model: str
+    rows: pa.Table
+    images: np.ndarray
+    futures: Sequence[Future[list[ImageError | None]]]
+
+    def result(self) -> DecodedBatch:
+        found = [error for future in self.futures for error in future.result()]
+        errors = {row: error for row, error in enumerate(found) if error is not None}
+        places = np.array([row for row, error in enumerate(found) if error is None], np.int64)
+        images = self.images[places] if errors else self.images
+        return DecodedBatch(self.model, self.rows, torch.from_numpy(images), places, errors)
