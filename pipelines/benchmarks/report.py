@@ -47,19 +47,7 @@ def machine_facts() -> dict[str, Any]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    packages = (
-        "unianom",
-        "torch",
-        "timm",
-        "ray",
-        "faiss-cpu",
-        "faiss-gpu",
-        "openvino",
-        "numpy",
-        "pillow",
-        "simplejpeg",
-        "pyarrow",
-    )
+    packages = ("unianom", "torch", "timm", "ray", "faiss-cpu", "openvino", "numpy", "pillow", "simplejpeg", "pyarrow")
     found = {name: found for name in (*packages, *PEERS) if (found := _version(name)) is not None}
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "versions": found}
 

@@ -26,6 +26,7 @@ from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.stage_clock import StageClock
 from unianom import files
+from unianom.calibration import Calibration
 from unianom.data.image import ImageLimits, InputPolicy, encode_map
 from unianom.data.maps import MapsKept
 from unianom.data.schema import SCORE_SCHEMA
@@ -147,18 +148,13 @@ class PartScorer:
         model = self._model(batch.model)
         names = batch.rows["category"].to_pylist()
         categories = [names[row] for row in batch.places.tolist()]
-        maps: torch.Tensor | None = None
         with self._clock.stage("predict"):
             images = batch.images.to(model.method.device)
-            if self._maps == "all":
-                prediction, calibration = model.examine(images, categories)
-                maps, scored = prediction.anomaly_map, ScoredImages.of(prediction)
-            else:
-                scored, calibration = model.score_images(images, categories)
-            scores = _fetch(scored.score)
-            calibrated = None
-            if calibration is not None:
-                calibrated = (_fetch(calibration.offset), _fetch(calibration.scale), _fetch(calibration.score))
+            scored, calibration, maps = predict_batch(model, images, categories, self._maps)
+            scores, *calibrated_parts = _fetch(torch.stack([scored.score.float(), *(calibration or ())]))
+            calibrated = (calibrated_parts[0], calibrated_parts[1], calibrated_parts[2]) if calibration else None
+            if not np.isfinite(scores).all():
+                model.method.check_finite(images)
         with self._clock.stage("rows"):
             common = None if calibrated is None else calibrated[2]
             check_finite(scores, common, batch.rows["sample_id"].take(pa.array(batch.places)).to_pylist())
@@ -202,6 +198,18 @@ def _grouped(batches: Iterator[ScoredBatch]) -> Iterator[list[ScoredBatch]]:
             group, rows, pixels = [], 0, 0
     if group:
         yield group
+
+
+def predict_batch(
+    model: Model, images: torch.Tensor, categories: Sequence[str], maps: MapsKept
+) -> tuple[ScoredImages, Calibration | None, torch.Tensor | None]:
+    """Return the scores of B×3×S×S images and their calibration, and, where all are kept, their maps; B×S×S. All of it
+    is still on the model's device, for which nothing has waited."""
+    if maps == "all":
+        prediction, calibration = model.examine(images, categories)
+        return ScoredImages.of(prediction), calibration, prediction.anomaly_map
+    scored, calibration = model.score_images(images, categories)
+    return scored, calibration, None
 
 
 def _fetch(values: torch.Tensor) -> np.ndarray:
