@@ -23,9 +23,7 @@ def compute_raw_outputs(method: Method, batches: Iterable[Tensor]) -> dict[str, 
     found = []
     for images in batches:
         method.check_images(images)
-        if not host.reads_at_once(
-            images
-        ):  # its `predict` would mark their scores, which are made of these outputs later
+        if not host.reads_at_once(images):  # `predict` would mark the scores, which are made later
             method.check_finite(images)
         found.append(method.forward(images).tensors)
     return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
