@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from unianom import files
+from unianom import files, host
 from unianom.methods import Method
 
 RAW_OUTPUTS = "_readings.json"
@@ -23,7 +23,7 @@ def compute_raw_outputs(method: Method, batches: Iterable[Tensor]) -> dict[str, 
     found = []
     for images in batches:
         method.check_images(images)
-        if images.device.type != "cpu":  # its `predict` would mark their scores, which are made of these outputs later
+        if not host.reads_at_once(images):  # `predict` would mark the scores, which are made later
             method.check_finite(images)
         found.append(method.forward(images).tensors)
     return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}

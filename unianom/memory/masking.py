@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unianom import host
 from unianom.errors import DataError, OptionError
 
 Scope = Literal["image", "batch"]
@@ -36,7 +37,7 @@ def smooth_attention(attention: Tensor, kernel: int = 7) -> Tensor:
     if attention.ndim != 3:
         raise DataError(f"an attention map must have shape (images, height, width), got {tuple(attention.shape)}")
     attention = attention.float()
-    if attention.device.type == "cpu" and not _is_usable(attention).all():
+    if host.reads_at_once(attention) and not _is_usable(attention).all():
         raise DataError("an attention map holds NaN, infinite or negative values; check the backbone and its weights")
     pooled = F.avg_pool2d(attention[:, None], kernel, stride=1, padding=kernel // 2)  # B 1 h w
     return pooled[:, 0]  # B h w
@@ -71,7 +72,7 @@ def soft_mask(attention: Tensor, kernel: int = 7, scope: Scope = "image") -> Ten
         largest = smooth.max()
     else:
         raise OptionError(f"the scope of back-patch masking must be 'image' or 'batch', got '{scope}'")
-    if attention.device.type != "cpu":
+    if not host.reads_at_once(attention):
         usable = _is_usable(attention)[:, None, None] & (largest > 0)  # B 1 1
         return torch.where(usable, smooth / largest, torch.nan)
     if not (largest > 0).all():

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from unianom import host
 from unianom.backbones import weight_statistics
 from unianom.configs import CONFIGS
 from unianom.configs.backbone import BackboneConfig
@@ -195,7 +196,7 @@ class Method(nn.Module, Generic[C]):
         if images.ndim != 4 or images.shape[1:] != (3, side, side) or images.dtype != torch.float32:
             given = f"{tuple(images.shape)} {images.dtype}"
             raise OptionError(f"{self.name} takes images of shape B×3×{side}×{side} float32, got {given}")
-        if images.device.type == "cpu":
+        if host.reads_at_once(images):
             self.check_finite(images)
 
     def check_finite(self, images: Tensor) -> None:
@@ -211,7 +212,7 @@ class Method(nn.Module, Generic[C]):
 def flagged(score: Tensor, images: Tensor) -> Tensor:
     """Return scores, B, with NaN for every image that holds NaN or infinity, whatever the network made of it; on the
     CPU, where `Method.check_images` refuses such images, the scores themselves."""
-    if images.device.type == "cpu":
+    if host.reads_at_once(images):
         return score
     return torch.where(images.sum((1, 2, 3)).isfinite(), score, torch.nan)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from unianom import host
 from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.transformer import TransformerConfig
 from unianom.errors import DataError, ModelError, OptionError
@@ -354,6 +355,8 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
         """Return reconstruction minus features, B×C×h×w, from the features and their tokens."""
         if entries is None:
             return self.transformer.decode(image) - neck
+        if not host.reads_at_once(entries):  # how many are distinct the host would have to wait to know
+            return self.transformer.decode(image, self.transformer.encode(self.prompt_pool[entries])) - neck
         distinct, which = entries.unique(return_inverse=True)  # images of one category share the work
         prompts = self.transformer.encode(self.prompt_pool[distinct])
         return self.transformer.decode(image, prompts[which]) - neck

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from unianom import host
 from unianom.backbones import VitBackbone
 from unianom.configs.uniformaly import UniFormalyConfig
 from unianom.errors import OptionError
@@ -72,7 +73,7 @@ class UniFormaly(MemoryMethod[UniFormalyConfig]):
             return super().mask_patches(encoded._replace(patches=encoded.patches * weights.flatten(1).unsqueeze(-1)))
         mask = back_patch_mask(encoded.attention, config.mask_kernel, config.mask_threshold, config.mask_scope)  # B h w
         patches = encoded.patches
-        if patches.device.type != "cpu":  # which refuses attention that is not finite; here it shows in the score
+        if not host.reads_at_once(patches):  # attention that is not finite is not refused, but shows in the score
             weights = soft_mask(encoded.attention, config.mask_kernel, config.mask_scope)  # B h w
             patches = torch.where(weights.isnan().flatten(1)[:, :, None], torch.nan, patches)
         return MaskedPatches(patches, mask.flatten(1))

@@ -22,6 +22,7 @@ from torch.nn.functional import (
     relu,
 )
 
+from unianom import host
 from unianom.configs.uninet import UniNetConfig
 from unianom.methods.base import RawOutputs, register_method, with_statistics
 from unianom.methods.layers.distillation import (
@@ -281,7 +282,7 @@ def largest_mean(maps: Tensor, share: Tensor) -> Tensor:
     counts = (share.double() * pixels.shape[1]).long().clamp(1, pixels.shape[1])
     # which K are largest differs by image, the sorted values up to the largest K serve all; on the whole few hundred,
     # but on other devices than the CPU the host would have to wait to know how many
-    most = int(counts.max()) if pixels.device.type == "cpu" else pixels.shape[1]
+    most = int(counts.max()) if host.reads_at_once(pixels) else pixels.shape[1]
     values = pixels.topk(most, dim=1).values.double()
     return (values.cumsum(1).gather(1, counts[:, None] - 1)[:, 0] / counts).to(maps.dtype)
 
