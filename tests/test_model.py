@@ -24,12 +24,12 @@ from unianom import files
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.patchcore import PatchCoreConfig
 from unianom.data.image import ImageLimits, spread_bits
-from unianom.errors import ImageError, ModelError, OptionError
+from unianom.errors import DataError, ImageError, ModelError, OptionError
 from unianom.methods import METHODS, Method, Prediction
 from unianom.methods.patchcore import PatchCore
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import ImageResult, Model, is_model, load, local_copy
-from unianom.thresholds import Threshold
+from unianom.thresholds import Bands, DecisionRule, Threshold, fit_threshold
 
 
 def threshold(value: float) -> Threshold:
@@ -197,6 +197,26 @@ def test_a_folder_can_be_saved_to_and_loaded_from_a_uri(model):
     model.save("memory://models/one")
     assert is_model("memory://models/one")
     assert same(load("memory://models/one").predict(pictures(1)), model.predict(pictures(1)))
+
+
+@pytest.mark.parametrize("decides", ["nothing", "all", "each", "some", "rule", "rule of some"])
+def test_many_images_are_decided_as_each_is(decides):
+    one, other = (fit_threshold(np.arange(100.0) + first, 0.1) for first in (0, 30))
+    bands = Bands(other, one, 1.0)
+    model = Model(METHODS["patchcore"](TINY["patchcore"].config), threshold=one if decides in ("all", "each") else None)
+    if decides in ("each", "some"):
+        model.category_thresholds = {"a": other}
+    if decides.startswith("rule"):
+        model.decision_rule = DecisionRule("calibrated", None if "some" in decides else bands, {"a": bands})
+    scores, common = np.random.default_rng(0).uniform(60, 140, (2, 90)).astype(np.float32)
+    names = ["a", "b", None] * 30
+    expected = [model.decide(float(s), float(c), name) for s, c, name in zip(scores, common, names)]
+    assert model.decide_each(scores, common, names).tolist() == expected
+    assert len(model.decide_each(scores[:0], common[:0], [])) == 0
+    if decides != "nothing":
+        assert {"pass", "fail"} <= set(expected)
+        with pytest.raises(DataError, match="is nan"):
+            model.decide_each(scores[:1] * np.nan, common[:1] * np.nan, ["a"])
 
 
 def test_local_copy(folder, tmp_path):

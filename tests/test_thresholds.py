@@ -401,3 +401,35 @@ def test_unasked_the_lowest_rate_is_promised_that_leaves_two_scores_above(n, rat
     assert (threshold.target_fpr, threshold.promised) == (rate, True)
     assert binom.cdf(above, n, rate) <= 0.05 < binom.cdf(above + 1, n, rate)
     assert threshold.value == n - 1 - above
+
+
+@pytest.mark.parametrize("kind", ["raw", "calibrated"])
+@pytest.mark.parametrize("per_category", [False, True])
+def test_many_images_are_judged_as_each_is(kind, per_category):
+    rng = np.random.default_rng(0)
+    normals = {"bolt": rng.normal(size=200), "nut": rng.normal(3, 2, size=200)}
+    rule = fit_rule(normals, kind, 0.05, 0.2, per_category=per_category)
+    names = rng.choice(["bolt", "nut"], 300).tolist()
+    scores, calibrated = rng.normal(1, 3, (2, 300)).astype(np.float32)
+    scores[:2] = calibrated[:2] = rule.bands("bolt").fail.value  # as float32, so maybe not equal
+    names[:2] = ["bolt", "nut"]
+    judged = rule.judge(scores, calibrated, names)
+    assert set(judged.decision) == {"pass", "review", "fail"}
+    for row, name in enumerate(names):
+        pair = float(scores[row]), float(calibrated[row])
+        bands, value = rule.bands(name), rule.value(*pair)
+        assert judged.decision[row] == rule.decide(*pair, name)
+        assert judged.score[row] == value
+        assert (judged.fail_above[row], judged.review_above[row]) == (bands.fail.value, bands.review.value)
+        assert judged.margin[row] == bands.margin(value)
+
+
+def test_many_images_are_refused_as_one_is():
+    rule = fit_rule({"bolt": np.arange(100.0)}, "calibrated", 0.05, 0.2, per_category=True)
+    with pytest.raises(DataError, match="there is none; score with a calibrated model"):
+        rule.judge([1.0], None, ["bolt"])
+    with pytest.raises(DataError, match="no threshold for category 'nut'"):
+        rule.judge([1.0, 1.0], [1.0, 1.0], ["bolt", "nut"])
+    with pytest.raises(DataError, match="score 1 is nan"):
+        rule.judge([1.0, 1.0], [1.0, np.nan], ["bolt", "bolt"])
+    assert len(rule.judge([], [], []).decision) == 0

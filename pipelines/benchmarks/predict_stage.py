@@ -2,9 +2,10 @@
 
     python -m pipelines.benchmarks.predict_stage --device cuda --output predict_stage.json
 
-It needs PyTorch, timm (with what they bring) and annotated-types, no Ray, FAISS or Arrow, so that it runs wherever a GPU is at hand. Networks
-have random weights, which take the same time as others; their banks hold patches of random images. Anomaly maps are
-not blurred: that would need SciPy and take the same time, since upsampling and blur are one matrix product.
+It needs PyTorch, timm (with what they bring) and annotated-types, no Ray, FAISS or Arrow, so that it runs wherever a
+GPU is at hand. Networks have random weights, which take the same time as others; their banks hold patches of random
+images. Anomaly maps are not blurred: that would need SciPy and take the same time, since upsampling and blur are one
+matrix product.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import json
 import os
 from pathlib import Path
@@ -123,6 +124,49 @@ def shards(tmp_path):
 
 
 # ---- what is written is read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["samples", "scores"])
+@pytest.mark.parametrize("group_bytes", [0, 1, 700, 5000, 64 << 20])
+def test_tables_make_the_same_file_as_their_rows(tmp_path, group_bytes, kind):
+    """However the rows are cut, and whatever their dictionaries hold."""
+    schema, rows = (
+        (SAMPLE_SCHEMA, ROWS) if kind == "samples" else (SCORE_SCHEMA, [score(n, s) for s in SPLITS for n in range(20)])
+    )
+    rows = [*rows, *rows[5:9], *rows[:3]]
+    write_part(tmp_path, "rows.parquet", rows, schema, group_bytes)
+    whole = pa.Table.from_pylist(rows, schema)
+    for cuts in ([], [1], [7, 8, 30], range(1, len(rows))):
+        with files.open_atomic(files.join(tmp_path, "tables.parquet")) as handle:
+            writer = PartWriter(handle, schema, group_bytes)
+            for first, last in itertools.pairwise([0, *cuts, len(rows)]):
+                writer.write_table(whole.slice(first, last - first))
+            writer.close()
+        assert (tmp_path / "tables.parquet").read_bytes() == (tmp_path / "rows.parquet").read_bytes()
+    with files.open_atomic(files.join(tmp_path, "both.parquet")) as handle:
+        writer = PartWriter(handle, schema, group_bytes)
+        writer.write(rows[0])
+        writer.write_table(whole.slice(1, 20))
+        for row in rows[21:]:
+            writer.write(row)
+        writer.close()
+    assert (tmp_path / "both.parquet").read_bytes() == (tmp_path / "rows.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stated", "found"), [(True, "all"), (False, "none"), ("none", "none"), ("flagged", "flagged"), ("all", "all")]
+)
+def test_score_sets_of_before_and_now_tell_which_maps_they_hold(tmp_path, stated, found):
+    scores = ScoreSet.open(write_set(tmp_path, [[score(0, "test")]], "score set", maps=stated))
+    assert scores.maps == found
+
+
+def test_maps_of_a_kind_that_is_not_known_are_told(tmp_path):
+    scores = ScoreSet.open(write_set(tmp_path / "new", [[score(0, "test")]], "score set", maps="few"))
+    with pytest.raises(DataError, match="holds the maps of 'few' images, this unianom knows none, flagged, all"):
+        _ = scores.maps
+    with pytest.raises(DataError, match="maps is no bool"):
+        ScoreSet.open(write_set(tmp_path / "broken", [[score(0, "test")]], "score set", maps=3))
 
 
 @pytest.mark.parametrize("group_bytes", [1, 5000, 64 << 20])

@@ -1,0 +1,240 @@
+"""Scoring: which maps are kept, images that cannot be read, and what a slow writer does."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.inference import part_scorer
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.part_scorer import PartScorer
+from pipelines.inference.score import score
+from pipelines.runtime.model_set import ModelSet
+from tests.pipelines.conftest import ONE, Small, tiny_method
+from tests.pipelines.evaluated import Scored, _write_shards
+from tests.pipelines.sharded import picture
+from unianom import files
+from unianom.data.image import ImageLimits
+from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
+from unianom.errors import DataError, ModelError
+from unianom.memory.index import MemoryBank
+from unianom.methods.uniformaly import UniFormaly
+from unianom.model import Model
+from unianom.thresholds import Bands, DecisionRule, Threshold
+
+MAPS = ("anomaly_map", "map_offset", "map_scale")
+
+
+@pytest.fixture(autouse=True)
+def serial(inline: None) -> None:
+    """No test here has Ray."""
+
+
+def limit(value: float) -> Threshold:
+    return Threshold(value, 0.05, 0.95, 100, 95, 0.05)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Twenty-three images of two categories, in three parts."""
+    samples = [
+        Scored(f"{n:02d}.png", "disc" if n % 9 < 6 else "stripe", 0, "good", picture([n]), None) for n in range(23)
+    ]
+    return _write_shards(tmp_path_factory.mktemp("scored") / "shards", samples, 3)
+
+
+@pytest.fixture(scope="module")
+def method() -> UniFormaly:
+    made = UniFormaly(tiny_method())
+    rows = np.random.default_rng(0).normal(size=(40, made.encoder.dimension)).astype(np.float32)
+    made.bank = MemoryBank.build(rows)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(method: UniFormaly, shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that passes some images, has some reviewed, and lets some fail."""
+    folder = tmp_path_factory.mktemp("model")
+    Model(method, ["disc", "stripe"]).save(folder / "plain")
+    scores = score(ScoreOptions(str(folder / "plain"), shards.uri, str(folder / "scores"), maps="none", runtime=ONE))
+    values = np.sort(scores.scores.table(columns=["score"])["score"].to_numpy())
+    bands = Bands(limit(float(values[-4])), limit(float(values[10])), 1.0)
+    Model(method, ["disc", "stripe"], decision_rule=DecisionRule("raw", bands, {})).save(folder / "model")
+    return str(folder / "model")
+
+
+def rows_of(scores: ScoreSet) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = scores.table().to_pylist()
+    return rows
+
+
+def test_scores_and_decisions_are_the_same_whichever_maps_are_kept(
+    model: str, shards: ShardSet, tmp_path: Path
+) -> None:
+    given = {maps: ScoreOptions(model, shards.uri, str(tmp_path / maps), maps=maps, runtime=ONE) for maps in
+             ("none", "flagged", "all")}  # fmt: skip
+    found = {maps: score(options).scores for maps, options in given.items()}
+    assert {maps: scores.maps for maps, scores in found.items()} == {maps: maps for maps in given}
+    rows = {maps: rows_of(scores) for maps, scores in found.items()}
+    assert {row["decision"] for row in rows["all"]} == {"pass", "review", "fail"}
+    for none, some, every in zip(rows["none"], rows["flagged"], rows["all"], strict=True):
+        kept = every["decision"] != "pass"
+        assert all(every[name] is not None for name in MAPS)
+        assert some == (every if kept else {**every, **dict.fromkeys(MAPS)})
+        assert none == {**every, **dict.fromkeys(MAPS)}
+    for options in given.values():
+        assert not score(options).fresh
+    with pytest.raises(DataError, match="differing in: maps"):
+        score(ScoreOptions(model, shards.uri, str(tmp_path / "none"), maps="all", runtime=ONE))
+
+
+def test_maps_are_kept_where_there_are_masks_unless_it_is_said(small: Small, tiny_model: Path, tmp_path: Path) -> None:
+    masked = score(ScoreOptions(str(tiny_model), str(small.shards), str(tmp_path / "masked"), runtime=ONE)).scores
+    assert masked.maps == "all"
+    good = score(
+        ScoreOptions(str(tiny_model), str(small.shards), str(tmp_path / "good"), splits=("train",), runtime=ONE)
+    ).scores
+    assert good.maps == "none"
+
+
+def test_a_model_that_decides_nothing_flags_nothing(method: UniFormaly, shards: ShardSet, tmp_path: Path) -> None:
+    """Told before anything is written; so where it decides of some categories only."""
+    Model(method, ["disc", "stripe"]).save(tmp_path / "none")
+    Model(method, ["disc", "stripe"], category_thresholds={"disc": limit(1.0)}).save(tmp_path / "one")
+    bands = Bands(limit(1.0), limit(0.5), 1.0)
+    Model(method, ["disc", "stripe"], decision_rule=DecisionRule("raw", None, {"disc": bands})).save(tmp_path / "rule")
+    for name, category in (("none", "disc"), ("one", "stripe"), ("rule", "stripe")):
+        options = ScoreOptions(str(tmp_path / name), shards.uri, str(tmp_path / "out"), maps="flagged", runtime=ONE)
+        with pytest.raises(ModelError, match=f"{name} has no threshold for category '{category}'"):
+            score(options)
+        assert not (tmp_path / "out").exists()
+    discs = ScoreOptions(
+        str(tmp_path / "one"), shards.uri, str(tmp_path / "out"), categories=("disc",), maps="flagged", runtime=ONE
+    )
+    assert all((row["decision"] == "fail") == (row["anomaly_map"] is not None) for row in rows_of(score(discs).scores))
+
+
+def scorer(model: str, shards: ShardSet, output: Path, **changes: Any) -> PartScorer:
+    models = ModelSet.open(model)
+    given: dict[str, Any] = {
+        "shards": shards,
+        "selection": Selection(),
+        "model_set": models,
+        "digests": {models.uri: "d" * 64},
+        "output": str(output),
+        "plan": "0" * 64,
+        "maps": "all",
+        "batch_size": 2,
+        "limits": ImageLimits(),
+        "device": "cpu",
+        "threads": 1,
+    }
+    return PartScorer(**{**given, **changes})
+
+
+def read_part(scorer: PartScorer, shards: ShardSet, output: Path, part: str) -> list[dict[str, Any]]:
+    record = scorer.run({"part": part})
+    entries = [{key: record[key] for key in ("name", "rows", "sha256")}]
+    rows: list[dict[str, Any]] = ScoreSet(str(output), {"files": entries}, "").table().to_pylist()
+    assert record["rows"] == len(rows)
+    return rows
+
+
+def test_images_that_cannot_be_read_stay_in_their_place(model: str, shards: ShardSet, tmp_path: Path) -> None:
+    """Limits of scoring refuse what ingest took; the others score what they score by themselves."""
+    part = shards.parts[0]
+    whole = read_part(scorer(model, shards, tmp_path / "whole"), shards, tmp_path / "whole", part)
+    sizes = [len(row["image"]) for batch in shards.read(part) for row in batch.to_pylist()]
+    most = sorted(sizes)[len(sizes) // 2]
+    limits = ImageLimits(max_bytes=most)
+    rows = read_part(scorer(model, shards, tmp_path / "some", limits=limits), shards, tmp_path / "some", part)
+    assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in whole]
+    assert {row["status"] for row in rows} == {"ok", "too_large"}
+    for row, full, size in zip(rows, whole, sizes, strict=True):
+        if size <= most:
+            assert row["score"] == pytest.approx(full["score"], rel=1e-5)
+            assert row["decision"] == full["decision"]
+        else:
+            assert row["status"] == "too_large"
+            assert str(size) in row["error"]
+            assert all(row[name] is None for name in ("score", "decision", *MAPS))
+    none = read_part(
+        scorer(model, shards, tmp_path / "no", limits=ImageLimits(max_bytes=10)), shards, tmp_path / "no", part
+    )
+    assert {row["status"] for row in none} == {"too_large"}
+
+
+def test_bytes_do_not_depend_on_the_threads_that_decode(model: str, shards: ShardSet, tmp_path: Path) -> None:
+    records = [
+        scorer(model, shards, tmp_path / str(threads), threads=threads).run({"part": shards.parts[1]})
+        for threads in (1, 3)
+    ]
+    assert records[0]["sha256"] == records[1]["sha256"]
+    stored = [path.read_bytes() for path in sorted(tmp_path.glob("*/_part-*.json"))]
+    assert stored[0] == stored[1]
+    assert b"stages" not in stored[0]
+
+
+def test_a_slow_writer_holds_the_network_back(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight batches no more than those in hand are predicted before the first is written; order is kept."""
+    part = shards.parts[0]
+    expected = read_part(scorer(model, shards, tmp_path / "fast", batch_size=1), shards, tmp_path / "fast", part)
+    monkeypatch.setattr(part_scorer, "WRITTEN_ROWS", 1)
+    go, predicted, stalled = threading.Event(), [], threading.Event()
+    write = PartWriter.write_table
+
+    def slow(self: PartWriter, table: Any) -> None:
+        assert go.wait(60)
+        write(self, table)
+
+    class Counting(PartScorer):
+        def _score(self, batch: Any) -> Any:
+            predicted.append(len(batch.rows))
+            if len(predicted) == 3:
+                stalled.set()
+            return super()._score(batch)
+
+    monkeypatch.setattr(PartWriter, "write_table", slow)
+    monkeypatch.setattr("tests.pipelines.inference.test_score.PartScorer", Counting)
+    rows: list[dict[str, Any]] = []
+    thread = threading.Thread(
+        target=lambda: rows.extend(
+            read_part(scorer(model, shards, tmp_path / "slow", batch_size=1), shards, tmp_path / "slow", part)
+        )
+    )
+    thread.start()
+    assert stalled.wait(60)
+    thread.join(0.3)
+    assert len(predicted) <= 3
+    go.set()
+    thread.join(60)
+    assert rows == expected
+    assert len(predicted) == len(expected) == 8
+
+
+def test_a_writer_that_fails_ends_the_part(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: PartWriter, table: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(PartWriter, "write_table", full)
+    with pytest.raises(OSError, match="no space left"):
+        scorer(model, shards, tmp_path).run({"part": shards.parts[0]})
+    assert not [name for name in files.list_names(str(tmp_path)) if name.endswith(".parquet")]
+
+
+def test_a_score_that_is_not_finite_names_its_image(model: str, shards: ShardSet, tmp_path: Path) -> None:
+    made = scorer(model, shards, tmp_path)
+    method: Any = made._model(made._model_set.uri).method
+    rule = method.image_scores
+    method.image_scores = lambda *given: rule(*given) * float("nan")
+    first = next(iter(shards.read(shards.parts[0])))["sample_id"][0].as_py()
+    with pytest.raises(DataError, match=f"{first} got the score nan .calibrated: None.; check the model's weights"):
+        made.run({"part": shards.parts[0]})
