@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,17 @@ def test_a_score_that_is_not_finite_names_its_image(model: str, shards: ShardSet
     first = next(iter(shards.read(shards.parts[0])))["sample_id"][0].as_py()
     with pytest.raises(DataError, match=f"{first} got the score nan .calibrated: None.; check the model's weights"):
         made.run({"part": shards.parts[0]})
+
+
+def test_banks_are_searched_where_it_is_said(model: str, shards: ShardSet, tmp_path: Path) -> None:
+    folder = str(tmp_path / "scores")
+    options = ScoreOptions(model, shards.uri, folder, batch_size=3, maps="none", runtime=ONE)
+    exact = score(options).scores.table(columns=["sample_id", "score"]).to_pydict()
+    assert not score(replace(options, search="exact")).fresh  # on a CPU "auto" is just that
+    with pytest.raises(DataError, match="of another run"):
+        score(replace(options, search="device"))
+    on_device = score(replace(options, search="device", output=str(tmp_path / "others")))
+    found = on_device.scores.table(columns=["sample_id", "score"]).to_pydict()
+    assert on_device.fresh
+    assert found["sample_id"] == exact["sample_id"]
+    np.testing.assert_allclose(found["score"], exact["score"], rtol=1e-5)
