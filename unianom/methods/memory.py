@@ -251,9 +251,9 @@ class MemoryMethod(Method[B]):
         """Return whether a bounded search takes less time than a full one."""
         bank = self.require_bank()
         return (
-            bank.proposals is not None
+            self.bank_on_device() is None
+            and bank.proposals is not None
             and embedding.patches.device.type == "cpu"
-            and self.bank_on_device() is None
             and embedding.patches.numel() * bank.rows >= LEAST_PRODUCTS
             and self.deciding_patches() <= LARGEST_SHARE * embedding.keep.shape[1]
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from unianom.data.image.options import ImageLimits
 from unianom.data.image.reduce import TOUCHING, reduce_mask
-from unianom.data.schema import Crop
 from unianom.errors import ImageError
+
+if TYPE_CHECKING:
+    from unianom.data.schema import Crop
 
 
 @dataclass(frozen=True)

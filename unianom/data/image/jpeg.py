@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 
@@ -20,6 +19,8 @@ def decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     """
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
         return None
+    import simplejpeg  # where nothing is decoded, as beside a network alone, it need not be there
+
     try:
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB")
     except Exception:  # libjpeg only warned, and Pillow takes it; or Pillow says what is wrong

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
@@ -68,6 +67,8 @@ def _upsample_and_blur_matrix(short: int, long: int, sigma: float, device: torch
     identity = torch.eye(short, dtype=torch.float64)[None]  # 1 channels=short, positions=short
     matrix = interpolate(identity, size=long, mode="linear", align_corners=False)[0].T.numpy()
     if sigma > 0:
+        from scipy.ndimage import gaussian_filter1d  # slow to import, and only needed once
+
         matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="reflect", truncate=4.0)
     return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32)).to(device)
 
