@@ -14,11 +14,13 @@ import torch
 import unianom
 from pipelines.benchmarks.bare_forward import bare_network
 from pipelines.benchmarks.harness import Measured, Timing, interleave
+from pipelines.benchmarks.host import OWN
 from pipelines.benchmarks.memory_bank import cover_radius
 from pipelines.benchmarks.memory_peak import reset_peak
 from pipelines.benchmarks.options import (
     BENCHMARKS,
     CoresetBenchmark,
+    HostBenchmark,
     InferenceBenchmark,
     MetricsBenchmark,
     PipeBenchmark,
@@ -233,6 +235,20 @@ def test_an_inference_benchmark_end_to_end(tmp_path: Path, model_and_shards: tup
     with pytest.raises(DataError, match=r"inference.json is there already; choose another output"):
         measure(options)
     assert (tmp_path / "inference.json").read_bytes() == before
+
+
+def test_what_the_host_does_end_to_end(model_and_shards: tuple[str, ShardSet], tmp_path: Path) -> None:
+    options = HostBenchmark(model_and_shards[1].uri, str(tmp_path / "host.json"), rounds=1, batch_size=2)
+    (table,) = measure(options)["tables"].values()
+    kinds = {"maps none", "maps flagged", "maps all"}
+    for stage in ("read", "decode", "resize", "normalise", "write", "all threads"):
+        assert set(table[stage]) == kinds
+        assert min(table[stage].values()) > 0
+    assert set(table["encode maps"]) - {"maps none"} == {"maps flagged", "maps all"}
+    assert table["encode maps"]["maps all"] > table["encode maps"]["maps flagged"] > 0
+    for kind in kinds:
+        stages = sum(own.get(kind, 0) for stage, own in table.items() if stage not in ("all threads", OWN))
+        assert stages == pytest.approx(table["all threads"][kind], abs=0.05)
 
 
 def test_every_benchmark_documents_its_options() -> None:
