@@ -158,6 +158,8 @@ def input_batches(method: Method, shards: ShardSet, selection: Selection, batch_
 class StagedScorer(PartScorer):
     """A `PartScorer` that also tells how its prediction splits into forward pass and search."""
 
+    _within = False
+
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Score a part; see `PartScorer`."""
         start = time.process_time()
@@ -174,14 +176,22 @@ class StagedScorer(PartScorer):
         if new:
             method: Any = model.method
             method.embed = self._clocked("forward", method.embed)
-            for name in ("search_bank", "anomaly_maps", "image_scores"):
+            for name in ("score_patches", "search_bank", "anomaly_maps", "image_scores"):
                 setattr(method, name, self._clocked("search, map", getattr(method, name)))
         return model
 
     def _clocked(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function whose calls are clocked, but for those within another one's: time counts once."""
+
         def call(*arguments: Any) -> Any:
-            with self._clock.stage(stage):
+            if self._within:
                 return function(*arguments)
+            self._within = True
+            try:
+                with self._clock.stage(stage):
+                    return function(*arguments)
+            finally:
+                self._within = False
 
         return call
 

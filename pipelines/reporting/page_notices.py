@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.reporting.headline import largest_error
 from pipelines.reporting.inputs import ReportInput
@@ -91,9 +92,12 @@ def _undefined(rows: Sequence[Mapping[str, Any]], table: pa.Table) -> list[str]:
     sentences = []
     if table["map_offset"].null_count == len(table):
         sentences.append(
-            "There are no pixel metrics: the scores hold no anomaly maps; jobs/score.py --maps true keeps them."
+            "There are no pixel metrics: the scores hold no anomaly maps; jobs/score.py --maps all keeps them."
         )
         return sentences
+    scored = pc.equal(table["status"].cast(pa.string()), "ok")
+    if pc.any(pc.and_(scored, pc.is_null(table["map_offset"]))).as_py():
+        return sentences  # maps of flagged images only; a note of the evaluation says it
     without = [r["category"] for r in rows if r.get("pixel_auroc") is None and 0 < r["n_anomalous"] < r["n_images"]]
     if without:
         sentences.append(f"Pixel metrics are undefined for {listed(without)}: no anomalous image has a mask.")

@@ -16,6 +16,7 @@ from pipelines.evaluation.pixel_counts import MapReader, plan_pixels, shard_part
 from pipelines.evaluation.tabulate import tabulate
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
+from unianom.data.maps import MapsKept
 from unianom.data.schema import SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, ShardSet, write_rejected
 from unianom.options import to_plain
@@ -86,11 +87,15 @@ def model_entry(policy: InputPolicy, threshold: float | None, **changes: Any) ->
 
 
 def write_scored(
-    folder: Path, samples: Sequence[Scored], models: Sequence[dict[str, Any]], parts: int = 2
+    folder: Path,
+    samples: Sequence[Scored],
+    models: Sequence[dict[str, Any]],
+    parts: int = 2,
+    maps: MapsKept | None = None,
 ) -> tuple[ScoreSet, ShardSet]:
     """Write `shards` and `scores` below a folder."""
     shards = _write_shards(folder / "shards", samples, parts)
-    return _write_scores(folder / "scores", samples, models, shards, parts), shards
+    return _write_scores(folder / "scores", samples, models, shards, parts, maps), shards
 
 
 def write_evaluation(
@@ -99,17 +104,18 @@ def write_evaluation(
     models: Sequence[dict[str, Any]],
     parts: int = 2,
     soft_dice: bool = False,
+    maps: MapsKept | None = None,
     **options_changed: Any,
 ) -> str:
     """Write `shards`, `scores` and `evaluation` below a folder; returns the evaluation's folder."""
-    scores, shards = write_scored(folder, samples, models, parts)
+    scores, shards = write_scored(folder, samples, models, parts, maps)
     output = str(folder / "evaluation")
     options = EvaluateOptions(scores.uri, shards.uri, output, soft_dice=soft_dice, **options_changed)
     images = LabelledImages.read(scores)
     plan = plan_pixels(options, scores, images)
     reader = MapReader(scores, shards, plan, str(folder / "counted"))
     for part in scores.parts:
-        if scores.manifest["maps"] and shard_part(part) in shards.parts:
+        if scores.maps == "all" and shard_part(part) in shards.parts:
             reader.run({"part": part})
     content = tabulate(options, scores, shards, images, plan, str(folder / "counted"))
     files.write_json(files.join(output, "evaluation.json"), content)
@@ -197,7 +203,12 @@ def _write_shards(folder: Path, samples: Sequence[Scored], parts: int) -> ShardS
 
 
 def _write_scores(
-    folder: Path, samples: Sequence[Scored], models: Sequence[dict[str, Any]], shards: ShardSet, parts: int
+    folder: Path,
+    samples: Sequence[Scored],
+    models: Sequence[dict[str, Any]],
+    shards: ShardSet,
+    parts: int,
+    maps: MapsKept | None = None,
 ) -> ScoreSet:
     thresholds = {model["digest"]: model["threshold"] for model in models}
     rows = []
@@ -232,7 +243,7 @@ def _write_scores(
         "models": list(models),
         "splits": ["test"],
         "categories": [],
-        "maps": any(sample.anomaly_map is not None for sample in samples),
+        "maps": maps or any(sample.anomaly_map is not None for sample in samples),  # as before there were three
         "batch_size": 8,
         "device": "cpu",
         "counts": _counts(samples),

@@ -172,7 +172,7 @@ class Method(nn.Module, Generic[C]):
         """
         self.check_images(images)
         prediction = self.postprocess(self.forward(images))
-        return prediction._replace(score=flagged(prediction.score, images))
+        return prediction._replace(score=nan_where_not_finite(prediction.score, images))
 
     @torch.inference_mode()
     def score_images(self, images: Tensor) -> ScoredImages:
@@ -209,7 +209,7 @@ class Method(nn.Module, Generic[C]):
             raise OptionError(f"{self.name} got images with NaN or infinite values; check decoding and mean/std")
 
 
-def flagged(score: Tensor, images: Tensor) -> Tensor:
+def nan_where_not_finite(score: Tensor, images: Tensor) -> Tensor:
     """Return scores, B, with NaN for every image that holds NaN or infinity, whatever the network made of it; on the
     CPU, where `Method.check_images` refuses such images, the scores themselves."""
     if host.reads_at_once(images):

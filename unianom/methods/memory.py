@@ -17,7 +17,7 @@ from unianom.memory.bounded_search import search_largest
 from unianom.memory.device_search import DeviceBank, Products
 from unianom.memory.index import BankWithoutImage, MemoryBank
 from unianom.memory.patch_distances import mean_distances
-from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, ScoredImages, flagged
+from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, ScoredImages, nan_where_not_finite
 from unianom.methods.layers.postprocess import upsample, upsample_and_blur
 
 LARGEST_SHARE = 0.5
@@ -210,7 +210,7 @@ class MemoryMethod(Method[B]):
         """Score B×3×S×S normalised images as every method does; see `score_patches`."""
         self.check_images(images)
         scored = self.score_patches(self.embed(images))
-        return replace(scored, score=flagged(scored.score, images))
+        return replace(scored, score=nan_where_not_finite(scored.score, images))
 
     @torch.inference_mode()
     def score_patches(self, embedding: MaskedPatches) -> ScoredImages:

@@ -20,7 +20,7 @@ from unianom.configs.onenip import OneNIPConfig
 from unianom.configs.transformer import TransformerConfig
 from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.coreset import greedy_coreset
-from unianom.methods.base import Prediction, RawOutputs, flagged, register_method, with_statistics
+from unianom.methods.base import Prediction, RawOutputs, nan_where_not_finite, register_method, with_statistics
 from unianom.methods.layers.postprocess import pooled_maximum, upsample
 from unianom.methods.layers.reconstruction import (
     AttentionBlock,
@@ -333,7 +333,7 @@ class OneNIP(TrainedMethod[OneNIPConfig]):
         if entries.shape != images.shape[:1] or not ((entries >= 0) & (entries < size)).all():
             raise OptionError(f"onenip takes one prompt for each image, an entry 0…{size - 1} of its pool of {size}")
         prediction = self.postprocess(self._raw_outputs(self.neck(images), entries))
-        return prediction._replace(score=flagged(prediction.score, images))
+        return prediction._replace(score=nan_where_not_finite(prediction.score, images))
 
     def _check_finished(self) -> None:
         if self._finished:

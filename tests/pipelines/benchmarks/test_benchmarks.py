@@ -15,12 +15,14 @@ import torch
 import unianom
 from pipelines.benchmarks.bare_forward import bare_network
 from pipelines.benchmarks.harness import Measured, Timing, interleave
+from pipelines.benchmarks.host import OWN
 from pipelines.benchmarks.memory_bank import cover_radius
 from pipelines.benchmarks.memory_peak import reset_peak
 from pipelines.benchmarks.options import (
     BENCHMARKS,
     CoresetBenchmark,
     EncoderBenchmark,
+    HostBenchmark,
     InferenceBenchmark,
     MetricsBenchmark,
     PipeBenchmark,
@@ -277,6 +279,20 @@ def test_the_search_of_anomalib_finds_the_nearest() -> None:
     patches, vectors = generator.normal(size=(20, 6)), generator.normal(size=(30, 6))
     expected = np.sqrt(((patches[:, None] - vectors[None]) ** 2).sum(2)).min(1)
     assert np.allclose(nearest_distances(torch.from_numpy(patches), torch.from_numpy(vectors)), expected)
+
+
+def test_what_the_host_does_end_to_end(model_and_shards: tuple[str, ShardSet], tmp_path: Path) -> None:
+    options = HostBenchmark(model_and_shards[1].uri, str(tmp_path / "host.json"), rounds=1, batch_size=2)
+    (table,) = measure(options)["tables"].values()
+    kinds = {"maps none", "maps flagged", "maps all"}
+    for stage in ("read", "decode", "resize", "normalise", "write", "all threads"):
+        assert set(table[stage]) == kinds
+        assert min(table[stage].values()) > 0
+    assert set(table["encode maps"]) - {"maps none"} == {"maps flagged", "maps all"}
+    assert table["encode maps"]["maps all"] > table["encode maps"]["maps flagged"] > 0
+    for kind in kinds:
+        stages = sum(own.get(kind, 0) for stage, own in table.items() if stage not in ("all threads", OWN))
+        assert stages == pytest.approx(table["all threads"][kind], abs=0.05)
 
 
 def test_every_benchmark_documents_its_options() -> None:

@@ -194,6 +194,19 @@ def test_scores_without_maps_have_image_metrics_and_their_intervals(tmp_path: Pa
     assert set(found["intervals"]["calibrated"]["mean"]) == {"image_auroc", "image_ap"}
 
 
+def test_maps_of_flagged_images_alone_make_no_pixel_metrics(tmp_path: Path):
+    """They would tell of the worst images only; what needs no map is as it is with all."""
+    samples = [replace(s, anomaly_map=None if s.label == 0 else s.anomaly_map) for s in _samples()]
+    found = _write(tmp_path / "flagged", samples, maps="flagged", bootstrap=FEW)
+    assert found["pixel_mode"] is None
+    assert "pixel_auroc" not in found["metrics"]["mean"]
+    (note,) = found["notes"]
+    assert note.startswith("only images that come to review or fail have an anomaly map")
+    assert note.endswith("score with --maps all to have them")
+    none = _write(tmp_path / "none", _samples(maps=False), bootstrap=FEW)
+    assert (found["metrics"], found["intervals"]) == (none["metrics"], none["intervals"])
+
+
 def test_a_category_of_normal_images_alone_has_no_interval(tmp_path: Path):
     samples = [s for s in _samples() if s.category != "plain" or s.label == 0]
     found = _write(tmp_path, samples, bootstrap=FEW)

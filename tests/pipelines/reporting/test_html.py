@@ -241,7 +241,7 @@ def test_pictures_show_the_image_the_map_and_the_outlined_mask(page: Page):
 def test_scores_without_maps_give_images_and_say_how_to_get_maps(tmp_path: Path):
     page = _report(tmp_path, drawn_samples(maps=False), [model_entry(POLICY, THRESHOLD)])
     assert (
-        "The scores hold no anomaly maps, so only images are shown; jobs/score.py --maps true keeps them." in page.text
+        "The scores hold no anomaly maps, so only images are shown; jobs/score.py --maps all keeps them." in page.text
     )
     assert any("There are no pixel metrics" in notice for notice in page.notices)
     assert not any(alt.startswith("heat map") for figure in page.figures for alt, _ in figure.images)
@@ -251,6 +251,22 @@ def test_scores_without_maps_give_images_and_say_how_to_get_maps(tmp_path: Path)
     assert np.abs(figure.pixels("plain" if figure.large else "image").astype(int) - outlined).mean() < 10
     assert page.tables["results"][1][1:5] == ["AUROC", "AP", "F1-max", "Acc."]
     assert len(page.tables["results"][1]) == 8
+
+
+def test_pictures_of_flagged_images_show_the_maps_that_are_there(tmp_path: Path):
+    samples = [replace(s, anomaly_map=None if s.label == 0 else s.anomaly_map) for s in drawn_samples()]
+    uri = write_evaluation(tmp_path, samples, [model_entry(POLICY, THRESHOLD)], maps="flagged")
+    page = Page(Path(write_report(untracked(uri, str(tmp_path / "report.html"), 2))).read_text())
+    assert any(
+        "only images that come to review or fail have an anomaly map" in notice.lower() for notice in page.notices
+    )
+    assert not any("Pixel metrics are undefined" in notice for notice in page.notices)
+    mapped = {s.sample_id: s.anomaly_map is not None for s in samples}
+    shown = {
+        f.sample: any(alt.startswith("heat map") for alt, _ in f.images) for f in page.figures if f.sample in mapped
+    }
+    assert set(shown.values()) == {True, False}
+    assert all(mapped[sample] for sample, heat in shown.items() if heat)
 
 
 def test_single_category_with_random_weights_and_no_threshold(tmp_path: Path):

@@ -54,9 +54,9 @@ class InputPolicy(Options):
             cell that it touches. The others follow published code: nearest neighbour alone
             ("nearest_only"), or bilinear, then ">0" ("bilinear_any"), ">0.5" ("bilinear_half") or full white only
             ("bilinear_full").
+        mean, std: per channel, on a 0…1 scale; null takes those of the backbone's weights.
         decode: "full", or "scaled": JPEG files are decoded at a half, a quarter or an eighth of their size where that
             is no smaller than what they are scaled to. Large files then cost less, and pixels differ a little.
-        mean, std: per channel, on a 0…1 scale; null takes those of the backbone's weights.
     """
 
     usual = ("resize", "size")
