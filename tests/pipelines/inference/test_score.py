@@ -23,6 +23,7 @@ from unianom import files
 from unianom.data.image import ImageLimits
 from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, Selection, ShardSet
 from unianom.errors import DataError, ModelError
+from unianom.execution import CPU
 from unianom.memory.index import MemoryBank
 from unianom.methods.uniformaly import UniFormaly
 from unianom.model import Model
@@ -130,7 +131,7 @@ def scorer(model: str, shards: ShardSet, output: Path, **changes: Any) -> PartSc
         "maps": "all",
         "batch_size": 2,
         "limits": ImageLimits(),
-        "device": "cpu",
+        "execution": CPU,
         "threads": 1,
     }
     return PartScorer(**{**given, **changes})
