@@ -11,6 +11,7 @@ import timm
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
+from torch.nn.functional import adaptive_avg_pool1d, conv2d, unfold
 
 from tests.methods.conftest import INPUT, SIDE, random_images
 from unianom.configs.backbone import BackboneConfig
@@ -19,7 +20,7 @@ from unianom.data.image import InputPolicy
 from unianom.errors import OptionError
 from unianom.memory.index import MemoryBank
 from unianom.methods import MaskedPatches
-from unianom.methods.patchcore import PatchCore, average_rows
+from unianom.methods.patchcore import PatchCore, pooling_kernels
 
 Array = NDArray[np.float64]
 
@@ -238,8 +239,14 @@ def test_a_bank_too_small_for_its_options_is_refused(rows):
 
 
 # ------------------------------------------------------------------------------------------------------------- pooling
-@pytest.mark.parametrize(("rows", "count"), [(360, 1024), (1152, 64), (9, 4), (10, 20), (7, 7), (1, 3), (65, 64)])
-def test_rows_are_averaged_to_the_bits_of_adaptive_pooling(rows, count):
-    values = torch.randn(2, rows, 5, generator=torch.Generator().manual_seed(0))
-    wanted = torch.nn.functional.adaptive_avg_pool1d(values.transpose(1, 2), count).transpose(1, 2)
-    assert torch.equal(average_rows(values, count), wanted)
+@pytest.mark.parametrize(("channels", "dimension"), [((3,), 27), ((5, 2), 8), ((4, 6, 3), 10), ((2, 3), 64)])
+def test_pooling_as_convolutions_is_the_published_pooling(channels, dimension):
+    """Of one map, of bins that hold values of two maps, and of more bins than values."""
+    generator = torch.Generator().manual_seed(5)
+    maps = [torch.randn(2, count, 4, 6, generator=generator, dtype=torch.float64) for count in channels]
+    cells = [unfold(feature_map, 3, padding=1).transpose(1, 2) for feature_map in maps]
+    wanted = adaptive_avg_pool1d(torch.cat([adaptive_avg_pool1d(cell, dimension) for cell in cells], -1), dimension)
+    found = torch.zeros(2, dimension, 4, 6, dtype=torch.float64)
+    for feature_map, (first, kernel) in zip(maps, pooling_kernels(channels, 3, dimension)):
+        found[:, first : first + len(kernel)] += conv2d(feature_map, kernel.double(), padding=1)
+    assert torch.allclose(found.flatten(2).transpose(1, 2), wanted, rtol=0, atol=1e-6)

@@ -16,9 +16,7 @@ not matter how far a bank lies from the origin. unianom/methods/README.md says w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unianom.errors import OptionError
+from unianom.precision import full_precision
 
 Products = Literal["fp32", "bf16"]
 """Precision of the matrix products that propose neighbours."""
@@ -101,7 +100,7 @@ class DeviceBank:
         """
         if not 1 <= k <= self.rows:
             raise OptionError(f"k must be between 1 and the {self.rows} rows of the bank, got {k}")
-        with _full_precision(self.device):
+        with full_precision(self.device):
             found = [self._search_block(block, k) for block in queries.split(QUERIES_AT_ONCE)]
         distances, rows = zip(*found, strict=True)
         return torch.cat(distances), torch.cat(rows)
@@ -161,17 +160,3 @@ def _smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     members = groups.gather(1, chosen[:, :, None].expand(-1, -1, GROUP)).flatten(1)
     smallest, place = members.topk(count, dim=1, largest=False, sorted=False)
     return smallest, chosen.gather(1, place // GROUP) * GROUP + place % GROUP
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 products in float32, also where the process allows TF32 or bfloat16 for them, or autocasts."""
-    backends: Any = torch.backends
-    settings = {"cuda": [backends.cuda.matmul], "cpu": [backends.mkldnn.matmul]}.get(device.type, [])
-    with ExitStack() as stack:
-        if torch.amp.is_autocast_available(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        for setting in settings:
-            stack.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
-            setting.fp32_precision = "ieee"
-        yield

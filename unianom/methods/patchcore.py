@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, unfold
+from torch.nn.functional import conv2d, interpolate
 
 from unianom.backbones import CnnBackbone
 from unianom.configs.patchcore import PatchCoreConfig
@@ -18,6 +18,7 @@ from unianom.memory.index import MemoryBank
 from unianom.memory.patch_distances import mean_distances
 from unianom.methods.base import RawOutputs, register_method, with_statistics
 from unianom.methods.memory import MaskedPatches, MemoryMethod, PatchFeatures
+from unianom.precision import full_precision
 
 
 @register_method("patchcore")
@@ -41,25 +42,32 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         with torch.inference_mode():
             finest = self.encoder(torch.zeros(1, 3, side, side))[0]
         self.grid = (finest.shape[2], finest.shape[3])
+        pooling = pooling_kernels(self.encoder.channels, config.patch_size, config.dimension)
+        self._first: list[int] = [first for first, _ in pooling]
+        for number, (_, kernel) in enumerate(pooling):
+            self.register_buffer(f"_kernel_{number}", kernel, persistent=False)
 
     def encode(self, images: Tensor) -> PatchFeatures:
         """Average neighbourhoods of the encoder's maps of B×3×S×S normalised images to patches B×N×dimension, without
         attention."""
-        pooled = [self._pool(feature_map) for feature_map in self.encoder(images)]  # each B N dimension
-        patches = torch.stack(pooled, dim=2).flatten(2).unflatten(2, (self.config.dimension, len(pooled)))
-        return PatchFeatures(average_in_order(list(patches.unbind(-1))), None)  # B N dimension
+        return PatchFeatures(self._pool(self.encoder(images)), None)
 
-    def _pool(self, feature_map: Tensor) -> Tensor:
-        """Pool neighbourhoods of B×C×h×w, on the finest grid, to B×N×dimension."""
-        size = self.config.patch_size
-        cells = unfold(feature_map, size, padding=size // 2)  # B C·size² h·w
-        pooled = average_rows(cells, self.config.dimension).transpose(1, 2).contiguous()  # B h·w dimension
-        if feature_map.shape[2:] == self.grid:
-            return pooled
-        # pooling and interpolation are both linear, so the order is free; pooled first, there is less to interpolate
-        coarse = pooled.transpose(1, 2).unflatten(2, feature_map.shape[2:])  # B dimension h w
-        finest = interpolate(coarse, size=self.grid, mode="bilinear", align_corners=False)
-        return finest.flatten(2).transpose(1, 2)
+    def _pool(self, feature_maps: Sequence[Tensor]) -> Tensor:
+        """Pool neighbourhoods of B×C×h×w maps, fine to coarse, on the finest grid, to B×N×dimension.
+
+        Published are three steps, all of them linear and so one: neighbourhoods are pooled to `dimension` values each,
+        maps interpolated to the finest, and the values of all maps pooled to `dimension` again.
+        """
+        first_map = feature_maps[0]
+        pooled = first_map.new_zeros(len(first_map), self.config.dimension, *self.grid)
+        with full_precision(first_map.device):
+            for number, (first, feature_map) in enumerate(zip(self._first, feature_maps, strict=True)):
+                kernel = self.get_buffer(f"_kernel_{number}")
+                part = conv2d(feature_map, kernel, padding=self.config.patch_size // 2)  # B values h w
+                if part.shape[2:] != self.grid:
+                    part = interpolate(part, size=self.grid, mode="bilinear", align_corners=False)
+                pooled[:, first : first + len(kernel)] += part
+        return pooled.flatten(2).transpose(1, 2).contiguous()
 
     def raw_outputs(self, embedding: MaskedPatches, distances: Tensor, rows: Tensor) -> RawOutputs:
         """Make the raw outputs of what `nearest_vectors` found.
@@ -144,25 +152,30 @@ def _reweighted_on_device(bank: DeviceBank, queries: Tensor, nearest: Tensor, id
     return (1 - share) * to_nearest
 
 
-def average_rows(rows: Tensor, count: int) -> Tensor:
-    """Average B×P×N over P to B×count×N, in the bins of `adaptive_avg_pool1d` and to the same bits.
+def pooling_kernels(channels: Sequence[int], size: int, dimension: int) -> list[tuple[int, Tensor]]:
+    """Return PatchCore's pooling of size×size neighbourhoods of several maps as convolutions whose results are added.
 
-    Whole rows are added, where that function goes over memory in strides.
+    Args:
+        channels: of each map.
+        size: odd, of the neighbourhoods.
+        dimension: values that each map's neighbourhoods, and then those of all maps together, are pooled to.
+
+    Returns:
+        For each map the first of the pooled values that it has a part in, and the kernel, values×channels×size×size
+        float32, of those from there on.
     """
-    given = rows.shape[1]
-    number = torch.arange(count, device=rows.device)
-    start, end = number * given // count, ((number + 1) * given + count - 1) // count
-    length = (end - start)[:, None]
-    total = rows.index_select(1, start)
-    for step in range(1, -(-given // count) + 1):
-        inside = (step < length).to(rows.dtype)
-        total.addcmul_(rows.index_select(1, (start + step).clamp(max=given - 1)), inside)
-    return total.div_(length.to(rows.dtype))
+    together = _averages(len(channels) * dimension, dimension)
+    kernels = []
+    for number, count in enumerate(channels):
+        own = together[:, number * dimension : (number + 1) * dimension] @ _averages(count * size**2, dimension)
+        touched = own.any(1).nonzero()
+        first, last = int(touched[0]), int(touched[-1])
+        kernels.append((first, own[first : last + 1].float().reshape(-1, count, size, size)))
+    return kernels
 
 
-def average_in_order(parts: Sequence[Tensor]) -> Tensor:
-    """Average tensors, added in their order."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total.div_(len(parts))
+def _averages(given: int, count: int) -> Tensor:
+    """Return the matrix, count×given float64, by which `adaptive_avg_pool1d` averages values."""
+    number, place = torch.arange(count)[:, None], torch.arange(given)
+    inside = (place >= number * given // count) & (place < ((number + 1) * given + count - 1) // count)
+    return inside / inside.sum(1, keepdim=True, dtype=torch.float64)
