@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -92,8 +91,8 @@ def measure_host(options: HostBenchmark) -> dict[str, Any]:
     images = measured.turns[f"maps {kinds[0]}"][0].amount
     table: dict[str, dict[str, float]] = {}
     for side, turns in measured.turns.items():
-        for stage in dict.fromkeys(stage for turn in turns for stage in turn.result):
-            spent = statistics.median(turn.result.get(stage, 0.0) for turn in turns)
+        fastest = min(turns, key=lambda turn: turn.seconds)  # what else the machine does only adds to it
+        for stage, spent in fastest.result.items():
             table.setdefault(stage, {})[side] = round(1000 * spent / images, 3)
     totals = {name: table.pop(name) for name in (REST, TOTAL, OWN)}
     return write_report(
@@ -101,7 +100,7 @@ def measure_host(options: HostBenchmark) -> dict[str, Any]:
         "images",
         measured,
         {"maps all ÷ maps none": measured.ratio("maps all", "maps none")},
-        tables={f"CPU milliseconds an image, {options.threads} threads": {**table, **totals}},
+        tables={f"CPU milliseconds an image, {options.threads} threads, fastest round": {**table, **totals}},
     )
 
 

@@ -126,6 +126,18 @@ def test_files_are_scaled_by_the_largest_step_that_stays_above_the_target(resize
     assert shape[1] >= upright.size[0]
 
 
+@pytest.mark.parametrize("name", ["subsampling 2, quality 75", "progressive", "grey", "RGB kept"])
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_scaled_pixels_are_those_of_pillows_draft_mode(name, scale):
+    ours, pillow = opened(FILES[name]), opened(FILES[name])
+    for image in (ours, pillow):
+        image.draft(None, (203 // scale, 157 // scale))
+    found = decode_jpeg(FILES[name], ours)
+    assert found is not None
+    assert found.shape[:2] == (-(-157 // scale), -(-203 // scale))
+    np.testing.assert_array_equal(found, np.asarray(pillow))
+
+
 @pytest.mark.parametrize("value", [1, 6])
 def test_scaled_decoding_gives_nearly_the_same_input(value):
     exif = Image.Exif()

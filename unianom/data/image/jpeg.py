@@ -11,7 +11,7 @@ def decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
 
     Args:
         data: the file.
-        image: the same, as Pillow opened it.
+        image: the same, as Pillow opened it; a size that its draft mode has reduced is kept to.
 
     Returns:
         H×W or H×W×3 uint8, equal to Pillow's pixels; the EXIF orientation is not applied. None where Pillow has to
@@ -21,8 +21,9 @@ def decode_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
         return None
     import simplejpeg  # where nothing is decoded, as beside a network alone, it need not be there
 
-    try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB")
+    colours = "GRAY" if image.mode == "L" else "RGB"
+    try:  # the least size is that of the file, or what Pillow's draft mode made of it
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colours, min_height=image.height, min_width=image.width)
     except Exception:  # libjpeg only warned, and Pillow takes it; or Pillow says what is wrong
         return None
     if pixels.shape[:2] != (image.height, image.width):
