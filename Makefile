@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "Installing into $(VENV): about 6.7 GB, most of it PyTorch and CUDA, which takes some minutes. pip tells what it does."
+	@echo "Installing into $(VENV): about 7 GB, most of it PyTorch and CUDA, which takes some minutes. pip tells what it does."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,dev,offline]'
