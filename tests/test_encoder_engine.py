@@ -112,6 +112,8 @@ def test_bfloat16_stays_within_its_own_bound():
     try:
         encoder = CompiledEncoder(backbone, SIDE, "openvino_bf16", 1)
     except EngineError as error:
+        if "this CPU computes in" not in str(error):
+            raise
         pytest.skip(str(error))
     difference, _ = largest_difference(encoder(images()), backbone.tensors(images()))
     assert 1e-5 < difference <= LARGEST_DIFFERENCE["openvino_bf16"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -81,10 +82,8 @@ def _repays(runtime: RuntimeOptions, images: int) -> bool:
 def _first_images(images: ImageSource, method: Method) -> torch.Tensor:
     """Return B×3×S×S normalised images, as many as are compared on or as the first part that has any gives."""
     read = images.open(COMPARED, 1)
-    try:
+    with suppress(DataError):  # the job itself tells of images that cannot be read
         for part in images.parts():
             for samples in read(part, method.input):
                 return normalise([sample.pixels for sample in samples], method.input)
-    except DataError:
-        pass  # the job itself tells of images that cannot be read
     return drawn_images(method.input)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from unianom import files
 from unianom.errors import DataError, ModelError
+from unianom.memory.bank_files import read_verified
 
 ORIGINS = "origins.parquet"
 """File in a bank's folder, with a row for each image: `sample_id`, and `rows`, the numbers of its rows in the bank."""
@@ -70,12 +71,7 @@ class Origins:
         import pyarrow.parquet as pq
 
         path = files.join(uri, ORIGINS)
-        try:
-            content = files.read_bytes(path)
-        except FileNotFoundError as error:
-            raise ModelError(f"{path} is missing from the memory bank; copy the whole folder again") from error
-        if files.sha256_of(content) != sha256:
-            raise ModelError(f"{path} is damaged: its SHA-256 is not the one in the bank's manifest; copy it again")
+        content = read_verified(path, sha256)
         try:
             table = pq.read_table(io.BytesIO(content))
             lists = table["rows"].combine_chunks()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from unianom import files
 from unianom.errors import ModelError
+from unianom.memory.bank_files import read_verified
 from unianom.memory.exact_search import nearest_centroids
 from unianom.memory.faiss_indexes import Bool, Float32, Int64, flat_index, load_faiss, longest_row
 
@@ -107,12 +108,7 @@ class Proposals:
             ModelError: it is missing or damaged, or of another bank.
         """
         path = files.join(uri, PROPOSALS)
-        try:
-            content = files.read_bytes(path)
-        except FileNotFoundError as error:
-            raise ModelError(f"{path} is missing from the memory bank; copy the whole folder again") from error
-        if files.sha256_of(content) != sha256:
-            raise ModelError(f"{path} is damaged: its SHA-256 is not the one in the bank's manifest; copy it again")
+        content = read_verified(path, sha256)
         try:
             tensors = safetensors.numpy.load(content)
             centroids, lists = tensors["centroids"], tensors["lists"]

@@ -9,6 +9,7 @@ import numpy as np
 
 from unianom import files
 from unianom.errors import ModelError, OptionError
+from unianom.memory.bank_files import read_verified
 from unianom.memory.faiss_indexes import load_faiss
 from unianom.memory.origins import ORIGINS, Origins
 from unianom.memory.proposals import PROPOSALS, Proposals
@@ -100,12 +101,7 @@ def load_shard(uri: str, number: int) -> Shard:
         raise OptionError(f"the memory bank at {uri} has {len(manifest['shards'])} shards, there is no shard {number}")
     entry = manifest["shards"][number]
     place = files.join(uri, entry["file"])
-    try:
-        content = files.read_bytes(place)
-    except FileNotFoundError as error:
-        raise ModelError(f"{place} is missing from the memory bank; copy the whole folder again") from error
-    if files.sha256_of(content) != entry["sha256"]:
-        raise ModelError(f"{place} is damaged: its SHA-256 is not the one in {MANIFEST}; copy the folder again")
+    content = read_verified(place, entry["sha256"])
     faiss = load_faiss()
     try:
         index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
