@@ -23,9 +23,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Plain tests on all cores, one thread each; then those on a local Ray, which share one cluster.
+# Plain tests on all cores, one thread each; then those on a local Ray, which share one cluster. A test that ends its
+# process is named and ends the run: with another process in its place, pytest-xdist waits for ever.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray" -n auto --dist loadfile --max-worker-restart 0
 	$(BIN)/python -m pytest -m ray
 
 format: $(VENV)/.installed
