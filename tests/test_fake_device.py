@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.inference.part_scorer import predict_batch
+from pipelines.inference.range_scorer import predict_batch
 from tests.fake_device import DEVICE, HostWaits, fake_device, without_waits
 from tests.methods.conftest import TINY, fit, random_images, tiny_method
 from unianom.calibration import Calibrator

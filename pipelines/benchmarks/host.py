@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipelines.benchmarks.harness import Timing, fixed_threads, interleave
 from pipelines.benchmarks.options import HostBenchmark
 from pipelines.benchmarks.report import write_report
-from pipelines.inference.part_scorer import STAGES, PartScorer
+from pipelines.inference.range_scorer import STAGES, RangeScorer
 from pipelines.runtime.model_set import ModelSet
 from unianom.data.image import IMAGENET_MEAN, IMAGENET_STD, ImageLimits, InputPolicy
 from unianom.data.maps import MapsKept
@@ -24,6 +24,7 @@ from unianom.execution import CPU
 from unianom.methods.base import Method, Prediction, ScoredImages
 from unianom.methods.layers.postprocess import upsample_and_blur
 from unianom.model import Model
+from unianom.options import to_plain
 from unianom.thresholds import Threshold
 
 ONE_FLAGGED_OF = 20
@@ -62,12 +63,12 @@ class FreeMethod(Method[Any]):
         return ScoredImages.of(self.predict(images))
 
 
-class FreeScorer(PartScorer):
-    """A `PartScorer` whose network costs nothing.
+class FreeScorer(RangeScorer):
+    """A `RangeScorer` whose network costs nothing.
 
     Args:
         policy: how images become its input.
-        arguments: of `PartScorer`.
+        arguments: of `RangeScorer`.
     """
 
     def __init__(self, policy: InputPolicy, **arguments: Any) -> None:
@@ -124,8 +125,8 @@ def _score(options: HostBenchmark, shards: ShardSet, policy: InputPolicy, maps: 
         start, own = time.process_time(), time.thread_time()
         stages: dict[str, float] = {}
         images = 0
-        for part in shards.parts:
-            result = scorer.run({"part": part})
+        for within in shards.ranges(Selection()):
+            result = scorer.run(to_plain(within))
             images += result["rows"]
             for stage, seconds in result[STAGES].items():
                 stages[stage] = stages.get(stage, 0.0) + seconds

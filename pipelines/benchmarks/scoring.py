@@ -18,7 +18,7 @@ from pipelines.benchmarks.bare_forward import BareForward
 from pipelines.benchmarks.harness import OURS, Side, Timing, interleave
 from pipelines.benchmarks.options import PipeBenchmark
 from pipelines.benchmarks.report import write_report
-from pipelines.inference.part_scorer import STAGES, PartScorer
+from pipelines.inference.range_scorer import STAGES, RangeScorer
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
@@ -68,7 +68,7 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
                 start = time.perf_counter()
                 results = list(
                     run_tasks(
-                        PartScorer, scorer_arguments(options, shards, output), _part_tasks(shards), runtime, images
+                        RangeScorer, scorer_arguments(options, shards, output), _range_tasks(shards), runtime, images
                     )
                 )
                 walls.append(time.perf_counter() - start)
@@ -101,7 +101,7 @@ def measure_pipe(options: PipeBenchmark) -> dict[str, Any]:
 
 
 def scorer_arguments(options: PipeBenchmark, shards: ShardSet, output: str) -> dict[str, Any]:
-    """Return the arguments of `PartScorer`, as jobs/score.py gives them."""
+    """Return the arguments of `RangeScorer`, as jobs/score.py gives them."""
     model_set = ModelSet.open(options.model)
     return {
         "shards": shards,
@@ -123,8 +123,8 @@ def span(results: Sequence[dict[str, Any]]) -> float:
     return max(result[ENDED] for result in results) - min(result[STARTED] for result in results)
 
 
-def _part_tasks(shards: ShardSet) -> list[dict[str, Any]]:
-    return [{"part": part} for part in shards.parts]
+def _range_tasks(shards: ShardSet) -> list[dict[str, Any]]:
+    return [to_plain(within) for within in shards.ranges(Selection())]
 
 
 def memory_model(folder: str) -> MemoryMethod:
@@ -155,13 +155,13 @@ def input_batches(method: Method, shards: ShardSet, selection: Selection, batch_
                     waiting = []
 
 
-class StagedScorer(PartScorer):
-    """A `PartScorer` that also tells how its prediction splits into forward pass and search."""
+class StagedScorer(RangeScorer):
+    """A `RangeScorer` that also tells how its prediction splits into forward pass and search."""
 
     _within = False
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Score a part; see `PartScorer`."""
+        """Score a range; see `RangeScorer`."""
         start = time.process_time()
         result = super().run(task)
         stages = result[STAGES]
@@ -198,9 +198,8 @@ class StagedScorer(PartScorer):
 
 def stage_split(options: PipeBenchmark, shards: ShardSet, folder: str) -> dict[str, dict[str, float]]:
     """Return CPU milliseconds an image of each stage of one worker, and its share."""
-    tasks = _part_tasks(shards)
-    entries = shards.manifest["files"]
-    enough = next((n for n in range(1, len(tasks)) if sum(e["rows"] for e in entries[:n]) >= STAGE_IMAGES), len(tasks))
+    tasks = _range_tasks(shards)
+    enough = next((n for n in range(1, len(tasks)) if sum(t["rows"] for t in tasks[:n]) >= STAGE_IMAGES), len(tasks))
     seconds: dict[str, float] = {}
     images = 0
     with TemporaryDirectory(dir=folder) as output:

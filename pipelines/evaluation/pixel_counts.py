@@ -23,6 +23,7 @@ from pipelines.runtime.tasks import run_tasks
 from unianom import files
 from unianom.configs.metrics import AuproVariant
 from unianom.data.image import InputPolicy, decode_map, decode_mask, prepare_mask
+from unianom.data.row_ranges import RowRange
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.metrics.pixel import PixelAccumulator
@@ -109,11 +110,13 @@ class PixelCounts:
 def count_pixels(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str, runtime: RuntimeOptions) -> None:
     """Write a file for each score part into a folder; files that are there already are kept."""
     present = set(files.list_names(folder))
-    tasks = [{"part": part} for part in scores.parts if shard_part(part) in shards.parts]
+    entries = scores.manifest["files"]
+    tasks = [{"part": entry["name"]} for entry in entries if scored_range(entry, shards) is not None]
     left = [task for task in tasks if part_file(task["part"]) not in present]
     if not left:
         return
-    images = sum(_rows(scores, task["part"]) for task in left)
+    rows = {entry["name"]: entry["rows"] for entry in entries}
+    images = sum(rows[task["part"]] for task in left)
     progress = Progress("read maps", images)
     arguments = {"scores": scores, "shards": shards, "plan": plan, "folder": folder}
     for result in run_tasks(MapReader, arguments, left, runtime, images):
@@ -121,13 +124,16 @@ def count_pixels(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: st
     progress.close()
 
 
-def _rows(scores: ScoreSet, part: str) -> int:
-    return next(entry["rows"] for entry in scores.manifest["files"] if entry["name"] == part)
-
-
-def shard_part(score_part: str) -> str:
-    """Return the shard part that a score part is of: a name that does not exist for rejected samples, without a map."""
-    return "-".join(score_part.split("-")[:2]) + ".parquet"
+def scored_range(entry: Mapping[str, Any], shards: ShardSet) -> RowRange | None:
+    """Return the rows of the shards that a score part is of, by its entry in the manifest; None for that of rejected
+    samples, which have no map."""
+    if "of" in entry:
+        part, first, rows = entry["of"]
+        return RowRange(part, first, rows, opens=True)
+    # of an earlier version: of a whole part, which its name tells
+    name = "-".join(entry["name"].split("-")[:2]) + ".parquet"
+    whole = next((part for part in shards.manifest["files"] if part["name"] == name), None)
+    return None if whole is None else RowRange(name, 0, whole["rows"], opens=True)
 
 
 def part_file(score_part: str) -> str:
@@ -147,6 +153,7 @@ class MapReader:
     def __init__(self, scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folder: str) -> None:
         self._scores, self._shards, self._plan, self._folder = scores, shards, plan, folder
         models = scores.manifest["models"]
+        self._entries = {entry["name"]: entry for entry in scores.manifest["files"]}
         self._policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in models}
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +162,7 @@ class MapReader:
         arrays = self._binned(part) if self._plan.binned else self._exact(part)
         with files.open_atomic(files.join(self._folder, part_file(part))) as handle:
             np.savez(handle, **arrays)  # type: ignore[arg-type]
-        return {"rows": _rows(self._scores, part)}
+        return {"rows": self._entries[part]["rows"]}
 
     def _exact(self, part: str) -> dict[str, np.ndarray]:
         """Return every pixel, and how each map is calibrated."""
@@ -213,7 +220,8 @@ class MapReader:
         as where a crop leaves the defect out: their names are added to `left_out`.
         """
         masks: dict[str, bytes | None] = {}
-        for batch in self._shards.read(shard_part(part), None, ["sample_id", "mask"]):
+        within = scored_range(self._entries[part], self._shards)
+        for batch in [] if within is None else self._shards.read_range(within, None, ["sample_id", "mask"]):
             masks.update(zip(batch["sample_id"].to_pylist(), batch["mask"].to_pylist(), strict=True))
         columns = ["sample_id", "dataset", "category", "label", "status", "model", "anomaly_map", "map_offset"]
         columns += ["map_scale", "calibration_offset", "calibration_scale"]
@@ -259,10 +267,10 @@ def read_pixel_counts(scores: ScoreSet, shards: ShardSet, plan: PixelPlan, folde
     binned: dict[Group, BinnedPixelAccumulator] = {}
     histograms: dict[Group, Histograms] = {}
     left_out: list[str] = []
-    for part in scores.parts:
-        if shard_part(part) not in shards.parts:
+    for entry in scores.manifest["files"]:
+        if scored_range(entry, shards) is None:
             continue
-        path = files.join(folder, part_file(part))
+        path = files.join(folder, part_file(entry["name"]))
         try:
             with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}

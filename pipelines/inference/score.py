@@ -1,8 +1,9 @@
 """jobs/score.py: shards and a model → scores.
 
-    shards ─▶ actors (`part_scorer`): read, decode, forward, search, write ─▶ one score part per shard part ─▶ manifest
+    shards ─▶ ranges of rows ─▶ actors (`range_scorer`): read, decode, forward, search, write ─▶ score parts ─▶ manifest
 
-A part's bytes depend on the plan alone, so whoever writes it, and however often, the folder ends up the same.
+A score part is of one range; its bytes depend on the plan alone, so whoever writes it, and however often, the folder
+ends up the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from pipelines.data.engine import choose_engine, say_precision
 from pipelines.data.image_source import SampleSource
 from pipelines.inference.options import ScoreOptions
-from pipelines.inference.part_scorer import PartScorer
+from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
 from pipelines.runtime import outputs
 from pipelines.runtime.model_set import ModelSet
@@ -24,6 +25,7 @@ from pipelines.runtime.progress import Progress
 from pipelines.runtime.tasks import run_tasks
 from unianom import files
 from unianom.data.maps import MapsKept
+from unianom.data.row_ranges import RowRange
 from unianom.data.shards import ScoreSet, Selection, ShardSet
 from unianom.errors import ModelError
 from unianom.execution import CPU
@@ -105,8 +107,9 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "threads": runtime.cpus_per_worker,
                 "fold": options.fold_batch_norm,
             }
-            rate = _write_parts(arguments, shards, selection, runtime)
-            commit_scores(output, digest, shards, selection, models, plan)
+            ranges = shards.ranges(selection)
+            rate = _write_parts(arguments, ranges, runtime)
+            commit_scores(output, digest, shards, selection, ranges, models, plan)
     scores = ScoreSet.open(output)
     check_unscored(scores, options.max_reject_fraction)
     return ScoreResult(scores, fresh, rate)
@@ -137,20 +140,16 @@ def _check_decisions(model_set: ModelSet, models: Sequence[Mapping[str, Any]], c
             )
 
 
-def _write_parts(arguments: dict[str, Any], shards: ShardSet, selection: Selection, runtime: RuntimeOptions) -> float:
+def _write_parts(arguments: dict[str, Any], ranges: Sequence[RowRange], runtime: RuntimeOptions) -> float:
     """Write the score parts that are not there yet; return the images per second."""
-    output, digest = arguments["output"], arguments["plan"]
-    tasks, done = [], 0
-    for part in shards.parts:
-        record = outputs.part_record(output, score_part(part, digest))
-        if record is None:
-            tasks.append({"part": part})
-        else:
-            done += record["rows"]
+    names = {score_part(within.part, arguments["plan"], within.first): within for within in ranges}
+    records = outputs.part_records(arguments["output"], names)
+    done = sum(record["rows"] for record in records.values())
     if done:
         print(f"continuing: {done} samples are scored already")
-    images = shards.count(selection) - done
+    tasks = [to_plain(within) for name, within in names.items() if name not in records]
+    images = arguments["shards"].count(arguments["selection"]) - done
     progress = Progress("score", images)
-    for record in run_tasks(PartScorer, arguments, tasks, runtime, images):
+    for record in run_tasks(RangeScorer, arguments, tasks, runtime, images):
         progress.advance(record["rows"])
     return progress.close()

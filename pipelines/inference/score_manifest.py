@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.runtime import outputs
 from unianom import __version__, files
+from unianom.data.id_digest import IdDigest
+from unianom.data.row_ranges import RowRange
 from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
 from unianom.errors import DataError
@@ -15,9 +18,13 @@ PLANNED = ("splits", "categories", "maps", "batch_size", "device", "engine")
 """Entries of the plan that the manifest repeats; a plan without an engine is of PyTorch."""
 
 
-def score_part(part: str, plan: str) -> str:
-    """Return the name of the score part of a shard part: it tells the plan, so parts of two plans never mix."""
-    return f"{part.removesuffix('.parquet')}-{plan[:12]}.parquet"
+def score_part(part: str, plan: str, first: int | None = None) -> str:
+    """Return the name of the score part of a shard part, or of its rows from `first` on.
+
+    It tells the plan, so parts of two plans never mix.
+    """
+    place = "" if first is None else f"-{first:09d}"
+    return f"{part.removesuffix('.parquet')}{place}-{plan[:12]}.parquet"
 
 
 def commit_scores(
@@ -25,40 +32,33 @@ def commit_scores(
     digest: str,
     shards: ShardSet,
     selection: Selection,
+    ranges: Sequence[RowRange],
     models: list[dict[str, Any]],
     plan: dict[str, Any],
 ) -> None:
     """Check that every sample has one score, and write the manifest.
 
+    What is checked are the number of scores and the digest of their sample_ids, which every range tells of its own.
+
     Raises:
-        DataError: a part is missing, or the shards are damaged.
+        DataError: a range is missing, or the shards are damaged.
     """
-    records = [outputs.part_record(output, score_part(part, digest)) for part in shards.parts]
-    missing = [part for part, record in zip(shards.parts, records, strict=True) if record is None]
+    names = [score_part(within.part, digest, within.first) for within in ranges]
+    records = outputs.part_records(output, names)
+    missing = [name for name in names if name not in records]
     if missing:
         raise DataError(f"{missing[0]} was not scored; run the same command again, it continues")
-    done = [record for record in records if record is not None]
+    done = [records[name] for name in names]
     rejected = _write_rejected(output, digest, shards, selection)
-    entries = [{key: record[key] for key in ("name", "rows", "sha256")} for record in [*done, rejected]]
-    draft = ScoreSet(output, {"files": entries}, "")
-    ids = draft.table(columns=["sample_id"])["sample_id"]
-    expected = shards.count(selection) + rejected["rows"]
-    if len(ids) != expected or len(ids.unique()) != expected:
-        twice = [entry["values"] for entry in ids.value_counts().to_pylist() if entry["counts"] > 1]
-        raise DataError(
-            f"the shards {shards.uri} are damaged: their parts and rejected samples make {len(ids)} scores"
-            f"{f', two of them of {twice[0]}' if twice else ''}, their manifest counts {expected}; copy them again, or "
-            f"run jobs/ingest.py again"
-        )
+    _check_complete(shards, selection, done)
+    entries = [
+        {**{key: record[key] for key in ("name", "rows", "sha256")}, "of": [within.part, within.first, within.rows]}
+        for record, within in zip(done, ranges, strict=True)
+    ]
+    entries.append({key: rejected[key] for key in ("name", "rows", "sha256")})
     statuses: Counter[str] = Counter()
     for record in [*done, rejected]:
         statuses.update(record["statuses"])
-    counts = [
-        row
-        for row in shards.manifest["counts"]
-        if (not selection.splits or row["split"] in selection.splits)
-        and (not selection.categories or row["category"] in selection.categories)
-    ]
     manifest: dict[str, Any] = {
         "kind": ScoreSet.kind,
         "schema_version": SCORE_VERSION,
@@ -67,11 +67,39 @@ def commit_scores(
         "shards": {"digest": shards.digest},
         "models": models,
         **{key: plan[key] for key in PLANNED if key in plan},
-        "counts": counts,
+        "counts": shards.selected_counts(selection),
         "statuses": dict(sorted(statuses.items())),
         "files": entries,
     }
+    _remove_whole_parts(output, digest, shards)
     outputs.finish(output, manifest)
+
+
+def _remove_whole_parts(output: str, digest: str, shards: ShardSet) -> None:
+    """Remove what an earlier version, which scored whole parts at once, left of this plan unfinished."""
+    present = set(files.list_names(output))
+    for name in (score_part(part, digest) for part in shards.parts):
+        if name in present:
+            files.remove_file(output, name)
+            outputs.remove_record(output, name)
+
+
+def _check_complete(shards: ShardSet, selection: Selection, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse scores that are not of just the samples that the manifest of the shards counts."""
+    scored, expected = sum(record["rows"] for record in records), shards.count(selection)
+    found = IdDigest()
+    for record in records:
+        found.merge(IdDigest.from_hex(record["ids"]))
+    wanted = shards.ids(selection)
+    if scored == expected and (wanted is None or wanted.hex() == found.hex()):
+        return
+    ids = shards.table(selection, ["sample_id"])["sample_id"]
+    twice = next((entry["values"] for entry in ids.value_counts().to_pylist() if entry["counts"] > 1), None)
+    what = f"{scored} scores{'' if twice is None else f', two of them of {twice},'}"
+    raise DataError(
+        f"the shards {shards.uri} are damaged: their parts make {what} where their manifest counts {expected}"
+        f"{'' if scored != expected else ' others'}; copy them again, or run jobs/ingest.py again"
+    )
 
 
 def _write_rejected(output: str, digest: str, shards: ShardSet, selection: Selection) -> dict[str, Any]:

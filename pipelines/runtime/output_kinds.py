@@ -18,6 +18,7 @@ _MODEL = (
     r"bank/origins\.parquet",
     r"bank/shard-\d{5}-of-\d{5}\.faiss",
 )
+_SCORED = r"part-(\d{5}(-\d{9})?|rejected)-[0-9a-f]{12}\.parquet"
 _PARTS = (r"_manifest\.json", r"_part-[\w.-]+\.json")
 
 
@@ -57,7 +58,7 @@ KINDS: dict[str, OutputKind] = {
     "score set": OutputKind(
         "scores",
         "score",
-        (*_PARTS, r"part-(\d{5}|rejected)-[0-9a-f]{12}\.parquet"),
+        (*_PARTS, _SCORED),
         keys=frozenset({"models", "maps", "fold_batch_norm"}),
     ),
     "model": OutputKind(
@@ -93,7 +94,7 @@ KINDS: dict[str, OutputKind] = {
         "decide",
         (
             *_PARTS,
-            r"part-(\d{5}|rejected)-[0-9a-f]{12}\.parquet",
+            _SCORED,
             r"thresholds\.json",
             r"summary\.json",
             r"queue\.csv",

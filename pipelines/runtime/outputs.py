@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from unianom.errors import DataError, OptionError
 
 MODELS = ("models", "calibrated models")
 """Kinds of outputs that hold single models, each in a folder of its own with a claim of its own."""
+
+RECORDS_AT_ONCE = 16
+"""Records of parts that are read at the same time; on object stores that is waiting."""
 
 
 @contextmanager
@@ -292,9 +296,24 @@ def part_record(output: str, part: str) -> dict[str, Any] | None:
     return files.read_json(path) if files.exists(path) else None
 
 
+def part_records(output: str, parts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return what `part_record` does of those of many parts that are committed, by part; looks into the folder once."""
+    present = set(files.list_names(output))
+    committed = [part for part in parts if _record_name(part) in present]
+    with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
+        records = pool.map(lambda part: files.read_json(files.join(output, _record_name(part))), committed)
+        return dict(zip(committed, records, strict=True))
+
+
 def commit_part(output: str, part: str, record: dict[str, Any]) -> None:
     """Declare a part, already written under its name, as done."""
     files.write_json(files.join(output, _record_name(part)), record)
+
+
+def remove_record(output: str, part: str) -> None:
+    """Take back what `commit_part` declared."""
+    if files.exists(files.join(output, _record_name(part))):
+        files.remove_file(output, _record_name(part))
 
 
 def _record_name(part: str) -> str:

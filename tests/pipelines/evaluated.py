@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipelines.evaluation.labelled_images import LabelledImages
 from pipelines.evaluation.options import EvaluateOptions
-from pipelines.evaluation.pixel_counts import MapReader, plan_pixels, shard_part
+from pipelines.evaluation.pixel_counts import MapReader, plan_pixels, scored_range
 from pipelines.evaluation.tabulate import tabulate
 from unianom import files
 from unianom.data.image import InputPolicy, encode_map, encode_png
@@ -114,9 +114,9 @@ def write_evaluation(
     images = LabelledImages.read(scores)
     plan = plan_pixels(options, scores, images)
     reader = MapReader(scores, shards, plan, str(folder / "counted"))
-    for part in scores.parts:
-        if scores.maps == "all" and shard_part(part) in shards.parts:
-            reader.run({"part": part})
+    for entry in scores.manifest["files"]:
+        if scores.maps == "all" and scored_range(entry, shards) is not None:
+            reader.run({"part": entry["name"]})
     content = tabulate(options, scores, shards, images, plan, str(folder / "counted"))
     files.write_json(files.join(output, "evaluation.json"), content)
     return output

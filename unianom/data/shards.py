@@ -1,8 +1,8 @@
 """Shard sets and score sets: a folder of Parquet files and their manifest.
 
 `part-*.parquet` hold rows of `SAMPLE_SCHEMA` or `SCORE_SCHEMA`; a shard set also has `_rejected.parquet` with rows of
-`REJECTED_SCHEMA`. `_manifest.json` is written last, so a folder without one is unfinished. A part is the unit of work
-of every job.
+`REJECTED_SCHEMA`. `_manifest.json` is written last, so a folder without one is unfinished. Jobs work on a part, or on
+a range of its rows, at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import UnionType
@@ -21,7 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unianom import files
+from unianom.data.id_digest import IdDigest
 from unianom.data.maps import MapsKept
+from unianom.data.row_ranges import MOST_ROWS, RowGroup, RowRange, cut_ranges
 from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION, SPLITS
 from unianom.errors import DataError, storage_error
 
@@ -37,6 +40,9 @@ SMALL = 32 << 20
 
 MOST_IN_MEMORY = 512 << 20
 """Bytes of a part on an object store up to which it is held in memory to compare its checksum."""
+
+FOOTERS_AT_ONCE = 16
+"""Parts whose row groups are looked up at the same time; on object stores that is waiting."""
 
 _verified_files: set[tuple[Any, ...]] = set()
 
@@ -141,13 +147,26 @@ class PartSet:
 
     def count(self, selection: Selection) -> int:
         """Return how many samples a selection holds, from the manifest."""
-        return sum(
-            row["count"]
+        return sum(row["count"] for row in self.selected_counts(selection))
+
+    def selected_counts(self, selection: Selection) -> list[dict[str, Any]]:
+        """Return the entries of the manifest's counts that a selection takes."""
+        return [
+            row
             for row in self.manifest["counts"]
             if (not selection.splits or row["split"] in selection.splits)
             and (not selection.categories or row["category"] in selection.categories)
             and (not selection.labels or row["label"] in selection.labels)
-        )
+        ]
+
+    def ids(self, selection: Selection) -> IdDigest | None:
+        """Return the digest of the selected sample_ids, from the manifest; None where an earlier version wrote it."""
+        found = IdDigest()
+        for row in self.selected_counts(selection):
+            if "ids" not in row:
+                return None
+            found.merge(IdDigest.from_hex(row["ids"]))
+        return found
 
     def check(self, selection: Selection) -> None:
         """Refuse a selection that holds nothing.
@@ -186,6 +205,45 @@ class PartSet:
                 kept = batch if selection is None else batch.filter(selection.mask(batch))
                 if kept.num_rows:
                     yield kept.select(wanted)
+
+    def ranges(self, selection: Selection, most_rows: int = MOST_ROWS) -> list[RowRange]:
+        """Return the rows of all parts that may be selected, as ranges in order; see `cut_ranges`.
+
+        Raises:
+            DataError: as `read`.
+        """
+
+        def cut(part: str) -> list[RowRange]:
+            with self._parquet(part, compared=False) as parquet:
+                groups = [
+                    RowGroup(group.num_rows, group.total_byte_size, self._may_match(parquet, number, selection))
+                    for number, group in enumerate(map(parquet.metadata.row_group, range(parquet.num_row_groups)))
+                ]
+            return cut_ranges(part, groups, most_rows)
+
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            return [one for ranges in pool.map(cut, self.parts) for one in ranges]
+
+    def read_range(
+        self, within: RowRange, selection: Selection | None, columns: Sequence[str], rows: int = 64
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the selected rows of a range in their order, at most `rows` in a batch.
+
+        Raises:
+            DataError: as `read`.
+        """
+        needed = list(dict.fromkeys([*columns, "split", "category", "label"]))
+        with self._parquet(within.part, needed, within.opens) as parquet:
+            groups, first = _groups_of(parquet, within)
+            for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
+                start, end = max(within.first - first, 0), min(within.end - first, batch.num_rows)
+                first += batch.num_rows
+                if start >= end:
+                    continue
+                kept = batch.slice(start, end - start)
+                kept = kept if selection is None else kept.filter(selection.mask(kept))
+                if kept.num_rows:
+                    yield kept.select(list(columns))
 
     def table(self, selection: Selection | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return chosen columns of every part as one table; leave out images, masks and maps unless few rows are
@@ -234,19 +292,19 @@ class PartSet:
         return kept.cast(pa.schema(plain))
 
     @contextmanager
-    def _parquet(self, part: str, columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    def _parquet(self, part: str, columns: Sequence[str] = (), compared: bool = True) -> Iterator[pq.ParquetFile]:
         """Open a part that is the one in the manifest; what goes wrong inside becomes a DataError.
 
-        Its rows and its schema are compared always. Its checksum is where `columns` hold images, masks or maps, which
-        are nearly all of it, or where the part is small, once in a process as long as the file stays as it is; the
-        pages that are read have checksums of their own.
+        Its rows and its schema are compared always. Its checksum is, where `compared`, if `columns` hold images, masks
+        or maps, which are nearly all of it, or the part is small, once in a process as long as the file stays as it is;
+        the pages that are read have checksums of their own.
         """
         place = files.join(self.uri, part)
         entry = next((entry for entry in self.manifest["files"] if entry["name"] == part), None)
         if entry is None:
             raise DataError(f"{self.uri} has no part {part}")
         try:
-            with self._verified(part, entry["sha256"], bool(HEAVY & set(columns))) as handle:
+            with self._verified(part, entry["sha256"], bool(HEAVY & set(columns)), compared) as handle:
                 parquet = pq.ParquetFile(handle, page_checksum_verification=True)
                 if parquet.metadata.num_rows != entry["rows"]:
                     raise DataError(
@@ -267,7 +325,7 @@ class PartSet:
         return f"copy it again, or {self._again(self.uri)}"
 
     @contextmanager
-    def _verified(self, part: str, sha256: str, heavy: bool) -> Iterator[Any]:
+    def _verified(self, part: str, sha256: str, heavy: bool, compared: bool) -> Iterator[Any]:
         """Open a part, after its checksum was compared if it is to be; see `_parquet`.
 
         One on an object store is fetched whole for that and read from memory, so that nothing is fetched twice.
@@ -281,7 +339,7 @@ class PartSet:
         info = fs.info(path)
         size = int(info["size"])
         state = (place, sha256, *(info.get(key) for key in ("size", "mtime", "ino", "ETag", "LastModified", "created")))
-        if state in _verified_files or not (heavy or size <= SMALL):
+        if not compared or state in _verified_files or not (heavy or size <= SMALL):
             with files.open_for_reading(place) as handle:
                 yield handle
             return
@@ -311,6 +369,19 @@ class PartSet:
         if statistics is None or not statistics.has_min_max:
             return True
         return any(statistics.min <= split <= statistics.max for split in selection.splits)
+
+
+def _groups_of(parquet: pq.ParquetFile, within: RowRange) -> tuple[list[int], int]:
+    """Return the row groups that hold a range, and the number of the first row of the first of them."""
+    groups: list[int] = []
+    start = first = 0
+    for number in range(parquet.num_row_groups):
+        end = start + parquet.metadata.row_group(number).num_rows
+        if start < within.end and end > within.first:
+            first = first if groups else start
+            groups.append(number)
+        start = end
+    return groups, first
 
 
 def _check_entry(entry: Any, manifest: str) -> None:

@@ -34,7 +34,7 @@ from pipelines.benchmarks.printing import print_report
 from pipelines.benchmarks.references import nearest_distances, plain_coreset, scikit_learn_metrics, swept_aupro
 from pipelines.benchmarks.registry import measure
 from pipelines.benchmarks.scoring import StagedScorer, scorer_arguments, span
-from pipelines.inference.part_scorer import PartScorer
+from pipelines.inference.range_scorer import RangeScorer
 from pipelines.runtime.task_worker import ENDED, STARTED
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import tiny_method
@@ -42,7 +42,7 @@ from tests.pipelines.evaluated import Scored
 from tests.pipelines.evaluated import _write_shards as write_shards
 from unianom.configs.backbone import BackboneConfig
 from unianom.data.maps import MapsKept
-from unianom.data.shards import ShardSet
+from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, OptionError
 from unianom.memory.coreset import farthest_points
 from unianom.memory.index import MemoryBank
@@ -50,6 +50,7 @@ from unianom.methods import METHODS
 from unianom.methods.uniformaly import UniFormaly
 from unianom.metrics.pixel import pixel_metrics
 from unianom.model import Model
+from unianom.options import to_plain
 
 NEEDS_PEAK = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux alone")
 
@@ -207,13 +208,14 @@ def test_measuring_the_stages_changes_nothing(
 ) -> None:
     model, shards = model_and_shards
     options = PipeBenchmark(model, shards.uri, "pipe.json", maps=maps, batch_size=2)
-    folders = {PartScorer: tmp_path / "plain", StagedScorer: tmp_path / "staged"}
+    folders = {RangeScorer: tmp_path / "plain", StagedScorer: tmp_path / "staged"}
     records = {}
     for worker, folder in folders.items():
-        records[worker] = worker(**scorer_arguments(options, shards, str(folder))).run({"part": shards.parts[0]})
-    stages, own = (records[worker].pop("stages") for worker in (StagedScorer, PartScorer))
-    assert records[StagedScorer] == records[PartScorer]
-    name = records[PartScorer]["name"]
+        task = to_plain(shards.ranges(Selection())[0])
+        records[worker] = worker(**scorer_arguments(options, shards, str(folder))).run(task)
+    stages, own = (records[worker].pop("stages") for worker in (StagedScorer, RangeScorer))
+    assert records[StagedScorer] == records[RangeScorer]
+    name = records[RangeScorer]["name"]
     assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "staged" / name).read_bytes()
     assert set(own) >= {"read", "decode", "resize", "normalise", "predict", "rows", "write"}
     assert set(stages) == set(own) | {"forward", "search, map", "rest"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.inference import part_scorer
+from pipelines.inference import range_scorer
 from pipelines.inference.options import ScoreOptions
-from pipelines.inference.part_scorer import PartScorer
+from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score import score
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.options import RuntimeOptions
@@ -20,8 +21,9 @@ from tests.pipelines.conftest import Small, tiny_method
 from tests.pipelines.evaluated import Scored, _write_shards
 from tests.pipelines.sharded import picture
 from unianom import files
+from unianom.data.id_digest import IdDigest
 from unianom.data.image import ImageLimits
-from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, Selection, ShardSet
+from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, Selection, ShardSet, write_rejected
 from unianom.errors import DataError, ModelError
 from unianom.execution import CPU
 from unianom.memory.index import MemoryBank
@@ -119,7 +121,7 @@ def test_a_model_that_decides_nothing_flags_nothing(method: UniFormaly, shards: 
     assert all((row["decision"] == "fail") == (row["anomaly_map"] is not None) for row in rows_of(score(discs).scores))
 
 
-def scorer(model: str, shards: ShardSet, output: Path, **changes: Any) -> PartScorer:
+def scorer(model: str, shards: ShardSet, output: Path, **changes: Any) -> RangeScorer:
     models = ModelSet.open(model)
     given: dict[str, Any] = {
         "shards": shards,
@@ -134,11 +136,17 @@ def scorer(model: str, shards: ShardSet, output: Path, **changes: Any) -> PartSc
         "execution": CPU,
         "threads": 1,
     }
-    return PartScorer(**{**given, **changes})
+    return RangeScorer(**{**given, **changes})
 
 
-def read_part(scorer: PartScorer, shards: ShardSet, output: Path, part: str) -> list[dict[str, Any]]:
-    record = scorer.run({"part": part})
+def whole(shards: ShardSet, part: str) -> dict[str, Any]:
+    """The range of all rows of a part."""
+    (within,) = (one for one in shards.ranges(Selection()) if one.part == part)
+    return dataclasses.asdict(within)
+
+
+def read_part(scorer: RangeScorer, shards: ShardSet, output: Path, part: str) -> list[dict[str, Any]]:
+    record = scorer.run(whole(shards, part))
     entries = [{key: record[key] for key in ("name", "rows", "sha256")}]
     rows: list[dict[str, Any]] = ScoreSet(str(output), {"files": entries}, "").table().to_pylist()
     assert record["rows"] == len(rows)
@@ -171,7 +179,7 @@ def test_images_that_cannot_be_read_stay_in_their_place(model: str, shards: Shar
 
 def test_bytes_do_not_depend_on_the_threads_that_decode(model: str, shards: ShardSet, tmp_path: Path) -> None:
     records = [
-        scorer(model, shards, tmp_path / str(threads), threads=threads).run({"part": shards.parts[1]})
+        scorer(model, shards, tmp_path / str(threads), threads=threads).run(whole(shards, shards.parts[1]))
         for threads in (1, 3)
     ]
     assert records[0]["sha256"] == records[1]["sha256"]
@@ -186,7 +194,7 @@ def test_a_slow_writer_holds_the_network_back(
     """Of eight batches no more than those in hand are predicted before the first is written; order is kept."""
     part = shards.parts[0]
     expected = read_part(scorer(model, shards, tmp_path / "fast", batch_size=1), shards, tmp_path / "fast", part)
-    monkeypatch.setattr(part_scorer, "WRITTEN_ROWS", 1)
+    monkeypatch.setattr(range_scorer, "WRITTEN_ROWS", 1)
     go, predicted, stalled = threading.Event(), [], threading.Event()
     write = PartWriter.write_table
 
@@ -194,7 +202,7 @@ def test_a_slow_writer_holds_the_network_back(
         assert go.wait(60)
         write(self, table)
 
-    class Counting(PartScorer):
+    class Counting(RangeScorer):
         def _score(self, batch: Any) -> Any:
             predicted.append(len(batch.rows))
             if len(predicted) == 2:
@@ -202,7 +210,7 @@ def test_a_slow_writer_holds_the_network_back(
             return super()._score(batch)
 
     monkeypatch.setattr(PartWriter, "write_table", slow)
-    monkeypatch.setattr("tests.pipelines.inference.test_score.PartScorer", Counting)
+    monkeypatch.setattr("tests.pipelines.inference.test_score.RangeScorer", Counting)
     rows: list[dict[str, Any]] = []
     thread = threading.Thread(
         target=lambda: rows.extend(
@@ -227,7 +235,7 @@ def test_a_writer_that_fails_ends_the_part(
 
     monkeypatch.setattr(PartWriter, "write_table", full)
     with pytest.raises(OSError, match="no space left"):
-        scorer(model, shards, tmp_path).run({"part": shards.parts[0]})
+        scorer(model, shards, tmp_path).run(whole(shards, shards.parts[0]))
     assert not [name for name in files.list_names(str(tmp_path)) if name.endswith(".parquet")]
 
 
@@ -238,7 +246,7 @@ def test_a_score_that_is_not_finite_names_its_image(model: str, shards: ShardSet
     method.image_scores = lambda *given: rule(*given) * float("nan")
     first = next(iter(shards.read(shards.parts[0])))["sample_id"][0].as_py()
     with pytest.raises(DataError, match=f"{first} got the score nan .calibrated: None.; check the model's weights"):
-        made.run({"part": shards.parts[0]})
+        made.run(whole(shards, shards.parts[0]))
 
 
 def test_banks_are_searched_where_it_is_said(model: str, shards: ShardSet, tmp_path: Path) -> None:
@@ -253,3 +261,99 @@ def test_banks_are_searched_where_it_is_said(model: str, shards: ShardSet, tmp_p
     assert on_device.fresh
     assert found["sample_id"] == exact["sample_id"]
     np.testing.assert_allclose(found["score"], exact["score"], rtol=1e-5)
+
+
+@pytest.fixture
+def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges are of three rows at most."""
+    cut = ShardSet.ranges
+    monkeypatch.setattr(ShardSet, "ranges", lambda self, selection: cut(self, selection, 3))
+
+
+def test_ranges_are_committed_one_by_one(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, three_rows: None
+) -> None:
+    """A scoring that ends after four of nine ranges goes on with the other five, to the bytes of one that never did."""
+    options = ScoreOptions(model, shards.uri, str(tmp_path / "broken"), maps="all", batch_size=2, runtime=ONE)
+    run, ran = RangeScorer.run, []
+
+    def ends(self: RangeScorer, task: dict[str, Any]) -> dict[str, Any]:
+        ran.append((task["part"], task["first"], task["rows"]))
+        if len(ran) == 5:
+            raise OSError("the machine is gone")
+        return run(self, task)
+
+    monkeypatch.setattr(RangeScorer, "run", ends)
+    with pytest.raises(Exception, match="the machine is gone"):
+        score(options)
+    found = score(options).scores
+    assert len(ran) == 5 + 5
+    monkeypatch.setattr(RangeScorer, "run", run)
+    undisturbed = score(replace(options, output=str(tmp_path / "whole"))).scores
+    assert [entry["of"] for entry in found.manifest["files"][:-1]] == [
+        *(["part-00000.parquet", first, rows] for first, rows in ((0, 2), (2, 3), (5, 3))),
+        *(["part-00001.parquet", first, rows] for first, rows in ((0, 2), (2, 3), (5, 3))),
+        *(["part-00002.parquet", first, rows] for first, rows in ((0, 2), (2, 2), (4, 3))),
+    ]
+    for entry in found.manifest["files"]:
+        stored = [Path(scores.uri, entry["name"]).read_bytes() for scores in (found, undisturbed)]
+        assert stored[0] == stored[1]
+    ids = [row["sample_id"] for row in rows_of(found)]
+    assert ids == [row["sample_id"] for part in shards.parts for b in shards.read(part) for row in b.to_pylist()]
+
+
+def test_whole_parts_that_an_earlier_version_left_unfinished_are_removed(
+    model: str, shards: ShardSet, tmp_path: Path, three_rows: None
+) -> None:
+    output = tmp_path / "scores"
+    options = ScoreOptions(model, shards.uri, str(output), maps="none", runtime=ONE)
+    plan = score(options).scores.manifest["plan_digest"][:12]
+    (output / MANIFEST).unlink()
+    left = [f"part-00001-{plan}.parquet", f"_part-00001-{plan}.json"]
+    for name in left:
+        (output / name).write_text("{}")
+    assert score(options).fresh
+    assert not set(left) & set(files.list_names(str(output)))
+
+
+def with_ids(shards: ShardSet, folder: Path, change: dict[str, str]) -> ShardSet:
+    """A copy of a shard set whose manifest has digests of sample_ids; `change` are other names, put in later."""
+    folder.mkdir()
+    entries, counts = [], {}
+    for part in shards.parts:
+        rows = [row for batch in shards.read(part) for row in batch.to_pylist()]
+        for row in rows:
+            key = tuple(row[name] for name in ("dataset", "category", "split", "label", "defect"))
+            counts.setdefault(key, []).append(row["sample_id"])
+        with files.open_atomic(str(folder / part)) as handle:
+            writer = PartWriter(handle, ShardSet.schema)
+            for row in rows:
+                writer.write({**row, "sample_id": change.get(row["sample_id"], row["sample_id"])})
+            writer.close()
+        entries.append({"name": part, "rows": len(rows), "sha256": files.sha256_file(str(folder / part))})
+    table = []
+    for key, ids in counts.items():
+        digest = IdDigest()
+        digest.add(ids)
+        names = ("dataset", "category", "split", "label", "defect")
+        table.append({**dict(zip(names, key, strict=True)), "count": len(ids), "ids": digest.hex()})
+    files.write_json(str(folder / MANIFEST), {**shards.manifest, "counts": table, "files": entries})
+    write_rejected(str(folder), [])
+    return ShardSet.open(str(folder))
+
+
+def test_every_sample_has_one_score(model: str, shards: ShardSet, tmp_path: Path, three_rows: None) -> None:
+    """Known by the digest of the names, without gathering them: one that is there twice, or instead of another."""
+    first, second = (row["sample_id"] for row in next(shards.read(shards.parts[0])).to_pylist()[:2])
+    for name, change, message in (
+        ("whole", {}, None),
+        ("twice", {first: second}, f"make 23 scores, two of them of {second}, where their manifest counts 23 others"),
+        ("other", {first: "another"}, "make 23 scores where their manifest counts 23 others"),
+    ):
+        given = with_ids(shards, tmp_path / name, change)
+        options = ScoreOptions(model, given.uri, str(tmp_path / f"{name} scores"), maps="none", runtime=ONE)
+        if message is None:
+            assert sum(score(options).scores.manifest["statuses"].values()) == 23
+            continue
+        with pytest.raises(DataError, match=message):
+            score(options)

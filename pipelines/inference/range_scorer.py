@@ -1,4 +1,4 @@
-"""The worker of jobs/score.py: shard parts to score parts.
+"""The worker of jobs/score.py: ranges of rows of shards to score parts.
 
     one thread reads ─▶ several decode ─▶ the worker's own: forward, search, decide ─▶ several encode maps ─▶ one writes
 
@@ -27,8 +27,10 @@ from pipelines.runtime.models import load_model
 from pipelines.runtime.stage_clock import StageClock
 from unianom import files
 from unianom.calibration import Calibration
+from unianom.data.id_digest import IdDigest
 from unianom.data.image import ImageLimits, InputPolicy, encode_map
 from unianom.data.maps import MapsKept
+from unianom.data.row_ranges import RowRange
 from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import PartWriter, Selection, ShardSet
 from unianom.execution import Execution
@@ -45,8 +47,8 @@ WRITTEN_PIXELS = 1 << 23
 """Rows that are written at once, at most, and pixels of their maps; tables of fewer cost more than what is in them."""
 
 
-class PartScorer:
-    """Scores the samples of one shard part. A `PartTask`.
+class RangeScorer:
+    """Scores the samples of a range of rows. A `PartTask`; its task is the range as plain data.
 
     Args:
         shards: the shard set.
@@ -92,14 +94,16 @@ class PartScorer:
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         """Write one score part and its record."""
         self._clock.take()
-        name = score_part(task["part"], self._plan)
+        within = RowRange(**task)
+        name = score_part(within.part, self._plan, within.first)
         statuses: Counter[str] = Counter()
+        ids = IdDigest()
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SCORE_SCHEMA)
-            with closing(self._decoded(task["part"])) as batches, Behind(self._writer, 1) as behind:
+            with closing(self._decoded(within)) as batches, Behind(self._writer, 1) as behind:
                 for group in _grouped(self._scored(batch) for batch in batches):
-                    behind.submit(self._write, writer, statuses, group)
+                    behind.submit(self._write, writer, statuses, ids, group)
             with self._clock.stage("write"):
                 writer.close()
         with self._clock.stage("write"):
@@ -108,14 +112,15 @@ class PartScorer:
                 "name": name,
                 "rows": sum(statuses.values()),
                 "statuses": dict(sorted(statuses.items())),
+                "ids": ids.hex(),
                 "sha256": files.sha256_file(path),
             }
             outputs.commit_part(self._output, name, record)
         return {**record, STAGES: self._clock.take()}
 
-    def _decoded(self, part: str) -> Generator[DecodedBatch, None, None]:
-        """Yield the batches of a part, in its order; a batch never mixes models."""
-        rows = self._clock.iterate("read", self._shards.read(part, self._selection, [*IDENTITY, "image"]))
+    def _decoded(self, within: RowRange) -> Generator[DecodedBatch, None, None]:
+        """Yield the batches of a range, in its order; a batch never mixes models."""
+        rows = self._clock.iterate("read", self._shards.read_range(within, self._selection, [*IDENTITY, "image"]))
         batches = same_model_batches(read_ahead(self._reader, rows), self._model_set.folder_of, self._batch_size)
         yield from self._decoder.decoded(batches, self._policy, self._ahead)
 
@@ -177,11 +182,12 @@ class PartScorer:
         with self._clock.stage("encode maps"):
             return encode_map(anomaly_map)
 
-    def _write(self, writer: PartWriter, statuses: Counter[str], batches: Sequence[ScoredBatch]) -> None:
+    def _write(self, writer: PartWriter, statuses: Counter[str], ids: IdDigest, batches: Sequence[ScoredBatch]) -> None:
         """Write the rows of some batches, in their order; by the writer's thread."""
         with self._clock.stage("rows"):
             table = score_table(batches)
             statuses.update(table["status"].to_pylist())
+            ids.add(table["sample_id"].to_pylist())
         with self._clock.stage("write"):
             writer.write_table(table)
 
