@@ -8,21 +8,47 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
+from pipelines.data.timed_pool import TimedPool
+from unianom.errors import ImageError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 _END: Any = object()
 
 
-def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[T], ahead: int) -> Iterator[R]:
-    """Yield `function` of items in order, at most `ahead` of them being worked on or waiting, so memory is bounded."""
-    waiting: list[Future[R]] = []
+def map_ahead(
+    pool: ThreadPoolExecutor | TimedPool,
+    function: Callable[[T], R],
+    items: Iterator[T],
+    ahead: int,
+    timed_out: Callable[[T, ImageError], R] | None = None,
+) -> Iterator[R]:
+    """Yield `function` of items in order, at most `ahead` of them being worked on or waiting, so memory is bounded.
+
+    Args:
+        pool: threads that work on the items.
+        function: called by them.
+        items: taken one by one.
+        ahead: how many.
+        timed_out: returns what is yielded for an item that took longer than the pool allows; None raises the error.
+    """
+
+    def result(item: T, future: Future[R]) -> R:
+        try:
+            return future.result()
+        except ImageError as error:
+            if timed_out is None or error.status != "timeout":
+                raise
+            return timed_out(item, error)
+
+    waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
-        waiting.append(pool.submit(function, item))
+        waiting.append((item, pool.submit(function, item)))
         if len(waiting) >= ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
+            yield result(*waiting.popleft())
+    while waiting:
+        yield result(*waiting.popleft())
 
 
 def read_ahead(pool: ThreadPoolExecutor, items: Iterator[T]) -> Iterator[T]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime.stage_clock import StageClock
 from unianom.data.image import ImageLimits, InputPolicy, decode_upright, fit_image
 from unianom.data.tensors import normalise_into
@@ -77,13 +79,13 @@ class BatchDecoder:
     """Decodes batches ahead of their use, straight into the network's input.
 
     Args:
-        pool: threads that decode.
+        pool: threads that decode, each image within its limit.
         threads: how many there are.
         limits: what an image may cost.
         clock: counts reading apart, decoding, resizing and normalising.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, threads: int, limits: ImageLimits, clock: StageClock) -> None:
+    def __init__(self, pool: TimedPool, threads: int, limits: ImageLimits, clock: StageClock) -> None:
         self._pool, self._threads, self._limits, self._clock = pool, threads, limits, clock
         self._free: list[np.ndarray] = []  # memory of batches that are done with; new pages cost as much as normalising
 
@@ -106,19 +108,18 @@ class BatchDecoder:
                 batch = waiting.popleft()
                 rows -= len(batch.rows)
                 yield batch.result()
-                self._free.append(batch.images)
+                self._take_back(batch)
         for batch in waiting:
             yield batch.result()
-            self._free.append(batch.images)
+            self._take_back(batch)
 
     def _begin(self, model: str, table: pa.Table, policy: InputPolicy) -> _Pending:
         """Have the images of a batch decoded, each thread a share of them."""
         images = self._memory(len(table), policy.side)
         share = -(-len(table) // self._threads)
-        futures = [
-            self._pool.submit(self._decode, table["image"].slice(start, share), images[start : start + share], policy)
-            for start in range(0, len(table), share)
-        ]
+        shares = [(start, min(start + share, len(table))) for start in range(0, len(table), share)]
+        decode: Callable[[int], ImageError | None] = partial(self._decode, table["image"], images, policy)
+        futures = [self._pool.submit_each(decode, range(start, end)) for start, end in shares]
         return _Pending(model, table.drop_columns("image"), images, futures)
 
     def _memory(self, count: int, side: int) -> np.ndarray:
@@ -129,28 +130,26 @@ class BatchDecoder:
                 return room[:count]
         return np.empty((count, 3, side, side), np.float32)
 
-    def _decode(self, files: pa.ChunkedArray, images: np.ndarray, policy: InputPolicy) -> list[ImageError | None]:
-        """Decode files into their places; return of each why it cannot be read, or None."""
-        errors: list[ImageError | None] = []
-        moments = np.zeros(4)
-        spent = np.zeros(3)
-        for data, place in zip(files.to_pylist(), images, strict=True):
-            moments[0] = time.thread_time()
-            try:
-                upright = decode_upright(data, policy, self._limits)
-            except ImageError as error:
-                errors.append(error)
-                continue
-            moments[1] = time.thread_time()
-            pixels = fit_image(upright, policy)
-            moments[2] = time.thread_time()
-            normalise_into(place, pixels, policy)
-            moments[3] = time.thread_time()
-            errors.append(None)
-            spent += np.diff(moments)
-        for stage, seconds in zip(("decode", "resize", "normalise"), spent.tolist(), strict=True):
-            self._clock.add(stage, seconds)
-        return errors
+    def _take_back(self, batch: _Pending) -> None:
+        """Keep the memory of a batch that is done with for a later one."""
+        if not batch.timed_out:  # else a thread that was given up may still write to it
+            self._free.append(batch.images)
+
+    def _decode(self, files: pa.ChunkedArray, images: np.ndarray, policy: InputPolicy, row: int) -> ImageError | None:
+        """Decode the file of a row into its place; return why it cannot be read, or None."""
+        start = time.thread_time()
+        try:
+            upright = decode_upright(files[row].as_py(), policy, self._limits)
+        except ImageError as error:
+            return error
+        decoded = time.thread_time()
+        pixels = fit_image(upright, policy)
+        resized = time.thread_time()
+        normalise_into(images[row], pixels, policy)
+        self._clock.add("decode", decoded - start)
+        self._clock.add("resize", resized - decoded)
+        self._clock.add("normalise", time.thread_time() - resized)
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +160,13 @@ class _Pending:
     rows: pa.Table
     images: np.ndarray
     futures: Sequence[Future[list[ImageError | None]]]
+
+    @property
+    def timed_out(self) -> bool:
+        """Return whether an image took too long; waits for all of them."""
+        return any(
+            error is not None and error.status == "timeout" for future in self.futures for error in future.result()
+        )
 
     def result(self) -> DecodedBatch:
         found = [error for future in self.futures for error in future.result()]

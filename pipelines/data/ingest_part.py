@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from pipelines.data.ahead import map_ahead
 from pipelines.data.ingest_plan import part_name
 from pipelines.data.options import MaskOrientation
+from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime import outputs
 from unianom import files
 from unianom.data.image import (
@@ -72,7 +72,7 @@ class PartIngester:
         self._limits, self._resize = limits, resize
         self._mask_threshold, self._invert = mask_threshold, invert_masks
         self._mask_orientation, self._bits = mask_orientation, bits
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = TimedPool(threads, limits)
         self._threads = threads
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class PartIngester:
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SAMPLE_SCHEMA)
             refs = (SampleRef.from_plain(ref) for ref in task["refs"])
-            for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads):
+            for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads, _rejected):
                 if "status" in row:
                     rejected.append(row)
                     continue
@@ -115,9 +115,6 @@ class PartIngester:
 
     def _read(self, ref: SampleRef) -> tuple[dict[str, Any], FileFindings]:
         """Return a row of SAMPLE_SCHEMA and what its files were like, or a row of REJECTED_SCHEMA."""
-        known = {
-            key: getattr(ref, key) for key in ("sample_id", "dataset", "category", "split", "label", "defect", "uri")
-        }
         try:
             self._limits.check_bytes(ref.size or 0)  # a file of many gigabytes is not even read
             whole = ref.data if ref.data is not None else read_image_file(ref.uri)
@@ -128,10 +125,10 @@ class PartIngester:
             data = original if self._resize is None else reduce_image(original, self._resize, self._limits)
             stored = facts if data is whole else check_image(data, self._limits)
         except ImageError as error:
-            return {**known, "status": error.status, "error": str(error)}, FileFindings()
+            return _rejected(ref, error)
         mask, found = self._read_mask(ref, facts, window, (stored.height, stored.width))
         row = {
-            **known,
+            **_known(ref),
             "image": data,
             "format": stored.format,
             "height": stored.height,
@@ -207,6 +204,17 @@ class FileFindings:
     problem: str | None = None
     doubts: tuple[str, ...] = ()
     largest: int | None = None
+
+
+def _known(ref: SampleRef) -> dict[str, Any]:
+    """Return the columns of a sample that its layout tells."""
+    names = ("sample_id", "dataset", "category", "split", "label", "defect", "uri")
+    return {name: getattr(ref, name) for name in names}
+
+
+def _rejected(ref: SampleRef, error: ImageError) -> tuple[dict[str, Any], FileFindings]:
+    """Return the row of REJECTED_SCHEMA of a sample that cannot be used."""
+    return {**_known(ref), "status": error.status, "error": str(error)}, FileFindings()
 
 
 def read_image_file(uri: str, tries: int = 3) -> bytes:

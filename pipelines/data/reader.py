@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from pipelines.data.ahead import map_ahead
+from pipelines.data.timed_pool import TimedPool
 from unianom.data.image import ImageLimits, InputPolicy, decode_mask, decode_prepared, prepare_mask
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
@@ -27,7 +27,13 @@ def decode_row(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) ->
     try:
         return decode_prepared(row["image"], policy, limits)
     except ImageError as error:
-        raise DataError(f"{row['sample_id']}: {error}; give --limits as at ingest, or leave the image out") from error
+        refuse_row(row, error)
+
+
+def refuse_row(row: dict[str, Any], error: ImageError) -> NoReturn:
+    """Raise the DataError of a job that cannot do without this sample's image."""
+    advice = "raise it" if error.status == "timeout" else "give --limits as at ingest"
+    raise DataError(f"{row['sample_id']}: {error}; {advice}, or leave the image out") from error
 
 
 def decode_row_mask(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) -> np.ndarray:
@@ -94,7 +100,7 @@ class SampleReader:
     ) -> None:
         self._shards, self._selection, self._chosen = shards, selection, chosen
         self._batch_size, self._limits = batch_size, limits
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = TimedPool(threads, limits)
 
     def batches(self, part: str, method: Method) -> Iterator[torch.Tensor]:
         """Yield B×3×S×S batches of the chosen samples, in the order of the part."""
@@ -113,7 +119,7 @@ class SampleReader:
             masks: whether masks are decoded, too.
 
         Raises:
-            DataError: an image or mask cannot be read, or an anomalous sample has no mask.
+            DataError: an image or mask cannot be read or takes too long, or an anomalous sample has no mask.
         """
 
         def decode(row: dict[str, Any]) -> DecodedSample:
@@ -124,7 +130,7 @@ class SampleReader:
         needed = ["sample_id", "image", *(["label", "mask"] if masks else []), *columns]
         rows = self._rows(part, list(dict.fromkeys(needed)))
         waiting: list[DecodedSample] = []
-        for sample in map_ahead(self._pool, decode, rows, 2 * self._batch_size):
+        for sample in map_ahead(self._pool, decode, rows, 2 * self._batch_size, refuse_row):
             waiting.append(sample)
             if len(waiting) == self._batch_size:
                 yield waiting

@@ -11,14 +11,17 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.data.ahead import map_ahead
 from pipelines.data.options import METRICS, AnomalyKind, ValidationOptions
-from pipelines.data.reader import decode_row
+from pipelines.data.reader import decode_row, refuse_row
+from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime import outputs
 from unianom import __version__, files
 from unianom.configs.synthesis import SynthesisConfig
@@ -253,20 +256,25 @@ def _read(
     limits: ImageLimits,
 ) -> list[ValidationImage]:
     """Read the images of one label, the chosen ones or all, with their masks; a normal image's mask marks nothing."""
-    images = []
     label = NORMAL if selection.labels == (NORMAL,) else ANOMALOUS
-    for part in shards.parts:
-        for batch in shards.read(part, selection, ["sample_id", "category", "image", "mask"]):
-            for row in batch.to_pylist():
-                if chosen is not None and row["sample_id"] not in chosen:
-                    continue
-                mask = None if label else np.zeros((policy.side, policy.side), bool)
-                if label and row["mask"] is not None:
-                    mask = prepare_mask(decode_mask(row["mask"], limits=limits), policy)
-                    mask = mask if mask.any() else None  # the crop leaves the defect out
-                pixels = decode_row(row, policy, limits)
-                images.append(ValidationImage(row["sample_id"], row["category"], kind, label, pixels, mask))
-    return images
+
+    def image(row: dict[str, Any]) -> ValidationImage:
+        mask = None if label else np.zeros((policy.side, policy.side), bool)
+        if label and row["mask"] is not None:
+            mask = prepare_mask(decode_mask(row["mask"], limits=limits), policy)
+            mask = mask if mask.any() else None  # the crop leaves the defect out
+        pixels = decode_row(row, policy, limits)
+        return ValidationImage(row["sample_id"], row["category"], kind, label, pixels, mask)
+
+    rows = (
+        row
+        for part in shards.parts
+        for batch in shards.read(part, selection, ["sample_id", "category", "image", "mask"])
+        for row in batch.to_pylist()
+        if chosen is None or row["sample_id"] in chosen
+    )
+    with TimedPool(1, limits) as pool:
+        return list(map_ahead(pool, image, rows, 2, refuse_row))
 
 
 def _makers(options: ValidationOptions, policy: InputPolicy) -> dict[str, AnomalyMaker]:

@@ -19,6 +19,7 @@ import torch
 
 from pipelines.data.ahead import Behind, read_ahead
 from pipelines.data.decoded_batches import BatchDecoder, DecodedBatch, same_model_batches
+from pipelines.data.timed_pool import TimedPool
 from pipelines.inference.score_columns import IDENTITY, PackedMap, ScoreColumns, ScoredBatch, check_finite, score_table
 from pipelines.inference.score_manifest import score_part
 from pipelines.runtime import outputs
@@ -83,7 +84,8 @@ class RangeScorer:
         self._shards, self._selection, self._model_set, self._digests = shards, selection, model_set, digests
         self._output, self._plan, self._maps = output, plan, maps
         self._batch_size, self._execution, self._fold = batch_size, execution, fold
-        self._pool, self._reader, self._writer = (ThreadPoolExecutor(count) for count in (threads, 1, 1))
+        self._pool = TimedPool(threads, limits)
+        self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._clock = StageClock()
         self._decoder = BatchDecoder(self._pool, threads, limits, self._clock)
         self._ahead = 2 * max(batch_size, threads)
@@ -174,7 +176,8 @@ class RangeScorer:
         encoded = {}
         if maps is not None:
             encoded = {
-                row: self._pool.submit(self._encode, own) for row, own in zip(kept.tolist(), _fetch(maps), strict=True)
+                row: self._pool.submit_unlimited(self._encode, own)
+                for row, own in zip(kept.tolist(), _fetch(maps), strict=True)
             }
         return ScoreColumns(scores, decisions, calibrated), encoded
 

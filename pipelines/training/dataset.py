@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipelines.data.feature_cache import CachedFeatures
-from pipelines.data.reader import decode_row_mask
+from pipelines.data.reader import decode_row, decode_row_mask, refuse_row
+from pipelines.data.timed_pool import TimedPool
 from pipelines.training.augment import flip_and_turn
 from pipelines.training.prepared import DESCRIPTOR, MASKS, PIXELS, learnable
 from pipelines.training.sampler import EpochIndex, ReferenceSampler
 from pipelines.training.samples import TrainingImages
-from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
+from unianom.data.image import ImageLimits, InputPolicy
 from unianom.data.shards import ShardSet
 from unianom.data.synthesis import Synthesiser
-from unianom.errors import OptionError
+from unianom.errors import ImageError, OptionError
 from unianom.methods.trained import BatchSpec, TrainingBatch
 
 # One for all shard images, so that they can be pickled: a batch is made ahead while validation asks for others.
-_groups_lock = threading.Lock()
+_shared_lock = threading.Lock()
+
+Decode = Callable[[dict[str, Any], InputPolicy, ImageLimits], np.ndarray]
+"""Decodes an image or a mask of a row."""
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -60,21 +64,36 @@ class ShardImages:
     ) -> None:
         self._shards, self._selection = shards, learnable(categories, labels)
         self._images, self._policy, self._limits, self._keep = images, policy, limits, keep
-        self._columns = ["image", "mask", "sample_id", "label"] if masks else ["image"]
+        self._columns = ["image", "sample_id", *(["mask", "label"] if masks else [])]
+        self._pool: TimedPool | None = None
         self._first: dict[tuple[int, int], int] = {}
         self._groups: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return an image's pixels, S×S×3 uint8."""
-        return decode_prepared(self._row(index)["image"], self._policy, self._limits)
+        """Return an image's pixels, S×S×3 uint8.
+
+        Raises:
+            DataError: it cannot be read, or takes too long; names the sample.
+        """
+        return self._decoded(decode_row, index)
 
     def mask(self, index: int) -> np.ndarray:
-        """Return an image's mask, S×S bool."""
-        return decode_row_mask(self._row(index), self._policy, self._limits)
+        """Return an image's mask, S×S bool; raises as `pixels`."""
+        return self._decoded(decode_row_mask, index)
+
+    def _decoded(self, decode: Decode, index: int) -> np.ndarray:
+        row = self._row(index)
+        with _shared_lock:
+            if self._pool is None:
+                self._pool = TimedPool(1, self._limits)
+        try:
+            return self._pool.submit(decode, row, self._policy, self._limits).result()
+        except ImageError as error:
+            refuse_row(row, error)
 
     def _row(self, index: int) -> dict[str, Any]:
         part, group = int(self._images.part[index]), int(self._images.group[index])
-        with _groups_lock:
+        with _shared_lock:
             rows = self._group(part, group)  # fills _first
         return rows[int(self._images.row[index]) - self._first[part, group]]
 
@@ -92,7 +111,7 @@ class ShardImages:
         return self._groups[part, group]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict()}
+        return {**self.__dict__, "_groups": OrderedDict(), "_pool": None}
 
 
 class PreparedImages:

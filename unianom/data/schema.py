@@ -17,7 +17,7 @@ SCORE_VERSION = 2
 SPLITS = ("train", "val", "test")
 NORMAL, ANOMALOUS = 0, 1
 
-STATUSES = ("ok", "corrupt", "too_large", "missing", "unsupported")
+STATUSES = ("ok", "corrupt", "too_large", "missing", "unsupported", "timeout")
 """What became of an image: read and scored, or why not."""
 
 _text = pa.dictionary(pa.int32(), pa.string())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
 import torch
 
 from pipelines.data.decoded_batches import BatchDecoder, same_model_batches
+from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime.stage_clock import StageClock
 from tests.pipelines.sharded import LIMITS, POLICY, picture
 from unianom.data.image import decode_image, encode_png, prepare_image
@@ -57,7 +57,7 @@ def test_images_are_those_decoded_one_by_one_and_broken_ones_are_told(threads: i
     tables = [
         ("model", pa.table({"number": list(range(n, min(n + 4, 11))), "image": files[n : n + 4]})) for n in (0, 4, 8)
     ]
-    with ThreadPoolExecutor(threads) as pool:
+    with TimedPool(threads, LIMITS) as pool:
         decoder = BatchDecoder(pool, threads, LIMITS, StageClock())
         seen = []
         for batch in decoder.decoded(iter(tables), lambda _: POLICY, 4):
@@ -80,7 +80,7 @@ def test_no_more_is_decoded_than_is_asked_for() -> None:
             taken.append(number)
             yield "model", pa.table({"image": [encode_png(picture([number]))] * 2})
 
-    with ThreadPoolExecutor(1) as pool:
+    with TimedPool(1, LIMITS) as pool:
         decoder = BatchDecoder(pool, 1, LIMITS, StageClock())
         for used, _ in enumerate(decoder.decoded(tables(), lambda _: POLICY, 4), 1):
             assert len(taken) <= used + 2
@@ -89,7 +89,7 @@ def test_no_more_is_decoded_than_is_asked_for() -> None:
 
 def test_memory_is_used_again() -> None:
     rows = pa.table({"image": [encode_png(picture([0]))] * 2})
-    with ThreadPoolExecutor(1) as pool:
+    with TimedPool(1, LIMITS) as pool:
         decoder = BatchDecoder(pool, 1, LIMITS, StageClock())
         places = {
             batch.images.data_ptr() for batch in decoder.decoded(iter([("model", rows)] * 20), lambda _: POLICY, 2)

@@ -352,7 +352,7 @@ def test_threads_may_share_the_shards(shards, images, monkeypatch):
     }
     # only what threads could do to each other takes time
     monkeypatch.setattr(ShardSet, "read_group", lambda self, part, group, _, columns: tables[part, group, columns[0]])
-    monkeypatch.setattr("pipelines.training.dataset.decode_prepared", lambda data, policy, limits: data)
+    monkeypatch.setattr("pipelines.training.dataset.decode_row", lambda row, policy, limits: row["image"])
     pixels = from_shards(shards, images, keep=1)
 
     def look(seed: int) -> bool:

@@ -16,15 +16,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageLimits(Options):
-    """What an image may cost before it is refused unopened.
+    """What an image may cost before it is refused: unopened if it is too large.
 
     Args:
         max_pixels: height times width, read from the header.
         max_bytes: size of the encoded file.
+        seconds: that a job may take to read and decode it, with its masks; null for no limit. Longer, and its status is
+            "timeout".
     """
 
     max_pixels: AtLeastOne = 100_000_000
     max_bytes: AtLeastOne = 256 << 20
+    seconds: Positive | None = field(default=60.0, metadata=ADDED_LATER)  # decides no bytes of images that are in time
 
     def check_bytes(self, size: int) -> None:
         """Raise ImageError "too_large" for an encoded file of more than `max_bytes`."""
