@@ -16,12 +16,12 @@ from pipelines.benchmarks.references import (
 from pipelines.benchmarks.report import write_report
 from pipelines.benchmarks.scoring import span
 from pipelines.data.ingest_part import PartIngester
-from pipelines.data.ingest_plan import plan_parts
+from pipelines.data.ingest_plan import PartTasks, SampleListing
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.tasks import run_tasks
 from unianom.data.image import ImageLimits
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
-from unianom.options import to_plain
+from unianom.temporary_database import temporary_database
 
 MEANINGFUL_SECONDS = 10
 """Below so many seconds, starting the tasks of an ingest weighs too much in its throughput."""
@@ -35,16 +35,14 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
     workers = options.workers or os.cpu_count() or 1
     runtime = RuntimeOptions(workers=workers, local=False)
     layout_options = make_options(LAYOUTS[options.layout], options.layout_options)
-    refs = list(iter_samples(options.layout, options.source, layout_options))
-    paths = [path for ref in refs for path in (ref.uri, ref.mask_uri) if path is not None]
-    tasks = [
-        {"number": number, "refs": [to_plain(ref) for ref in part]}
-        for number, part in enumerate(plan_parts(refs, part_bytes=256 << 20, min_parts=16))
-    ]
     with (
+        temporary_database() as database,
         TemporaryDirectory(prefix="unianom-benchmark-") as folder,
         ProcessPoolExecutor(workers, get_context("spawn")) as pool,
     ):
+        listing = SampleListing(database, iter_samples(options.layout, options.source, layout_options))
+        paths = [path for ref in listing for path in (ref.uri, ref.mask_uri) if path is not None]
+        tasks = PartTasks(listing, range(listing.deal(part_bytes=256 << 20, min_parts=16)))
 
         def ingest() -> Timing:
             with TemporaryDirectory(dir=folder) as output:
@@ -55,7 +53,7 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
                     "resize": None,
                     "threads": 2,
                 }
-                results = list(run_tasks(PartIngester, arguments, tasks, runtime, len(refs)))
+                results = list(run_tasks(PartIngester, arguments, tasks, runtime, listing.count))
             return Timing(sum(result["rows"] for result in results), span(results))
 
         def pillow() -> None:
@@ -63,7 +61,7 @@ def measure_ingest(options: IngestBenchmark) -> dict[str, Any]:
                 pass
 
         peer = f"Pillow, {workers} processes"
-        sides = {OURS: ingest, peer: clocked(len(refs), pillow)}
+        sides = {OURS: ingest, peer: clocked(listing.count, pillow)}
         measured = interleave(sides, options.rounds, warm_up=True)
     ratios = {f"R_ingest = {OURS} ÷ {peer}": measured.ratio(OURS, peer)}
     notes = []

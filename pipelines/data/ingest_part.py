@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.data.ahead import map_ahead
-from pipelines.data.ingest_plan import part_name
+from pipelines.data.ingest_plan import part_name, unpack_samples
 from pipelines.data.options import MaskOrientation
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime import outputs
@@ -33,7 +33,7 @@ from unianom.data.image import (
     turn_upright,
 )
 from unianom.data.schema import ANOMALOUS, SAMPLE_SCHEMA, Crop, SampleRef
-from unianom.data.shards import PartWriter
+from unianom.data.shards import SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS, PartWriter
 from unianom.errors import DataError, ImageError, image_error, storage_error
 
 MASK_PROBLEMS = ("missing", "wrong_size", "unreadable", "empty")
@@ -81,12 +81,12 @@ class PartIngester:
         rejected: list[dict[str, Any]] = []
         masks: dict[str, list[str]] = {problem: [] for problem in MASK_PROBLEMS}
         doubts: dict[str, list[str]] = {}
-        deep: list[tuple[int, str]] = []
+        deep: dict[str, Any] = {}
         rows = 0
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
-            writer = PartWriter(handle, SAMPLE_SCHEMA)
-            refs = (SampleRef.from_plain(ref) for ref in task["refs"])
+            writer = PartWriter(handle, SAMPLE_SCHEMA, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS)
+            refs = unpack_samples(task["refs"])
             for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads, _rejected):
                 if "status" in row:
                     rejected.append(row)
@@ -98,7 +98,11 @@ class PartIngester:
                 for doubt in found.doubts:
                     doubts.setdefault(doubt, []).append(row["sample_id"])
                 if found.largest is not None:
-                    deep.append((found.largest, row["sample_id"]))
+                    deep = {
+                        "count": deep.get("count", 0) + 1,
+                        "largest": max(deep.get("largest", 0), found.largest),
+                        "example": deep.get("example", row["sample_id"]),
+                    }
             writer.close()
         record = {
             "plan": self._plan,
@@ -108,7 +112,7 @@ class PartIngester:
             "rejected": rejected,
             "masks": masks,
             **({"mask_doubts": doubts} if doubts else {}),
-            **({"deep": {"count": len(deep), "largest": max(deep)[0], "example": deep[0][1]}} if deep else {}),
+            **({"deep": deep} if deep else {}),
         }
         outputs.commit_part(self._output, name, record)
         return record

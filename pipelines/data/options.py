@@ -127,6 +127,25 @@ class IngestOptions(Options):
         return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
 
 
+@dataclass(frozen=True)
+class ListingOptions(Options):
+    """How images that lie anywhere are listed.
+
+    Args:
+        column: column of a table that holds paths, relative to the table's folder or absolute, or URIs.
+        category: category of all images; null is the only one that the model knows.
+        category_column: column of a table that holds the category of each image.
+    """
+
+    column: str = "uri"
+    category: str | None = None
+    category_column: str | None = None
+
+    def check(self) -> None:
+        if self.category is not None and self.category_column is not None:
+            raise ValueRefused("category and category_column both name categories; give one of them")
+
+
 ThresholdSource = Literal["auto", "held_out", "leave_one_out"]
 """Which normal images a threshold is chosen from."""
 

@@ -145,6 +145,24 @@ class _Actor:
         return {"result": [json.dumps(self._worker.run(task)) for task in batch["item"]]}
 
 
+class _Items(list[dict[str, Any]]):
+    """What `ray.data.from_items` takes, a list of which it asks for one item after the other; each is made then.
+
+    Args:
+        tasks: see `pipelines.runtime.tasks.run_tasks`.
+    """
+
+    def __init__(self, tasks: Sequence[dict[str, Any]]) -> None:
+        super().__init__()
+        self._tasks = tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"item": self._tasks[index]}
+
+
 def run_on_ray(
     worker: type, arguments: dict[str, Any], tasks: Sequence[dict[str, Any]], options: RuntimeOptions
 ) -> Iterator[dict[str, Any]]:
@@ -157,7 +175,7 @@ def run_on_ray(
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     size = pool_size(options, len(tasks))
-    dataset = ray.data.from_items([{"item": task} for task in tasks], override_num_blocks=len(tasks)).map_batches(
+    dataset = ray.data.from_items(_Items(tasks), override_num_blocks=len(tasks)).map_batches(
         _Actor,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": options.cpus_per_worker},
         batch_size=1,

@@ -37,7 +37,8 @@ def run_tasks(
     Args:
         worker: a `PartTask` class.
         arguments: of its constructor.
-        tasks: plain data, one dict a task.
+        tasks: plain data, one dict a task. A sequence may make each when it is asked for it, also by several threads at
+            once: in this process only those are held that are being run. Ray holds all of them in its object store.
         options: number of workers, and where they run.
         images: how many the tasks are about, by which it is chosen where they run.
 

@@ -30,16 +30,16 @@ def run_on_threads(
     packed = pickle.dumps(arguments)  # workers share nothing, as in processes of their own
     own = threading.local()
 
-    def run(task: dict[str, Any]) -> dict[str, Any]:
+    def run(number: int) -> dict[str, Any]:
         if not hasattr(own, "worker"):
             own.worker = TaskWorker(partial(worker, **pickle.loads(packed)), options.cpus_per_worker)
-        result: dict[str, Any] = json.loads(json.dumps(own.worker.run(task)))
+        result: dict[str, Any] = json.loads(json.dumps(own.worker.run(tasks[number])))
         return result
 
     pool = ThreadPoolExecutor(thread_count(options, len(tasks), images), thread_name_prefix=TASK_THREADS)
     with torch_threads():
         try:
-            for future in as_completed([pool.submit(run, task) for task in tasks]):
+            for future in as_completed([pool.submit(run, number) for number in range(len(tasks))]):
                 result = future.result()
                 if ERROR in result:  # the caller gives up its claim of the output, where nobody may write then
                     pool.shutdown(wait=True, cancel_futures=True)

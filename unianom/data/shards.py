@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from types import UnionType
 from typing import IO, Any, ClassVar, Self, get_args
 
@@ -43,6 +45,10 @@ MOST_IN_MEMORY = 512 << 20
 
 FOOTERS_AT_ONCE = 16
 """Parts whose row groups are looked up at the same time; on object stores that is waiting."""
+
+SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS = 8 << 20, 1024
+"""Images, masks and rows of a row group of shards: a reader of a range of rows reads whole groups, and holds as much.
+Smaller ones would cost more: each has statistics, dictionaries and pages of its own for every column."""
 
 _verified_files: set[tuple[Any, ...]] = set()
 
@@ -490,13 +496,22 @@ class ScoreSet(PartSet):
 
 
 class PartWriter:
-    """Writes rows as a part: a new row group at every change of split and every `group_bytes`.
+    """Writes rows as a part: a new row group at every change of split, after more than `group_bytes` and after
+    `group_rows` rows.
 
     Row groups of one split let readers skip the others. Image bytes are stored as they are: they are compressed
     already. Every page has a checksum, so that readers notice damage that Parquet itself would not.
+
+    Args:
+        handle: of a file that is open for writing.
+        schema: of the rows.
+        group_bytes: of images, masks and maps.
+        group_rows: None for any number.
     """
 
-    def __init__(self, handle: IO[bytes], schema: pa.Schema, group_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, handle: IO[bytes], schema: pa.Schema, group_bytes: int = 64 << 20, group_rows: int | None = None
+    ) -> None:
         self._writer = pq.ParquetWriter(
             handle,
             schema,
@@ -506,15 +521,18 @@ class PartWriter:
         )
         self._schema = schema
         self._group_bytes = group_bytes
+        self._group_rows = group_rows or sys.maxsize
         self._rows: list[dict[str, Any]] = []
         self._tables: list[pa.Table] = []
         self._split: str | None = None
         self._bytes = 0
+        self._count = 0
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one row."""
         self._begin_row(row["split"])
         self._rows.append(row)
+        self._count += 1
         self._bytes += sum(len(value) for value in row.values() if isinstance(value, bytes))
 
     def write_table(self, table: pa.Table) -> None:
@@ -528,14 +546,16 @@ class PartWriter:
             self._begin_row(splits[start])
             filled = self._bytes + np.cumsum(sizes[start:])  # after each row
             full = int(np.searchsorted(filled, self._group_bytes, side="right")) + start + 1
+            full = min(full, start + self._group_rows - self._count)
             end = min([change for change in changes if change > start] + [full, len(splits)])
             self._tables.append(table.slice(start, end - start))
             self._bytes = int(filled[end - start - 1])
+            self._count += end - start
             start = end
 
     def _begin_row(self, split: str) -> None:
         """Begin a row group where the next row is of another split, or this group is full."""
-        if split != self._split or self._bytes > self._group_bytes:
+        if split != self._split or self._bytes > self._group_bytes or self._count >= self._group_rows:
             self._flush()
         self._split = split
 
@@ -548,7 +568,7 @@ class PartWriter:
         self._gather_rows()
         if self._tables:
             self._writer.write_table(_as_one(self._tables, self._schema))
-        self._tables, self._bytes = [], 0
+        self._tables, self._bytes, self._count = [], 0, 0
 
     def close(self) -> None:
         """Write what is left and the footer."""
@@ -586,8 +606,21 @@ def _dictionary(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if pa.types.is_dictionary(field.type)]
 
 
-def write_rejected(uri: str, rows: list[dict[str, Any]]) -> None:
-    """Write `_rejected.parquet`, sorted by sample_id; also when nothing was rejected."""
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["sample_id"]), REJECTED_SCHEMA)
-    with files.open_atomic(files.join(uri, REJECTED)) as handle:
-        pq.write_table(table, handle, compression="zstd")
+def write_rejected(uri: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write `_rejected.parquet`, also when nothing was rejected; the rows come sorted by sample_id."""
+    path = files.join(uri, REJECTED)
+    with files.open_atomic(path) as handle, pq.ParquetWriter(handle, REJECTED_SCHEMA, compression="zstd") as writer:
+        left = iter(rows)
+        table = _next_rejected(left)
+        writer.write_table(table)  # also without a row
+        while len(table):
+            table = _next_rejected(left)
+            if len(table):
+                writer.write_table(table)
+
+
+def _next_rejected(rows: Iterator[dict[str, Any]]) -> pa.Table:
+    """Return the rows of the next row group; as dicts, few are in memory at once."""
+    few = (list(islice(rows, 1024)) for _ in range(1024))
+    tables = [pa.Table.from_pylist(found, REJECTED_SCHEMA) for found in few if found]
+    return pa.concat_tables([REJECTED_SCHEMA.empty_table(), *tables]).combine_chunks()

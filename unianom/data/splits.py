@@ -13,8 +13,19 @@ from unianom.errors import DataError, OptionError
 
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
-    """Return the names in a random order fixed by `seed`: ascending SHA-256 of "seed:name"."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    """Return the names in a random order fixed by `seed`: ascending `draw_order`."""
+    return sorted(names, key=lambda name: draw_order(name, seed))
+
+
+def draw_order(name: str, seed: int) -> bytes:
+    """Return the SHA-256 of "seed:name", by which names are ordered to be drawn."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
+def held_out_count(names: int, fraction: float) -> int:
+    """Return how many of the names of a group `hold_out` draws."""
+    count = round(fraction * names)
+    return min(max(count, 1), names - 1) if 0 < fraction < 1 else count
 
 
 def hold_out(sample_ids: Sequence[str], groups: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -39,10 +50,7 @@ def hold_out(sample_ids: Sequence[str], groups: Sequence[str], fraction: float, 
         raise OptionError(f"the share to hold out must lie between 0 and 1, not {fraction}")
     drawn: set[str] = set()
     for names in _by_group(sample_ids, groups).values():
-        count = round(fraction * len(names))
-        if 0 < fraction < 1:
-            count = min(max(count, 1), len(names) - 1)
-        drawn.update(hash_order(names, seed)[:count])
+        drawn.update(hash_order(names, seed)[: held_out_count(len(names), fraction)])
     return drawn
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
@@ -22,9 +23,9 @@ from pipelines.data import ingest as module
 from pipelines.data import ingest_part
 from pipelines.data.ahead import map_ahead
 from pipelines.data.ingest import ingest
-from pipelines.data.ingest_manifest import summarise
+from pipelines.data.ingest_findings import SetFindings
 from pipelines.data.ingest_part import PartIngester, read_image_file
-from pipelines.data.ingest_plan import check_unique, contaminated, digest_of_refs, part_name, plan_parts
+from pipelines.data.ingest_plan import SampleListing, pack_samples, part_name
 from pipelines.data.ingest_summary import print_summary
 from pipelines.data.options import IngestOptions
 from pipelines.runtime import outputs
@@ -34,6 +35,7 @@ from unianom.data.image import ImageLimits, decode_image, decode_mask
 from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
 from unianom.data.shards import MANIFEST, REJECTED, Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.temporary_database import temporary_database
 
 
 def picture(seed, height=12, width=16):
@@ -61,7 +63,7 @@ def run_part(output, refs, threads=2, number=0, **arguments):
     """One part, read back: its rows, its rejected rows and its record."""
     limits = arguments.pop("limits", ImageLimits())
     ingester = PartIngester(str(output), "plan", limits, arguments.pop("resize", None), threads, **arguments)
-    record = ingester.run({"number": number, "refs": [dataclasses.asdict(r) for r in refs]})
+    record = ingester.run({"number": number, "refs": [pack_samples(refs)]})
     rows = ShardSet(str(output), {"files": [record]}, "").table().to_pylist()
     return rows, {row["sample_id"]: row for row in record["rejected"]}, record
 
@@ -100,6 +102,32 @@ def corpus(tmp_path):
 def options(corpus, tmp_path, **changes):
     defaults = {"layout": "mvtec", "source": str(corpus), "output": str(tmp_path / "shards"), "min_parts": 4}
     return IngestOptions(**{**defaults, **changes})
+
+
+def plan_parts(refs, part_bytes, min_parts):
+    with temporary_database() as database:
+        listing = SampleListing(database, refs)
+        parts = range(listing.deal(part_bytes, min_parts))
+        planned = [list(listing.part(part)) for part in parts]
+        assert [listing.part_count(part) for part in parts] == [len(part) for part in planned]
+        return planned
+
+
+def check_unique(refs):
+    with temporary_database() as database:
+        SampleListing(database, refs).check_unique()
+
+
+def contaminated(refs, fraction, seed):
+    with temporary_database() as database:
+        listing = SampleListing(database, refs)
+        listing.contaminate(fraction, seed)
+        return list(listing)
+
+
+def digest_of_refs(refs):
+    with temporary_database() as database:
+        return SampleListing(database, refs).digest()
 
 
 def contents(folder):
@@ -937,7 +965,18 @@ def test_wrong_options(corpus, tmp_path, changes):
 
 
 def row(name, split, label, sha256, height=10, width=20):
-    return {"sample_id": name, "split": split, "label": label, "sha256": sha256, "height": height, "width": width}
+    facts = {"sample_id": name, "split": split, "label": label, "sha256": sha256, "height": height, "width": width}
+    return {**facts, "dataset": "set", "category": "nut", "defect": None}
+
+
+def found_in(table, records, batch=4):
+    with temporary_database() as database:
+        findings = SetFindings(database)
+        for record in records:
+            findings.add_record({"rejected": [], **record})
+        for start in range(0, len(table), batch):
+            findings.add_rows(pa.RecordBatch.from_pylist(table[start : start + batch]))
+        return findings.summary()
 
 
 def test_the_summary_by_hand():
@@ -955,7 +994,7 @@ def test_the_summary_by_hand():
         {"masks": {**no_masks, "empty": ["e", "b"]}},
         {"masks": {**no_masks, "empty": ["a"], "missing": [str(number) for number in range(20)]}},
     ]
-    summary = summarise(table, records)
+    summary = found_in(table, records)
     assert summary["height"] == [7, 30]
     assert summary["width"] == [5, 20]
     assert summary["distinct_sizes"] == 4
