@@ -229,3 +229,28 @@ def test_nothing_is_sent_or_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", QUIET], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+SIGNALLED = """
+import gc, os, signal
+from unianom.backbones import CnnBackbone
+from unianom.configs.backbone import BackboneConfig
+from unianom.encoder_engine import CompiledEncoder
+received = []
+signal.signal(signal.SIGINT, lambda *_: received.append("Ctrl-C"))
+backbone = CnnBackbone(BackboneConfig("resnet10t", weights="random"), (4,))
+first, second = (CompiledEncoder(backbone, 64, "openvino", 1) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGINT)
+print(received)
+"""
+
+
+def test_a_signal_is_received_after_encoders_are_gone():
+    """On CPUs with AMX OpenVINO sets a stack for signals; one that was freed ended the process."""
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "['Ctrl-C']\n"), done.stderr

@@ -38,6 +38,9 @@ DRAWN = ("weave", "cap")
 _tracing = threading.Lock()
 """PyTorch traces one network at a time."""
 
+_starting = threading.Lock()
+_cores: list[Any] = []
+
 _latest = threading.local()
 """The encoder compiled last by this thread, with its key: models of many categories have the same one."""
 
@@ -65,7 +68,7 @@ class CompiledEncoder:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # several workers would share the first cores
         }
-        compiled = openvino.Core().compile_model(model, "CPU", properties)
+        compiled = _core(openvino).compile_model(model, "CPU", properties)
         if (found := compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()) != precision:
             raise EngineError(f"engine={engine}: this CPU computes in {found}, not in {precision}; take openvino")
         self._request = compiled.create_infer_request()
@@ -182,6 +185,18 @@ def _convert(openvino: Any, backbone: Backbone, side: int) -> Any:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise EngineError(f"OpenVINO cannot convert {backbone.config.name}: {reason}; take pytorch") from error
     return model
+
+
+def _core(openvino: Any) -> Any:
+    """Return the one core of this process, which is never freed.
+
+    Where a CPU has AMX, each core sets a stack for signals, and gives the one before back when it is freed: with two of
+    them that may be freed memory, and the next signal, such as Ctrl-C, ends the process.
+    """
+    with _starting:
+        if not _cores:
+            _cores.append(openvino.Core())
+        return _cores[0]
 
 
 def _import_openvino() -> Any:
