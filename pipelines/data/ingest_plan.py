@@ -207,8 +207,5 @@ def _to_row(sample: SampleRef) -> tuple[Any, ...]:
 
 def _from_row(row: Sequence[Any]) -> SampleRef:
     *plain, crop, more_masks = row
-    return SampleRef(
-        *plain,
-        None if crop is None else Crop(**json.loads(crop)),
-        () if more_masks is None else tuple(json.loads(more_masks)),
-    )
+    crop = None if crop is None else Crop(**json.loads(crop))
+    return SampleRef(*[*plain, crop, () if more_masks is None else tuple(json.loads(more_masks))])

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 from unianom.errors import DataError, OptionError
+from unianom.temporary_database import temporary_database
 
 
 def hash_order(names: Iterable[str], seed: int) -> list[str]:
@@ -52,6 +53,23 @@ def hold_out(sample_ids: Sequence[str], groups: Sequence[str], fraction: float, 
     for names in _by_group(sample_ids, groups).values():
         drawn.update(hash_order(names, seed)[: held_out_count(len(names), fraction)])
     return drawn
+
+
+def held_out_below(names: Iterable[str], fraction: float, seed: int) -> bytes:
+    """Return the `draw_order` up to which `hold_out` draws the names of one group, all different; b"" if none.
+
+    The names are not held in memory.
+    """
+    with temporary_database() as database:
+        database.execute("create table names (place)")
+        rows = ((draw_order(name, seed),) for name in names)
+        database.executemany("insert into names values (?)", rows)
+        (count,) = database.execute("select count(*) from names").fetchone()
+        drawn = held_out_count(count, fraction)
+        if drawn < 1:
+            return b""
+        found = database.execute("select place from names order by place limit 1 offset ?", [drawn - 1])
+        return bytes(found.fetchone()[0])
 
 
 def few_shot(sample_ids: Sequence[str], groups: Sequence[str], shots: int, seed: int) -> set[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from unianom.data.layout_detection.categories import in_words
 from unianom.data.layouts import LeftOut, Source
+from unianom.data.layouts.entries import IMAGE_SUFFIXES
 from unianom.data.layouts.names import listed
-from unianom.data.layouts.source import IMAGE_SUFFIXES
 
 FEW_NORMALS = 10
 """Fewer normal images of a category to train on are worth a warning."""

@@ -16,8 +16,8 @@ from unianom.data.layout_detection.reading import Reading, Unclear, Way
 from unianom.data.layout_detection.tables import read_tables
 from unianom.data.layout_detection.tree import Node, read_tree
 from unianom.data.layouts import LAYOUTS, LeftOut, Source, make_options
+from unianom.data.layouts.entries import IMAGE_SUFFIXES
 from unianom.data.layouts.names import listed
-from unianom.data.layouts.source import IMAGE_SUFFIXES
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, OptionError
 

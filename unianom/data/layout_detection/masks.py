@@ -10,9 +10,9 @@ from typing import Any
 from unianom.data.layout_detection.categories import counted, find_levels, in_words, inner, split_options
 from unianom.data.layout_detection.reading import Reading, Taken, Unclear
 from unianom.data.layout_detection.tree import Affixes, Node, find_affixes, find_beside
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.folder_options import EVERY, FolderOptions, Split
 from unianom.data.layouts.names import listed
-from unianom.data.layouts.source import Entry
 
 LEAST_BESIDE = 0.5
 """Share of defective images and masks that lie beside each other, from which such masks are taken for some."""

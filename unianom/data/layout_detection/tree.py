@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from unianom.data.layout_detection.words import Meaning, meaning
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.names import same_name
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.errors import DataError
 
 MOST_FOLDERS = 20_000

@@ -13,8 +13,9 @@ from pkgutil import iter_modules
 
 from unianom.data.layouts.base import Layout, LayoutOptions, make_options
 from unianom.data.layouts.class_lists import IMAGENET_30, SPECIES_60, SPECIES_60_SPLITS
+from unianom.data.layouts.left_out import LeftOut
 from unianom.data.layouts.names import nearest
-from unianom.data.layouts.source import LeftOut, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import SampleRef
 from unianom.errors import DataError, OptionError
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from unianom.data.layouts.base import Layout
+from unianom.data.layouts.entries import Entry, StoredEntries
 from unianom.data.layouts.folder_groups import Group, find_groups, find_places, leave_out_others
 from unianom.data.layouts.folder_masks import Masks
 from unianom.data.layouts.folder_options import FolderOptions
 from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
-from unianom.data.splits import hold_out
+from unianom.data.splits import draw_order, held_out_below
 from unianom.errors import OptionError
+from unianom.temporary_database import temporary_database
 
 __all__ = ["LAYOUT", "FolderOptions", "samples"]
 
@@ -31,33 +33,56 @@ def samples(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
     groups = find_groups(source, options, places)
     masks = Masks(source, options, places)
     taken = {group.folder for group in groups} | masks.folders
-    images = {group: masks.without_masks(source.images_below(group.folder, taken), group.folder) for group in groups}
-    pairs = [(group, image) for group in groups for image in images[group]]
-    masks.pair(
-        [pair for pair in pairs if pair[0].label == ANOMALOUS or options.label_by_mask],
-        [pair for pair in pairs if pair[0].label == NORMAL],
-    )
-    leave_out_others(source, taken)
-    for place in places:
-        found = [(group, image) for group in groups if group.place is place for image in images[group]]
-        labels = [masks.label(image) if options.label_by_mask else group.label for group, image in found]
-        drawn = [
-            image.path
-            for (group, image), label in zip(found, labels, strict=True)
-            if group.drawn_from and label == NORMAL
-        ]
-        test = hold_out(drawn, [""] * len(drawn), 1 - options.train_fraction, options.seed)
-        for (group, image), label in zip(found, labels, strict=True):
-            mask = masks.of(image) if label == ANOMALOUS else None
-            yield source.sample(
-                image,
-                category=place.category,
-                split="test" if image.path in test else _split(group, label, options),
-                label=label,
-                defect=None if label is None else "good" if label == NORMAL else group.defect,
-                mask=mask,
-                mask_threshold=options.mask_threshold if mask else None,
+    with temporary_database() as database:
+        stored = StoredEntries(database)
+        images = {
+            group: stored.add(masks.without_masks(source.images_below(group.folder, taken), group.folder))
+            for group in groups
+        }
+        if masks.folders:
+            masks.pair(
+                list(_pairs(stored, images, lambda group: group.label == ANOMALOUS or options.label_by_mask)),
+                _pairs(stored, images, lambda group: group.label == NORMAL),
             )
+        leave_out_others(source, taken)
+        labels: dict[str, int] = {}
+        if options.label_by_mask:
+            labels = {image.path: masks.label(image) for _, image in _pairs(stored, images)}
+
+        def label_of(group: Group, image: Entry) -> int | None:
+            return labels[image.path] if options.label_by_mask else group.label
+
+        for place in places:
+            own = {group: images[group] for group in groups if group.place is place}
+            drawn = held_out_below(
+                (
+                    image.path
+                    for group, image in _pairs(stored, own)
+                    if group.drawn_from and label_of(group, image) == NORMAL
+                ),
+                1 - options.train_fraction,
+                options.seed,
+            )
+            for group, image in _pairs(stored, own):
+                label = label_of(group, image)
+                to_test = group.drawn_from and label == NORMAL and draw_order(image.path, options.seed) <= drawn
+                mask = masks.of(image) if label == ANOMALOUS else None
+                yield source.sample(
+                    image,
+                    category=place.category,
+                    split="test" if to_test else _split(group, label, options),
+                    label=label,
+                    defect=None if label is None else "good" if label == NORMAL else group.defect,
+                    mask=mask,
+                    mask_threshold=options.mask_threshold if mask else None,
+                )
+
+
+def _pairs(
+    stored: StoredEntries, images: Mapping[Group, range], wanted: Callable[[Group], bool] = lambda _: True
+) -> Iterator[tuple[Group, Entry]]:
+    """Yield the images of all groups that are wanted, each with its group."""
+    return ((group, image) for group, places in images.items() if wanted(group) for image in stored.at(places))
 
 
 def _split(group: Group, label: int | None, options: FolderOptions) -> str:

@@ -6,9 +6,10 @@ import posixpath
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.folder_options import EVERY, FolderOptions, Split
 from unianom.data.layouts.names import choose
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.errors import DataError, OptionError
 

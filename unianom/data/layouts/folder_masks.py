@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from unianom.data.image import marks_anything
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.folder_groups import Group, Place
 from unianom.data.layouts.folder_options import FolderOptions
 from unianom.data.layouts.names import same_name
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.errors import DataError, ImageError
 
@@ -58,15 +59,15 @@ class Masks:
             ) from error
         return ANOMALOUS if marked else NORMAL
 
-    def without_masks(self, images: Iterable[Entry], folder: str) -> list[Entry]:
+    def without_masks(self, images: Iterable[Entry], folder: str) -> Iterable[Entry]:
         """Return those files of a folder that are images; the masks beside them are kept for their images.
 
         Raises:
             DataError: all are masks, or two files could be the mask of one image.
         """
-        images = list(images)
         if not self._options.mask_beside:
             return images
+        images = list(images)
         pairs, masks = masks_beside(images, self._options.mask_prefix, self._options.mask_suffix)
         self._paired |= pairs
         others = [image for image in images if image.path not in masks]

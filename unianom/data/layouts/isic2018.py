@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.entries import Entry
+from unianom.data.layouts.source import Source
 from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError

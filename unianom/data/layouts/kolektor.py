@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from unianom.data.image import marks_anything
 from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.names import same_name
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out
 from unianom.errors import DataError, ImageError, OptionError

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.names import listed, nearest
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.layouts.tables import read_rows
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.data.splits import hold_out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.names import same_name
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.errors import DataError
 
 

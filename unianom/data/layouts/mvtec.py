@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.mask_files import masks_by_stem
 from unianom.data.layouts.names import choose, listed, same_name
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError
 

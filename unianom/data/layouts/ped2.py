@@ -10,9 +10,10 @@ import numpy as np
 
 from unianom.data.image import marks_anything
 from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.mask_files import mask_of, masks_by_stem
 from unianom.data.layouts.names import same_name
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.files import read_bytes

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold, Recognised
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.mask_files import mask_of, masks_by_stem
 from unianom.data.layouts.names import choose, listed
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, SPLITS, SampleRef
 from unianom.data.splits import hash_order
 from unianom.errors import DataError, OptionError

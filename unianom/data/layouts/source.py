@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from unianom.data.layouts.entries import Entry, StoredEntries
+from unianom.data.layouts.left_out import CountedFiles, LeftOut
 from unianom.data.layouts.names import listed
 from unianom.data.schema import Crop, SampleRef
 from unianom.errors import DataError, storage_error
 from unianom.files import check_regular, composed_otherwise, is_chained, resolve
-
-IMAGE_SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo"),
-    *(".bmp", ".dib", ".tif", ".tiff", ".webp"),
-)
-"""Endings of an image's name, in any case."""
+from unianom.temporary_database import temporary_database
 
 _LITTER = frozenset(
     {
@@ -32,79 +31,11 @@ _LITTER = frozenset(
 )
 """What systems and network drives lay beside people's files, such as thumbnails and waste bins; in small letters."""
 
-
 MOST_LISTED = 20
 """Folders that are listed to count the images in one that is left out; beside a data set may lie a whole archive."""
 
-
-@dataclass
-class LeftOut:
-    """What a listing saw in the places of images and did not take.
-
-    Attributes:
-        files: by the path or URI of their folder, how many of each ending, in small letters, and one of them.
-        folders: path or URI of each folder that no image is taken from, and how many images lie in and below it, as far
-            as `MOST_LISTED` listings tell.
-        links: those to a folder that the link itself lies in, which are not followed.
-    """
-
-    files: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
-    folders: dict[str, int] = field(default_factory=dict)
-    links: set[str] = field(default_factory=set)
-
-    def summary(self) -> dict[str, Any]:
-        """Return counts and examples as a manifest holds them: files by ending, folders with an image, links; what
-        there is none of has no key."""
-        endings: dict[str, dict[str, Any]] = {}
-        for folder in sorted(self.files):
-            for ending, (count, example) in self.files[folder].items():
-                found = endings.setdefault(ending, {"count": 0, "example": example})
-                found["count"] += count
-        folders = {folder: images for folder, images in sorted(self.folders.items()) if images}
-        summary: dict[str, Any] = {}
-        if endings:
-            summary["files"] = dict(sorted(endings.items()))
-        if folders:
-            images = sum(folders.values())
-            summary["folders"] = {"count": len(folders), "images": images, "examples": list(folders)[:10]}
-        if self.links:
-            summary["links"] = {"count": len(self.links), "examples": sorted(self.links)[:10]}
-        return summary
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a listing says of one file or folder.
-
-    Attributes:
-        path: path relative to the source's root.
-        size: bytes of a file, None where the file system does not tell.
-        is_folder: whether it is a folder.
-    """
-
-    path: str
-    size: int | None
-    is_folder: bool
-
-    @property
-    def name(self) -> str:
-        """Last part of the path."""
-        return posixpath.basename(self.path)
-
-    @property
-    def stem(self) -> str:
-        """Name without its last ending."""
-        return posixpath.splitext(self.name)[0]
-
-    @property
-    def ending(self) -> str:
-        """Last ending of the name in small letters, with its dot; "" if it has none."""
-        return posixpath.splitext(self.name)[1].lower()
-
-    @property
-    def is_image(self) -> bool:
-        """Whether the name ends like an image's. A folder may: it is listed as a sample, for ingest to reject."""
-        return self.ending in IMAGE_SUFFIXES
+MOST_IN_MEMORY = 50_000
+"""Entries of one folder up to which they are sorted in memory."""
 
 
 @dataclass(frozen=True)
@@ -212,14 +143,27 @@ class Source:
             if inside not in self.listings:
                 self.listings[inside] = replace(self, listings=None).entries(folder)
             return [replace(entry, path=posixpath.join(folder, entry.name)) for entry in self.listings[inside]]
-        try:
-            listing = self.fs.ls(inside, detail=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"no folder {self.uri(folder)}; check the path of the source") from error
-        except Exception as error:  # a remote file system raises whatever its client library does
-            raise storage_error(error) or DataError(f"cannot list {self.uri(folder)}: {error}") from error
-        entries = []
-        for info in listing:
+        return sorted(self._entries(folder), key=lambda entry: entry.path)
+
+    def iter_entries(self, folder: str = "") -> Iterator[Entry]:
+        """Yield what `entries` returns; those of a large folder are not held in memory."""
+        if self.listings is not None:
+            yield from self.entries(folder)
+            return
+        found = self._entries(folder)
+        few = list(islice(found, MOST_IN_MEMORY + 1))
+        if len(few) <= MOST_IN_MEMORY:
+            yield from sorted(few, key=lambda entry: entry.path)
+            return
+        with temporary_database() as database:
+            stored = StoredEntries(database)
+            stored.add(chain(few, found))
+            del few
+            yield from stored.by_path()
+
+    def _entries(self, folder: str) -> Iterator[Entry]:
+        inside = self._inside(folder)
+        for info in self._infos(folder):
             if info["name"] == inside and info["type"] == "file":
                 raise DataError(f"{self.uri(folder)} is a file; a folder is expected")
             path = info["name"].rstrip("/")
@@ -233,8 +177,23 @@ class Source:
                 self.left_out.links.add(self.uri(posixpath.join(folder, name)))
                 continue
             size = None if is_folder else info.get("size")
-            entries.append(Entry(posixpath.join(folder, name), size, is_folder))
-        return sorted(entries, key=lambda entry: entry.path)
+            yield Entry(posixpath.join(folder, name), size, is_folder)
+
+    def _infos(self, folder: str) -> Iterator[dict[str, Any]]:
+        """Yield what the file system says of what lies in a folder, of a local one without holding all of it."""
+        inside = self._inside(folder)
+        try:
+            if isinstance(self.fs, LocalFileSystem) and self.fs.isdir(inside):
+                with os.scandir(inside) as found:
+                    for entry in found:
+                        with suppress(FileNotFoundError):  # it was removed meanwhile
+                            yield self.fs.info(entry)
+            else:
+                yield from self.fs.ls(inside, detail=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"no folder {self.uri(folder)}; check the path of the source") from error
+        except Exception as error:  # a remote file system raises whatever its client library does
+            raise storage_error(error) or DataError(f"cannot list {self.uri(folder)}: {error}") from error
 
     def _leads_back(self, folder: str, link: str) -> bool:
         """Return whether a link in `folder` leads to a folder that it lies in, by whatever links one came there."""
@@ -288,26 +247,27 @@ class Source:
     def walk(self, folder: str = "", skip: Collection[str] = ()) -> Iterator[Entry]:
         """Yield all images in and below `folder`, lazily, each folder sorted; other files are left out. Folders of the
         paths `skip` are not entered."""
-        entries = self.entries(folder)
-        self.leave_out(folder, [entry for entry in entries if not (entry.is_image or entry.is_folder)])
-        for entry in entries:
+        others = CountedFiles()
+        for entry in self.iter_entries(folder):
             if entry.is_image:
                 yield entry
-            elif entry.is_folder and entry.path not in skip:
+            elif not entry.is_folder:
+                others.add(entry.ending, self.uri(entry.path))
+            elif entry.path not in skip:
                 yield from self.walk(entry.path, skip)
+        self.left_out.set_files(self.uri(folder), others)
+        self.fs.dircache.pop(self._inside(folder), None)  # where a remote file system keeps every listing
 
     def leave_out(self, folder: str, entries: Iterable[Entry]) -> None:
         """Record that some entries of a folder are not taken, so that a summary can say so."""
-        endings: dict[str, tuple[int, str]] = {}
+        others = CountedFiles()
         for entry in entries:
             where = self.uri(entry.path)
             if not entry.is_folder:
-                count, example = endings.get(entry.ending, (0, where))
-                endings[entry.ending] = (count + 1, example)
+                others.add(entry.ending, where)
             elif where not in self.left_out.folders:
                 self.left_out.folders[where] = self._count_images(entry.path)
-        if endings:
-            self.left_out.files[self.uri(folder)] = endings
+        self.left_out.set_files(self.uri(folder), others)
 
     def _count_images(self, folder: str) -> int:
         count, pending = 0, [folder]

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unianom.data.layouts.base import Layout, LayoutOptions, Recognised
+from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.mvtec import category_samples
 from unianom.data.layouts.names import choose, listed
-from unianom.data.layouts.source import Entry, Source
+from unianom.data.layouts.source import Source
 from unianom.data.layouts.tables import read_table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
 from unianom.errors import DataError, OptionError
