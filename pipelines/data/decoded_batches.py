@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.data.fetch import ERROR, STATUS, fetch_errors
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime.stage_clock import StageClock
 from unianom.data.image import ImageLimits, InputPolicy, decode_upright, fit_image
@@ -95,7 +96,7 @@ class BatchDecoder:
         """Yield batches in their order.
 
         Args:
-            batches: model folder and rows with `image`, the encoded file.
+            batches: model folder and rows with `image`, the encoded file, as shards or an `ImageFetcher` give them.
             policy_of: returns the input policy of a model folder; called by this thread only.
             ahead: rows that are being decoded or wait, at least; one batch more may.
         """
@@ -118,9 +119,10 @@ class BatchDecoder:
         images = self._memory(len(table), policy.side)
         share = -(-len(table) // self._threads)
         shares = [(start, min(start + share, len(table))) for start in range(0, len(table), share)]
-        decode: Callable[[int], ImageError | None] = partial(self._decode, table["image"], images, policy)
+        unread = fetch_errors(table)
+        decode: Callable[[int], ImageError | None] = partial(self._decode, table["image"], images, policy, unread)
         futures = [self._pool.submit_each(decode, range(start, end)) for start, end in shares]
-        return _Pending(model, table.drop_columns("image"), images, futures)
+        return _Pending(model, table.drop_columns([name for name in table.column_names if name in ("image", STATUS, ERROR)]), images, futures)
 
     def _memory(self, count: int, side: int) -> np.ndarray:
         """Return room for so many images."""
@@ -135,8 +137,17 @@ class BatchDecoder:
         if not batch.timed_out:  # else a thread that was given up may still write to it
             self._free.append(batch.images)
 
-    def _decode(self, files: pa.ChunkedArray, images: np.ndarray, policy: InputPolicy, row: int) -> ImageError | None:
+    def _decode(
+        self,
+        files: pa.ChunkedArray,
+        images: np.ndarray,
+        policy: InputPolicy,
+        unread: Mapping[int, ImageError],
+        row: int,
+    ) -> ImageError | None:
         """Decode the file of a row into its place; return why it cannot be read, or None."""
+        if row in unread:
+            return unread[row]
         start = time.thread_time()
         try:
             upright = decode_upright(files[row].as_py(), policy, self._limits)

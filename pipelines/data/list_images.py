@@ -24,7 +24,8 @@ from unianom import __version__, files
 from unianom.data.id_digest import IdDigest
 from unianom.data.image_listing import LISTING_SCHEMA, LISTING_VERSION, ImageListing
 from unianom.data.layouts import LeftOut
-from unianom.data.layouts.source import IMAGE_SUFFIXES, Source
+from unianom.data.layouts.entries import IMAGE_SUFFIXES
+from unianom.data.layouts.source import Source
 from unianom.data.shards import MANIFEST
 from unianom.errors import DataError, storage_error
 from unianom.temporary_database import temporary_database
@@ -33,7 +34,7 @@ LISTING = "_listing"
 """Folder of the listing, in the output of the job that made it."""
 
 GROUP_ROWS = 1024
-PART_ROWS = 100 * GROUP_ROWS
+PART_ROWS = 128 * GROUP_ROWS
 """Rows of a row group, which becomes one range, and of a part."""
 
 TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
@@ -181,7 +182,7 @@ def write_listing(
     left_out = LeftOut()
     counts: dict[tuple[str, str], int] = defaultdict(int)
     ids: dict[tuple[str, str], IdDigest] = defaultdict(IdDigest)
-    entries = []
+    entries: list[dict[str, Any]] = []
     with temporary_database() as database:
         database.execute("create table names (name text primary key, uri text) without rowid")
 
@@ -250,10 +251,12 @@ def _write_part(folder: str, number: int, rows: Iterator[dict[str, Any]]) -> dic
     name = f"part-{number:05d}.parquet"
     path = files.join(folder, name)
     count, group = 0, first
-    with files.open_atomic(path) as handle:
-        with pq.ParquetWriter(handle, LISTING_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-            while group:
-                writer.write_table(pa.Table.from_pylist(group, LISTING_SCHEMA))
-                count += len(group)
-                group = list(islice(rows, GROUP_ROWS)) if count < PART_ROWS else []
+    with (
+        files.open_atomic(path) as handle,
+        pq.ParquetWriter(handle, LISTING_SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        while group:
+            writer.write_table(pa.Table.from_pylist(group, LISTING_SCHEMA))
+            count += len(group)
+            group = list(islice(rows, GROUP_ROWS)) if count < PART_ROWS else []
     return {"name": name, "rows": count, "sha256": files.sha256_file(path)}

@@ -19,6 +19,7 @@ import torch
 
 from pipelines.data.ahead import Behind, read_ahead
 from pipelines.data.decoded_batches import BatchDecoder, DecodedBatch, same_model_batches
+from pipelines.data.fetch import ImageFetcher
 from pipelines.data.timed_pool import TimedPool
 from pipelines.inference.score_columns import IDENTITY, PackedMap, ScoreColumns, ScoredBatch, check_finite, score_table
 from pipelines.inference.score_manifest import score_part
@@ -30,6 +31,7 @@ from unianom import files
 from unianom.calibration import Calibration
 from unianom.data.id_digest import IdDigest
 from unianom.data.image import ImageLimits, InputPolicy, encode_map
+from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
 from unianom.data.row_ranges import RowRange
 from unianom.data.schema import SCORE_SCHEMA
@@ -52,8 +54,8 @@ class RangeScorer:
     """Scores the samples of a range of rows. A `PartTask`; its task is the range as plain data.
 
     Args:
-        shards: the shard set.
-        selection: which samples.
+        shards: the shard set, or the listing of images that lie elsewhere.
+        selection: which samples; of a listing all.
         model_set: which model for which category.
         digests: model folder to model digest.
         output: folder of the score set.
@@ -68,7 +70,7 @@ class RangeScorer:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | ImageListing,
         selection: Selection,
         model_set: ModelSet,
         digests: dict[str, str],
@@ -84,6 +86,7 @@ class RangeScorer:
         self._shards, self._selection, self._model_set, self._digests = shards, selection, model_set, digests
         self._output, self._plan, self._maps = output, plan, maps
         self._batch_size, self._execution, self._fold = batch_size, execution, fold
+        self._fetcher = ImageFetcher(shards, limits) if isinstance(shards, ImageListing) else None
         self._pool = TimedPool(threads, limits)
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._clock = StageClock()
@@ -122,9 +125,14 @@ class RangeScorer:
 
     def _decoded(self, within: RowRange) -> Generator[DecodedBatch, None, None]:
         """Yield the batches of a range, in its order; a batch never mixes models."""
-        rows = self._clock.iterate("read", self._shards.read_range(within, self._selection, [*IDENTITY, "image"]))
+        rows = self._clock.iterate("read", self._rows(within, [*IDENTITY, "image"]))
         batches = same_model_batches(read_ahead(self._reader, rows), self._model_set.folder_of, self._batch_size)
         yield from self._decoder.decoded(batches, self._policy, self._ahead)
+
+    def _rows(self, within: RowRange, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        if self._fetcher is not None:
+            return self._fetcher.read_range(within, columns)
+        return self._shards.read_range(within, self._selection, columns)
 
     def _policy(self, folder: str) -> InputPolicy:
         return self._model(folder).method.input

@@ -9,6 +9,7 @@ from typing import Any
 from pipelines.runtime import outputs
 from unianom import __version__, files
 from unianom.data.id_digest import IdDigest
+from unianom.data.image_listing import ImageListing
 from unianom.data.row_ranges import RowRange
 from unianom.data.schema import SCORE_SCHEMA, SCORE_VERSION
 from unianom.data.shards import PartWriter, ScoreSet, Selection, ShardSet
@@ -30,7 +31,7 @@ def score_part(part: str, plan: str, first: int | None = None) -> str:
 def commit_scores(
     output: str,
     digest: str,
-    shards: ShardSet,
+    shards: ShardSet | ImageListing,
     selection: Selection,
     ranges: Sequence[RowRange],
     models: list[dict[str, Any]],
@@ -65,6 +66,7 @@ def commit_scores(
         "tool_version": __version__,
         "plan_digest": digest,
         "shards": {"digest": shards.digest},
+        **({"images": shards.manifest["images"]} if isinstance(shards, ImageListing) else {}),
         "models": models,
         **{key: plan[key] for key in PLANNED if key in plan},
         "counts": shards.selected_counts(selection),
@@ -75,7 +77,7 @@ def commit_scores(
     outputs.finish(output, manifest)
 
 
-def _remove_whole_parts(output: str, digest: str, shards: ShardSet) -> None:
+def _remove_whole_parts(output: str, digest: str, shards: ShardSet | ImageListing) -> None:
     """Remove what an earlier version, which scored whole parts at once, left of this plan unfinished."""
     present = set(files.list_names(output))
     for name in (score_part(part, digest) for part in shards.parts):
@@ -84,7 +86,7 @@ def _remove_whole_parts(output: str, digest: str, shards: ShardSet) -> None:
             outputs.remove_record(output, name)
 
 
-def _check_complete(shards: ShardSet, selection: Selection, records: Sequence[Mapping[str, Any]]) -> None:
+def _check_complete(shards: ShardSet | ImageListing, selection: Selection, records: Sequence[Mapping[str, Any]]) -> None:
     """Refuse scores that are not of just the samples that the manifest of the shards counts."""
     scored, expected = sum(record["rows"] for record in records), shards.count(selection)
     found = IdDigest()
@@ -97,12 +99,12 @@ def _check_complete(shards: ShardSet, selection: Selection, records: Sequence[Ma
     twice = next((entry["values"] for entry in ids.value_counts().to_pylist() if entry["counts"] > 1), None)
     what = f"{scored} scores{'' if twice is None else f', two of them of {twice},'}"
     raise DataError(
-        f"the shards {shards.uri} are damaged: their parts make {what} where their manifest counts {expected}"
-        f"{'' if scored != expected else ' others'}; copy them again, or run jobs/ingest.py again"
+        f"the {shards.kind} {shards.uri} is damaged: its parts make {what} where its manifest counts {expected}"
+        f"{'' if scored != expected else ' others'}; copy it again, or remove it and run {shards.job} again"
     )
 
 
-def _write_rejected(output: str, digest: str, shards: ShardSet, selection: Selection) -> dict[str, Any]:
+def _write_rejected(output: str, digest: str, shards: ShardSet | ImageListing, selection: Selection) -> dict[str, Any]:
     """Write the samples that ingest had to reject as scores too, so that no sample is ever silently absent."""
     name = score_part("part-rejected.parquet", digest)
     statuses: Counter[str] = Counter()

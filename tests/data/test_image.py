@@ -45,6 +45,7 @@ from unianom.data.image import (
 from unianom.data.schema import Crop
 from unianom.data.tensors import normalise
 from unianom.errors import ImageError, OptionError
+from unianom.options import from_plain, to_plain
 
 RNG = np.random.default_rng(20)
 COLOURS = RNG.integers(0, 256, (24, 37, 3)).astype(np.uint8)
@@ -411,9 +412,19 @@ def test_pillows_own_limit_gives_way_to_ours_and_is_left_as_it_was(monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-@pytest.mark.parametrize("limits", [{"max_pixels": 0}, {"max_bytes": -1}])
+def test_limits_from_before_there_was_one_of_time_are_the_same_plain_data():
+    """What plans and records of the last version hold."""
+    plain = {"max_pixels": 100_000_000, "max_bytes": 268_435_456}
+    assert to_plain(ImageLimits()) == plain
+    assert from_plain(ImageLimits, plain) == ImageLimits(seconds=60.0)
+    for seconds in (None, 5.0):
+        assert to_plain(ImageLimits(seconds=seconds)) == {**plain, "seconds": seconds}
+        assert from_plain(ImageLimits, {**plain, "seconds": seconds}) == ImageLimits(seconds=seconds)
+
+
+@pytest.mark.parametrize("limits", [{"max_pixels": 0}, {"max_bytes": -1}, {"seconds": 0}])
 def test_limits_must_be_positive(limits):
-    with pytest.raises(OptionError, match="must be at least 1"):
+    with pytest.raises(OptionError, match=r"must be (at least 1|positive or null)"):
         ImageLimits(**limits)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -12,8 +15,9 @@ from pipelines.data.decoded_batches import BatchDecoder, same_model_batches
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime.stage_clock import StageClock
 from tests.pipelines.sharded import LIMITS, POLICY, picture
-from unianom.data.image import decode_image, encode_png, prepare_image
-from unianom.data.tensors import normalise
+from unianom.data.image import ImageLimits, decode_image, decode_upright, encode_png, prepare_image
+from unianom.data.tensors import normalise as normalised
+from unianom.data.tensors import normalise_into
 
 CATEGORIES = "aaabbbbbbbbbbbaccccccccccccccccccccab"
 
@@ -64,7 +68,7 @@ def test_images_are_those_decoded_one_by_one_and_broken_ones_are_told(threads: i
             numbers = batch.rows["number"].to_numpy()[batch.places].tolist()
             seen += numbers
             pixels = [prepare_image(decode_image(images[number]).pixels, POLICY) for number in numbers]
-            assert torch.equal(batch.images, normalise(pixels, POLICY))
+            assert torch.equal(batch.images, normalised(pixels, POLICY))
             told = {int(batch.rows["number"][row].as_py()): error.status for row, error in batch.errors.items()}
             assert told == {number: "corrupt" for number in batch.rows["number"].to_pylist() if number in broken}
             assert batch.rows.column_names == ["number"]
@@ -95,3 +99,44 @@ def test_memory_is_used_again() -> None:
             batch.images.data_ptr() for batch in decoder.decoded(iter([("model", rows)] * 20), lambda _: POLICY, 2)
         }
     assert len(places) <= 3
+
+
+def test_an_image_that_hangs_leaves_the_others_and_its_memory_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread, when it goes on, writes to a place that no image was written to meanwhile."""
+    images = [encode_png(picture([number])) for number in range(24)]
+    hung = images[5]
+    release, come_back = threading.Event(), threading.Event()
+    places: list[int] = []
+    before: list[int] = []
+
+    def decode(data: bytes, *rest: Any) -> Any:
+        if data == hung:
+            before.append(len(places))
+            release.wait()
+        return decode_upright(data, *rest)
+
+    def normalise(place: np.ndarray, *rest: Any) -> None:
+        places.append(place.ctypes.data)
+        normalise_into(place, *rest)
+        if release.is_set():
+            come_back.set()
+
+    monkeypatch.setattr("pipelines.data.decoded_batches.decode_upright", decode)
+    monkeypatch.setattr("pipelines.data.decoded_batches.normalise_into", normalise)
+    tables = [("model", pa.table({"number": [n, n + 1], "image": images[n : n + 2]})) for n in range(0, 24, 2)]
+    limits = ImageLimits(seconds=1)
+    with TimedPool(1, limits) as pool:
+        decoder = BatchDecoder(pool, 1, limits, StageClock())
+        for batch in decoder.decoded(iter(tables), lambda _: POLICY, 2):
+            numbers = batch.rows["number"].to_pylist()
+            assert {numbers[row]: error.status for row, error in batch.errors.items()} == (
+                {5: "timeout"} if 5 in numbers else {}
+            )
+            pixels = [prepare_image(decode_image(images[n]).pixels, POLICY) for n in numbers if n != 5]
+            assert torch.equal(batch.images, normalised(pixels, POLICY))
+        release.set()
+        assert come_back.wait(60)
+    *meanwhile, late = places[before[0] :]
+    assert len(meanwhile) == 18
+    assert len(set(meanwhile)) < 18  # memory is used again
+    assert late not in meanwhile

@@ -692,6 +692,36 @@ def test_a_source_with_pipes_and_loops_is_read_to_its_end(tmp_path, inline, layo
     assert rejected >= {path.name for path in paths}
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("hung", ["2.png", "2_mask.png"])
+def test_a_store_that_hangs_rejects_the_sample_and_no_other(tmp_path, monkeypatch, threads, hung):
+    """At its image or at its mask."""
+    mask = encoded(np.eye(12, 16, dtype=np.uint8) * 255)
+    refs = []
+    for n in range(6):
+        uri, mask_uri = (write(tmp_path / name, data) for name, data in
+                         ((f"{n}.png", encoded(picture(n))), (f"{n}_mask.png", mask)))  # fmt: skip
+        refs.append(ref(f"{n}.png", uri=uri, mask_uri=mask_uri, label=1))
+    whole, _, _ = run_part(tmp_path / "whole", refs)
+    release = threading.Event()
+
+    def read(uri):
+        if uri.endswith(f"/{hung}"):
+            release.wait()
+        return read_image_file(uri)
+
+    monkeypatch.setattr(ingest_part, "read_image_file", read)
+    rows, rejected, record = run_part(tmp_path / "out", refs, threads, limits=ImageLimits(seconds=1))
+    release.set()
+    assert rows == [row for row in whole if row["sample_id"] != "set/2.png"]
+    assert record["rows"] == 5
+    row = rejected.pop("set/2.png")
+    assert (row["status"], row["uri"], row["label"]) == ("timeout", refs[2].uri, 1)
+    assert "took more than 1 s, the limit (--limits.seconds)" in row["error"]
+    assert list(row) == REJECTED_SCHEMA.names
+    assert not rejected
+
+
 def test_map_ahead_keeps_the_order_and_a_bounded_number_in_hand():
     taken, given = [], []
     lock = threading.Lock()
@@ -768,6 +798,7 @@ def test_the_manifest_tells_what_is_there(corpus, tmp_path, tasks):
     assert manifest["bytes"] == sum((output / entry["name"]).stat().st_size for entry in manifest["files"])
     assert manifest["source"] == str(corpus)
     assert manifest["layout"] == "mvtec"
+    # `seconds` is left out, so that shard sets from before there was a limit of time stay the same plan
     assert manifest["limits"] == {"max_pixels": 100_000_000, "max_bytes": 256 << 20}
     assert shards.count(Selection(("test",), ("bolt",))) == 4
     assert manifest["summary"]["height"] == [12, 12]

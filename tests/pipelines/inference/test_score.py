@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipelines.inference import range_scorer
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score import score
+from pipelines.inference.score_manifest import score_part
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.options import RuntimeOptions
 from tests.pipelines.conftest import Small, tiny_method
@@ -22,9 +24,10 @@ from tests.pipelines.evaluated import Scored, _write_shards
 from tests.pipelines.sharded import picture
 from unianom import files
 from unianom.data.id_digest import IdDigest
-from unianom.data.image import ImageLimits
+from unianom.data.image import ImageLimits, decode_upright
+from unianom.data.schema import STATUSES
 from unianom.data.shards import MANIFEST, PartWriter, ScoreSet, Selection, ShardSet, write_rejected
-from unianom.errors import DataError, ModelError
+from unianom.errors import DataError, MachineError, ModelError
 from unianom.execution import CPU
 from unianom.memory.index import MemoryBank
 from unianom.methods.uniformaly import UniFormaly
@@ -188,6 +191,79 @@ def test_bytes_do_not_depend_on_the_threads_that_decode(model: str, shards: Shar
     assert b"stages" not in stored[0]
 
 
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """Decoders that hang wait for it; set at the end, so that their threads end."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def hang_at(monkeypatch: pytest.MonkeyPatch, release: threading.Event, *hung: bytes) -> None:
+    """Let the decoder hang at some files."""
+
+    def decode(data: bytes, *rest: Any) -> Any:
+        if data in hung:
+            release.wait()
+        return decode_upright(data, *rest)
+
+    monkeypatch.setattr("pipelines.data.decoded_batches.decode_upright", decode)
+
+
+def test_an_image_whose_decoder_hangs_is_a_row_with_its_status(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    """The others score what they score by themselves, and bytes do not depend on the threads that decode."""
+    part = shards.parts[0]
+    whole = read_part(scorer(model, shards, tmp_path / "whole"), shards, tmp_path / "whole", part)
+    images = [row["image"] for batch in shards.read(part) for row in batch.to_pylist()]
+    hang_at(monkeypatch, release, images[0], images[5])
+    limits = ImageLimits(seconds=1)
+    for threads in (1, 3):
+        output = tmp_path / str(threads)
+        rows = read_part(scorer(model, shards, output, limits=limits, threads=threads), shards, output, part)
+        assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in whole]
+        assert [number for number, row in enumerate(rows) if row["status"] == "timeout"] == [0, 5]
+        for row, full in zip(rows, whole, strict=True):
+            if row["status"] == "ok":
+                assert row["score"] == pytest.approx(full["score"], rel=1e-5)
+                assert row["decision"] == full["decision"]
+            else:
+                assert "took more than 1 s" in row["error"]
+                assert all(row[name] is None for name in ("score", "decision", *MAPS))
+    one, three = ((tmp_path / name / score_part(part, "0" * 64, 0)).read_bytes() for name in ("1", "3"))
+    assert one == three
+
+
+def test_a_part_of_which_too_many_images_hang_fails(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    images = [row["image"] for batch in shards.read(shards.parts[0]) for row in batch.to_pylist()]
+    hang_at(monkeypatch, release, *images)
+    monkeypatch.setattr("pipelines.data.timed_pool.MOST_HANGING", 1)
+    with pytest.raises(MachineError, match=r"2 threads of a worker hang"):
+        scorer(model, shards, tmp_path, limits=ImageLimits(seconds=0.3)).run(whole(shards, shards.parts[0]))
+    assert not [name for name in files.list_names(str(tmp_path)) if name.endswith((".parquet", ".json"))]
+
+
+def test_the_limit_of_time_is_told_by_the_manifest_and_part_of_a_plan_where_it_is_given(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: threading.Event
+) -> None:
+    images = [row["image"] for batch in shards.read(shards.parts[1]) for row in batch.to_pylist()]
+    hang_at(monkeypatch, release, images[2])
+    options = ScoreOptions(
+        model, shards.uri, str(tmp_path / "scores"), limits=ImageLimits(seconds=1), max_reject_fraction=0.5, runtime=ONE
+    )
+    scores = score(options).scores
+    assert scores.manifest["statuses"] == {"ok": 22, "timeout": 1}
+    assert {row["status"] for row in rows_of(scores)} <= set(STATUSES)
+    assert not score(options).fresh
+    with pytest.raises(DataError, match="differing in: limits"):
+        score(replace(options, limits=ImageLimits()))
+    with pytest.raises(DataError, match=r"1 of 23 .*1 timeout"):
+        score(replace(options, max_reject_fraction=0.0))
+
+
 def test_a_slow_writer_holds_the_network_back(
     model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,8 +423,8 @@ def test_every_sample_has_one_score(model: str, shards: ShardSet, tmp_path: Path
     first, second = (row["sample_id"] for row in next(shards.read(shards.parts[0])).to_pylist()[:2])
     for name, change, message in (
         ("whole", {}, None),
-        ("twice", {first: second}, f"make 23 scores, two of them of {second}, where their manifest counts 23 others"),
-        ("other", {first: "another"}, "make 23 scores where their manifest counts 23 others"),
+        ("twice", {first: second}, f"make 23 scores, two of them of {second}, where its manifest counts 23 others"),
+        ("other", {first: "another"}, "make 23 scores where its manifest counts 23 others"),
     ):
         given = with_ids(shards, tmp_path / name, change)
         options = ScoreOptions(model, given.uri, str(tmp_path / f"{name} scores"), maps="none", runtime=ONE)

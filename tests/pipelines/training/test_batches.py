@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipelines.data import reader
 from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, part_name
 from pipelines.data.image_source import SampleSource
 from pipelines.training.augment import flip_and_turn
@@ -45,7 +47,7 @@ from tests.pipelines.sharded import (
 )
 from unianom.configs.synthesis import SynthesisConfig
 from unianom.configs.training import Augmentation
-from unianom.data.image import InputPolicy, decode_prepared
+from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.shards import Selection, ShardSet
 from unianom.data.synthesis import Synthesiser
 from unianom.data.tensors import normalise
@@ -701,6 +703,38 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
     write_cache(shards, pixels, selection, PreparedPixels(POLICY, masks=True), masks=True)
     write_cache(shards, features, selection, FrozenFeatures(POOLED, half=False))
     return Labelled(shards, images, pixels, features)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_image_that_takes_too_long_is_named(labelled, monkeypatch, masks):
+    """It or its mask; the others are read after it."""
+    named = LEARNED_LABELLED[1]["sample_id"]
+    release = threading.Event()
+    real = {"decode_row": reader.decode_row, "decode_row_mask": reader.decode_row_mask}
+    name = "decode_row_mask" if masks else "decode_row"
+
+    def decode(row: dict[str, Any], *rest: Any) -> Any:
+        if row["sample_id"] == named:
+            release.wait()
+        return real[name](row, *rest)
+
+    monkeypatch.setattr(f"pipelines.training.dataset.{name}", decode)
+    limits = ImageLimits(seconds=1)
+    source = ShardImages(
+        labelled.shards, ["nut", "bolt"], labelled.images, POLICY, limits, keep=4, labels=True, masks=masks
+    )
+    read = source.mask if masks else source.pixels
+    with pytest.raises(
+        DataError, match=f"^{LEARNED_LABELLED[1]['sample_id']}: .* took more than 1 s.*; raise it, or leave"
+    ):
+        read(1)
+    release.set()
+    for number in (0, 2):
+        expected = (
+            truth(LEARNED_LABELLED[number]) if masks else decode_prepared(LEARNED_LABELLED[number]["image"], POLICY)
+        )
+        np.testing.assert_array_equal(read(number), expected)
+    assert pickle.loads(pickle.dumps(source)).pixels(0).shape == (SIDE, SIDE, 3)
 
 
 def test_anomalous_training_images_are_learned_from_in_the_order_of_the_parts(labelled, tmp_path):
