@@ -23,6 +23,7 @@ REFUSALS = {
     "503": (503, _ERROR.format("SlowDown", "Please reduce your request rate.")),
     "500": (500, _ERROR.format("InternalError", "We encountered an internal error. Please try again.")),
     "denied": (403, _ERROR.format("AccessDenied", "Access Denied")),
+    "expired": (400, _ERROR.format("ExpiredToken", "The provided token has expired.")),
     "gone": (404, _ERROR.format("NoSuchUpload", "The specified upload does not exist.")),
     "kept for now": (200, _KEPT.format("InternalError", "We encountered an internal error. Please try again.")),
     "kept": (200, _KEPT.format("AccessDenied", "Access Denied")),

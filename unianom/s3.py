@@ -116,7 +116,7 @@ class PatientS3(S3FileSystem):
                     return await self._ask(method, *akwarglist, **kwargs)
                 except (OSError, boto.BotoCoreError, *S3_RETRYABLE_ERRORS) as error:
                     if not _may_pass(error) or (tries >= TRIES and monotonic() + pause > end):
-                        self._raise_named(error, uri)
+                        self._raise_named(await self._reason(error, method, kwargs), uri)
                 await sleep(pause * _drawing.uniform(0.5, 1))
                 pause = min(2 * pause, 5.0)
         finally:
@@ -136,6 +136,16 @@ class PatientS3(S3FileSystem):
         if method == "delete_objects" and answer.get("Errors"):  # those of single objects, within an answer of success
             raise translate_boto_error(boto.ClientError({"Error": answer["Errors"][0]}, method))
         return answer
+
+    async def _reason(self, error: BaseException, method: str, kwargs: dict[str, Any]) -> BaseException:
+        """Return an error that says why a request was refused, as answers to HEAD, which have no content, cannot."""
+        if method == "head_object" and _code(error) in ("400", "403"):  # 400 may be a token that has expired
+            try:
+                await self._ask("get_object", Bucket=kwargs["Bucket"], Key=kwargs["Key"], Range="bytes=0-0")
+            except OSError as told:
+                if _code(told) in ("AccessDenied", *_OF_CREDENTIALS):
+                    return told
+        return error
 
     async def _cat_file(
         self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **kwargs: Any
