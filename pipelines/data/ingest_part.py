@@ -239,11 +239,12 @@ def read_image_file(uri: str, tries: int = 3) -> bytes:
                 if otherwise is not None and otherwise != uri and attempt < tries:
                     uri = otherwise
                     continue
-            if isinstance(error, PermissionError) and not files.is_local(uri):
-                # a store answers so when credentials expire, which is no fault of the image
-                raise storage_error(error) or DataError(
-                    f"no permission to read {uri}; renew the credentials and run again"
-                ) from error
+            if not files.is_local(uri):
+                if (known := storage_error(error)) is not None:
+                    raise known from error  # S3 has been asked again and again by then
+                if isinstance(error, PermissionError):
+                    # a store answers so when credentials expire, which is no fault of the image
+                    raise DataError(f"no permission to read {uri}; renew the credentials and run again") from error
             if (fault := image_error(uri, error)) is not None:
                 raise fault from error
             if attempt == tries:

@@ -244,9 +244,9 @@ class _StoreLock:
             _say_taking_over(before, uri)
             files.write_bytes(uri, own.content())
             time.sleep(SETTLE)
-        elif not _create(uri, own.content()):
-            return _read(uri) or _unknown()
-        last = _read(uri)
+        else:
+            _create(uri, own.content())
+        last = _read(uri)  # not what the store said: it may have written, and its answer been lost
         return cls(uri, own) if last is not None and last.token == own.token else (last or _unknown())
 
     def beat(self) -> bool:
@@ -270,17 +270,15 @@ def _read(uri: str) -> Holder | None:
     return None
 
 
-def _create(uri: str, content: bytes) -> bool:
-    """Write a file that is not there yet; False if another was faster, where the store can tell."""
+def _create(uri: str, content: bytes) -> None:
+    """Write a file unless it is there already, where the store can tell."""
     fs, path = files.resolve(uri)
     try:
-        fs.pipe_file(path, content, mode="create")
-    except FileExistsError:
-        return False
+        with suppress(FileExistsError):
+            fs.pipe_file(path, content, mode="create")
     except (TypeError, NotImplementedError, ValueError):  # a store without conditional writes
         files.write_bytes(uri, content)
         time.sleep(SETTLE)
-    return True
 
 
 def _say_taking_over(before: Holder, uri: str) -> None:
