@@ -122,7 +122,12 @@ class BatchDecoder:
         unread = fetch_errors(table)
         decode: Callable[[int], ImageError | None] = partial(self._decode, table["image"], images, policy, unread)
         futures = [self._pool.submit_each(decode, range(start, end)) for start, end in shares]
-        return _Pending(model, table.drop_columns([name for name in table.column_names if name in ("image", STATUS, ERROR)]), images, futures)
+        return _Pending(
+            model,
+            table.drop_columns([name for name in table.column_names if name in ("image", STATUS, ERROR)]),
+            images,
+            futures,
+        )
 
     def _memory(self, count: int, side: int) -> np.ndarray:
         """Return room for so many images."""

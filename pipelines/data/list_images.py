@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -57,7 +57,9 @@ class ListedImage(NamedTuple):
     size: int | None
 
 
-def iter_images(uris: Sequence[str], options: ListingOptions, left_out: LeftOut | None = None) -> Iterator[ListedImage]:
+def iter_images(
+    uris: Sequence[str], options: ListingOptions, left_out: LeftOut | None = None
+) -> Generator[ListedImage, None, None]:
     """Yield the images that folders, tables and single files name, in their order.
 
     Args:

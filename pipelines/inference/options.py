@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.data.options import ListingOptions
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
 from unianom.data.image import ImageLimits
 from unianom.data.maps import MapsKept
@@ -16,14 +17,18 @@ from unianom.thresholds import USUAL_FPR, ScoreKind
 
 @dataclass(frozen=True)
 class ScoreOptions(Options):
-    """Score a shard set with a model.
+    """Score a shard set, or images from where they lie, with a model.
 
     Args:
         model: model folder, or a folder of one model per category; path or URI.
-        shards: shard set; path or URI.
+        shards: shard set; path or URI; null where `images` are given.
         output: folder of the score set; path or URI.
-        splits: splits to score; empty for all.
-        categories: categories to score; empty for all.
+        images: folders of images, which are walked, tables of paths or URIs (CSV, JSON lines, Parquet), or image files,
+            on any store. They are listed once, in `_listing` below the output, and fetched as they are scored, without
+            an ingest; one that cannot be read is a row with its status.
+        listing: how these are listed.
+        splits: splits of the shards to score; empty for all.
+        categories: categories of the shards to score; empty for all.
         maps: which anomaly maps (16-bit) are kept: of "all" images, as pixel metrics need, of those that come to review
             or fail ("flagged"), or of "none", which is the fastest; null is all where there are masks, else none.
         batch_size: images in one forward pass.
@@ -42,7 +47,9 @@ class ScoreOptions(Options):
     usual = (
         "model",
         "shards",
+        "images",
         "output",
+        "listing",
         "splits",
         "categories",
         "maps",
@@ -53,8 +60,10 @@ class ScoreOptions(Options):
     )
 
     model: str
-    shards: str
-    output: str
+    shards: str | None = None
+    output: str = field(kw_only=True)
+    images: tuple[str, ...] = ()
+    listing: ListingOptions = field(default_factory=ListingOptions)
     splits: tuple[str, ...] = ("test",)
     categories: tuple[str, ...] = ()
     maps: MapsKept | None = None
@@ -65,6 +74,19 @@ class ScoreOptions(Options):
     overwrite: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    def check(self) -> None:
+        if (self.shards is None) == (not self.images):
+            raise OptionError("give either --shards, a shard set, or --images, folders, tables or files of images")
+        if self.images and self.splits != ("test",):
+            raise OptionError("--splits choose from shards; images that are listed have no splits, so leave it out")
+        if self.images and self.categories:
+            raise OptionError(
+                "--categories choose from shards; name the category of all listed images by --listing.category, or the "
+                "column of a table that holds it by --listing.category_column"
+            )
+        if not self.images and self.listing != ListingOptions():
+            raise OptionError("--listing says how --images are listed; leave it out, or give images instead of shards")
 
 
 @dataclass(frozen=True)

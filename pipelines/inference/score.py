@@ -1,6 +1,6 @@
-"""jobs/score.py: shards and a model → scores.
+"""jobs/score.py: shards, or images from where they lie, and a model → scores.
 
-    shards ─▶ ranges of rows ─▶ actors (`range_scorer`): read, decode, forward, search, write ─▶ score parts ─▶ manifest
+    shards or a listing ─▶ ranges of rows ─▶ actors (`range_scorer`) ─▶ score parts ─▶ manifest
 
 A score part is of one range; its bytes depend on the plan alone, so whoever writes it, and however often, the folder
 ends up the same.
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.data.engine import choose_engine, say_precision
-from pipelines.data.image_source import SampleSource
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
+from pipelines.inference.scored_images import scored_images
 from pipelines.runtime import outputs
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
@@ -24,9 +24,8 @@ from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tasks import run_tasks
 from unianom import files
-from unianom.data.maps import MapsKept
 from unianom.data.row_ranges import RowRange
-from unianom.data.shards import ScoreSet, Selection, ShardSet
+from unianom.data.shards import ScoreSet
 from unianom.errors import ModelError
 from unianom.execution import CPU
 from unianom.options import to_plain
@@ -52,33 +51,26 @@ def score(options: ScoreOptions) -> ScoreResult:
     """Score, continue an interrupted scoring, or find it done.
 
     Raises:
-        DataError: wrong inputs, an output that is another's, or too many samples without a score.
+        DataError: wrong inputs, nothing to score, an output that is another's, or too many samples without a score.
         ModelError: no usable model, or maps of flagged images of a model that decides nothing.
     """
-    shards = ShardSet.open(options.shards)
-    selection = Selection(options.splits, options.categories)
-    shards.check(selection)
     model_set = ModelSet.open(options.model)
     models = model_set.descriptions()
-    categories = options.categories or shards.categories
-    for category in categories:
-        model_set.folder_of(category)
-    maps = options.maps or _usual_maps(shards, options)
+    images = scored_images(options, model_set, models)
+    maps = options.maps or images.maps
     if maps == "flagged":
-        _check_decisions(model_set, models, categories)
+        _check_decisions(model_set, models, images.categories)
     runtime = choose_engine(
         options.runtime,
-        SampleSource(shards, selection, options.limits),
-        shards.count(selection) // len(models),
+        images.examples(),
+        images.count() // len(models),
         lambda: load_model(model_set.folders[0], CPU).method,
     )
     execution = replace(runtime.execution, search=options.search)
     say_precision(models, execution)
     plan = {
-        "shards": shards.digest,
+        **images.plan,
         "models": [model["digest"] for model in models],
-        "splits": list(options.splits),
-        "categories": list(options.categories),
         "maps": maps,
         "batch_size": options.batch_size,
         "fold_batch_norm": options.fold_batch_norm,
@@ -88,14 +80,15 @@ def score(options: ScoreOptions) -> ScoreResult:
         "threads": runtime.cpus_per_worker,
     }
     output = files.full_uri(options.output)
-    inputs = {"model": options.model, "shards": options.shards}
+    inputs = {"model": options.model, **images.inputs}
     with outputs.open_output(output, "score set", plan, inputs=inputs, overwrite=options.overwrite) as digest:
         fresh = not outputs.is_complete(output)
         rate = 0.0
         if fresh:
+            shards = images.open(output)
             arguments = {
                 "shards": shards,
-                "selection": selection,
+                "selection": images.selection,
                 "model_set": model_set,
                 "digests": dict(zip(model_set.folders, plan["models"], strict=True)),
                 "output": output,
@@ -107,19 +100,12 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "threads": runtime.cpus_per_worker,
                 "fold": options.fold_batch_norm,
             }
-            ranges = shards.ranges(selection)
+            ranges = shards.ranges(images.selection)
             rate = _write_parts(arguments, ranges, runtime)
-            commit_scores(output, digest, shards, selection, ranges, models, plan)
+            commit_scores(output, digest, shards, images.selection, ranges, models, plan)
     scores = ScoreSet.open(output)
     check_unscored(scores, options.max_reject_fraction)
     return ScoreResult(scores, fresh, rate)
-
-
-def _usual_maps(shards: ShardSet, options: ScoreOptions) -> MapsKept:
-    """Return which maps are kept unless it is said: all where an anomalous image has a mask, else none."""
-    masks_missing = shards.manifest["summary"]["masks"]["missing"]["count"]
-    anomalous = shards.count(Selection(options.splits, options.categories, (1,)))
-    return "all" if anomalous > masks_missing else "none"
 
 
 def _check_decisions(model_set: ModelSet, models: Sequence[Mapping[str, Any]], categories: Sequence[str]) -> None:

@@ -86,7 +86,9 @@ def _remove_whole_parts(output: str, digest: str, shards: ShardSet | ImageListin
             outputs.remove_record(output, name)
 
 
-def _check_complete(shards: ShardSet | ImageListing, selection: Selection, records: Sequence[Mapping[str, Any]]) -> None:
+def _check_complete(
+    shards: ShardSet | ImageListing, selection: Selection, records: Sequence[Mapping[str, Any]]
+) -> None:
     """Refuse scores that are not of just the samples that the manifest of the shards counts."""
     scored, expected = sum(record["rows"] for record in records), shards.count(selection)
     found = IdDigest()

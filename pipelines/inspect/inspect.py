@@ -113,7 +113,7 @@ def _apply(name: str, model: str, shards: ShardSet, root: str, options: InspectO
         ScoreOptions(
             model,
             shards.uri,
-            made.scores,
+            output=made.scores,
             splits=splits,
             maps="all",
             max_reject_fraction=options.max_reject_fraction,

@@ -58,7 +58,7 @@ KINDS: dict[str, OutputKind] = {
     "score set": OutputKind(
         "scores",
         "score",
-        (*_PARTS, _SCORED),
+        (*_PARTS, _SCORED, r"_listing/(_manifest\.json|part-\d{5}\.parquet)"),
         keys=frozenset({"models", "maps", "fold_batch_norm"}),
     ),
     "model": OutputKind(

@@ -156,7 +156,7 @@ def tiny_model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_scores(small: Small, tiny_model: Path) -> Path:
     """Its scores, in batches of three."""
     folder = tiny_model.parent / "scores"
-    score(ScoreOptions(str(tiny_model), str(small.shards), str(folder), batch_size=3, runtime=HERE))
+    score(ScoreOptions(str(tiny_model), str(small.shards), output=str(folder), batch_size=3, runtime=HERE))
     return folder
 
 

@@ -77,7 +77,7 @@ def test_a_bank_in_shards_scores_the_same(small: Small, tiny_model: Path, tiny_s
     method = tiny_method(bank=BankConfig(coreset_ratio=0.5, shards=3))
     train(tiny_training(small.shards, tmp_path / "model", method=method))
     assert len(list((tmp_path / "model" / "bank").glob("*.faiss"))) == 3
-    score(ScoreOptions(str(tmp_path / "model"), str(small.shards), str(tmp_path / "scores"), batch_size=3))
+    score(ScoreOptions(str(tmp_path / "model"), str(small.shards), output=str(tmp_path / "scores"), batch_size=3))
     columns = ["sample_id", "score", "anomaly_map"]
     ours, theirs = (ScoreSet.open(folder).table(columns=columns) for folder in (tmp_path / "scores", tiny_scores))
     assert ours.equals(theirs)
@@ -105,7 +105,7 @@ def test_scores_equal_predictions_from_the_files(small: Small, tiny_model: Path,
 
 def test_scoring_again_does_nothing(small: Small, tiny_model: Path, tiny_scores: Path) -> None:
     before = content(tiny_scores)
-    assert not score(ScoreOptions(str(tiny_model), str(small.shards), str(tiny_scores), batch_size=3)).fresh
+    assert not score(ScoreOptions(str(tiny_model), str(small.shards), output=str(tiny_scores), batch_size=3)).fresh
     assert content(tiny_scores) == before
 
 
@@ -142,7 +142,7 @@ def test_evaluation_refuses_other_shards(small: Small, tiny_scores: Path, tmp_pa
 def test_one_model_per_category(small: Small, tmp_path: Path) -> None:
     threshold = ThresholdOptions(target_fpr=0.6, validation_fraction=0.3)
     train(tiny_training(small.shards, tmp_path / "models", per_category=True, threshold=threshold))
-    score(ScoreOptions(str(tmp_path / "models"), str(small.shards), str(tmp_path / "scores"), maps="none"))
+    score(ScoreOptions(str(tmp_path / "models"), str(small.shards), output=str(tmp_path / "scores"), maps="none"))
     rows = ScoreSet.open(tmp_path / "scores").table(columns=["uri", "category", "score"]).to_pylist()
     for category in ("weave", "cog"):
         mine = [row for row in rows if row["category"] == category]
@@ -176,7 +176,9 @@ def test_unlabelled_images_and_broken_files(small: Small, tiny_model: Path, tmp_
     with pytest.raises(DataError, match="3 of 7 samples were rejected"):
         ingest(IngestOptions("folder", str(tmp_path / "in"), str(tmp_path / "shards"), **options))
     assert ShardSet.open(tmp_path / "shards").rejected().num_rows == 3
-    allowed = ScoreOptions(str(tiny_model), str(tmp_path / "shards"), str(tmp_path / "scores"), max_reject_fraction=0.5)
+    allowed = ScoreOptions(
+        str(tiny_model), str(tmp_path / "shards"), output=str(tmp_path / "scores"), max_reject_fraction=0.5
+    )
     result = score(allowed)
     rows = result.scores.table().to_pylist()
     assert sorted((row["sample_id"].rsplit("/", 1)[1], row["status"]) for row in rows) == [
@@ -190,7 +192,7 @@ def test_unlabelled_images_and_broken_files(small: Small, tiny_model: Path, tmp_
     assert all(row["anomaly_map"] is None for row in rows)
     assert pq.read_table(tmp_path / "scores", columns=["sample_id"]).num_rows == 7
     with pytest.raises(DataError, match="have no score"):
-        score(ScoreOptions(str(tiny_model), str(tmp_path / "shards"), str(tmp_path / "scores")))
+        score(ScoreOptions(str(tiny_model), str(tmp_path / "shards"), output=str(tmp_path / "scores")))
 
 
 # ---- on Ray ---------------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def test_a_killed_scoring_job_continues_to_the_same_bytes(
         time.sleep(0.02)
     kill_job(process)
     assert not (output / "_manifest.json").exists()
-    score(ScoreOptions(str(tiny_model), str(small.shards), str(output), batch_size=3, runtime=TWO))
+    score(ScoreOptions(str(tiny_model), str(small.shards), output=str(output), batch_size=3, runtime=TWO))
     assert content(output) == content(tiny_scores)
 
     given = EvaluateOptions(str(output), str(small.shards), str(tmp_path / "here"), tracking=UNTRACKED, runtime=HERE)

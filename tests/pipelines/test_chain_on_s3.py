@@ -48,7 +48,7 @@ def train_into(root: str) -> None:
 
 
 def score_into(root: str) -> None:
-    score(ScoreOptions(f"{root}/model", f"{root}/shards", f"{root}/scores", runtime=HERE))
+    score(ScoreOptions(f"{root}/model", f"{root}/shards", output=f"{root}/scores", runtime=HERE))
 
 
 def evaluate_into(root: str) -> None:

@@ -57,7 +57,7 @@ class Inputs:
         self.corpus, self.shards, self.model, self.scores = (
             str(root / name) for name in ("corpus", "shards", "model", "scores")
         )
-        score(ScoreOptions(self.model, self.shards, self.scores, splits=("train", "test"), runtime=ONE))
+        score(ScoreOptions(self.model, self.shards, output=self.scores, splits=("train", "test"), runtime=ONE))
         self.evaluation = str(root / "evaluation")
         options = EvaluateOptions(
             self.scores, self.shards, self.evaluation, bootstrap=BootstrapOptions(0), runtime=ONE, tracking=UNTRACKED
@@ -103,7 +103,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...], Callable[..., Any]]] = {
     "score": (
         "score set",
         ("shards", "model"),
-        lambda g, o, **m: score(ScoreOptions(g.model, g.shards, o, batch_size=2, runtime=ONE, **m)),
+        lambda g, o, **m: score(ScoreOptions(g.model, g.shards, output=o, batch_size=2, runtime=ONE, **m)),
     ),
     "calibrate": (
         "calibrated model",

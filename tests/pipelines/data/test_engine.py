@@ -111,7 +111,7 @@ def test_another_precision_than_that_of_the_fit_is_said(capsys):
 
 
 def scores(model: Path, shards: Path, output: Path, **changes: Any) -> ScoreSet:
-    score(ScoreOptions(str(model), str(shards), str(output), batch_size=3, **changes))
+    score(ScoreOptions(str(model), str(shards), output=str(output), batch_size=3, **changes))
     return ScoreSet.open(str(output))
 
 

@@ -99,7 +99,7 @@ def ordinary_scores(shards: str, folder: Path, shots: int, seed: int, batch_size
     fit_banks("uniformaly", tiny_method(), FitOptions(shards, str(folder / "model"), **values))
     categories = values.get("categories", ())
     options = ScoreOptions(
-        str(folder / "model"), shards, str(folder / "scores"), categories=categories, batch_size=batch_size
+        str(folder / "model"), shards, output=str(folder / "scores"), categories=categories, batch_size=batch_size
     )
     score(options)
     return ScoreSet.open(folder / "scores").table(columns=["sample_id", "label", "score"]).to_pylist()

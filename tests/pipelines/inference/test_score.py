@@ -66,7 +66,9 @@ def model(method: UniFormaly, shards: ShardSet, tmp_path_factory: pytest.TempPat
     """A model that passes some images, has some reviewed, and lets some fail."""
     folder = tmp_path_factory.mktemp("model")
     Model(method, ["disc", "stripe"]).save(folder / "plain")
-    scores = score(ScoreOptions(str(folder / "plain"), shards.uri, str(folder / "scores"), maps="none", runtime=ONE))
+    scores = score(
+        ScoreOptions(str(folder / "plain"), shards.uri, output=str(folder / "scores"), maps="none", runtime=ONE)
+    )
     values = np.sort(scores.scores.table(columns=["score"])["score"].to_numpy())
     bands = Bands(limit(float(values[-4])), limit(float(values[10])), 1.0)
     Model(method, ["disc", "stripe"], decision_rule=DecisionRule("raw", bands, {})).save(folder / "model")
@@ -81,7 +83,7 @@ def rows_of(scores: ScoreSet) -> list[dict[str, Any]]:
 def test_scores_and_decisions_are_the_same_whichever_maps_are_kept(
     model: str, shards: ShardSet, tmp_path: Path
 ) -> None:
-    given = {maps: ScoreOptions(model, shards.uri, str(tmp_path / maps), maps=maps, runtime=ONE) for maps in
+    given = {maps: ScoreOptions(model, shards.uri, output=str(tmp_path / maps), maps=maps, runtime=ONE) for maps in
              ("none", "flagged", "all")}  # fmt: skip
     found = {maps: score(options).scores for maps, options in given.items()}
     assert {maps: scores.maps for maps, scores in found.items()} == {maps: maps for maps in given}
@@ -95,14 +97,16 @@ def test_scores_and_decisions_are_the_same_whichever_maps_are_kept(
     for options in given.values():
         assert not score(options).fresh
     with pytest.raises(DataError, match="differing in: maps"):
-        score(ScoreOptions(model, shards.uri, str(tmp_path / "none"), maps="all", runtime=ONE))
+        score(ScoreOptions(model, shards.uri, output=str(tmp_path / "none"), maps="all", runtime=ONE))
 
 
 def test_maps_are_kept_where_there_are_masks_unless_it_is_said(small: Small, tiny_model: Path, tmp_path: Path) -> None:
-    masked = score(ScoreOptions(str(tiny_model), str(small.shards), str(tmp_path / "masked"), runtime=ONE)).scores
+    masked = score(
+        ScoreOptions(str(tiny_model), str(small.shards), output=str(tmp_path / "masked"), runtime=ONE)
+    ).scores
     assert masked.maps == "all"
     good = score(
-        ScoreOptions(str(tiny_model), str(small.shards), str(tmp_path / "good"), splits=("train",), runtime=ONE)
+        ScoreOptions(str(tiny_model), str(small.shards), output=str(tmp_path / "good"), splits=("train",), runtime=ONE)
     ).scores
     assert good.maps == "none"
 
@@ -114,12 +118,19 @@ def test_a_model_that_decides_nothing_flags_nothing(method: UniFormaly, shards: 
     bands = Bands(limit(1.0), limit(0.5), 1.0)
     Model(method, ["disc", "stripe"], decision_rule=DecisionRule("raw", None, {"disc": bands})).save(tmp_path / "rule")
     for name, category in (("none", "disc"), ("one", "stripe"), ("rule", "stripe")):
-        options = ScoreOptions(str(tmp_path / name), shards.uri, str(tmp_path / "out"), maps="flagged", runtime=ONE)
+        options = ScoreOptions(
+            str(tmp_path / name), shards.uri, output=str(tmp_path / "out"), maps="flagged", runtime=ONE
+        )
         with pytest.raises(ModelError, match=f"{name} has no threshold for category '{category}'"):
             score(options)
         assert not (tmp_path / "out").exists()
     discs = ScoreOptions(
-        str(tmp_path / "one"), shards.uri, str(tmp_path / "out"), categories=("disc",), maps="flagged", runtime=ONE
+        str(tmp_path / "one"),
+        shards.uri,
+        output=str(tmp_path / "out"),
+        categories=("disc",),
+        maps="flagged",
+        runtime=ONE,
     )
     assert all((row["decision"] == "fail") == (row["anomaly_map"] is not None) for row in rows_of(score(discs).scores))
 
@@ -252,7 +263,12 @@ def test_the_limit_of_time_is_told_by_the_manifest_and_part_of_a_plan_where_it_i
     images = [row["image"] for batch in shards.read(shards.parts[1]) for row in batch.to_pylist()]
     hang_at(monkeypatch, release, images[2])
     options = ScoreOptions(
-        model, shards.uri, str(tmp_path / "scores"), limits=ImageLimits(seconds=1), max_reject_fraction=0.5, runtime=ONE
+        model,
+        shards.uri,
+        output=str(tmp_path / "scores"),
+        limits=ImageLimits(seconds=1),
+        max_reject_fraction=0.5,
+        runtime=ONE,
     )
     scores = score(options).scores
     assert scores.manifest["statuses"] == {"ok": 22, "timeout": 1}
@@ -327,7 +343,7 @@ def test_a_score_that_is_not_finite_names_its_image(model: str, shards: ShardSet
 
 def test_banks_are_searched_where_it_is_said(model: str, shards: ShardSet, tmp_path: Path) -> None:
     folder = str(tmp_path / "scores")
-    options = ScoreOptions(model, shards.uri, folder, batch_size=3, maps="none", runtime=ONE)
+    options = ScoreOptions(model, shards.uri, output=folder, batch_size=3, maps="none", runtime=ONE)
     exact = score(options).scores.table(columns=["sample_id", "score"]).to_pydict()
     assert not score(replace(options, search="exact")).fresh  # on a CPU "auto" is just that
     with pytest.raises(DataError, match="of another run"):
@@ -350,7 +366,7 @@ def test_ranges_are_committed_one_by_one(
     model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, three_rows: None
 ) -> None:
     """A scoring that ends after four of nine ranges goes on with the other five, to the bytes of one that never did."""
-    options = ScoreOptions(model, shards.uri, str(tmp_path / "broken"), maps="all", batch_size=2, runtime=ONE)
+    options = ScoreOptions(model, shards.uri, output=str(tmp_path / "broken"), maps="all", batch_size=2, runtime=ONE)
     run, ran = RangeScorer.run, []
 
     def ends(self: RangeScorer, task: dict[str, Any]) -> dict[str, Any]:
@@ -382,7 +398,7 @@ def test_whole_parts_that_an_earlier_version_left_unfinished_are_removed(
     model: str, shards: ShardSet, tmp_path: Path, three_rows: None
 ) -> None:
     output = tmp_path / "scores"
-    options = ScoreOptions(model, shards.uri, str(output), maps="none", runtime=ONE)
+    options = ScoreOptions(model, shards.uri, output=str(output), maps="none", runtime=ONE)
     plan = score(options).scores.manifest["plan_digest"][:12]
     (output / MANIFEST).unlink()
     left = [f"part-00001-{plan}.parquet", f"_part-00001-{plan}.json"]
@@ -427,7 +443,7 @@ def test_every_sample_has_one_score(model: str, shards: ShardSet, tmp_path: Path
         ("other", {first: "another"}, "make 23 scores where its manifest counts 23 others"),
     ):
         given = with_ids(shards, tmp_path / name, change)
-        options = ScoreOptions(model, given.uri, str(tmp_path / f"{name} scores"), maps="none", runtime=ONE)
+        options = ScoreOptions(model, given.uri, output=str(tmp_path / f"{name} scores"), maps="none", runtime=ONE)
         if message is None:
             assert sum(score(options).scores.manifest["statuses"].values()) == 23
             continue

@@ -90,7 +90,7 @@ def test_calibrating_scores_and_what_is_kept(inline: None, small: Small, model: 
 
     # scoring gives what the model says of each file, and raw scores as before
     folder = tmp_path / "scores"
-    score(ScoreOptions(str(output), str(small.shards), str(folder), batch_size=3, maps="all", runtime=ONE))
+    score(ScoreOptions(str(output), str(small.shards), output=str(folder), batch_size=3, maps="all", runtime=ONE))
     rows = ScoreSet.open(folder).table().to_pylist()
     predicted = unianom.load(output).predict([row["uri"] for row in rows])
     for row, one, raw in zip(rows, predicted, plain.predict([row["uri"] for row in rows]), strict=True):

@@ -168,7 +168,7 @@ def test_few_images_give_a_threshold_without_a_promise_and_decisions(small: Smal
     assert result.threshold.value == max(map(max, unianom.load(tmp_path / "model").normal_scores.values()))
     assert "the threshold promises nothing: 4 normal images are too few, 14 support" in result.notice
     assert "no promise, from too few scores: about 1 in 5 normal images" in result.threshold_lines()[0]
-    score(ScoreOptions(str(tmp_path / "model"), shards.uri, str(tmp_path / "scores"), runtime=ONE))
+    score(ScoreOptions(str(tmp_path / "model"), shards.uri, output=str(tmp_path / "scores"), runtime=ONE))
     how: dict[str, Any] = {"runtime": ONE, "tracking": UNTRACKED}
     found = decide(DecideOptions(str(tmp_path / "scores"), str(tmp_path / "decisions"), **how))
     assert found.rule.common is not None

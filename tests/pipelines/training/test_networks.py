@@ -351,7 +351,9 @@ def test_uninet_goes_from_training_to_scores_with_and_without_batch_norm_folded(
     scores = {}
     for fold in (True, False):
         folder = str(tmp_path / f"scores-{fold}")
-        given = ScoreOptions(str(tmp_path / "model"), str(small.shards), folder, fold_batch_norm=fold, runtime=ONE)
+        given = ScoreOptions(
+            str(tmp_path / "model"), str(small.shards), output=folder, fold_batch_norm=fold, runtime=ONE
+        )
         table = score(given).scores.table(columns=["sample_id", "score"])
         scores[fold] = dict(zip(table["sample_id"].to_pylist(), table["score"].to_pylist(), strict=True))
     assert scores[True].keys() == scores[False].keys()
