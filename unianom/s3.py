@@ -8,22 +8,22 @@ set in fsspec's configuration for "s3" comes before the defaults here.
 from __future__ import annotations
 
 import asyncio
-import errno
 import io
 import logging
 import os
 import random
-import re
 from asyncio import sleep
 from contextlib import suppress
 from time import monotonic
-from typing import Any, NoReturn
+from typing import IO, Any
 
 from botocore import exceptions as boto
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS, version_id_kw
 from s3fs.errors import translate_boto_error
+
+from unianom.s3_errors import OF_CREDENTIALS, UploadGoneError, code_of, may_pass, named, without_user
 
 logger = logging.getLogger(__name__)
 
@@ -49,47 +49,11 @@ TELL = 10.0
 UPLOADS = 3
 """How often a file is uploaded whose upload in parts the store no longer knows."""
 
-_PASSING = frozenset(
-    {
-        *(
-            "InternalError",
-            "ServiceUnavailable",
-            "SlowDown",
-            "Throttling",
-            "ThrottlingException",
-            "RequestLimitExceeded",
-        ),
-        *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),  # broken on the way there
-        *("OperationAborted", "ConditionalRequestConflict"),
-    }
-)
-"""S3's names of errors after which the same request may succeed, whatever their HTTP status."""
-
-_OF_CREDENTIALS = frozenset(
-    {
-        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"),
-        *("RequestTimeTooSkewed", "InvalidSecurity"),
-    }
-)
-"""S3's names of errors that are none of a bucket or object."""
-
-_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
+_FAILURES = (OSError, boto.BotoCoreError, *S3_RETRYABLE_ERRORS)
+"""What a request may end with."""
 
 _told: set[str] = set()
 _drawing = random.Random()
-
-
-class StoreTimeoutError(OSError):
-    """A store that did not answer. No TimeoutError, which S3FileSystem would take for a reason to begin anew."""
-
-
-class NoBucketError(OSError):
-    """There is no such bucket. No FileNotFoundError, which would mean that one file is not there."""
-
-
-class UploadGoneError(OSError):
-    """The store does not know an upload in parts: it is complete, but the answer that said so was lost, or somebody
-    aborted it."""
 
 
 class PatientS3(S3FileSystem):
@@ -114,9 +78,12 @@ class PatientS3(S3FileSystem):
                 tries += 1
                 try:
                     return await self._ask(method, *akwarglist, **kwargs)
-                except (OSError, boto.BotoCoreError, *S3_RETRYABLE_ERRORS) as error:
-                    if not _may_pass(error) or (tries >= TRIES and monotonic() + pause > end):
-                        self._raise_named(await self._reason(error, method, kwargs), uri)
+                except _FAILURES as error:
+                    if not may_pass(error) or (tries >= TRIES and monotonic() + pause > end):
+                        told = named(await self._reason(error, method, kwargs), uri, self._endpoint)
+                        if told is error:
+                            raise
+                        raise told from error
                 await sleep(pause * _drawing.uniform(0.5, 1))
                 pause = min(2 * pause, 5.0)
         finally:
@@ -139,11 +106,11 @@ class PatientS3(S3FileSystem):
 
     async def _reason(self, error: BaseException, method: str, kwargs: dict[str, Any]) -> BaseException:
         """Return an error that says why a request was refused, as answers to HEAD, which have no content, cannot."""
-        if method == "head_object" and _code(error) in ("400", "403"):  # 400 may be a token that has expired
+        if method == "head_object" and code_of(error) in ("400", "403"):  # 400 may be a token that has expired
             try:
                 await self._ask("get_object", Bucket=kwargs["Bucket"], Key=kwargs["Key"], Range="bytes=0-0")
-            except OSError as told:
-                if _code(told) in ("AccessDenied", *_OF_CREDENTIALS):
+            except _FAILURES as told:
+                if code_of(told) in ("AccessDenied", *OF_CREDENTIALS):
                     return told
         return error
 
@@ -188,6 +155,35 @@ class PatientS3(S3FileSystem):
                 if uploads == UPLOADS:
                     raise
 
+    async def _upload_file_part_concurrent(
+        self,
+        bucket: str,
+        key: str,
+        mpu: dict[str, Any],
+        f0: IO[bytes],
+        chunksize: int,
+        callback: Any = None,
+        max_concurrency: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Upload the parts of a file, some at a time, and return what was answered. One that fails ends the others,
+        which would else come to the store after the upload was aborted."""
+        answers: list[dict[str, Any]] = []
+        at_a_time = range(max_concurrency or self.max_concurrency)
+        while parts := [part for _ in at_a_time if (part := f0.read(chunksize))]:
+            where = {"Bucket": bucket, "Key": key, "UploadId": mpu["UploadId"]}
+            uploads = [
+                asyncio.ensure_future(self._call_s3("upload_part", **where, PartNumber=number, Body=part))
+                for number, part in enumerate(parts, len(answers) + 1)
+            ]
+            try:
+                answers += await asyncio.gather(*uploads)
+            except BaseException:
+                for upload in uploads:
+                    upload.cancel()
+                await asyncio.gather(*uploads, return_exceptions=True)
+                raise
+        return answers
+
     async def _abort_mpu(self, bucket: str, key: str, mpu: str) -> None:
         with suppress(UploadGoneError):
             await super()._abort_mpu(bucket, key, mpu)
@@ -197,62 +193,12 @@ class PatientS3(S3FileSystem):
     @property
     def _endpoint(self) -> str:
         meta = getattr(self._s3, "meta", None)
-        return _without_user(str(getattr(meta, "endpoint_url", None) or "its endpoint"))
+        return without_user(str(getattr(meta, "endpoint_url", None) or "its endpoint"))
 
     def _tell(self, bucket: str) -> None:
         if bucket not in _told:
             _told.add(bucket)
             logger.warning("waiting for s3://%s: no answer from %s so far, trying on", bucket, self._endpoint)
-
-    def _raise_named(self, error: BaseException, uri: str) -> NoReturn:
-        """Raise the error as an OSError of the same class, if it was one, that names the URI and what to do."""
-        code = _code(error)
-        bucket = "/".join(uri.split("/")[:3])
-        if code == "NoSuchBucket" or (code == "404" and uri == bucket):
-            raise NoBucketError(
-                errno.ENOENT, f"there is no such bucket at {self._endpoint}; mend its name, or make it", bucket
-            ) from error
-        if code == "NoSuchUpload":
-            raise UploadGoneError(
-                errno.EIO, f"{self._endpoint} does not know the upload of it any more; run the same command again", uri
-            ) from error
-        if isinstance(error, FileNotFoundError | FileExistsError | boto.ParamValidationError):
-            raise error  # S3FileSystem knows what to make of these
-        if code in _OF_CREDENTIALS:
-            raise PermissionError(
-                errno.EACCES, f"{self._endpoint} refuses the credentials ({code}: {_words(error)}); mend {_KEYS}", uri
-            ) from error
-        if isinstance(error, PermissionError):
-            raise PermissionError(
-                errno.EACCES,
-                f"access is denied ({code or error}); give credentials by {_KEYS} that may read or write there",
-                uri,
-            ) from error
-        if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-            raise PermissionError(
-                errno.EACCES, f"no credentials were found ({_words(error)}); give credentials by {_KEYS}", uri
-            ) from error
-        if isinstance(error, boto.SSOError | boto.TokenRetrievalError | boto.CredentialRetrievalError):
-            raise PermissionError(errno.EACCES, f"the credentials cannot be used ({_words(error)})", uri) from error
-        if isinstance(error, boto.SSLError):
-            raise OSError(
-                errno.EIO,
-                f"no safe connection to {self._endpoint} ({_words(error)}); check http or https in AWS_ENDPOINT_URL, "
-                f"and AWS_CA_BUNDLE",
-                uri,
-            ) from error
-        if _unanswered(error):
-            raise StoreTimeoutError(
-                errno.ETIMEDOUT,
-                f"no answer from {self._endpoint} ({_words(error)}); check AWS_ENDPOINT_URL and the network, then "
-                f"run the same command again, it continues",
-                uri,
-            ) from error
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno or errno.EIO, f"{self._endpoint} answered {code or ''} {_words(error)}", uri
-            ) from error
-        raise OSError(errno.EIO, f"the request cannot be made: {_words(error)}", uri) from error
 
 
 class _ReadBody:
@@ -266,35 +212,3 @@ class _ReadBody:
 
     def close(self) -> None:
         """Do nothing: the connection serves the next request already."""
-
-
-def _code(error: BaseException) -> str:
-    """Return S3's name of the error, empty if it is none of S3's."""
-    return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _response(error: BaseException) -> dict[str, Any]:
-    return getattr(error.__cause__, "response", None) or {}
-
-
-def _words(error: BaseException) -> str:
-    """Return the error's message on one line, without a URL's user and password."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return _without_user(" ".join(text.split()).rstrip("."))
-
-
-def _without_user(text: str) -> str:
-    """Return a text without the user and password that a URL in it may hold."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Return whether the same request may succeed a moment later."""
-    status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    refused = (status >= 500 and status != 501) or status == 429 or _code(error) in _PASSING
-    return refused or _unanswered(error)
-
-
-def _unanswered(error: BaseException) -> bool:
-    """Return whether a request failed without an answer, or without the whole of it."""
-    return isinstance(error, (*S3_RETRYABLE_ERRORS, boto.ConnectionError)) and not isinstance(error, boto.SSLError)
