@@ -128,7 +128,7 @@ class Model:
         Args:
             images: a list of them; of none the result is none.
             batch_size: images in one forward pass.
-            limits: what an image may cost.
+            limits: what an image may cost. Of time there is no limit here: `seconds` holds in jobs only.
             categories: of the images, for thresholds of single categories; only a calibrator or a decision rule that
                 goes by category needs them.
             bits: that files with 16 bits a sample make use of, where they do not state it; as given to ingest.

@@ -104,7 +104,7 @@ class _Worker:
 
     Attributes:
         thread: itself.
-        call: what it works on; None while it waits.
+        call, item: what it works on; None while it waits.
         started: when it began with its item; None while it is at none that has a limit.
         late: whether it was given up.
     """
@@ -112,6 +112,7 @@ class _Worker:
     def __init__(self) -> None:
         self.thread: threading.Thread
         self.call: _Call | None = None
+        self.item: Any = None
         self.started: float | None = None
         self.late = False
 
@@ -194,7 +195,7 @@ class _State:
         while worker.call is not None:
             result = None
             try:
-                result = call.function(call.items[len(call.results)])
+                result = call.function(worker.item)
             except BaseException as raised:
                 error = raised
             with self._lock:
@@ -214,9 +215,10 @@ class _State:
 
     def _begin_item(self, worker: _Worker, call: _Call | None) -> None:
         """Note what a thread is at from now on: the next item of a call, or none where none is left."""
-        worker.call = call if call is not None and len(call.results) < len(call.items) else None
-        limited = worker.call is not None and worker.call.limited
-        worker.started = time.monotonic() if limited else None
+        worker.call = worker.item = worker.started = None
+        if call is not None and len(call.results) < len(call.items):
+            worker.call, worker.item = call, call.items[len(call.results)]
+            worker.started = time.monotonic() if call.limited else None
 
     # ------------------------------------------------------------------------------------------------- their watch
     def _watch(self, seconds: float) -> None:

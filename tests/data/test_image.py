@@ -416,7 +416,7 @@ def test_limits_from_before_there_was_one_of_time_are_the_same_plain_data():
     """What plans and records of the last version hold."""
     plain = {"max_pixels": 100_000_000, "max_bytes": 268_435_456}
     assert to_plain(ImageLimits()) == plain
-    assert from_plain(ImageLimits, plain) == ImageLimits(seconds=60.0)
+    assert from_plain(ImageLimits, plain) == ImageLimits(seconds=200.0)
     for seconds in (None, 5.0):
         assert to_plain(ImageLimits(seconds=seconds)) == {**plain, "seconds": seconds}
         assert from_plain(ImageLimits, {**plain, "seconds": seconds}) == ImageLimits(seconds=seconds)

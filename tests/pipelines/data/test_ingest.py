@@ -35,6 +35,7 @@ from unianom.data.image import ImageLimits, decode_image, decode_mask
 from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
 from unianom.data.shards import MANIFEST, REJECTED, Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
+from unianom.s3 import GIVE_UP
 from unianom.temporary_database import temporary_database
 
 
@@ -720,6 +721,21 @@ def test_a_store_that_hangs_rejects_the_sample_and_no_other(tmp_path, monkeypatc
     assert "took more than 1 s, the limit (--limits.seconds)" in row["error"]
     assert list(row) == REJECTED_SCHEMA.names
     assert not rejected
+
+
+def test_a_store_that_answers_with_errors_ends_the_job_before_an_image_is_late(monkeypatch):
+    """So that a store that is away for a while costs no image."""
+    waited = []
+
+    def away(uri):
+        waited.append(GIVE_UP)
+        raise OSError(errno.EIO, "SlowDown", uri)
+
+    monkeypatch.setattr(files, "read_bytes", away)
+    monkeypatch.setattr(ingest_part, "time", SimpleNamespace(sleep=waited.append))
+    with pytest.raises(DataError, match=r"cannot read s3://bucket/a\.png"):
+        read_image_file("s3://bucket/a.png")
+    assert sum(waited) < ImageLimits().seconds
 
 
 def test_map_ahead_keeps_the_order_and_a_bounded_number_in_hand():

@@ -16,18 +16,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageLimits(Options):
-    """What an image may cost before it is refused: unopened if it is too large.
+    """What an image may cost before it is refused; one that is too large is not decoded.
 
     Args:
         max_pixels: height times width, read from the header.
         max_bytes: size of the encoded file.
-        seconds: that a job may take to read and decode it, with its masks; null for no limit. Longer, and its status is
-            "timeout".
+        seconds: that reading and decoding it, with its masks, may take in a job; null for no limit. An image that takes
+            longer has the status "timeout".
     """
 
     max_pixels: AtLeastOne = 100_000_000
     max_bytes: AtLeastOne = 256 << 20
-    seconds: Positive | None = field(default=60.0, metadata=ADDED_LATER)  # decides no bytes of images that are in time
+    # long enough for all tries at a store that is away for a while, which is no fault of an image
+    seconds: Positive | None = field(default=200.0, metadata=ADDED_LATER)
 
     def check_bytes(self, size: int) -> None:
         """Raise ImageError "too_large" for an encoded file of more than `max_bytes`."""
