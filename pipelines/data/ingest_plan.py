@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any, overload
 
 from unianom.data.schema import ANOMALOUS, NORMAL, Crop, SampleRef
-from unianom.data.splits import draw_order, held_out_count
+from unianom.data.splits import draw_order, held_out_limits
 from unianom.errors import DataError
 
 PACKED = 1000
@@ -65,14 +65,18 @@ class SampleListing:
             DataError: there is no category with two anomalous test images, one to move and one to keep.
         """
         database = self._database
-        database.create_function("draw_order", 1, lambda name: draw_order(name, seed), deterministic=True)
-        database.create_function("moved", 1, lambda count: held_out_count(count, fraction), deterministic=True)
+        candidates = f"split = 'test' and label = {ANOMALOUS}"
+        names = database.execute(f"select sample_id, category from samples where {candidates}")
+        limits = held_out_limits(names, fraction, seed)
+        database.create_function(
+            "is_drawn",
+            2,
+            lambda name, category: draw_order(name, seed) <= limits.get(category, b""),
+            deterministic=True,
+        )
         moved = database.execute(
             f"update samples set split = 'train', label = {NORMAL}, mask_uri = null, more_masks = null "
-            "where rowid in (select sample from (select rowid as sample, "
-            "row_number() over (partition by category order by draw_order(sample_id)) as place, "
-            "count(*) over (partition by category) as count "
-            f"from samples where split = 'test' and label = {ANOMALOUS}) where place <= moved(count))"
+            f"where {candidates} and is_drawn(sample_id, category)"
         ).rowcount
         if not moved:
             raise DataError(

@@ -8,7 +8,7 @@ from tests.data.test_layouts import draw, facts, fails, left_out, lowest_hashes
 from unianom.data.layouts import iter_samples
 from unianom.data.layouts.labels import LabelsOptions
 from unianom.data.layouts.source import Source
-from unianom.data.layouts.tables import read_rows
+from unianom.data.layouts.tables import Table
 from unianom.errors import DataError, OptionError
 
 OPTIONS = LabelsOptions(table="t.csv", image="file", label="state", normal=("ok",))
@@ -59,7 +59,7 @@ def test_kinds_of_tables(tmp_path, name):
         "t.json": '[{"file": "\'a\'.png", "state": "ok"}, {"file": "b;c.png", "state": "ng"}]',
     }
     (tmp_path / name).write_text(content[name])
-    rows = [row for _, row in read_rows(Source.open(tmp_path), name)]
+    rows = [row for _, row in Table(Source.open(tmp_path), name)]
     assert rows == [{"file": "'a'.png", "state": "ok"}, {"file": "b;c.png", "state": "ng"}]
 
 

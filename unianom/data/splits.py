@@ -55,21 +55,28 @@ def hold_out(sample_ids: Sequence[str], groups: Sequence[str], fraction: float, 
     return drawn
 
 
-def held_out_below(names: Iterable[str], fraction: float, seed: int) -> bytes:
-    """Return the `draw_order` up to which `hold_out` draws the names of one group, all different; b"" if none.
+def held_out_limits(names: Iterable[tuple[str, str]], fraction: float, seed: int) -> dict[str, bytes]:
+    """Return the `draw_order` up to which `hold_out` draws the names of each group; the names are not held in memory.
 
-    The names are not held in memory.
+    Args:
+        names: to draw from, all different, each with its group.
+        fraction, seed: see `hold_out`.
+
+    Returns:
+        By group; those of which nothing is drawn are left out.
     """
+    limits: dict[str, bytes] = {}
     with temporary_database() as database:
-        database.execute("create table names (place)")
-        rows = ((draw_order(name, seed),) for name in names)
-        database.executemany("insert into names values (?)", rows)
-        (count,) = database.execute("select count(*) from names").fetchone()
-        drawn = held_out_count(count, fraction)
-        if drawn < 1:
-            return b""
-        found = database.execute("select place from names order by place limit 1 offset ?", [drawn - 1])
-        return bytes(found.fetchone()[0])
+        database.execute("create table names (member, place)")
+        rows = ((group, draw_order(name, seed)) for name, group in names)
+        database.executemany("insert into names values (?, ?)", rows)
+        database.execute("create index by_place on names (member, place)")
+        for group, count in database.execute("select member, count(*) from names group by member"):
+            if drawn := held_out_count(count, fraction):
+                limits[group] = database.execute(
+                    "select place from names where member = ? order by place limit 1 offset ?", [group, drawn - 1]
+                ).fetchone()[0]
+    return limits
 
 
 def few_shot(sample_ids: Sequence[str], groups: Sequence[str], shots: int, seed: int) -> set[str]:

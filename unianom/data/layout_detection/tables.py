@@ -15,7 +15,7 @@ from unianom.data.layout_detection.words import condition, tokens
 from unianom.data.layouts.labels import SPLIT_VALUES
 from unianom.data.layouts.names import listed, same_name
 from unianom.data.layouts.source import Source
-from unianom.data.layouts.tables import TABLE_ENDINGS, read_rows
+from unianom.data.layouts.tables import TABLE_ENDINGS, Table
 from unianom.errors import DataError
 
 LEAST_FOUND = 0.5
@@ -56,7 +56,7 @@ def read_tables(source: Source, tree: Node, only: str = "") -> list[Reading]:
     readings = []
     for name in tables:
         try:
-            rows = [row for _, row in read_rows(source, name)]
+            rows = [row for _, row in Table(source, name)]
         except DataError:
             if only:
                 raise

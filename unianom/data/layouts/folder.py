@@ -11,7 +11,7 @@ from unianom.data.layouts.folder_masks import Masks
 from unianom.data.layouts.folder_options import FolderOptions
 from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
-from unianom.data.splits import draw_order, held_out_below
+from unianom.data.splits import draw_order, held_out_limits
 from unianom.errors import OptionError
 from unianom.temporary_database import temporary_database
 
@@ -54,9 +54,9 @@ def samples(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
 
         for place in places:
             own = {group: images[group] for group in groups if group.place is place}
-            drawn = held_out_below(
+            limits = held_out_limits(
                 (
-                    image.path
+                    (image.path, "")
                     for group, image in _pairs(stored, own)
                     if group.drawn_from and label_of(group, image) == NORMAL
                 ),
@@ -65,7 +65,9 @@ def samples(source: Source, options: FolderOptions) -> Iterator[SampleRef]:
             )
             for group, image in _pairs(stored, own):
                 label = label_of(group, image)
-                to_test = group.drawn_from and label == NORMAL and draw_order(image.path, options.seed) <= drawn
+                to_test = (
+                    group.drawn_from and label == NORMAL and draw_order(image.path, options.seed) <= limits.get("", b"")
+                )
                 mask = masks.of(image) if label == ANOMALOUS else None
                 yield source.sample(
                     image,

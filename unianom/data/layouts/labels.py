@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import posixpath
+import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from unianom.data.layouts.base import Layout, LayoutOptions, MaskThreshold
 from unianom.data.layouts.entries import Entry
 from unianom.data.layouts.names import listed, nearest
 from unianom.data.layouts.source import Source
-from unianom.data.layouts.tables import read_rows
+from unianom.data.layouts.tables import Table
 from unianom.data.schema import ANOMALOUS, NORMAL, SampleRef
-from unianom.data.splits import hold_out
+from unianom.data.splits import draw_order, held_out_limits
 from unianom.errors import DataError, OptionError
 from unianom.options import PositiveShare
+from unianom.temporary_database import temporary_database
 
 SPLIT_VALUES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -80,43 +82,101 @@ def samples(source: Source, options: LabelsOptions) -> Iterator[SampleRef]:
         table = options.table
     if not table:
         raise OptionError(f"name the table of labels in {source.uri()} with table; found: {source.found()}")
-    rows = read_rows(source, table)
+    rows = Table(source, table)
     _check_columns(rows, options, source.uri(table))
-    found: dict[str, tuple[str, dict[str, str]]] = {}
-    for where, row in rows:
-        path = _path(row.get(options.image, ""), options, where)
-        if path in found:
-            raise DataError(f"{where} names {path} a second time, after {found[path][0]}")
-        found[path] = where, row
-    files = _files(source, found)
-    normal = {value.lower() for value in options.normal}
-    labels = {path: _label(row.get(options.label, ""), normal) for path, (_, row) in found.items()}
-    if NORMAL not in labels.values():
-        values = sorted({row.get(options.label, "") for _, row in rows})
-        raise OptionError(
-            f"no row of {source.uri(table)} is normal: column {options.label} holds {listed(values)}; say which "
-            f"of these mean normal with normal"
-        )
-    held_out: set[str] = set()
-    if not options.split:
-        normals = [path for path, label in labels.items() if label == NORMAL]
-        categories = [found[path][1].get(options.category, "") for path in normals]
-        held_out = hold_out(normals, categories, 1 - options.train_fraction, options.seed)
-    for path, (where, row) in found.items():
-        label = labels[path]
-        mask = row.get(options.mask, "") if label == ANOMALOUS else ""
-        yield source.sample(
-            files.get(path, Entry(path, None, is_folder=False)),
-            category=(row.get(options.category) or source.dataset) if options.category else source.dataset,
-            split=_split(row, label, path in held_out, options, where),
-            label=label,
-            defect=_defect(row, label, options),
-            mask=posixpath.normpath(mask) if mask else None,
-            mask_threshold=options.mask_threshold if mask else None,
-        )
+    with temporary_database() as database:
+        _store(database, rows, options)
+        _find_files(database, source)
+        normal = {value.lower() for value in options.normal}
+        values = database.execute("select distinct label from images")
+        if NORMAL not in (_label(value, normal) for (value,) in values):
+            held = [value for (value,) in database.execute("select distinct label from images order by label")]
+            raise OptionError(
+                f"no row of {source.uri(table)} is normal: column {options.label} holds {listed(held)}; say which "
+                f"of these mean normal with normal"
+            )
+        limits: dict[str, bytes] = {}
+        if not options.split:
+            named = database.execute("select path, category, label from images order by rowid")
+            limits = held_out_limits(
+                ((path, category) for path, category, value in named if _label(value, normal) == NORMAL),
+                1 - options.train_fraction,
+                options.seed,
+            )
+        for path, size, where, *texts in database.execute(
+            f"select path, size, place, {_TEXTS} from images order by rowid"
+        ):
+            row = _Row(*texts)
+            label = _label(row.label, normal)
+            held_out = draw_order(path, options.seed) <= limits.get(row.category, b"") if limits else False
+            mask = row.mask if label == ANOMALOUS else ""
+            yield source.sample(
+                Entry(path, size, is_folder=False),
+                category=(row.category or source.dataset) if options.category else source.dataset,
+                split=_split(row, label, held_out, options, where),
+                label=label,
+                defect=_defect(row, label),
+                mask=posixpath.normpath(mask) if mask else None,
+                mask_threshold=options.mask_threshold if mask else None,
+            )
 
 
-def _check_columns(rows: list[tuple[str, dict[str, str]]], options: LabelsOptions, where: str) -> None:
+@dataclass(frozen=True)
+class _Row:
+    """What a row of the table says of an image, as text, "" for nothing."""
+
+    label: str
+    split: str
+    category: str
+    defect: str
+    mask: str
+
+
+_TEXTS = ", ".join(field.name for field in fields(_Row))
+
+
+def _store(database: sqlite3.Connection, rows: Table, options: LabelsOptions) -> None:
+    """Keep the rows in a table `images`, in their order.
+
+    Raises:
+        DataError: two rows name one image.
+    """
+    database.execute(f"create table images (path, size, place, {_TEXTS})")
+    columns = (options.label, options.split, options.category, options.defect or options.label, options.mask)
+    database.executemany(
+        "insert into images values (?, null, ?, ?, ?, ?, ?, ?)",
+        (
+            (_path(row.get(options.image, ""), options, where), where, *(row.get(column, "") for column in columns))
+            for where, row in rows
+        ),
+    )
+    try:
+        database.execute("create unique index by_path on images (path)")
+    except sqlite3.IntegrityError:
+        path, first, place = database.execute(
+            "select later.path, earlier.place, later.place from "
+            "(select path, min(rowid) as first from images group by path having count(*) > 1) as name "
+            "join images as earlier on earlier.rowid = name.first "
+            "join images as later on later.path = name.path and later.rowid > name.first order by later.rowid limit 1"
+        ).fetchone()
+        raise DataError(f"{place} names {path} a second time, after {first}") from None
+
+
+def _find_files(database: sqlite3.Connection, source: Source) -> None:
+    """Add the sizes of those images that are there; those that no row names are left out."""
+
+    def is_named(image: Entry) -> bool:
+        change = "update images set size = ? where path = ?"
+        return database.execute(change, [image.size, image.path]).rowcount > 0
+
+    folders = {posixpath.dirname(path) for (path,) in database.execute("select path from images")}
+    for folder in sorted(folders):
+        if not folder or source.has_folder(folder):
+            images = (entry for entry in source.iter_entries(folder) if entry.is_image)
+            source.leave_out(folder, (image for image in images if not is_named(image)))
+
+
+def _check_columns(rows: Table, options: LabelsOptions, where: str) -> None:
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     for option in ("image", "label", "split", "category", "defect", "mask"):
         name = getattr(options, option)
@@ -138,41 +198,27 @@ def _path(name: str, options: LabelsOptions, where: str) -> str:
     return path
 
 
-def _files(source: Source, found: dict[str, tuple[str, dict[str, str]]]) -> dict[str, Entry]:
-    """Return the images that are there by path; those that no row names are left out."""
-    files: dict[str, Entry] = {}
-    for folder in sorted({posixpath.dirname(path) for path in found}):
-        if folder and not source.has_folder(folder):
-            continue
-        images = [entry for entry in source.entries(folder) if entry.is_image]
-        files |= {entry.path: entry for entry in images}
-        source.leave_out(folder, [entry for entry in images if entry.path not in found])
-    return files
-
-
 def _label(value: str, normal: set[str]) -> int | None:
     if not value:
         return None
     return NORMAL if value.lower() in normal else ANOMALOUS
 
 
-def _split(row: dict[str, str], label: int | None, held_out: bool, options: LabelsOptions, where: str) -> str:
+def _split(row: _Row, label: int | None, held_out: bool, options: LabelsOptions, where: str) -> str:
     if not options.split:
         return "train" if label == NORMAL and not held_out else "test"
-    value = row.get(options.split, "")
-    split = SPLIT_VALUES.get(value.lower())
+    split = SPLIT_VALUES.get(row.split.lower())
     if split is None:
-        raise DataError(f"{where}: split '{value}' in column {options.split} must be train, val or test")
+        raise DataError(f"{where}: split '{row.split}' in column {options.split} must be train, val or test")
     return "test" if label == ANOMALOUS and split == "train" and options.abnormal_train == "test" else split
 
 
-def _defect(row: dict[str, str], label: int | None, options: LabelsOptions) -> str | None:
+def _defect(row: _Row, label: int | None) -> str | None:
     if label is None:
         return None
     if label == NORMAL:
         return "good"
-    value = row.get(options.defect or options.label, "")
-    return value if value and value.lower() not in _PLAIN_VALUES else "anomaly"
+    return row.defect if row.defect and row.defect.lower() not in _PLAIN_VALUES else "anomaly"
 
 
 LAYOUT = Layout("labels", LabelsOptions, samples, "a table of labels beside the images (CSV, JSON lines, Parquet)")

@@ -14,6 +14,7 @@ from unianom.data.layouts.source import Source
 from unianom.data.schema import ANOMALOUS, NORMAL, SPLITS, SampleRef
 from unianom.errors import DataError, OptionError
 from unianom.files import resolve
+from unianom.temporary_database import temporary_database
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +57,23 @@ def samples(source: Source, options: ManifestOptions) -> Iterator[SampleRef]:
         source = replace(source.at(".."), dataset=options.dataset or source.at("..").name)
     if not files:
         raise OptionError(f"name the manifests of {source.uri()}: train and test, or manifest for one with all splits")
-    seen: dict[str, int] = {}
-    for split, path in files.items():
-        repeated = 0
-        for where, row in _rows(source, path):
-            sample = _sample(source, row, split, where)
-            content = hash(sample)
-            if sample.sample_id not in seen:
-                seen[sample.sample_id] = content
-                yield sample
-            elif seen[sample.sample_id] != content:
-                raise DataError(f"{where} names {sample.uri} again with another split, label, category or mask")
-            elif not options.deduplicate:
-                raise DataError(f"{where} repeats {sample.uri}; set deduplicate=true to drop repeated rows")
-            else:
-                repeated += 1
-        if repeated:
-            logger.warning("%d repeated rows of %s dropped", repeated, path)
+    with temporary_database() as database:
+        database.execute("create table seen (sample_id primary key, content) without rowid")
+        for split, path in files.items():
+            repeated = 0
+            for where, row in _rows(source, path):
+                sample = _sample(source, row, split, where)
+                known = sample.sample_id, hash(sample)
+                if database.execute("insert or ignore into seen values (?, ?)", known).rowcount:
+                    yield sample
+                elif not database.execute("select 1 from seen where sample_id = ? and content = ?", known).fetchone():
+                    raise DataError(f"{where} names {sample.uri} again with another split, label, category or mask")
+                elif not options.deduplicate:
+                    raise DataError(f"{where} repeats {sample.uri}; set deduplicate=true to drop repeated rows")
+                else:
+                    repeated += 1
+            if repeated:
+                logger.warning("%d repeated rows of %s dropped", repeated, path)
 
 
 def _rows(source: Source, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

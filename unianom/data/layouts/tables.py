@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from unianom.data.layouts.source import Source
@@ -46,11 +49,11 @@ def read_table(source: Source, path: str, columns: Sequence[str], key: str) -> l
 
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-"""Endings of files that `read_rows` reads."""
+"""Endings of files that `Table` reads."""
 
 
-def read_rows(source: Source, path: str) -> list[tuple[str, dict[str, str]]]:
-    """Return rows of a table, each with what to call its place in an error message; every value as text, "" for none.
+class Table:
+    """A table whose rows are read as they are asked for, any number of times; its file is held in memory as it is.
 
     Args:
         source: where it lies.
@@ -58,76 +61,91 @@ def read_rows(source: Source, path: str) -> list[tuple[str, dict[str, str]]]:
             Parquet file, as its ending says.
 
     Raises:
-        DataError: there is no such file, its ending is another, it is not what its ending says, or has no rows.
+        DataError: there is no such file, or its ending is another.
     """
-    where = source.uri(path)
-    name = (path or source.name).lower()
-    data = source.read(path)
-    if name.endswith(".parquet"):
-        rows = _parquet_rows(data, where)
-    elif name.endswith((".jsonl", ".ndjson", ".json")):
-        rows = _json_rows(_text(data, where), where)
-    elif name.endswith((".csv", ".tsv", ".txt")):
-        rows = _csv_rows(_text(data, where), where)
-    else:
-        raise DataError(f"{where} is no table that can be read; its name should end in {', '.join(TABLE_ENDINGS)}")
-    if not rows:
-        raise DataError(f"{where} has no rows")
-    return rows
+
+    def __init__(self, source: Source, path: str) -> None:
+        self._where = source.uri(path)
+        name = (path or source.name).lower()
+        if name.endswith(".parquet"):
+            self._rows = _parquet_rows
+        elif name.endswith((".jsonl", ".ndjson", ".json")):
+            self._rows = _json_rows
+        elif name.endswith((".csv", ".tsv", ".txt")):
+            self._rows = _csv_rows
+        else:
+            endings = ", ".join(TABLE_ENDINGS)
+            raise DataError(f"{self._where} is no table that can be read; its name should end in {endings}")
+        self._data = source.read(path)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield rows, each with what to call its place in an error message; every value as text, "" for none.
+
+        Raises:
+            DataError: it is not what its ending says, or has no rows.
+        """
+        empty = True
+        for row in self._rows(self._data, self._where):
+            empty = False
+            yield row
+        if empty:
+            raise DataError(f"{self._where} has no rows")
 
 
-def _text(data: bytes, where: str) -> str:
+@contextmanager
+def _text(data: bytes, where: str) -> Iterator[io.TextIOWrapper]:
+    """Give the lines of a text, ended by a line feed alone."""
     try:
-        return data.decode("utf-8-sig")
+        yield io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 text; save it as UTF-8") from error
 
 
-def _csv_rows(text: str, where: str) -> list[tuple[str, dict[str, str]]]:
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)  # spreadsheets write semicolons where commas are decimal points
-    reader = csv.DictReader(io.StringIO(text), restval="", delimiter=delimiter, skipinitialspace=True)
-    rows = []
-    try:
-        for row in reader:
-            values = {str(key).strip(): value.strip() for key, value in row.items() if isinstance(value, str)}
-            rows.append((f"line {reader.line_num} of {where}", values))
-    except csv.Error as error:
-        raise DataError(f"line {reader.line_num} of {where} is not CSV: {error}") from error
-    return rows
+def _csv_rows(data: bytes, where: str) -> Iterator[tuple[str, dict[str, str]]]:
+    with _text(data, where) as text:
+        header = text.readline()
+        delimiter = max(",;\t", key=header.count)  # spreadsheets write semicolons where commas are decimal points
+        lines = chain([header], text)
+        reader = csv.DictReader(lines, restval="", delimiter=delimiter, skipinitialspace=True)
+        try:
+            for row in reader:
+                values = {str(key).strip(): value.strip() for key, value in row.items() if isinstance(value, str)}
+                yield f"line {reader.line_num} of {where}", values
+        except csv.Error as error:
+            raise DataError(f"line {reader.line_num} of {where} is not CSV: {error}") from error
 
 
-def _json_rows(text: str, where: str) -> list[tuple[str, dict[str, str]]]:
-    rows = []
-    try:
-        whole = text.lstrip()
-        lines = enumerate(json.loads(whole), 1) if whole.startswith("[") else enumerate(text.split("\n"), 1)
-        for number, line in lines:
-            if isinstance(line, str) and not line.strip():
-                continue
-            row = json.loads(line) if isinstance(line, str) else line
-            if not isinstance(row, dict):
-                raise DataError(f"line {number} of {where} is not a JSON object")
-            rows.append((f"line {number} of {where}", {key: _plain(value) for key, value in row.items()}))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} holds no JSON lines: {error}") from error
-    return rows
+def _json_rows(data: bytes, where: str) -> Iterator[tuple[str, dict[str, str]]]:
+    with _text(data, where) as text:
+        try:
+            whole = data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            for number, line in enumerate(json.load(text) if whole else text, 1):
+                if isinstance(line, str) and not line.strip():
+                    continue
+                row = json.loads(line) if isinstance(line, str) else line
+                if not isinstance(row, dict):
+                    raise DataError(f"line {number} of {where} is not a JSON object")
+                yield f"line {number} of {where}", {key: _plain(value) for key, value in row.items()}
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} holds no JSON lines: {error}") from error
 
 
-def _parquet_rows(data: bytes, where: str) -> list[tuple[str, dict[str, str]]]:
+def _parquet_rows(data: bytes, where: str) -> Iterator[tuple[str, dict[str, str]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        plain = [field.name for field in pq.read_schema(pa.BufferReader(data)) if not _is_bulky(field.type)]
-        table = pq.read_table(pa.BufferReader(data), columns=plain)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        plain = [field.name for field in file.schema_arrow if not _is_bulky(field.type)]
+        for batch in file.iter_batches(batch_size=1024, columns=plain):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number} of {where}", {key: _plain(value) for key, value in row.items()}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where} is no Parquet file: {error}") from error
-    rows = table.to_pylist()
-    return [
-        (f"row {number} of {where}", {key: _plain(value) for key, value in row.items()})
-        for number, row in enumerate(rows, 1)
-    ]
 
 
 def _is_bulky(kind: Any) -> bool:
