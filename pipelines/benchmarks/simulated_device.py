@@ -2,9 +2,9 @@
 
     python -m pipelines.benchmarks.simulated_device --output simulated_device.json
 
-Each run draws JPEG files, reads, decodes and scales them on the CPUs of this machine, hands them to a device that waits
-instead of computing, for as long as one of the given rate would take and without a CPU, and writes scores. What falls short
-of the rate is what a real device would wait.
+JPEG files are read, decoded and scaled on the CPUs of this machine and handed to a device that waits instead of
+computing, without a CPU, for as long as one of a given rate would take; then scores are written. A ratio below 1 is the
+time that a real device would wait.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ReadFiles:
         self._files, self._policy = sorted(Path(folder).iterdir()), policy
 
     def read(self, task: dict[str, Any], clock: StageClock) -> Block:
-        """Return the images numbered from `start` to `end`, from the first file on again where there are fewer files."""
+        """Return the images numbered from `start` to `end`; after the last file comes the first again."""
         numbers = range(task["start"], task["end"])
         pixels = np.empty((len(numbers), self._policy.side, self._policy.side, 3), np.uint8)
         for number, place in zip(numbers, pixels, strict=True):

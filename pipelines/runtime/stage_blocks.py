@@ -56,10 +56,9 @@ def block_from_arrow(table: pa.Table) -> Block:
     held = json.loads(table["plain"][0].as_py())
     arrays = {}
     for name, (dtype, *shape) in held["arrays"].items():
-        buffer = table[ARRAY + name][0].as_buffer() if math.prod(shape) else b""
-        arrays[name] = np.ndarray(shape, dtype, buffer)
+        arrays[name] = np.ndarray(shape, dtype, _the_value(table[ARRAY + name]) if math.prod(shape) else b"")
         arrays[name].flags.writeable = False
-    rows = pa.ipc.open_stream(table["rows"][0].as_buffer()).read_all() if "rows" in table.column_names else None
+    rows = pa.ipc.open_stream(_the_value(table["rows"])).read_all() if "rows" in table.column_names else None
     return Block(arrays, rows, held["plain"])
 
 
@@ -67,6 +66,14 @@ def _one_value(data: pa.Buffer) -> pa.Array:
     """Return a large_binary array of one value, without a copy of it."""
     offsets = pa.py_buffer(np.array([0, data.size], np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def _the_value(column: pa.ChunkedArray) -> pa.Buffer:
+    """Return the memory of the only value of a large_binary column; a scalar of Arrow would be a copy."""
+    array = next(chunk for chunk in column.chunks if len(chunk))
+    _, offsets, data = array.buffers()
+    start, end = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2].tolist()
+    return data.slice(start, end - start)
 
 
 def _written(rows: pa.Table) -> pa.Buffer:
