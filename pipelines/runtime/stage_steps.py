@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,18 +25,22 @@ class StageMaker:
 
     Args:
         pickled: what makes the stage; see `Stages`.
-        threads: of PyTorch and FAISS.
+        threads: of PyTorch and FAISS, in each thread that runs the stage.
     """
 
     def __init__(self, pickled: bytes, threads: int) -> None:
         self._pickled, self._threads = pickled, threads
+        self._lock, self._own = threading.Lock(), threading.local()
         self._stage: Any = None
 
     def __call__(self) -> Any:
-        if self._stage is None:
-            make = pickle.loads(self._pickled)  # which imports what the stage needs
-            set_threads(self._threads)
-            self._stage = make()
+        with self._lock:  # two tasks may come at once, and a model is loaded once
+            make = None if self._stage is not None else pickle.loads(self._pickled)  # which imports what it needs
+            if not hasattr(self._own, "ready"):
+                set_threads(self._threads)  # FAISS has a number of its own in each thread
+                self._own.ready = True
+            if make is not None:
+                self._stage = make()
         return self._stage
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.runtime import device_turn
+from pipelines.runtime import device_turn, stage_steps
 from pipelines.runtime.device_turn import Device, Turn
 from pipelines.runtime.stage_blocks import Block, block_from_arrow, block_to_arrow
 from pipelines.runtime.stage_clock import StageClock
@@ -202,9 +202,25 @@ def test_an_error_in_making_a_stage_is_the_result_of_its_task(stage: str) -> Non
     assert run_steps({"count": 4}, Stages(**made)) == {ERROR: ["DataError", "nothing to read here"]}
 
 
-def test_a_stage_is_made_once() -> None:
-    maker = StageMaker(pickle.dumps(STAGES.compute), 1)
-    assert maker() is maker()
+def make_slowly() -> object:
+    time.sleep(0.01)
+    return object()
+
+
+def test_a_stage_is_made_once_and_threads_are_set_in_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_in: list[tuple[int, int]] = []
+    monkeypatch.setattr(stage_steps, "set_threads", lambda count: set_in.append((threading.get_ident(), count)))
+    maker = StageMaker(pickle.dumps(make_slowly), 3)
+    made: list[object] = []
+    threads = [threading.Thread(target=lambda: made.extend([maker(), maker()])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(made) == 6
+    assert len(set(map(id, made))) == 1
+    assert len(set_in) == len(set(set_in)) == 3
+    assert {count for _, count in set_in} == {3}
 
 
 # -------------------------------------------------------------------------------------------------------------- times
