@@ -212,7 +212,13 @@ def test_a_stage_is_made_once_and_threads_are_set_in_each_thread(monkeypatch: py
     monkeypatch.setattr(stage_steps, "set_threads", lambda count: set_in.append((threading.get_ident(), count)))
     maker = StageMaker(pickle.dumps(make_slowly), 3)
     made: list[object] = []
-    threads = [threading.Thread(target=lambda: made.extend([maker(), maker()])) for _ in range(3)]
+    together = threading.Barrier(3)
+
+    def use() -> None:
+        together.wait(10)
+        made.extend([maker(), maker()])
+
+    threads = [threading.Thread(target=use) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

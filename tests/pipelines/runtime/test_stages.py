@@ -39,8 +39,18 @@ def die_once(folder: str, stage: str, task: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def in_shared_memory(array: np.ndarray) -> bool:
+    """Return whether an array lies in memory that processes share, as Ray's object store is."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, access = line.split()[:2]
+        start, end = (int(edge, 16) for edge in span.split("-"))
+        if start <= array.ctypes.data < end:
+            return access.endswith("s")
+    return False
+
+
 class Draw:
-    """Draws pixels; refuses task 6."""
+    """Draws pixels, of no, one or two images; refuses what is damaged."""
 
     def __init__(self, side: int, deadly: str = "") -> None:
         self.side, self.deadly = side, deadly
@@ -55,7 +65,9 @@ class Draw:
         pixels = generator.integers(0, 256, (number % 3, self.side, self.side, 3), np.uint8)
         with clock.stage("draw"):
             rows = pa.table({"name": [f"{number}.{row}" for row in range(len(pixels))]})
-        return Block({"pixels": pixels}, rows, {"number": number, "read by": os.getpid()})
+        return Block(
+            {"pixels": pixels}, rows, {"number": number, "wait": bool(task.get("wait")), "read by": os.getpid()}
+        )
 
 
 class Mean:
@@ -66,7 +78,7 @@ class Mean:
             raise ModelError("the model is damaged; fit it again")
         self.deadly = deadly
         self.present = self.inside = self.most_present = self.most_inside = 0
-        self.lock = threading.Lock()
+        self.lock, self.two = threading.Lock(), threading.Event()
 
     def compute(self, block: Block, clock: StageClock, turn: Turn) -> Block:
         if self.deadly:
@@ -74,15 +86,23 @@ class Mean:
         with self.lock:
             self.present += 1
             self.most_present = max(self.most_present, self.present)
+            if self.present == 2:
+                self.two.set()
         with turn, clock.stage("mean"):
             self.inside += 1
             self.most_inside = max(self.most_inside, self.inside)
-            time.sleep(0.05)
+            if block.plain["wait"]:
+                self.two.wait(20)  # for another task that comes while this one has its turn
             means = block.arrays["pixels"].mean((1, 2, 3))
             self.inside -= 1
         with self.lock:
             self.present -= 1
-        seen = {"present": self.most_present, "inside": self.most_inside, "computed by": os.getpid()}
+        seen = {
+            "present": self.most_present,
+            "inside": self.most_inside,
+            "computed by": os.getpid(),
+            "shared": in_shared_memory(block.arrays["pixels"]),
+        }
         return Block({"mean": means}, block.rows, {**block.plain, **seen})
 
 
@@ -102,9 +122,13 @@ class Save:
         return {"number": task["number"], **block.plain}
 
 
-def stages(output: Path, deadly: str = "", side: int = 16) -> Stages:
+SIDE = 256
+"""Ray keeps what is below 100 kB out of its object store, and an image of this side in it."""
+
+
+def stages(output: Path, deadly: str = "") -> Stages:
     output.mkdir()
-    return Stages(partial(Draw, side, deadly), partial(Mean, deadly), partial(Save, str(output), deadly))
+    return Stages(partial(Draw, SIDE, deadly), partial(Mean, deadly), partial(Save, str(output), deadly))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -112,11 +136,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_three_stages_do_what_one_process_does_and_overlap(tmp_path: Path) -> None:
-    tasks = [{"number": number} for number in range(12)]
+    tasks: list[dict[str, Any]] = [{"number": number} for number in range(12)]
     one = InOneProcess(stages(tmp_path / "one"))
     for task in tasks:
         one.run(task)
     before = time.time()
+    tasks[0]["wait"] = True
     results = list(run_staged(stages(tmp_path / "apart"), tasks, ONE))
     assert contents(tmp_path / "apart") == contents(tmp_path / "one")
     assert sorted(result["number"] for result in results) == list(range(12))
@@ -124,13 +149,14 @@ def test_three_stages_do_what_one_process_does_and_overlap(tmp_path: Path) -> No
     readers, computers = ({result[by] for result in results} for by in ("read by", "computed by"))
     assert len(computers) == 1
     assert not readers & computers
+    assert all(result["shared"] for result in results if result["number"] % 3)  # pixels are not copied once more
     assert max(result["present"] for result in results) == 2  # one computes, the other is fetched or handed on
     assert {result["inside"] for result in results} == {1}
     times = StageTimes()
     for result in results:
         times.add(result)
     assert {part for _, part in times.cpu} == {"draw", "mean"}
-    assert times.busy >= 12 * 0.05
+    assert times.busy > 0
     assert set(results[0][STAGE_TIMES]["wall"]) == {"read", "compute", "write"}
     assert list(run_staged(stages(tmp_path / "none"), [], ONE)) == []
 
@@ -159,7 +185,7 @@ def test_an_error_is_told_as_it_was_raised_and_ends_the_workers(tmp_path: Path) 
 
 
 def test_an_error_in_making_a_stage_is_told_as_it_was_raised(tmp_path: Path) -> None:
-    broken = Stages(partial(Draw, 16), partial(Mean, broken=True), partial(Save, str(tmp_path)))
+    broken = Stages(partial(Draw, SIDE), partial(Mean, broken=True), partial(Save, str(tmp_path)))
     with pytest.raises(ModelError, match="the model is damaged; fit it again"):
         list(run_staged(broken, [{"number": 1}], ONE))
 
@@ -196,12 +222,12 @@ class Pass:
 
 
 def test_a_slow_writer_stops_the_stages_before_it(tmp_path: Path) -> None:
-    tasks = [{"number": number} for number in range(60)]
+    """Blocks of 1 MiB, of which 8 may be held; without a bound there are ten and more."""
     bounded = Stages(partial(Note, str(tmp_path)), Pass, partial(Slow, str(tmp_path)))
+    tasks = [{"number": number} for number in range(30)]
     held = [result["held"] for result in run_staged(bounded, tasks, ONE, held_bytes=8 << 20)]
-    print("held", held)
-    assert len(held) == 60
-    assert max(held) <= 20
+    assert len(held) == 30
+    assert max(held) <= 8
 
 
 def test_a_cluster_that_is_too_small_is_told() -> None:
