@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unianom.data.image import InputPolicy
-from unianom.errors import OptionError
+from unianom.data.tensors import Normaliser
 
 
 class DeviceFeed:
@@ -35,13 +35,7 @@ class DeviceFeed:
     """
 
     def __init__(self, device: torch.device, policy: InputPolicy, batch_size: int, channels_last: bool = False) -> None:
-        if policy.mean is None or policy.std is None:
-            raise OptionError("input.mean and input.std are not set; a method fills them in from its backbone")
-        self.device, self.batch_size = device, batch_size
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        # a divisor that is a number would be made a factor on GPUs, which rounds otherwise
-        self._full = torch.tensor(255.0, device=device)
-        self._mean, self._std = (torch.tensor(v, device=device)[:, None, None] for v in (policy.mean, policy.std))
+        self._normalise, self._batch_size = Normaliser(policy, device, channels_last), batch_size
         self._copies = _CudaCopies(device) if device.type == "cuda" else _PlainCopies(device)
 
     def batches(self, images: np.ndarray) -> Iterator[Tensor]:
@@ -57,7 +51,7 @@ class DeviceFeed:
         Returns:
             Batches B×3×S×S float32 on the device, equal to `tensors.normalise`.
         """
-        return _Batches(self, images)
+        return _Batches(self._copies, self._normalise, images, self._batch_size)
 
     def fetch(self, values: Tensor) -> Fetched:
         """Begin to copy what was computed to the host, and return what gives it as NumPy.
@@ -66,11 +60,6 @@ class DeviceFeed:
             values: of a type that NumPy has, on the device.
         """
         return self._copies.fetch(values)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Return B×S×S×3 uint8 on the device as B×3×S×S float32."""
-        batch = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format)
-        return batch.div_(self._full).sub_(self._mean).div_(self._std)
 
 
 class Fetched:
@@ -94,9 +83,9 @@ AHEAD = 2
 class _Batches(Iterator[Tensor]):
     """Batches of one array of images; the first are on their way to the device from the start."""
 
-    def __init__(self, feed: DeviceFeed, images: np.ndarray) -> None:
-        self._feed, self._copies = feed, feed._copies
-        self._left = (images[start : start + feed.batch_size] for start in range(0, len(images), feed.batch_size))
+    def __init__(self, copies: _PlainCopies, normalise: Normaliser, images: np.ndarray, batch_size: int) -> None:
+        self._copies, self._normalise = copies, normalise
+        self._left = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         self._coming: deque[Any] = deque()
         self._computed: deque[Any] = deque()  # marks in the stream that computes, after each batch that was handed out
         self._handed_out = False
@@ -112,7 +101,7 @@ class _Batches(Iterator[Tensor]):
         if not self._coming:
             raise StopIteration
         self._handed_out = True
-        return self._feed.normalise(self._copies.arrived(self._coming.popleft()))
+        return self._normalise(self._copies.arrived(self._coming.popleft()))
 
     def _upload(self) -> None:
         """Begin to copy the next batch, if there is one."""

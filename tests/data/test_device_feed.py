@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.fake_device import DEVICE, HostWaits, fake_device, without_waits
-from unianom import device_feed
+from unianom.data import device_feed
+from unianom.data.device_feed import DeviceFeed
 from unianom.data.image import InputPolicy
 from unianom.data.tensors import normalise
-from unianom.device_feed import DeviceFeed
 from unianom.errors import OptionError
 
 CPU = torch.device("cpu")
