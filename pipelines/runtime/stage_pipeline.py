@@ -104,19 +104,45 @@ def run_on_ray(
 ) -> Iterator[dict[str, Any]]:
     """Run tasks as `pipelines.runtime.stages.run_staged` does; arguments are the same."""
     connect(options)
-    import ray.data  # a second that jobs with nothing to do are spared
-
     if compute_cpus is None:
         compute_cpus = 0 if options.gpus_per_worker else options.cpus_per_worker
     size = pool_size(options, len(tasks), compute_cpus)
+    rows = iter(pipeline(stages, tasks, options, compute_cpus, size, held_bytes).iter_rows())
+    while True:
+        try:
+            row = next(rows, None)
+        except ray.exceptions.RayError as error:
+            raise lost_error(error) from error
+        if row is None:
+            return
+        yield json.loads(row["result"])
+
+
+def pipeline(
+    stages: Stages,
+    tasks: Sequence[dict[str, Any]],
+    options: RuntimeOptions,
+    compute_cpus: float,
+    size: int,
+    held_bytes: int | None,
+) -> ray.data.Dataset:
+    """Return results of tasks, as JSON, computed when they are asked for.
+
+    Args:
+        stages, tasks, options, compute_cpus, held_bytes: see `pipelines.runtime.stages.run_staged`.
+        size: actors that compute.
+    """
+    import ray.data  # a second that jobs with nothing to do are spared
+
     run = uuid.uuid4().hex
     read, compute, write = (cloudpickle.dumps(make) for make in (stages.read, stages.compute, stages.write))
+    # the one row of each block, as it is; where there are GPUs, Ray Data wants a number
+    rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     with ray.data.DataContext.current(_context(held_bytes)):
-        items = ray.data.from_items([json.dumps(task) for task in tasks], override_num_blocks=len(tasks))
-        whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}  # blocks as they are, without a copy
-        dataset = (
+        return (
+            ray.data.from_items([json.dumps(task) for task in tasks], override_num_blocks=len(tasks))
             # max_calls is the default; said here and not below, it keeps Ray Data from reading inside the actors
-            items.map_batches(_Read(read, (run, "read")).run, num_cpus=1, max_calls=0, **whole)
+            .map_batches(_Read(read, (run, "read")).run, num_cpus=1, max_calls=0, **rows)
             .map_batches(
                 _Compute,
                 fn_constructor_kwargs={"pickled": compute, "threads": options.cpus_per_worker},
@@ -128,19 +154,10 @@ def run_on_ray(
                 ),
                 num_cpus=compute_cpus,
                 num_gpus=options.gpus_per_worker or None,
-                **whole,
+                **rows,
             )
-            .map_batches(_Write(write, (run, "write")).run, num_cpus=1, **whole)
+            .map_batches(_Write(write, (run, "write")).run, num_cpus=1, **rows)
         )
-        rows = iter(dataset.iter_rows())
-    while True:
-        try:
-            row = next(rows, None)
-        except ray.exceptions.RayError as error:
-            raise lost_error(error) from error
-        if row is None:
-            return
-        yield json.loads(row["result"])
 
 
 def _context(held_bytes: int | None) -> ray.data.DataContext:

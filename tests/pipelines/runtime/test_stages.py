@@ -19,7 +19,7 @@ from pipelines.runtime.device_turn import Turn
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_blocks import Block
 from pipelines.runtime.stage_clock import StageClock
-from pipelines.runtime.stage_pipeline import pool_size
+from pipelines.runtime.stage_pipeline import pipeline, pool_size
 from pipelines.runtime.stage_steps import InOneProcess
 from pipelines.runtime.stage_times import STAGE_TIMES, StageTimes
 from pipelines.runtime.stages import Stages, run_staged
@@ -239,3 +239,10 @@ def test_a_cluster_that_is_too_small_is_told() -> None:
         pool_size(ONE, 9, 4)
     with pytest.raises(OptionError, match="0 more and 1 GPUs; this Ray has 4 CPUs and 0 GPUs"):
         pool_size(RuntimeOptions(gpus_per_worker=1), 9, 0)
+
+
+def test_a_pipeline_for_gpus_can_be_made(tmp_path: Path) -> None:
+    """Ray Data has demands of its own where there are GPUs, which it makes before anything runs."""
+    options = RuntimeOptions(gpus_per_worker=0.5)
+    made = pipeline(stages(tmp_path / "apart"), [{"number": 1}], options, compute_cpus=0, size=1, held_bytes=None)
+    assert "MapBatches(_Compute)" in str(made)
