@@ -197,7 +197,7 @@ class Slow:
         self.folder = Path(folder)
 
     def write(self, task: dict[str, Any], block: Block, clock: StageClock) -> dict[str, Any]:
-        time.sleep(0.15)
+        time.sleep(0.1)
         names = [path.name[0] for path in self.folder.iterdir()]
         (self.folder / f"written {task['number']}").touch()
         return {"held": names.count("r") - names.count("w")}
