@@ -1,8 +1,8 @@
 """From encoded bytes to what a network sees, the same way in training, scoring, serving and export.
 
 `decode_image` and `decode_mask` open bytes safely, `crop_image` and `crop_mask` cut out what a layout wants of them,
-`prepare_image` and `prepare_mask` bring them to the model's input size; `tensors.normalise` makes the batch. Nothing
-else in the project decodes, resizes or normalises images.
+`prepare_image` and `prepare_mask` bring them to the model's input size; `tensors` makes the batch, on the host or on a
+device. Nothing else in the project decodes, resizes or normalises images.
 """
 
 from unianom.data.image.crop import CropWindow, crop_image, crop_mask, find_crop
