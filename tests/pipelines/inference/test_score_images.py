@@ -75,8 +75,7 @@ def test_a_folder_is_scored_as_if_it_was_ingested(model: str, images: Path, tmp_
             runtime=HERE,
         )
     )  # fmt: skip
-    of_shards = options(model, tmp_path / "of shards")
-    of_shards = replace(of_shards, shards=str(tmp_path / "shards"), images=())
+    of_shards = replace(options(model, tmp_path / "of shards", images), shards=str(tmp_path / "shards"), images=())
     expected = rows(score(of_shards).scores)
     assert found.keys() == expected.keys()
     for name, row in found.items():
@@ -156,7 +155,7 @@ def test_the_listing_is_made_once(model: str, images: Path, tmp_path: Path, monk
 
 def test_what_cannot_be_listed_is_named(model: str, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores"
-    with pytest.raises(DataError, match="are both named camera/day 0/00.png; list each image once"):
+    with pytest.raises(DataError, match=r"are both named camera/day 0/00.png; list each image once"):
         score(options(model, output, images, images))
     (tmp_path / "notes.txt").write_text("seen")
     with pytest.raises(DataError, match=r"notes.txt is neither an image .* nor a table"):
