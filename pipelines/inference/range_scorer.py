@@ -7,7 +7,6 @@ Each step is bounded in what it holds, and order is kept throughout.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -22,14 +21,13 @@ from pipelines.data.decoded_batches import BatchDecoder, DecodedBatch, same_mode
 from pipelines.data.fetch import ImageFetcher
 from pipelines.data.timed_pool import TimedPool
 from pipelines.inference.score_columns import IDENTITY, PackedMap, ScoreColumns, ScoredBatch, check_finite, score_table
-from pipelines.inference.score_manifest import score_part
+from pipelines.inference.score_manifest import score_part, score_record
 from pipelines.runtime import outputs
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.stage_clock import StageClock
 from unianom import files
 from unianom.calibration import Calibration
-from unianom.data.id_digest import IdDigest
 from unianom.data.image import ImageLimits, InputPolicy, encode_map
 from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
@@ -44,6 +42,9 @@ from unianom.thresholds import FAIL, REVIEW
 
 STAGES = "stages"
 """Key of a task's result: CPU seconds of each stage. It is no part of the record that is stored."""
+
+TOLD = ["sample_id", "status"]
+"""Columns that the record of a part is made of."""
 
 WRITTEN_ROWS = 128
 WRITTEN_PIXELS = 1 << 23
@@ -101,25 +102,18 @@ class RangeScorer:
         self._clock.take()
         within = RowRange(**task)
         name = score_part(within.part, self._plan, within.first)
-        statuses: Counter[str] = Counter()
-        ids = IdDigest()
+        told: list[pa.Table] = []
         path = files.join(self._output, name)
         with files.open_atomic(path) as handle:
             writer = PartWriter(handle, SCORE_SCHEMA)
             with closing(self._decoded(within)) as batches, Behind(self._writer, 1) as behind:
                 for group in _grouped(self._scored(batch) for batch in batches):
-                    behind.submit(self._write, writer, statuses, ids, group)
+                    behind.submit(self._write, writer, told, group)
             with self._clock.stage("write"):
                 writer.close()
         with self._clock.stage("write"):
-            record = {
-                "plan": self._plan,
-                "name": name,
-                "rows": sum(statuses.values()),
-                "statuses": dict(sorted(statuses.items())),
-                "ids": ids.hex(),
-                "sha256": files.sha256_file(path),
-            }
+            told.append(SCORE_SCHEMA.empty_table().select(TOLD))
+            record = score_record(self._plan, name, pa.concat_tables(told), path)
             outputs.commit_part(self._output, name, record)
         return {**record, STAGES: self._clock.take()}
 
@@ -193,12 +187,11 @@ class RangeScorer:
         with self._clock.stage("encode maps"):
             return encode_map(anomaly_map)
 
-    def _write(self, writer: PartWriter, statuses: Counter[str], ids: IdDigest, batches: Sequence[ScoredBatch]) -> None:
+    def _write(self, writer: PartWriter, told: list[pa.Table], batches: Sequence[ScoredBatch]) -> None:
         """Write the rows of some batches, in their order; by the writer's thread."""
         with self._clock.stage("rows"):
             table = score_table(batches)
-            statuses.update(table["status"].to_pylist())
-            ids.add(table["sample_id"].to_pylist())
+            told.append(table.select(TOLD))
         with self._clock.stage("write"):
             writer.write_table(table)
 

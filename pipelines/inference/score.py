@@ -17,12 +17,15 @@ from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
 from pipelines.inference.scored_images import scored_images
+from pipelines.inference.staged_scorer import scoring_stages
 from pipelines.runtime import outputs
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.tasks import run_tasks
+from pipelines.runtime.stage_times import StageTimes
+from pipelines.runtime.stages import run_staged
+from pipelines.runtime.tasks import run_tasks, runs_here
 from unianom import files
 from unianom.data.row_ranges import RowRange
 from unianom.data.shards import ScoreSet
@@ -40,11 +43,13 @@ class ScoreResult:
         scores: the finished score set.
         fresh: whether this run wrote anything.
         images_per_second: of this run; 0 if it had nothing to do.
+        stages: what separate stages took and which one the others waited for, in words; else empty.
     """
 
     scores: ScoreSet
     fresh: bool
     images_per_second: float
+    stages: str
 
 
 def score(options: ScoreOptions) -> ScoreResult:
@@ -83,7 +88,7 @@ def score(options: ScoreOptions) -> ScoreResult:
     inputs = {"model": options.model, **images.inputs}
     with outputs.open_output(output, "score set", plan, inputs=inputs, overwrite=options.overwrite) as digest:
         fresh = not outputs.is_complete(output)
-        rate = 0.0
+        rate, taken = 0.0, ""
         if fresh:
             shards = images.open(output)
             arguments = {
@@ -101,11 +106,11 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "fold": options.fold_batch_norm,
             }
             ranges = shards.ranges(images.selection)
-            rate = _write_parts(arguments, ranges, runtime)
+            rate, taken = _write_parts(arguments, models, ranges, runtime, options.stages)
             commit_scores(output, digest, shards, images.selection, ranges, models, plan)
     scores = ScoreSet.open(output)
     check_unscored(scores, options.max_reject_fraction)
-    return ScoreResult(scores, fresh, rate)
+    return ScoreResult(scores, fresh, rate, taken)
 
 
 def _check_decisions(model_set: ModelSet, models: Sequence[Mapping[str, Any]], categories: Sequence[str]) -> None:
@@ -126,8 +131,14 @@ def _check_decisions(model_set: ModelSet, models: Sequence[Mapping[str, Any]], c
             )
 
 
-def _write_parts(arguments: dict[str, Any], ranges: Sequence[RowRange], runtime: RuntimeOptions) -> float:
-    """Write the score parts that are not there yet; return the images per second."""
+def _write_parts(
+    arguments: dict[str, Any],
+    models: Sequence[Mapping[str, Any]],
+    ranges: Sequence[RowRange],
+    runtime: RuntimeOptions,
+    stages: str,
+) -> tuple[float, str]:
+    """Write the score parts that are not there yet; return the images per second, and what the stages took."""
     names = {score_part(within.part, arguments["plan"], within.first): within for within in ranges}
     records = outputs.part_records(arguments["output"], names)
     done = sum(record["rows"] for record in records.values())
@@ -136,6 +147,23 @@ def _write_parts(arguments: dict[str, Any], ranges: Sequence[RowRange], runtime:
     tasks = [to_plain(within) for name, within in names.items() if name not in records]
     images = arguments["shards"].count(arguments["selection"]) - done
     progress = Progress("score", images)
-    for record in run_tasks(RangeScorer, arguments, tasks, runtime, images):
+    taken = StageTimes()
+    separate = _separate_stages(stages, runtime, images)
+    results = (
+        run_staged(scoring_stages(arguments, models), tasks, replace(runtime, local=False))
+        if separate
+        else run_tasks(RangeScorer, arguments, tasks, runtime, images)
+    )
+    for record in results:
         progress.advance(record["rows"])
-    return progress.close()
+        if separate:
+            taken.add(record)
+    rate = progress.close()
+    return rate, taken.sentence(images) if separate and tasks else ""
+
+
+def _separate_stages(asked: str, runtime: RuntimeOptions, images: int) -> bool:
+    """Return whether reading, computing and writing are on processes of their own."""
+    if asked == "auto":
+        return bool(runtime.gpus_per_worker) and not runs_here(runtime, images)
+    return asked == "separate"

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines.runtime import outputs
 from unianom import __version__, files
 from unianom.data.id_digest import IdDigest
@@ -26,6 +28,27 @@ def score_part(part: str, plan: str, first: int | None = None) -> str:
     """
     place = "" if first is None else f"-{first:09d}"
     return f"{part.removesuffix('.parquet')}{place}-{plan[:12]}.parquet"
+
+
+def score_record(plan: str, name: str, scores: pa.Table, path: str) -> dict[str, Any]:
+    """Return the record of a score part that is written.
+
+    Args:
+        plan: digest of the scoring plan.
+        name: of the part.
+        scores: its rows, or their columns `status` and `sample_id`.
+        path: of its file.
+    """
+    ids = IdDigest()
+    ids.add(scores["sample_id"].to_pylist())
+    return {
+        "plan": plan,
+        "name": name,
+        "rows": len(scores),
+        "statuses": dict(sorted(Counter(scores["status"].to_pylist()).items())),
+        "ids": ids.hex(),
+        "sha256": files.sha256_file(path),
+    }
 
 
 def commit_scores(

@@ -1,0 +1,126 @@
+"""Scoring in three stages: the bytes of scoring in one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.range_scorer import RangeScorer
+from pipelines.inference.score import score
+from pipelines.inference.staged_scorer import scoring_stages
+from pipelines.runtime.model_set import ModelSet, write_index
+from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.stage_steps import InOneProcess
+from tests.pipelines.inference.test_score import method, model, shards
+from unianom import files
+from unianom.calibration import Calibrator
+from unianom.configs.calibration import CalibrationConfig
+from unianom.data.image import ImageLimits
+from unianom.data.maps import MapsKept
+from unianom.data.shards import Selection, ShardSet
+from unianom.errors import DataError, OptionError
+from unianom.execution import CPU
+from unianom.model import Model
+from unianom.options import to_plain
+
+__all__ = ["method", "model", "shards"]  # fixtures
+
+
+def arguments(model: str, shards: ShardSet, output: Path, **changes: Any) -> dict[str, Any]:
+    models = ModelSet.open(model)
+    given: dict[str, Any] = {
+        "shards": shards,
+        "selection": Selection(),
+        "model_set": models,
+        "digests": {folder: "d" * 64 for folder in models.folders},
+        "output": str(output),
+        "plan": "0" * 64,
+        "maps": "all",
+        "batch_size": 3,
+        "limits": ImageLimits(),
+        "execution": CPU,
+        "threads": 1,
+        "fold": False,
+    }
+    return {**given, **changes}
+
+
+def assert_equal_bytes(model: str, shards: ShardSet, tmp_path: Path, **changes: Any) -> None:
+    """Every range as one worker and as three stages write it."""
+    one = RangeScorer(**arguments(model, shards, tmp_path / "one", **changes))
+    given = arguments(model, shards, tmp_path / "three", **changes)
+    three = InOneProcess(scoring_stages(given, ModelSet.open(model).descriptions()))
+    for within in shards.ranges(Selection(), 5):
+        records = [worker.run(to_plain(within)) for worker in (one, three)]
+        same = {key for key in records[0] if key in records[1]}
+        assert same == {"plan", "name", "rows", "statuses", "ids", "sha256"}
+        assert {key: records[0][key] for key in same} == {key: records[1][key] for key in same}
+    names = files.list_names(str(tmp_path / "one"))
+    assert names == files.list_names(str(tmp_path / "three"))
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+
+
+@pytest.mark.parametrize("maps", ["none", "flagged", "all"])
+def test_three_stages_write_the_bytes_of_one(model: str, shards: ShardSet, tmp_path: Path, maps: MapsKept) -> None:
+    assert_equal_bytes(model, shards, tmp_path, maps=maps)
+
+
+def test_images_that_cannot_be_read_stay_in_their_place(model: str, shards: ShardSet, tmp_path: Path) -> None:
+    sizes = sorted(len(image) for part in shards.parts for b in shards.read(part) for image in b["image"].to_pylist())
+    assert_equal_bytes(model, shards, tmp_path / "some", limits=ImageLimits(max_bytes=sizes[len(sizes) // 2]))
+    assert_equal_bytes(model, shards, tmp_path / "none", limits=ImageLimits(max_bytes=10))
+
+
+def test_each_category_has_its_own_model(method: Any, shards: ShardSet, tmp_path: Path) -> None:
+    for category in ("disc", "stripe"):
+        Model(method, [category]).save(tmp_path / "models" / category)
+    write_index(str(tmp_path / "models"), {category: category for category in ("disc", "stripe")})
+    assert_equal_bytes(str(tmp_path / "models"), shards, tmp_path, maps="none")
+
+
+def test_calibrated_scores_are_handed_on(method: Any, shards: ShardSet, tmp_path: Path) -> None:
+    embedding = method.predict(torch.zeros(1, 3, method.input.side, method.input.side)).embedding
+    torch.manual_seed(0)
+    names = ["disc", "stripe"]
+    calibrator = Calibrator(CalibrationConfig(), names, embedding.shape[1], tuple(embedding.shape[2:])).eval()
+    Model(method, names, calibrator=calibrator).save(tmp_path / "model")
+    assert_equal_bytes(str(tmp_path / "model"), shards, tmp_path, maps="none")
+    name = next(name for name in files.list_names(str(tmp_path / "three")) if name.endswith(".parquet"))
+    assert pq.read_table(tmp_path / "three" / name)["calibrated_score"].null_count == 0
+
+
+def test_separate_stages_need_ray() -> None:
+    with pytest.raises(OptionError, match=r"--stages separate needs Ray; leave out --runtime.local"):
+        ScoreOptions("m", "s", output="o", stages="separate", runtime=RuntimeOptions(local=True))
+
+
+@pytest.mark.ray
+def test_stages_of_their_own_on_ray(ray_cluster: None, model: str, shards: ShardSet, tmp_path: Path) -> None:
+    """The same files as on threads, and a sentence about what the stages took; errors are the user's."""
+    options = ScoreOptions(
+        model, shards.uri, output=str(tmp_path / "one"), maps="flagged", runtime=RuntimeOptions(local=True, workers=1)
+    )
+    score(options)
+    separate = replace(
+        options, output=str(tmp_path / "three"), stages="separate", runtime=RuntimeOptions(local=False, workers=1)
+    )
+    result = score(separate)
+    names = [name for name in files.list_names(str(tmp_path / "one")) if name != "_lock.json"]
+    assert names == [name for name in files.list_names(str(tmp_path / "three")) if name != "_lock.json"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+    for word in ("decode", "predict", "write", "the device was busy"):
+        assert word in result.stages
+    Path(shards.uri, shards.parts[1]).rename(tmp_path / "away")
+    try:
+        with pytest.raises(DataError, match="is listed in the manifest but missing"):
+            score(replace(separate, output=str(tmp_path / "again")))
+    finally:
+        (tmp_path / "away").rename(Path(shards.uri, shards.parts[1]))
