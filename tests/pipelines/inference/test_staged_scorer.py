@@ -17,7 +17,6 @@ from pipelines.inference.staged_scorer import scoring_stages
 from pipelines.runtime.model_set import ModelSet, write_index
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_steps import InOneProcess
-from tests.pipelines.inference.test_score import method, model, shards
 from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
@@ -28,8 +27,6 @@ from unianom.errors import DataError, OptionError
 from unianom.execution import CPU
 from unianom.model import Model
 from unianom.options import to_plain
-
-__all__ = ["method", "model", "shards"]  # fixtures
 
 
 def arguments(model: str, shards: ShardSet, output: Path, **changes: Any) -> dict[str, Any]:
