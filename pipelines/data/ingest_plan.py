@@ -20,6 +20,9 @@ from unianom.errors import DataError
 PACKED = 1000
 """Samples of a task that are packed together: a worker holds so many at once."""
 
+END = b"."
+"""Last byte of packed samples: Ray Data hands them over in arrays of NumPy, which drop zero bytes at the end."""
+
 _COLUMNS = tuple(field.name for field in dataclasses.fields(SampleRef))
 
 
@@ -182,13 +185,13 @@ class PartTasks(Sequence[dict[str, Any]]):
 
 def pack_samples(samples: Sequence[SampleRef]) -> bytes:
     """Return samples as bytes that `unpack_samples` reads; names that resemble each other take little space."""
-    return zlib.compress(pickle.dumps([_to_row(sample) for sample in samples]), 1)
+    return zlib.compress(pickle.dumps([_to_row(sample) for sample in samples]), 1) + END
 
 
 def unpack_samples(packed: Iterable[bytes]) -> Iterator[SampleRef]:
     """Yield the samples of a task's `refs`, some at a time."""
     for content in packed:
-        yield from map(_from_row, pickle.loads(zlib.decompress(content)))
+        yield from map(_from_row, pickle.loads(zlib.decompress(content.removesuffix(END))))
 
 
 def part_name(number: int) -> str:

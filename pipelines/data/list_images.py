@@ -26,6 +26,7 @@ from unianom.data.image_listing import LISTING_SCHEMA, LISTING_VERSION, ImageLis
 from unianom.data.layouts import LeftOut
 from unianom.data.layouts.entries import IMAGE_SUFFIXES
 from unianom.data.layouts.source import Source
+from unianom.data.row_ranges import MOST_ROWS
 from unianom.data.shards import MANIFEST
 from unianom.errors import DataError, storage_error
 from unianom.temporary_database import temporary_database
@@ -33,9 +34,9 @@ from unianom.temporary_database import temporary_database
 LISTING = "_listing"
 """Folder of the listing, in the output of the job that made it."""
 
-GROUP_ROWS = 1024
-PART_ROWS = 128 * GROUP_ROWS
-"""Rows of a row group, which becomes one range, and of a part."""
+GROUP_ROWS = MOST_ROWS
+PART_ROWS = 256 * GROUP_ROWS
+"""Rows of a row group and of a part."""
 
 TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
 """Endings of files that name images."""

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-MOST_ROWS = 1024
+MOST_ROWS = 512
 """Rows of a range, at most."""
+
+FEW, FEW_ROWS = 1000, 64
+"""Of so few images a range has no more rows than this, so that all cores of one machine have some."""
 
 MOST_BYTES = 16 << 20
 """Bytes of the row groups of which a range takes several, at most."""
@@ -52,6 +55,11 @@ class RowRange:
     def end(self) -> int:
         """Number of the row after the last."""
         return self.first + self.rows
+
+
+def range_rows(images: int) -> int:
+    """Return how many rows a range of so many images has, at most."""
+    return FEW_ROWS if images <= FEW else MOST_ROWS
 
 
 def cut_ranges(part: str, groups: Iterable[RowGroup], most_rows: int = MOST_ROWS) -> list[RowRange]:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from unianom import files
 from unianom.data.id_digest import IdDigest
 from unianom.data.maps import MapsKept
-from unianom.data.row_ranges import MOST_ROWS, RowGroup, RowRange, cut_ranges
+from unianom.data.row_ranges import RowGroup, RowRange, cut_ranges, range_rows
 from unianom.data.schema import REJECTED_SCHEMA, SAMPLE_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA, SCORE_VERSION, SPLITS
 from unianom.errors import DataError, storage_error
 
@@ -212,12 +212,18 @@ class PartSet:
                 if kept.num_rows:
                     yield kept.select(wanted)
 
-    def ranges(self, selection: Selection, most_rows: int = MOST_ROWS) -> list[RowRange]:
+    def ranges(self, selection: Selection, most_rows: int | None = None) -> list[RowRange]:
         """Return the rows of all parts that may be selected, as ranges in order; see `cut_ranges`.
+
+        Args:
+            selection: which rows are wanted.
+            most_rows: of a range; None is by their number, see `range_rows`.
 
         Raises:
             DataError: as `read`.
         """
+
+        most = range_rows(self.count(selection)) if most_rows is None else most_rows
 
         def cut(part: str) -> list[RowRange]:
             with self._parquet(part, compared=False) as parquet:
@@ -225,7 +231,7 @@ class PartSet:
                     RowGroup(group.num_rows, group.total_byte_size, self._may_match(parquet, number, selection))
                     for number, group in enumerate(map(parquet.metadata.row_group, range(parquet.num_row_groups)))
                 ]
-            return cut_ranges(part, groups, most_rows)
+            return cut_ranges(part, groups, most)
 
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             return [one for ranges in pool.map(cut, self.parts) for one in ranges]

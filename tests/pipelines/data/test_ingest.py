@@ -25,7 +25,7 @@ from pipelines.data.ahead import map_ahead
 from pipelines.data.ingest import ingest
 from pipelines.data.ingest_findings import SetFindings
 from pipelines.data.ingest_part import PartIngester, read_image_file
-from pipelines.data.ingest_plan import SampleListing, pack_samples, part_name
+from pipelines.data.ingest_plan import END, SampleListing, pack_samples, part_name, unpack_samples
 from pipelines.data.ingest_summary import print_summary
 from pipelines.data.options import IngestOptions
 from pipelines.runtime import outputs
@@ -34,7 +34,7 @@ from unianom import files
 from unianom.data.image import ImageLimits, decode_image, decode_mask
 from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
 from unianom.data.shards import MANIFEST, REJECTED, Selection, ShardSet
-from unianom.errors import DataError, ImageError, OptionError
+from unianom.errors import DataError, ImageError, MachineError, OptionError
 from unianom.s3 import GIVE_UP
 from unianom.temporary_database import temporary_database
 
@@ -733,9 +733,17 @@ def test_a_store_that_answers_with_errors_ends_the_job_before_an_image_is_late(m
 
     monkeypatch.setattr(files, "read_bytes", away)
     monkeypatch.setattr(ingest_part, "time", SimpleNamespace(sleep=waited.append))
-    with pytest.raises(DataError, match=r"cannot read s3://bucket/a\.png"):
+    with pytest.raises(MachineError, match=r"s3://bucket/a\.png: SlowDown"):
         read_image_file("s3://bucket/a.png")
     assert sum(waited) < ImageLimits().seconds
+
+
+def test_packed_samples_come_through_arrays_of_bytes():
+    """As Ray Data hands tasks over; some packed samples end in a zero byte."""
+    samples = [SampleRef(f"set/{n}.png", "set", "a", "test", None, None, f"/set/{n}.png") for n in range(2000)]
+    packed = [pack_samples([sample]) for sample in samples]
+    assert any(content.removesuffix(END).endswith(b"\0") for content in packed)
+    assert list(unpack_samples(np.array(packed))) == samples
 
 
 def test_map_ahead_keeps_the_order_and_a_bounded_number_in_hand():
