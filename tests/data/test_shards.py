@@ -264,6 +264,30 @@ def test_row_groups_end_soon_after_their_size_is_reached(tmp_path):
     assert all(size > 3000 - 100 or after[0] != splits[0] for (splits, size), after in zip(groups, following))
 
 
+@pytest.mark.parametrize("group_rows", [1, 7, 20, 1000])
+@pytest.mark.parametrize("group_bytes", [3000, 64 << 20])
+def test_row_groups_end_when_they_have_their_rows(tmp_path, group_rows, group_bytes):
+    for name in ("rows", "tables"):
+        with files.open_atomic(files.join(tmp_path, name)) as handle:
+            writer = PartWriter(handle, SAMPLE_SCHEMA, group_bytes, group_rows)
+            if name == "tables":
+                table = pa.Table.from_pylist(ROWS, SAMPLE_SCHEMA)
+                for start in range(0, 60, 13):
+                    writer.write_table(table.slice(start, 13))
+            else:
+                for row in ROWS:
+                    writer.write(row)
+            writer.close()
+    assert (tmp_path / "rows").read_bytes() == (tmp_path / "tables").read_bytes()
+    sizes = [len(splits) for splits, _ in groups_of(tmp_path / "rows")]
+    assert sum(sizes) == 60
+    if group_bytes > 1 << 20:
+        expected = [min(group_rows, 20 - start) for start in range(0, 20, group_rows)]
+        assert sizes == 3 * expected
+    else:
+        assert max(sizes) == min(group_rows, 3)
+
+
 def test_readers_skip_row_groups_of_other_splits(shards):
     """Whatever lies in the others is not looked at, even garbage."""
     path = Path(shards.uri) / "part-0.parquet"
@@ -648,6 +672,16 @@ def test_rejected_samples_are_kept_in_full(shards):
     shards.manifest["rejected"].clear()
     assert shards.rejected().num_rows == 0
     assert shards.rejected().schema.equals(REJECTED_SCHEMA)
+
+
+def test_rejected_samples_are_the_same_file_however_many(tmp_path):
+    """As one table would be written, though its rows come one by one."""
+    for count in (0, 1, 1024, 3000):
+        rows = [{**REJECTED_ROW, "sample_id": f"set/{number:06d}", "label": number % 2} for number in range(count)]
+        write_rejected(str(tmp_path), iter(rows))
+        whole = tmp_path / "whole.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), whole, compression="zstd")
+        assert (tmp_path / REJECTED).read_bytes() == whole.read_bytes()
 
 
 def test_a_missing_or_damaged_list_of_rejected_samples(shards):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from unianom.data.splits import few_shot, hash_order, hold_out
+from unianom.data.splits import draw_order, few_shot, hash_order, held_out_limits, hold_out
 from unianom.errors import DataError, OptionError
 
 IDS = [f"set/{group}/{number:03}.png" for group, size in (("a", 10), ("b", 25), ("c", 2)) for number in range(size)]
@@ -85,3 +85,13 @@ def test_errors():
         hold_out(["x", "x"], ["g", "g"], 0.5, 0)
     with pytest.raises(ValueError):
         hold_out(["x"], ["g", "g"], 0.5, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_limits_draw_what_a_draw_in_memory_does(fraction, seed):
+    ids, groups = [*IDS, "set/d/alone.png"], [*GROUPS, "d"]
+    limits = held_out_limits(zip(ids, groups), fraction, seed)
+    drawn = {name for name, group in zip(ids, groups) if draw_order(name, seed) <= limits.get(group, b"")}
+    assert drawn == hold_out(ids, groups, fraction, seed)
+    assert held_out_limits([], fraction, seed) == {}

@@ -31,6 +31,7 @@ from pipelines.data.options import IngestOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.options import RuntimeOptions
 from unianom import files
+from unianom.data.id_digest import IdDigest
 from unianom.data.image import ImageLimits, decode_image, decode_mask
 from unianom.data.schema import REJECTED_SCHEMA, Crop, SampleRef
 from unianom.data.shards import MANIFEST, REJECTED, Selection, ShardSet
@@ -810,6 +811,10 @@ def test_the_manifest_tells_what_is_there(corpus, tmp_path, tasks):
     )
     keys = ("dataset", "category", "split", "label", "defect")
     assert {tuple(entry[key] for key in keys): entry["count"] for entry in manifest["counts"]} == expected
+    for entry in manifest["counts"]:
+        digest = IdDigest()
+        digest.add(r["sample_id"] for r in shards.table().to_pylist() if all(r[key] == entry[key] for key in keys))
+        assert entry["ids"] == digest.hex()
     assert sum(expected.values()) == 24
     assert manifest["rejected"] == {"corrupt": 1}
     (rejected,) = shards.rejected().to_pylist()
@@ -854,6 +859,24 @@ def test_an_interrupted_job_continues_to_the_same_bytes(corpus, tmp_path, tasks,
         assert tasks == list(range(left, 4))
         assert contents(output) == whole
     assert "continuing: 24 samples are stored already" in capsys.readouterr().out
+
+
+def test_an_ingest_begun_with_larger_row_groups_is_continued(corpus, tmp_path, tasks, monkeypatch):
+    """As before shards had small ones: what is there is kept, and the set is the same rows."""
+    rows = ingest(options(corpus, tmp_path, output=str(tmp_path / "whole"))).shards.table().to_pylist()
+    with monkeypatch.context() as before:
+        before.setattr(ingest_part, "SAMPLE_GROUP_ROWS", 1)  # else than now, as small parts show no difference
+        ingest(options(corpus, tmp_path))
+    output = tmp_path / "shards"
+    for name in (MANIFEST, "_part-00001.json", "_part-00003.json"):
+        (output / name).unlink()
+    kept = {name: contents(output)[name] for name in ("part-00000.parquet", "_part-00000.json")}
+    tasks.clear()
+    assert ingest(options(corpus, tmp_path)).shards.table().to_pylist() == rows
+    assert tasks == [1, 3]
+    assert kept.items() <= contents(output).items()
+    groups = [pq.ParquetFile(output / part_name(number)).num_row_groups for number in range(4)]
+    assert groups == [6, 2, 6, 2]
 
 
 def test_the_record_of_another_plan_is_not_trusted(corpus, tmp_path, tasks):
