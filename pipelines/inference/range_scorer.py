@@ -43,6 +43,9 @@ from unianom.thresholds import FAIL, REVIEW
 STAGES = "stages"
 """Key of a task's result: CPU seconds of each stage. It is no part of the record that is stored."""
 
+PASSED = ("read", "decode", "resize", "normalise", "predict", "rows", "encode maps", "write")
+"""These stages, in the order in which images pass through."""
+
 TOLD = ["sample_id", "status"]
 """Columns that the record of a part is made of."""
 

@@ -8,13 +8,14 @@ ends up the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.data.engine import choose_engine, say_precision
 from pipelines.inference.options import ScoreOptions
-from pipelines.inference.range_scorer import RangeScorer
+from pipelines.inference.range_scorer import PASSED, STAGES, RangeScorer
 from pipelines.inference.score_manifest import check_unscored, commit_scores, score_part
 from pipelines.inference.scored_images import scored_images
 from pipelines.inference.staged_scorer import scoring_stages
@@ -23,7 +24,7 @@ from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.stage_times import StageTimes
+from pipelines.runtime.stage_times import StageTimes, fused_sentence
 from pipelines.runtime.stages import run_staged
 from pipelines.runtime.tasks import run_tasks, runs_here
 from unianom import files
@@ -43,7 +44,7 @@ class ScoreResult:
         scores: the finished score set.
         fresh: whether this run wrote anything.
         images_per_second: of this run; 0 if it had nothing to do.
-        stages: what separate stages took and which one the others waited for, in words; else empty.
+        stages: what the stages of this run took, and which of them took most or was waited for, in words.
     """
 
     scores: ScoreSet
@@ -154,12 +155,17 @@ def _write_parts(
         if separate
         else run_tasks(RangeScorer, arguments, tasks, runtime, images)
     )
+    fused: Counter[str] = Counter()
     for record in results:
         progress.advance(record["rows"])
         if separate:
             taken.add(record)
+        else:
+            fused.update(record[STAGES])
     rate = progress.close()
-    return rate, taken.sentence(images) if separate and tasks else ""
+    if separate and tasks:
+        return rate, taken.sentence(images)
+    return rate, fused_sentence({part: fused[part] for part in PASSED if part in fused}, images)
 
 
 def _separate_stages(asked: str, runtime: RuntimeOptions, images: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 STAGE_TIMES = "_times"
@@ -55,8 +56,7 @@ class StageTimes:
         parts: Counter[str] = Counter()
         for (_, part), seconds in self.cpu.items():
             parts[part] += seconds
-        each = ", ".join(f"{part} {1000 * seconds / max(images, 1):.2g}" for part, seconds in parts.items())
-        return f"{each} CPU ms an image; the device was busy {self.busy_share:.0%} of the time: {self._bottleneck()}"
+        return f"{_each(parts, images)}; the device was busy {self.busy_share:.0%} of the time: {self._bottleneck()}"
 
     def _bottleneck(self) -> str:
         if self.busy_share >= SATURATED:
@@ -67,3 +67,21 @@ class StageTimes:
         if not own or sum(own.values()) < COMPUTING * self.wall[slowest]:
             return f"it waited for {name}, and that for {store}"
         return f"it waited for {name}, of which {max(own, key=own.__getitem__)} takes most; more CPUs help"
+
+
+def fused_sentence(seconds: Mapping[str, float], images: int) -> str:
+    """Return what each part of the work of fused stages took for each of so many images, and which took most.
+
+    Args:
+        seconds: CPU seconds by part, in the order in which images pass through.
+        images: how many.
+    """
+    if not seconds:
+        return ""
+    most = max(seconds, key=seconds.__getitem__)
+    return f"{_each(seconds, images)}; {most} takes {seconds[most] / (sum(seconds.values()) or 1):.0%} of that"
+
+
+def _each(seconds: Mapping[str, float], images: int) -> str:
+    told = ", ".join(f"{part} {1000 * spent / max(images, 1):.2g}" for part, spent in seconds.items())
+    return f"{told} CPU ms an image"

@@ -17,7 +17,7 @@ from pipelines.runtime.device_turn import Device, Turn
 from pipelines.runtime.stage_blocks import Block, block_from_arrow, block_to_arrow
 from pipelines.runtime.stage_clock import StageClock
 from pipelines.runtime.stage_steps import InOneProcess, StageMaker, compute_step, read_step, write_step
-from pipelines.runtime.stage_times import STAGE_TIMES, StageTimes
+from pipelines.runtime.stage_times import STAGE_TIMES, StageTimes, fused_sentence
 from pipelines.runtime.stages import Stages
 from pipelines.runtime.task_worker import ENDED, ERROR, STARTED, error_from_plain
 from unianom.errors import DataError
@@ -288,3 +288,10 @@ def test_the_bottleneck_is_named(busy: float, waited: float, read: float, write:
 
 def test_a_job_that_computed_nothing_has_a_sentence() -> None:
     assert "busy 0% of the time" in StageTimes().sentence(0)
+
+
+def test_what_fused_stages_took_is_told_by_part() -> None:
+    assert fused_sentence({"read": 0.1, "decode": 0.5, "predict": 1.4}, 100) == (
+        "read 1, decode 5, predict 14 CPU ms an image; predict takes 70% of that"
+    )
+    assert fused_sentence({}, 0) == ""
