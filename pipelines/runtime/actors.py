@@ -173,7 +173,7 @@ def run_on_ray(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, and told in one sentence
     size = pool_size(options, len(tasks))
     dataset = ray.data.from_items(_Items(tasks), override_num_blocks=len(tasks)).map_batches(
         _Actor,

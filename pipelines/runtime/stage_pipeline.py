@@ -167,7 +167,7 @@ def _context(held_bytes: int | None) -> ray.data.DataContext:
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None  # else every task's memory is looked at each second, which takes CPU
     context.target_max_block_size = None  # one block a task, whatever its size
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, and told in one sentence
     if held_bytes is not None:
         limits = ray.data.ExecutionResources.for_limits(object_store_memory=held_bytes)
         context.execution_options.resource_limits = limits
