@@ -134,6 +134,10 @@ def _stderr_kept_back(said: list[str]) -> Iterator[None]:
             os.close(kept)
 
 
+DEATHS = 3
+"""Workers in a row that may be killed while they start, in whose place others are started; Ray Data allows none."""
+
+
 class _Actor:
     """What Ray Data runs: a batch of one task, as JSON, to a batch of one result, as JSON."""
 
@@ -173,6 +177,7 @@ def run_on_ray(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = DEATHS
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, and told in one sentence
     size = pool_size(options, len(tasks))
     dataset = ray.data.from_items(_Items(tasks), override_num_blocks=len(tasks)).map_batches(
@@ -183,6 +188,15 @@ def run_on_ray(
         num_cpus=options.cpus_per_worker,
         num_gpus=options.gpus_per_worker or None,
     )
+    yield from iter_results(dataset)
+
+
+def iter_results(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Yield results, which a data set holds as JSON, as they come.
+
+    Raises:
+        MachineError: Ray lost what it cannot restore.
+    """
     rows = iter(dataset.iter_rows())
     while True:
         try:

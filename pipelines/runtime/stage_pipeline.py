@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from pipelines.runtime.actors import connect, lost_error
+from pipelines.runtime.actors import DEATHS, connect, iter_results
 from pipelines.runtime.device_turn import Device
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_steps import StageMaker, compute_step, read_step, write_step
@@ -107,15 +107,7 @@ def run_on_ray(
     if compute_cpus is None:
         compute_cpus = 0 if options.gpus_per_worker else options.cpus_per_worker
     size = pool_size(options, len(tasks), compute_cpus)
-    rows = iter(pipeline(stages, tasks, options, compute_cpus, size, held_bytes).iter_rows())
-    while True:
-        try:
-            row = next(rows, None)
-        except ray.exceptions.RayError as error:
-            raise lost_error(error) from error
-        if row is None:
-            return
-        yield json.loads(row["result"])
+    yield from iter_results(pipeline(stages, tasks, options, compute_cpus, size, held_bytes))
 
 
 def pipeline(
@@ -165,6 +157,7 @@ def _context(held_bytes: int | None) -> ray.data.DataContext:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = DEATHS
     context.memory_usage_poll_interval_s = None  # else every task's memory is looked at each second, which takes CPU
     context.target_max_block_size = None  # one block a task, whatever its size
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is raised, and told in one sentence
