@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -153,19 +152,25 @@ class BatchDecoder:
         """Decode the file of a row into its place; return why it cannot be read, or None."""
         if row in unread:
             return unread[row]
-        start = time.thread_time()
         try:
-            upright = decode_upright(files[row].as_py(), policy, self._limits)
+            pixels = decode_fitted(files[row].as_py(), policy, self._limits, self._clock)
         except ImageError as error:
             return error
-        decoded = time.thread_time()
-        pixels = fit_image(upright, policy)
-        resized = time.thread_time()
-        normalise_into(images[row], pixels, policy)
-        self._clock.add("decode", decoded - start)
-        self._clock.add("resize", resized - decoded)
-        self._clock.add("normalise", time.thread_time() - resized)
+        with self._clock.stage("normalise"):
+            normalise_into(images[row], pixels, policy)
         return None
+
+
+def decode_fitted(data: bytes, policy: InputPolicy, limits: ImageLimits, clock: StageClock) -> np.ndarray:
+    """Decode an image file and scale it to a network's input, S×S×3 uint8; both are counted.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    with clock.stage("decode"):
+        upright = decode_upright(data, policy, limits)
+    with clock.stage("resize"):
+        return fit_image(upright, policy)
 
 
 @dataclass(frozen=True, eq=False)

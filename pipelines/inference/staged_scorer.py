@@ -6,7 +6,6 @@ any CPU: read, decode, resize ─uint8─▶ a device: normalise, forward, searc
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.data.decoded_batches import same_model_batches
+from pipelines.data.decoded_batches import decode_fitted, same_model_batches
 from pipelines.data.fetch import ImageFetcher, fetch_errors
 from pipelines.data.timed_pool import TimedPool
 from pipelines.inference.range_scorer import predict_batch
@@ -32,7 +31,7 @@ from pipelines.runtime.stage_clock import StageClock
 from pipelines.runtime.stages import Stages
 from unianom import files
 from unianom.data.device_feed import DeviceFeed, Fetched
-from unianom.data.image import ImageLimits, InputPolicy, decode_upright, encode_map, fit_image
+from unianom.data.image import ImageLimits, InputPolicy, encode_map
 from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
 from unianom.data.row_ranges import RowRange
@@ -123,15 +122,10 @@ class RangeReader:
         def decode(row: int) -> ImageError | None:
             if row in unread:
                 return unread[row]
-            start = time.thread_time()
             try:
-                upright = decode_upright(images[row].as_py(), policy, self._limits)
+                pixels[row] = decode_fitted(images[row].as_py(), policy, self._limits, clock)
             except ImageError as error:
                 return error
-            decoded = time.thread_time()
-            pixels[row] = fit_image(upright, policy)
-            clock.add("decode", decoded - start)
-            clock.add("resize", time.thread_time() - decoded)
             return None
 
         found = self._pool.submit_each(decode, range(len(table))).result()
