@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -45,8 +47,11 @@ class StopSignals:
             for number in STOPS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._stop)
+            if hasattr(signal, "pthread_kill"):  # not on Windows
+                _signal_watch()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        _handled.set()
         if self._leaving:
             os._exit(FAILED)  # asked twice: what Ray started on this machine ends by itself
         self.received = self.received or number
@@ -67,6 +72,38 @@ class StopSignals:
             sys.stdout.flush()
             os._exit(FAILED)
         sys.exit(FAILED)
+
+
+_handled = threading.Event()
+"""Set when a handler of `StopSignals` ran."""
+
+
+@functools.cache
+def _signal_watch() -> socket.socket:
+    """Start a thread that sends a signal to the main thread again if its handler has not run within a second.
+
+    Python runs handlers in the main thread, between two of its instructions. A signal that another thread received, or
+    that came just before the main thread began to wait for a lock, does not end that wait.
+
+    Returns:
+        What Python writes the numbers of signals to; it stays open as long as this process.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not this process's
+
+    def watch() -> None:
+        while True:
+            number = reader.recv(1)[0]
+            if not isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals):
+                continue
+            if not _handled.wait(1):
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            _handled.clear()
+
+    threading.Thread(target=watch, daemon=True, name="unianom-signals").start()
+    return writer
 
 
 @contextmanager

@@ -163,3 +163,26 @@ def test_ctrl_c_does_not_wait_for_a_task() -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert said == "error: interrupted; the same command continues\n"
+
+
+LOST = """
+import signal, threading, time
+from pipelines.runtime.cli import run
+from pipelines.runtime.options import RuntimeOptions
+
+def receive():
+    time.sleep(1)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+def main(options):
+    threading.Thread(target=receive, daemon=True).start()
+    threading.Event().wait()
+
+run(main, RuntimeOptions, [])
+"""
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_ends_the_job() -> None:
+    """As one does that another thread receives, or that comes just before the main thread waits."""
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "error: terminated; the same command continues\n")
