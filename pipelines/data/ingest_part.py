@@ -84,8 +84,10 @@ class PartIngester:
         deep: dict[str, Any] = {}
         rows = 0
         path = files.join(self._output, name)
-        with files.open_atomic(path) as handle:
-            writer = PartWriter(handle, SAMPLE_SCHEMA, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS)
+        with (
+            files.open_atomic(path) as handle,
+            PartWriter(handle, SAMPLE_SCHEMA, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS) as writer,
+        ):
             refs = unpack_samples(task["refs"])
             for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads, _rejected):
                 if "status" in row:
@@ -103,7 +105,6 @@ class PartIngester:
                         "largest": max(deep.get("largest", 0), found.largest),
                         "example": deep.get("example", row["sample_id"]),
                     }
-            writer.close()
         record = {
             "plan": self._plan,
             "name": name,

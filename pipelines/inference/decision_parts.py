@@ -95,10 +95,8 @@ class PartDecider:
         decided = [self._decided(batch) for batch in self._scores.read(task["part"], None, COLUMNS, rows=4096)]
         table = pa.concat_tables([DECISION_SCHEMA.empty_table(), *(columns for columns, _ in decided)])
         margins = np.concatenate([[], *(margin for _, margin in decided)])
-        with files.open_atomic(path) as handle:
-            writer = PartWriter(handle, DECISION_SCHEMA)
+        with files.open_atomic(path) as handle, PartWriter(handle, DECISION_SCHEMA) as writer:
             writer.write_table(table)
-            writer.close()
         of_test = pc.equal(table["split"].cast(pa.string()), "test").to_numpy()
         test = table.filter(pa.array(of_test)).to_pylist()
         for row, margin in zip(test, margins[of_test].tolist(), strict=True):

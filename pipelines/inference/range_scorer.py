@@ -107,8 +107,7 @@ class RangeScorer:
         name = score_part(within.part, self._plan, within.first)
         told: list[pa.Table] = []
         path = files.join(self._output, name)
-        with files.open_atomic(path) as handle:
-            writer = PartWriter(handle, SCORE_SCHEMA)
+        with files.open_atomic(path) as handle, PartWriter(handle, SCORE_SCHEMA) as writer:
             with closing(self._decoded(within)) as batches, Behind(self._writer, 1) as behind:
                 for group in _grouped(self._scored(batch) for batch in batches):
                     behind.submit(self._write, writer, told, group)

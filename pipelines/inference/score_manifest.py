@@ -134,8 +134,7 @@ def _write_rejected(output: str, digest: str, shards: ShardSet | ImageListing, s
     name = score_part("part-rejected.parquet", digest)
     statuses: Counter[str] = Counter()
     path = files.join(output, name)
-    with files.open_atomic(path) as handle:
-        writer = PartWriter(handle, SCORE_SCHEMA)
+    with files.open_atomic(path) as handle, PartWriter(handle, SCORE_SCHEMA) as writer:
         table = shards.rejected()
         rows = table.to_pylist()
         for row in sorted(rows, key=lambda row: (row["split"], row["sample_id"])):
@@ -145,7 +144,6 @@ def _write_rejected(output: str, digest: str, shards: ShardSet | ImageListing, s
                 continue
             writer.write({**row, "model": ""})
             statuses[row["status"]] += 1
-        writer.close()
     return {
         "name": name,
         "rows": sum(statuses.values()),

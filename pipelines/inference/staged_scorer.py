@@ -296,10 +296,8 @@ class RangeWriter:
         table = score_table(batches) if batches else SCORE_SCHEMA.empty_table()
         path = files.join(self._output, name)
         with clock.stage("write"):
-            with files.open_atomic(path) as handle:
-                writer = PartWriter(handle, SCORE_SCHEMA)
+            with files.open_atomic(path) as handle, PartWriter(handle, SCORE_SCHEMA) as writer:
                 writer.write_table(table)
-                writer.close()
             record = score_record(self._plan, name, table, path)
             outputs.commit_part(self._output, name, record)
         return record

@@ -153,6 +153,18 @@ def test_tables_make_the_same_file_as_their_rows(tmp_path, group_bytes, kind):
     assert (tmp_path / "both.parquet").read_bytes() == (tmp_path / "rows.parquet").read_bytes()
 
 
+def test_a_part_that_fails_leaves_no_file_and_no_open_writer(tmp_path):
+    with (
+        pytest.raises(KeyError),
+        files.open_atomic(files.join(tmp_path, "part.parquet")) as handle,
+        PartWriter(handle, SAMPLE_SCHEMA) as writer,
+    ):
+        writer.write(ROWS[0])
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    assert not writer._writer.is_open
+
+
 @pytest.mark.parametrize(
     ("stated", "found"), [(True, "all"), (False, "none"), ("none", "none"), ("flagged", "flagged"), ("all", "all")]
 )

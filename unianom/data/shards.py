@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import UnionType
@@ -503,7 +503,7 @@ class ScoreSet(PartSet):
 
 class PartWriter:
     """Writes rows as a part: a new row group at every change of split, after more than `group_bytes` and after
-    `group_rows` rows.
+    `group_rows` rows. A context manager, which closes it.
 
     Row groups of one split let readers skip the others. Image bytes are stored as they are: they are compressed
     already. Every page has a checksum, so that readers notice damage that Parquet itself would not.
@@ -577,9 +577,19 @@ class PartWriter:
         self._tables, self._bytes, self._count = [], 0, 0
 
     def close(self) -> None:
-        """Write what is left and the footer."""
+        """Write what is left and the footer. Closing again does nothing."""
         self._flush()
         self._writer.close()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with suppress(Exception):  # the file is thrown away; one left open would warn when it is collected
+            self._writer.close()
 
 
 def _binary_bytes(table: pa.Table) -> np.ndarray:
