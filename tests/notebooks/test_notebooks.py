@@ -36,7 +36,7 @@ SPACE = {
 
 SMALL: dict[str, dict[str, Any]] = {
     "1_quick_start": {"pictures": FEW},
-    "2_compare_methods": {"pictures": FEW, "steps": 1},
+    "2_compare_methods": {"pictures": {**FEW, "train": 5}, "steps": 1},
     "3_memory_bank": {"pictures": FEW},
     "4_campaign": {"pictures": FEW, "space": {**SPACE, "reweight_neighbours": None, "blur_sigma": None}},
     "5_mixed_line": {"pictures": FEW, "steps": 20},
