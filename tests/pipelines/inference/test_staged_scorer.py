@@ -14,6 +14,7 @@ from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score import score
 from pipelines.inference.staged_scorer import scoring_stages
+from pipelines.runtime.cli import parse
 from pipelines.runtime.model_set import ModelSet, write_index
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_steps import InOneProcess
@@ -23,6 +24,7 @@ from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.data.maps import MapsKept
 from unianom.data.shards import Selection, ShardSet
+from unianom.errors import OptionError
 from unianom.execution import CPU
 from unianom.model import Model
 from unianom.options import to_plain
@@ -90,6 +92,14 @@ def test_calibrated_scores_are_handed_on(method: Any, shards: ShardSet, tmp_path
     assert_equal_bytes(str(tmp_path / "model"), shards, tmp_path, maps="none")
     name = next(name for name in files.list_names(str(tmp_path / "three")) if name.endswith(".parquet"))
     assert pq.read_table(tmp_path / "three" / name)["calibrated_score"].null_count == 0
+
+
+def test_stages_are_an_option_of_running() -> None:
+    """For all jobs; before, --stages was one of scoring alone."""
+    given = ["--model", "m", "--shards", "s", "--output", "o"]
+    assert parse(ScoreOptions, [*given, "--runtime.stages", "separate"]).runtime.stages == "separate"
+    with pytest.raises(OptionError, match=r"--stages separate; did you mean --runtime.stages\?"):
+        parse(ScoreOptions, [*given, "--stages", "separate"])
 
 
 @pytest.mark.ray
