@@ -52,9 +52,13 @@ class MapStatistics(NamedTuple):
     @staticmethod
     def of(maps: Tensor) -> MapStatistics:
         """Compute the statistics of B×S×S maps."""
+        return MapStatistics(*MapStatistics.columns(maps).cpu().numpy().T)
+
+    @staticmethod
+    def columns(maps: Tensor) -> Tensor:
+        """Compute the statistics of B×S×S maps on their device; B×3 float64, in the order of the attributes."""
         pixels = maps.flatten(1).double()
-        found = (pixels.mean(1), pixels.square().mean(1), pixels.amax(1))
-        return MapStatistics(*(value.cpu().numpy() for value in found))
+        return torch.stack([pixels.mean(1), pixels.square().mean(1), pixels.amax(1)], dim=1)
 
     def targets(self, kind: str) -> np.ndarray:
         """Return what a regressor is to predict for each image (Sec. 3.2): u and γ, N×2 float64."""

@@ -9,16 +9,18 @@ from itertools import islice
 from typing import Any, Protocol
 
 from pipelines.data.engine import REPAYS
-from pipelines.data.image_source import ImageSource, ReadPart, SampleSource
+from pipelines.data.image_source import ImageSource, ReadRange, SampleSource
 from pipelines.data.ingest_part import read_image_file
 from pipelines.data.list_images import LISTING, ListedImage, iter_images, write_listing
 from pipelines.data.reader import DecodedSample
 from pipelines.inference.options import ScoreOptions
 from pipelines.runtime.model_set import ModelSet
+from pipelines.runtime.stage_clock import StageClock
 from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
+from unianom.data.row_ranges import RowRange
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError, ImageError, OptionError
 from unianom.options import to_plain
@@ -152,13 +154,13 @@ EXAMPLES = 32
 
 @dataclass(frozen=True)
 class _FirstImages:
-    """The first images of a listing. An `ImageSource` of one part."""
+    """The first images of a listing. An `ImageSource` of one range."""
 
     images: Sequence[ListedImage]
     limits: ImageLimits
 
-    def parts(self) -> Sequence[str]:
-        return ["first"]
+    def ranges(self) -> Sequence[RowRange]:
+        return [RowRange("first", 0, len(self.images), True)]
 
     def count(self) -> int:
         return len(self.images)
@@ -166,8 +168,8 @@ class _FirstImages:
     def key(self) -> dict[str, Any]:
         return {"images": [image.uri for image in self.images]}
 
-    def open(self, batch_size: int, threads: int) -> ReadPart:
-        def read(part: str, policy: InputPolicy) -> Iterator[list[DecodedSample]]:
+    def open(self, batch_size: int, threads: int) -> ReadRange:
+        def read(within: RowRange, policy: InputPolicy, clock: StageClock) -> Iterator[list[DecodedSample]]:
             waiting = []
             for image in self.images:
                 try:

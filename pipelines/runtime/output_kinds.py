@@ -159,6 +159,7 @@ KINDS: dict[str, OutputKind] = {
     # what jobs keep for each other, under a name that is the digest of its plan
     "features": OutputKind("frozen features", "train", (r".*",)),
     "patches": OutputKind("patches of a bank", "train", (r".*",)),
+    "held-out scores": OutputKind("scores of held-out images", "train", (r".*",)),
     "calibration images": OutputKind("embeddings for calibration", "calibrate", (r".*",)),
     "cluster features": OutputKind("features for clustering", "cluster_anomalies", (r".*",)),
     "embeddings": OutputKind("embedded images", "semantic", (r".*",)),

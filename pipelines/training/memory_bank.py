@@ -3,7 +3,7 @@
     shards ─▶ actors: decode, embed, mask ─▶ cached patches ─▶ coreset ─▶ bank ─▶ scores of held-out normals, or of all
     images of the bank without their own vectors ─▶ threshold ─▶ model folder
 
-Patches are computed by part with fixed batches and threads, and read in the order of the parts, so the bank is the
+Patches are computed by range with fixed batches and threads, and read in the order of the shards, so the bank is the
 same, bit for bit, whatever the number of workers. They stay until the model is written, so a killed run continues.
 """
 
@@ -124,7 +124,8 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
             found = score_left_out(fitted, scored, embedded, added, names, options.runtime)
             notice = TOO_FEW_VECTORS if found is None else notice
         else:
-            found = score_held_out(fitted, shards, chosen.held_out, categories, options)
+            folder = files.join(work, "held_out")
+            found = score_held_out(fitted, shards, chosen.held_out, categories, options, folder)
         if found is not None:
             set_thresholds(model, found, options.threshold)
     provenance = {

@@ -23,7 +23,6 @@ from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.data.maps import MapsKept
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import OptionError
 from unianom.execution import CPU
 from unianom.model import Model
 from unianom.options import to_plain
@@ -93,11 +92,6 @@ def test_calibrated_scores_are_handed_on(method: Any, shards: ShardSet, tmp_path
     assert pq.read_table(tmp_path / "three" / name)["calibrated_score"].null_count == 0
 
 
-def test_separate_stages_need_ray() -> None:
-    with pytest.raises(OptionError, match=r"--stages separate needs Ray; leave out --runtime.local"):
-        ScoreOptions("m", "s", output="o", stages="separate", runtime=RuntimeOptions(local=True))
-
-
 @pytest.mark.ray
 def test_stages_of_their_own_on_ray(ray_cluster: None, model: str, shards: ShardSet, tmp_path: Path) -> None:
     """The same files as on threads, and a sentence about what the stages took."""
@@ -106,7 +100,7 @@ def test_stages_of_their_own_on_ray(ray_cluster: None, model: str, shards: Shard
     )
     score(options)
     separate = replace(
-        options, output=str(tmp_path / "three"), stages="separate", runtime=RuntimeOptions(local=False, workers=1)
+        options, output=str(tmp_path / "three"), runtime=RuntimeOptions(local=False, workers=1, stages="separate")
     )
     result = score(separate)
     names = [name for name in files.list_names(str(tmp_path / "one")) if name != "_lock.json"]
