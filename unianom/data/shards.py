@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,8 +197,16 @@ class PartSet:
         selection: Selection | None = None,
         columns: Sequence[str] | None = None,
         rows: int = 64,
+        chosen: Collection[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Yield rows of one part in their order, at most `rows` in a batch; row groups that cannot match are skipped.
+
+        Args:
+            part: its name.
+            selection: which rows; None for all.
+            columns: of these; None for all.
+            rows: of a batch, at most.
+            chosen: sample_ids of the selected rows that are taken; None for all.
 
         Raises:
             DataError: the part is missing, damaged, not the one in the manifest, or cannot be read.
@@ -206,9 +214,13 @@ class PartSet:
         wanted = list(columns or self.schema.names)
         with self._parquet(part, wanted) as parquet:
             groups = [g for g in range(parquet.num_row_groups) if self._may_match(parquet, g, selection)]
-            needed = list(dict.fromkeys([*wanted, "split", "category", "label"]))
+            named = () if chosen is None else ("sample_id",)
+            needed = list(dict.fromkeys([*wanted, *named, "split", "category", "label"]))
             for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
                 kept = batch if selection is None else batch.filter(selection.mask(batch))
+                if chosen is not None:
+                    names = kept["sample_id"].to_pylist()
+                    kept = kept.filter(pa.array([name in chosen for name in names], pa.bool_()))
                 if kept.num_rows:
                     yield kept.select(wanted)
 
