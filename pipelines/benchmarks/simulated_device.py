@@ -90,11 +90,11 @@ def measure(rate: float, stages: str, maps: MapsKept, sources: Path, options: ar
                 images=(str(folder / "images"),),
                 maps=maps,
                 batch_size=options.batch_size,
-                stages=stages,  # type: ignore[arg-type]
                 runtime=RuntimeOptions(
                     local=False,
                     workers=1,
                     cpus_per_worker=1 if stages == "separate" else options.cpus,
+                    stages=stages,  # type: ignore[arg-type]
                     engine="pytorch",
                 ),
             )
