@@ -24,8 +24,8 @@ MOST_BYTES = 1 << 30
 
 WRITTEN_BYTES = 64 << 20
 
-FEW_BYTES = 16 << 20
-"""Read bytes below which a rate says little."""
+FEW_BYTES, FEW_FILES = 64 << 20, 500
+"""Bytes and files below which, both, a rate of reading says nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,20 @@ class DiskRates:
         read: bytes per second, median of the rounds.
         write: bytes per second, until they are on the disk.
         read_bytes: that were read in a round.
+        read_files: in a round.
         cached: whether the files may have come from memory instead.
     """
 
     read: float
     write: float
     read_bytes: int
+    read_files: int
     cached: bool
+
+    @property
+    def enough(self) -> bool:
+        """Whether enough was read for a rate that means something."""
+        return self.read_bytes >= FEW_BYTES or self.read_files >= FEW_FILES
 
 
 def disk_rates(stored: Sequence[str], folder: str, rounds: int) -> DiskRates:
@@ -67,7 +74,7 @@ def disk_rates(stored: Sequence[str], folder: str, rounds: int) -> DiskRates:
         start = time.perf_counter()
         _write(Path(folder) / "written", chunk)
         writes.append(WRITTEN_BYTES / (time.perf_counter() - start))
-    return DiskRates(statistics.median(reads), statistics.median(writes), total, cached)
+    return DiskRates(statistics.median(reads), statistics.median(writes), total, len(stored), cached)
 
 
 def _read(stored: Sequence[str]) -> int:

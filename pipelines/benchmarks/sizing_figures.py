@@ -90,7 +90,7 @@ def capacity(
     maps: str,
     milliseconds: Mapping[str, float],
     slowdown: float,
-    disk_rate: float,
+    disk_rate: float | None,
     gpu_rate: float | None = None,
     corpus: int | None = None,
     hours: float = 24.0,
@@ -102,7 +102,7 @@ def capacity(
         maps: which maps are kept.
         milliseconds: CPU time of an image by part of the work, see `PARTS`.
         slowdown: of that with all cores at work.
-        disk_rate: images per second that its disk allows.
+        disk_rate: images per second that its disk allows; None if that is not known, which then counts for nothing.
         gpu_rate: images per second that one GPU computes; None has CPUs compute.
         corpus, hours: images to score, and the time for them.
     """
@@ -113,7 +113,8 @@ def capacity(
         feeding = seconds_of(milliseconds, FEEDING, slowdown)
         needed = cores_needed(gpu_rate * node.gpus, feeding) + node.gpus
         limits = {GPU: gpu_rate * node.gpus, CPUS: (node.cores - node.gpus) / feeding}
-    limits[DISK] = disk_rate
+    if disk_rate is not None:
+        limits[DISK] = disk_rate
     bound = min(limits, key=limits.__getitem__)
     rate = limits[bound]
     cost = None if node.price_per_hour is None else cost_per_million(node.price_per_hour, rate)
@@ -131,14 +132,14 @@ def cores_needed(rate: float, seconds: float) -> int:
     return _whole(rate * seconds)
 
 
-def disk_limit(read_bytes: float, read_rate: float, written_bytes: float, write_rate: float | None) -> float:
+def disk_limit(read_bytes: float, read_rate: float, written_bytes: float, write_rate: float) -> float:
     """Return the images per second that a disk allows, each of which it reads and writes.
 
     Args:
         read_bytes, written_bytes: of an image.
-        read_rate, write_rate: bytes per second; null where writing was not measured, which then counts as nothing.
+        read_rate, write_rate: bytes per second.
     """
-    return 1 / (read_bytes / read_rate + (written_bytes / write_rate if write_rate else 0.0))
+    return 1 / (read_bytes / read_rate + written_bytes / write_rate)
 
 
 def cost_per_million(price_per_hour: float, rate: float) -> float:

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,13 @@ from unianom.errors import DataError, ImageError
 from unianom.memory.index import MemoryBank
 from unianom.methods import METHODS, MemoryMethod, Method
 
+T = TypeVar("T")
+
 LOOKED_AT = 10_000
 """Images of a listing among which the sample is spread; more are not listed, for that may take long."""
+
+READ_FILES = 2000
+"""Listed images that the disk is measured by, at most, unless the sample is larger."""
 
 DRAWN_SIDE = 224
 """Height and width of drawn images in pixels."""
@@ -58,8 +63,8 @@ class SizedImages:
         rows: what holds them.
         whole: ranges of rows of these that are read.
         ranges: those that are computed on; the last one may be shorter.
-        stored: files that hold them; paths or URIs.
-        bytes: that an image takes in these.
+        stored: files that hold them, or others of the listing, too; paths or URIs.
+        bytes: of an encoded image.
         short_side: median of the images, in pixels.
         jpeg: whether most of them are JPEG files.
         examples: some of them, on which an engine is tried.
@@ -119,31 +124,39 @@ def sized_images(options: SizingBenchmark, model_set: ModelSet, folder: str, sam
 
 
 def _listed(options: SizingBenchmark, folder: str, sample: int) -> tuple[str, list[str], str]:
-    """Write a table of the images that are measured; return it, their places, and what they are in words."""
+    """Write a table of the images that are measured; return it, files that the disk is measured by, and what they are
+    in words."""
     if options.images:
         with closing(iter_images(options.images, options.listing)) as images:
             found = [image.uri for image in islice(images, max(LOOKED_AT, sample))]
         if not found:
             raise DataError(f"no image in {', '.join(options.images)}; give folders or tables of images")
-        chosen = [found[len(found) * number // sample] for number in range(sample)] if len(found) > sample else found
+        chosen, stored = _spread(found, sample), _spread(found, max(READ_FILES, sample))
         named = ", ".join(options.images)
     else:
         drawn = Path(folder) / "drawn"
         drawn.mkdir()
         draw_files(drawn, sample, DRAWN_SIDE)
-        chosen = [str(file) for file in sorted(drawn.iterdir())]
+        chosen = stored = [str(file) for file in sorted(drawn.iterdir())]
         named = f"drawn JPEG files of {DRAWN_SIDE} × {DRAWN_SIDE}"
     table = Path(folder) / "images.parquet"
     pq.write_table(pa.table({"uri": chosen}), table)
-    return str(table), chosen, named
+    return str(table), stored, named
+
+
+def _spread(found: Sequence[T], most: int) -> list[T]:
+    """Return so many items, spread over all; or all, if there are fewer."""
+    count = min(most, len(found))
+    return [found[len(found) * number // count] for number in range(count)]
 
 
 def spread_ranges(ranges: Sequence[RowRange], sample: int) -> list[RowRange]:
     """Return ranges that hold so many rows, if there are, spread over all."""
     mean = sum(within.rows for within in ranges) / len(ranges)
-    count = min(len(ranges), max(1, round(sample / mean)))
-    chosen = [ranges[len(ranges) * number // count] for number in range(count)]
-    return [replace(within, opens=False) for within in chosen]  # checksums of whole parts are no part of it
+    count = max(1, round(sample / mean))
+    return [
+        replace(within, opens=False) for within in _spread(ranges, count)
+    ]  # checksums of whole parts are no part of it
 
 
 def cut_ranges(ranges: Sequence[RowRange], sample: int) -> list[RowRange]:

@@ -34,8 +34,8 @@ class SizingBenchmark(Options):
         search: how memory banks are searched; as of jobs/score.py.
         batch_size: images in one forward pass.
         flagged: share of the images that come to review or fail, whose maps `--maps flagged` keeps.
-        gpu_rate: images per second that a GPU computes, of one or several kinds of GPU that need not be here; empty
-            takes what was measured, where there is a GPU.
+        gpu_rate: images per second that one GPU computes, such as [1000, 2500] of two kinds, which need not be here;
+            empty takes what was measured, where there is a GPU.
         cores: CPU cores of a node; null takes those of this machine.
         gpus: GPUs of a node; null takes those of this machine, or one where `gpu_rate` is given.
         price_per_hour: of a node, in any currency.

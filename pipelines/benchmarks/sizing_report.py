@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.benchmarks.harness import Measured
 from pipelines.benchmarks.report import write_report
 from pipelines.benchmarks.sizing_advice import Findings, advice
-from pipelines.benchmarks.sizing_disk import FEW_BYTES
+from pipelines.benchmarks.sizing_disk import FEW_FILES
 from pipelines.benchmarks.sizing_figures import (
     COMPUTING,
     CPUS,
@@ -42,7 +42,8 @@ def capacities(options: SizingBenchmark, node: Node, figures: Figures, read_byte
     given: Sequence[float | None] = options.gpu_rate or [None]
     for rate in given:
         for kind, milliseconds in figures.milliseconds.items():
-            disk = disk_limit(read_bytes, figures.disk.read, figures.written[kind], figures.disk.write)
+            rates = figures.disk
+            disk = disk_limit(read_bytes, rates.read, figures.written[kind], rates.write) if rates.enough else None
             found.append(
                 capacity(
                     node,
@@ -176,19 +177,19 @@ def _notes(options: SizingBenchmark, setup: Setup, figures: Figures) -> list[str
         f"images: {images.named}; {images.bytes / 1000:.3g} kB each, the shorter side {images.short_side:g} pixels",
         f"model: {setup.model}, input {setup.policy.side} × {setup.policy.side}; computed on {execution.device} by "
         f"{execution.engine}, batches of {options.batch_size}",
-        f"disk: {figures.disk.read / 1e6:,.3g} MB/s read, {figures.disk.write / 1e6:,.3g} MB/s written; an image "
-        f"leaves {kept} of scores and maps",
+        f"disk: {figures.disk.read / 1e6:,.3g} MB/s read in {counted(figures.disk.read_files, 'file')}, "
+        f"{figures.disk.write / 1e6:,.3g} MB/s written; an image leaves {kept} of scores and maps",
         f"slowdown with all workers at work, by which CPU times are multiplied below: {figures.slowdown:.2f}",
     ]
     if figures.one_worker is not None:
         notes.append(f"a worker that does everything at once takes {figures.one_worker:.3g} CPU ms an image, maps none")
-    if figures.disk.cached:
-        notes.append("what the system keeps in memory could not be dropped: the disk may be slower than it seems")
-    if figures.disk.read_bytes < FEW_BYTES:
+    if not figures.disk.enough:
         notes.append(
-            f"only {figures.disk.read_bytes / 1e6:.2g} MB were read: the disk's rate is a rough figure; give more by "
-            f"--sample"
+            f"only {counted(figures.disk.read_files, 'file')} of {figures.disk.read_bytes / 1e6:.2g} MB were read, too "
+            f"little to tell what the disk allows; give a folder of {FEW_FILES} images or more"
         )
+    elif figures.disk.cached:
+        notes.append("what the system keeps in memory could not be dropped: the disk may be slower than it seems")
     if figures.unread:
         notes.append(
             f"{counted(figures.unread, 'image')} of the sample could not be read, which makes figures too good"

@@ -35,7 +35,7 @@ from pipelines.benchmarks.sizing_figures import (
     machines_needed,
     worker_counts,
 )
-from pipelines.benchmarks.sizing_images import cut_ranges, sized_images, spread_ranges
+from pipelines.benchmarks.sizing_images import cut_ranges, encoded, sized_images, spread_ranges
 from pipelines.benchmarks.sizing_report import metrics_of
 from pipelines.benchmarks.sizing_setup import prepare
 from pipelines.benchmarks.sizing_stages import MeasuredPredictor, MeasuredStages, PartClock, Pass, SharePredictor
@@ -86,6 +86,11 @@ def test_what_bounds_a_node() -> None:
     two = capacity(Node(9, 2), "all", MS, 1.0, 300.0, gpu_rate=500.0)
     assert two.limits == pytest.approx({GPU: 1000, CPUS: 7 / 0.0016, DISK: 300})
     assert (two.bound, two.rate, two.gpu_share, two.cores_needed) == (DISK, 300.0, 0.3, 4)  # 1.6 for both, and two
+
+
+def test_a_disk_that_is_not_known_bounds_nothing() -> None:
+    found = capacity(Node(3, 1), "none", MS, 1.0, None, gpu_rate=2500.0)
+    assert found.limits == pytest.approx({GPU: 2500, CPUS: 1250})
 
 
 def test_cpus_alone_do_everything() -> None:
@@ -223,7 +228,7 @@ def test_a_disk_is_read_and_written(tmp_path: Path) -> None:
         (tmp_path / f"{number}").write_bytes(bytes(1000 * (number + 1)))
     stored = [str(tmp_path / f"{number}") for number in range(4)]  # the last one is not there
     rates = disk_rates(stored, str(tmp_path), rounds=1)
-    assert rates.read_bytes == 6000
+    assert (rates.read_bytes, rates.read_files, rates.enough) == (6000, 4, False)
     assert 0 < rates.read < 1e12
     assert 0 < rates.write < 1e12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
@@ -418,8 +423,10 @@ def test_listed_images_are_spread_over_the_listing(model_and_shards: tuple[str, 
     draw_files(folder, 6, 32)
     options = SizingBenchmark("o.json", model=model_and_shards[0], images=(str(folder),), sample=3)
     images = sized_images(options, ModelSet.open(model_and_shards[0]), str(tmp_path), 3)
-    assert [Path(uri).name for uri in images.stored] == ["00000.jpg", "00002.jpg", "00004.jpg"]
+    assert len(images.stored) == 6
     assert sum(within.rows for within in images.ranges) == 3
+    found = list(encoded(images.rows, images.ranges))
+    assert found == [(folder / f"0000{number}.jpg").read_bytes() for number in (0, 2, 4)]
     assert images.short_side == 32
 
 
