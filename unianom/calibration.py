@@ -248,7 +248,7 @@ class Calibrator(nn.Module):
             DataError: they are needed and not given, or one is not among the training categories.
         """
         if self.config.variant == "none":
-            return torch.arange(2.0, device=features.device).expand(len(features), 2)
+            return torch.arange(2.0, device=features.device).expand(features.shape[0], 2)
         if self.config.variant == "labels":
             return self.class_statistics[self._classes(categories, features)]
         if self.config.variant == "classifier":

@@ -59,7 +59,7 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         maps interpolated to the finest, and the values of all maps pooled to `dimension` again.
         """
         first_map = feature_maps[0]
-        pooled = first_map.new_zeros(len(first_map), self.config.dimension, *self.grid)
+        pooled = first_map.new_zeros(first_map.shape[0], self.config.dimension, *self.grid)
         with full_precision(first_map.device):
             for number, (first, feature_map) in enumerate(zip(self._first, feature_maps, strict=True)):
                 kernel = self.get_buffer(f"_kernel_{number}")
