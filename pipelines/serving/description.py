@@ -12,6 +12,7 @@ from pipelines.serving.export_graph import CATEGORY, IMAGES, ModelGraph, OnnxGra
 from pipelines.serving.gate import Agreement
 from pipelines.serving.options import ExportOptions
 from unianom import files
+from unianom.data.image import InputPolicy
 from unianom.model import Model
 from unianom.options import to_plain
 
@@ -75,20 +76,8 @@ def describe(
         },
         "inputs": inputs,
         "outputs": {name: OUTPUTS[name] for name in graph.outputs},
-        "preprocessing": {
-            **{key: getattr(policy, key) for key in ("resize", "size", "interpolation", "decode", "pad")},
-            "crop": policy.crop if policy.resize == "short_side" else None,
-            "side": policy.side,
-            "steps": list(STEPS),
-            "in_the_file": {"divide_by": 255, "mean": list(policy.mean or ()), "std": list(policy.std or ())},
-        },
-        "decision": {
-            "threshold": None if model.threshold is None else model.threshold.to_dict(),
-            "category_thresholds": {name: one.to_dict() for name, one in sorted(model.category_thresholds.items())},
-            "rule": None if model.decision_rule is None else model.decision_rule.to_dict(),
-            "how": "by the rule where there is one: above fail.value 'fail', above review.value 'review', else 'pass'; "
-            "else above the value of the threshold of the image's category, or of all, 'fail', else 'pass'",
-        },
+        "preprocessing": preprocessing(policy),
+        "decision": decision(model),
         "calibration": None if model.calibrator is None else to_plain(model.calibrator.config),
         "normal_scores": dict(zip(("lowest", "median", "quantile_95", "highest"), quantiles.tolist(), strict=True)),
         "gate": {
@@ -97,6 +86,28 @@ def describe(
             "shards": shards,
         },
         "versions": versions(),
+    }
+
+
+def preprocessing(policy: InputPolicy) -> dict[str, Any]:
+    """Return how an image becomes the file's input, and what the file itself does to it."""
+    return {
+        **{key: getattr(policy, key) for key in ("resize", "size", "interpolation", "decode", "pad")},
+        "crop": policy.crop if policy.resize == "short_side" else None,
+        "side": policy.side,
+        "steps": list(STEPS),
+        "in_the_file": {"divide_by": 255, "mean": list(policy.mean or ()), "std": list(policy.std or ())},
+    }
+
+
+def decision(model: Model) -> dict[str, Any]:
+    """Return how a model's scores become decisions."""
+    return {
+        "threshold": None if model.threshold is None else model.threshold.to_dict(),
+        "category_thresholds": {name: one.to_dict() for name, one in sorted(model.category_thresholds.items())},
+        "rule": None if model.decision_rule is None else model.decision_rule.to_dict(),
+        "how": "by the rule where there is one: above fail.value 'fail', above review.value 'review', else 'pass'; "
+        "else above the value of the threshold of the image's category, or of all, 'fail', else 'pass'",
     }
 
 

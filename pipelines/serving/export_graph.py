@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 IMAGES, CATEGORY = "images", "category"
 SCORE, MAP, CALIBRATED_SCORE, CALIBRATED_MAP = "score", "anomaly_map", "calibrated_score", "calibrated_map"
 
+MOST_IMAGES = 4096
+"""Images of a batch."""
+
 GIGABYTES_IN_ONE_FILE = 1.5
 """Weights beyond which they lie in a file of their own: ONNX's format ends at 2 GB."""
 
@@ -129,8 +132,8 @@ class OnnxGraph:
         return [self.path, *([self.path.with_name(f"{self.path.name}.data")] if self.external else [])]
 
 
-def write_onnx(graph: ModelGraph, path: Path, opset: int) -> OnnxGraph:
-    """Trace a model and write it as ONNX, for batches of any size; nothing in the file tells of this machine.
+def trace(graph: ModelGraph) -> torch.export.ExportedProgram:
+    """Trace a model for batches of any size.
 
     Raises:
         ModelError: PyTorch cannot trace it.
@@ -140,29 +143,36 @@ def write_onnx(graph: ModelGraph, path: Path, opset: int) -> OnnxGraph:
     example: tuple[Tensor, ...] = (torch.zeros(2, side, side, 3, dtype=torch.uint8),)
     if graph.takes_category:
         example += (torch.zeros(2, dtype=torch.int64),)
-    batch = torch.export.Dim("batch", min=1, max=4096)
+    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
     try:
         with torch.no_grad(), _quiet():
-            program: Any = torch.onnx.export(
-                graph,
-                example,
-                dynamo=True,
-                opset_version=opset,
-                input_names=graph.inputs,
-                output_names=graph.outputs,
-                dynamic_shapes=tuple({0: batch} for _ in example),
-                verbose=False,
-            )
-    except Exception as error:  # of the tracer or the converter, each in its own way
-        cause = error.__cause__ or error
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        raise ModelError(f"PyTorch cannot export {graph.method.name} as ONNX: {reason}") from error
+            return torch.export.export(graph.eval(), example, dynamic_shapes=tuple({0: batch} for _ in example))
+    except Exception as error:  # the tracer has many
+        raise ModelError(f"PyTorch cannot trace {graph.method.name}: {_first_line(error)}") from error
+
+
+def write_onnx(graph: ModelGraph, path: Path, opset: int) -> OnnxGraph:
+    """Trace a model and write it as ONNX, for batches of any size; nothing in the file tells of this machine.
+
+    Raises:
+        ModelError: PyTorch cannot trace it, or cannot write it as ONNX.
+    """
+    traced = trace(graph)
+    names: dict[str, Any] = {"input_names": graph.inputs, "output_names": graph.outputs}
+    try:
+        with torch.no_grad(), _quiet():
+            program: Any = torch.onnx.export(traced, dynamo=True, opset_version=opset, verbose=False, **names)
+    except Exception as error:  # of the converter
+        raise ModelError(f"PyTorch cannot write {graph.method.name} as ONNX: {_first_line(error)}") from error
     made: onnx.ModelProto = program.model_proto
-    if not made.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
-        raise ModelError(f"PyTorch exports {graph.method.name} for batches of {len(example[0])} images only")
     network = frozenset(node.name for node in made.graph.node if _is_of_network(node))
     _strip(made)
     return save_onnx(made, path, network)
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, network: frozenset[str]) -> OnnxGraph:

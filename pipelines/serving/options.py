@@ -54,8 +54,8 @@ class ExportOptions(Options):
         shards: shard set with normal images of the model's categories, on which the file is compared with the model;
             path or URI.
         output: folder to write; path or URI.
-        precision: what the network computes in: "fp32"; "fp16", half the size; or "int8", for CPUs. Search, maps and
-            scores stay in float32.
+        precision: what the network is stored and computed in, fp16 at half the size, int8 at a quarter, for CPUs;
+            search, maps and scores stay in float32.
         opset: version of ONNX's operators.
         max_bank_mb: megabytes that a memory bank may take in the file.
         batch_size: images in one forward pass, of the comparison; the file takes any number.
