@@ -155,6 +155,13 @@ KINDS: dict[str, OutputKind] = {
         done=None,
         keys=frozenset({"space", "search", "objective"}),
     ),
+    "export": OutputKind(
+        "an exported model",
+        "export",
+        (r"model\.onnx(\.data)?", r"predict\.py", r"README\.md", r"export\.json"),
+        done="export.json",
+        keys=frozenset({"precision", "opset", "gate"}),
+    ),
     "demo": OutputKind("a demo", "demo", (), done=None),
     "inspection": OutputKind("an inspection", "inspect", (), done=None),
     # what jobs keep for each other, under a name that is the digest of its plan
