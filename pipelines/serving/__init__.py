@@ -1,0 +1,1 @@
+"""Models in use outside of jobs: served over HTTP."""
