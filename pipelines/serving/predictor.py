@@ -26,6 +26,7 @@ from unianom.errors import EngineError, ImageError
 from unianom.execution import Execution
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model
+from unianom.visual import heat_colours
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +191,7 @@ class Predictor:
         category = None if calibrator is None or not calibrator.categories else calibrator.categories[0]
         for size in sorted({1, self._batch_size}):
             self.predict([PreparedImage(pixels, category, "raw")] * size)
+        heat_colours()  # of Matplotlib, which takes a second to import
 
     def description(self) -> dict[str, Any]:
         """Return what there is to know of the model, as plain data."""

@@ -39,12 +39,13 @@ def serve(options: ServeOptions) -> None:
     connect(RuntimeOptions(local_cpus=options.local_cpus))
     _check_resources(options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    start(options)
     try:
+        start(options)
         _tell(options)
-        threading.Event().wait()
-    finally:
+        with suppress(KeyboardInterrupt):  # which any signal that ends a job raises, and is the usual end of this one
+            threading.Event().wait()
         console.print("stopping: requests that have come are answered")
+    finally:
         stop()
 
 
@@ -70,8 +71,6 @@ def stop() -> None:
     """Let the application answer what it has, and end it."""
     with suppress(Exception), own_signals():  # the Ray it ran on may be gone
         ray_serve.delete(NAME)
-        if not os.environ.get("RAY_ADDRESS"):
-            ray_serve.shutdown()
 
 
 def _deployment_message() -> str:

@@ -173,6 +173,11 @@ class ScoringService:
 
 
 def _fields(query: ImageQuery, predictor: Predictor, known: dict[str, Any]) -> dict[str, Any]:
-    empty = {"error": None, "score": None, "calibrated_score": None, "decision": None, "threshold": None, "map": None}
-    common = {"name": query.name, "category": query.category, "model": predictor.digest}
-    return {**common, **empty, **known}
+    unknown = ("error", "score", "calibrated_score", "decision", "threshold", "map")
+    return {
+        "name": query.name,
+        "category": query.category,
+        "status": known["status"],
+        **{name: known.get(name) for name in unknown},
+        "model": predictor.digest,
+    }
