@@ -100,15 +100,17 @@ class RegistrySource(ModelSource):
         ):
             from mlflow.artifacts import download_artifacts
 
-            root = Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=self._tracking_uri))
+            # not by the name, which MLflow would look up in the registry that it has as its global one
+            place = self._client().get_model_version_download_uri(self._name, version)
+            root = Path(download_artifacts(artifact_uri=place, dst_path=str(folder), tracking_uri=self._tracking_uri))
         try:
             logged: Any = yaml.safe_load((root / "MLmodel").read_text())
-            place = root / logged["flavors"]["python_function"]["artifacts"]["model"]["path"]
+            model = root / logged["flavors"]["python_function"]["artifacts"]["model"]["path"]
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise ModelError(f"{uri} is no model of this project; register one with jobs/train.py") from error
-        if not place.resolve().is_relative_to(root.resolve()):
+        if not model.resolve().is_relative_to(root.resolve()):
             raise ModelError(f"{uri} names a model folder outside of itself; register the model again")
-        return str(place)
+        return str(model)
 
     def _client(self) -> Any:
         from mlflow import MlflowClient

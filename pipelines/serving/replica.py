@@ -123,5 +123,6 @@ def deployment_options(own: ReplicaOptions, request_seconds: float) -> dict[str,
         "backpressure_config": {"status_code": 503, "retry_after_s": own.retry_after_seconds},
         "graceful_shutdown_timeout_s": request_seconds + 5,
         "health_check_period_s": 10,
+        "max_constructor_retry_count": 3,
         "ray_actor_options": {"num_cpus": own.cpus, "num_gpus": own.gpus},
     }
