@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unianom.visual import HeatScale, Pixels, drawable, font_file, heat_colours
+from unianom.visual import HeatScale, Pixels, drawable, font_file
 
 GAP, LINE, TEXT = 6, 15, 11
 """Pixels between pictures, of a line of text and of its letters."""

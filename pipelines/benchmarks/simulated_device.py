@@ -33,7 +33,7 @@ SOURCES = 256
 """Files that are drawn; all others are links to them."""
 
 
-def draw_files(folder: Path, count: int, side: int, flagged: float) -> None:
+def draw_files(folder: Path, count: int, side: int, flagged: float = 0.05) -> None:
     """Write JPEG files of random blobs with some noise; a share of them with a white corner, all others with a black
     one."""
     generator = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipelines.data.image_source import SampleSource
 from pipelines.data.splits import held_out_normals
+from pipelines.runtime.stage_clock import StageClock
 from pipelines.serving.options import GateOptions
 from unianom.data.image import ImageLimits, InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
@@ -137,11 +138,11 @@ def _read(
 ) -> list[tuple[np.ndarray, str]]:
     """Read chosen images as S×S×3 uint8, each with its category."""
     source = SampleSource(shards, Selection(labels=(label,)), limits, chosen, ("category",))
-    read = source.open(batch_size=8, threads=1)
+    read, clock = source.open(batch_size=8, threads=1), StageClock()
     return [
         (sample.pixels, sample.row["category"])
-        for part in source.parts()
-        for batch in read(part, policy)
+        for within in source.ranges()
+        for batch in read(within, policy, clock)
         for sample in batch
     ]
 

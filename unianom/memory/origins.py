@@ -47,8 +47,8 @@ class Origins:
         """
         if sample_id not in self.images:
             raise OptionError(
-                f"the memory bank was not chosen from an image {sample_id}, but from {len(self.images)} others, such as "
-                f"{self.images[0]}; give one of these"
+                f"the memory bank was not chosen from an image {sample_id}, but from {len(self.images)} others, such "
+                f"as {self.images[0]}; give one of these"
             )
         return np.flatnonzero(self.rows == self.images.index(sample_id))
 
