@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from pipelines.benchmarks.sizing_options import SizingBenchmark
 from unianom import files
 from unianom.data.image.options import Side
 from unianom.data.layouts import LAYOUTS
@@ -357,5 +358,6 @@ BENCHMARKS: dict[str, type] = {
     "inference": InferenceBenchmark,
     "encoder": EncoderBenchmark,
     "similarity": SimilarityBenchmark,
+    "sizing": SizingBenchmark,
 }
 """The options of each benchmark by its name on the command line."""

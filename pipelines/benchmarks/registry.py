@@ -35,6 +35,8 @@ from pipelines.benchmarks.options import (
 from pipelines.benchmarks.pixels import measure_pixels
 from pipelines.benchmarks.scoring import measure_pipe
 from pipelines.benchmarks.similarity import measure_similarity
+from pipelines.benchmarks.sizing import measure_sizing
+from pipelines.benchmarks.sizing_options import SizingBenchmark
 from pipelines.benchmarks.training import measure_training
 from unianom import files
 from unianom.errors import DataError
@@ -52,6 +54,7 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     InferenceBenchmark: measure_inference,
     EncoderBenchmark: measure_encoder,
     SimilarityBenchmark: measure_similarity,
+    SizingBenchmark: measure_sizing,
 }
 """The function that measures each benchmark."""
 

@@ -142,7 +142,5 @@ class SampleReader:
             yield waiting
 
     def _rows(self, within: RowRange, columns: list[str]) -> Iterator[dict[str, Any]]:
-        for batch in self._shards.read_range(within, self._selection, columns):
-            for row in batch.to_pylist():
-                if self._chosen is None or row["sample_id"] in self._chosen:
-                    yield row
+        for batch in self._shards.read_range(within, self._selection, columns, chosen=self._chosen):
+            yield from batch.to_pylist()

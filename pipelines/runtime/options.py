@@ -16,7 +16,8 @@ class RuntimeOptions(Options):
     Args:
         local: true works on threads of this process, without Ray, false on Ray; null works in this process where no
             cluster is given and there are no more than 1,000 images. Results are the same.
-        workers: threads or worker processes; null takes as many as the CPUs, or GPUs, allow.
+        workers: threads or worker processes; null takes as many as the CPUs, or GPUs, allow. A cluster with an
+            autoscaler grows to the number given; null takes those that are there, or one.
         cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
         gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
         stages: where a network runs over images, "fused" reads, computes and writes in each worker; "separate" has CPUs

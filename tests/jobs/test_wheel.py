@@ -20,7 +20,7 @@ from unianom.data.drawing import draw_corpus
 
 PACKAGES = ("jobs", "pipelines", "unianom")
 
-NOT_PACKED = ("README.md", ".jpg")
+NOT_PACKED = (".md", ".jpg")
 """Ends of names of files that lie in the packages for those who read them, and are needed by none."""
 
 
