@@ -18,7 +18,7 @@ from pipelines.benchmarks.sizing_stages import MeasuredStages, Pass
 from pipelines.benchmarks.sizing_workers import Workers
 from unianom.data.maps import MapsKept
 
-READ = "read, decode, resize"
+READING = "read, decode, resize"
 """Side whose turns are the first stage."""
 
 
@@ -61,24 +61,24 @@ def measure_figures(options: SizingBenchmark, setup: Setup, folder: str, load: f
     stages = MeasuredStages(setup.arguments, setup.models, images.whole, images.ranges, options.flagged)
     worked = {**setup.arguments, "maps": "none"}
     with Workers(worked, setup.models, images.ranges, folder, counts[-1]) as workers:
-        sides: dict[str, Side] = {READ: stages.read}
-        sides |= {_maps(kind): partial(stages.compute_and_write, kind, folder) for kind in kinds}
+        sides: dict[str, Side] = {READING: stages.read}
+        sides |= {side_of(kind): partial(stages.compute_and_write, kind, folder) for kind in kinds}
         sides |= {counted(count, "worker"): partial(workers.run, count) for count in counts}
         measured = interleave(sides, options.rounds, warm_up=True)
     disk = disk_rates(images.stored, folder, options.rounds)
-    return measured, _figures(measured, kinds, counts, disk, load, len(stages.unread))
+    return measured, figures_of(measured, kinds, counts, disk, load, len(stages.unread))
 
 
-def _figures(
+def figures_of(
     measured: Measured, kinds: Sequence[str], counts: Sequence[int], disk: DiskRates, load: float, unread: int
 ) -> Figures:
     """Return medians of what the sides' turns gave."""
     passes = {side: [turn.result for turn in turns] for side, turns in measured.turns.items()}
     images = {side: turns[0].amount for side, turns in measured.turns.items()}
-    reading = _medians(passes[READ], images[READ])
+    reading = _medians(passes[READING], images[READING])
     milliseconds, gpu_seconds, written = {}, {}, {}
     for kind in kinds:
-        side = _maps(kind)
+        side = side_of(kind)
         parts = reading | _medians(passes[side], images[side])
         milliseconds[kind] = {part: parts[part] for part in PARTS if part in parts}
         written[kind] = passes[side][-1].written / images[side]
@@ -87,7 +87,7 @@ def _figures(
     alone, together = (passes[counted(count, "worker")] for count in (counts[0], counts[-1]))
     return Figures(
         milliseconds=milliseconds,
-        gpu_rates={kind: images[_maps(kind)] / seconds for kind, seconds in gpu_seconds.items()},
+        gpu_rates={kind: images[side_of(kind)] / seconds for kind, seconds in gpu_seconds.items()},
         written=written,
         rates={count: measured.summary()[counted(count, "worker")]["rate_median"] for count in counts},
         slowdown=max(1.0, statistics.median(many / one for many, one in zip(together, alone, strict=True))),
@@ -99,7 +99,7 @@ def _figures(
     )
 
 
-def _maps(kind: str) -> str:
+def side_of(kind: str) -> str:
     """Return the name of the side whose turns are the other stages."""
     return f"compute and write, maps {kind}"
 

@@ -91,7 +91,7 @@ def sizing_report(
             )
             for count, twice in pairs
         },
-        tables=_tables(options, node, figures, nodes),
+        tables=sizing_tables(options, node, figures, nodes),
         stages=figures.milliseconds,
         scaling={
             "images_per_second": figures.rates,
@@ -105,7 +105,7 @@ def sizing_report(
     )
 
 
-def _tables(options: SizingBenchmark, node: Node, figures: Figures, nodes: Sequence[Capacity]) -> dict[str, Any]:
+def sizing_tables(options: SizingBenchmark, node: Node, figures: Figures, nodes: Sequence[Capacity]) -> dict[str, Any]:
     """Return the tables of what was measured and of what follows, by their titles."""
     kinds = {
         kind: f"maps {kind}" + (f" ({options.flagged:.0%})" * (kind == "flagged")) for kind in figures.milliseconds
