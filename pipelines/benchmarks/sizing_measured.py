@@ -32,6 +32,8 @@ class Figures:
         gpu_rates: images per second that the GPU here computes, by maps kept; empty where CPUs compute.
         written: bytes of an image's row and map, by maps kept.
         rates: images per second by number of workers.
+        of_perfect: rate of so many workers ÷ (their number · rate of one), median of the rounds.
+        efficiency: E(2w), rate of 2w workers ÷ (2 · rate of w), by 2w; median of the rounds.
         slowdown: CPU time of an image with all workers at work ÷ with one, at least 1.
         one_worker: CPU milliseconds of an image in a worker that does everything by itself, maps none; None where
             workers only read.
@@ -45,6 +47,8 @@ class Figures:
     gpu_rates: Mapping[str, float]
     written: Mapping[str, float]
     rates: Mapping[int, float]
+    of_perfect: Mapping[int, float]
+    efficiency: Mapping[int, float]
     slowdown: float
     one_worker: float | None
     disk: DiskRates
@@ -90,6 +94,8 @@ def figures_of(
         gpu_rates={kind: images[side_of(kind)] / seconds for kind, seconds in gpu_seconds.items()},
         written=written,
         rates={count: measured.summary()[counted(count, "worker")]["rate_median"] for count in counts},
+        of_perfect={count: _ratio(measured, count, 1) for count in counts},
+        efficiency={2 * count: _ratio(measured, 2 * count, count) for count in counts if 2 * count in counts},
         slowdown=max(1.0, statistics.median(many / one for many, one in zip(together, alone, strict=True))),
         one_worker=None if gpu_seconds else 1000 * statistics.median(alone),
         disk=disk,
@@ -102,6 +108,12 @@ def figures_of(
 def side_of(kind: str) -> str:
     """Return the name of the side whose turns are the other stages."""
     return f"compute and write, maps {kind}"
+
+
+def _ratio(measured: Measured, count: int, fewer: int) -> float:
+    """Return the rate of workers ÷ that of fewer, each of whom does the same."""
+    ratio = measured.ratio(counted(count, "worker"), counted(fewer, "worker"), count / fewer)
+    return float(ratio["median"])
 
 
 def _medians(passes: Sequence[Pass], images: float) -> dict[str, float]:
