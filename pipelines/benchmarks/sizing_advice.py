@@ -156,16 +156,27 @@ def _disk_help(one: Capacity) -> str:
 
 
 def _of_maps(found: Findings) -> list[str]:
-    """Say what maps cost, where it is much."""
-    rates = {one.maps: one.rate for one in found.capacities if one.gpu_rate == found.capacities[0].gpu_rate}
-    if "all" not in rates or "none" not in rates or rates["all"] >= DEAR_MAPS * rates["none"]:
-        return []
-    lost = 1 - rates["all"] / rates["none"]
-    kept = 1 - rates["flagged"] / rates["none"]
-    return [
-        f"Keeping the maps of all images lowers the rate by {lost:.0%}, of flagged ones by {max(kept, 0):.0%}: take "
-        f"--maps flagged, or none, unless each map is needed."
-    ]
+    """Say what maps cost, where it is much: at the GPU rate at which it is most."""
+    groups: list[dict[str, Capacity]] = []
+    for one in found.capacities:
+        if one.maps == "none":  # with which each GPU begins; one that is here has a rate for each kind of maps
+            groups.append({})
+        groups[-1][one.maps] = one
+    told = []
+    for kinds in groups:
+        rates = {maps: one.rate for maps, one in kinds.items()}
+        if "all" in rates and rates["all"] < DEAR_MAPS * rates["none"]:
+            lost, flagged = (max(0.0, 1 - rates[kind] / rates["none"]) for kind in ("all", "flagged"))
+            gpu_rate = kinds["none"].gpu_rate
+            device = "" if gpu_rate is None else f" beside a GPU at {_rate(gpu_rate)} images/s"
+            told.append(
+                (
+                    lost,
+                    f"Keeping the maps of all images lowers the rate{device} by {lost:.0%}, of flagged ones by "
+                    f"{flagged:.0%}: take --maps flagged, or none, unless each map is needed.",
+                )
+            )
+    return [sentence for _, sentence in sorted(told)[-1:]]
 
 
 def _of_machine(found: Findings) -> list[str]:

@@ -11,7 +11,7 @@ All of this is derived, by these formulas; c is the CPU time of an image in seco
     images/s        = the smallest limit; its resource is what bounds
     cost            = price of an hour · 10⁶ ÷ (3600 · images/s)
     machines        = ⌈images ÷ (3600 · hours · images/s)⌉
-    E(2w)           = rate of 2w workers ÷ (2 · rate of w)
+    E(2w)           = rate of 2w workers ÷ (2 · rate of w), median of the rounds
 
 "Feeding" is what a GPU leaves to CPUs: `FEEDING`. A GPU takes one core more, whose thread drives it. The start of a
 job is not in it.
@@ -150,15 +150,6 @@ def cost_per_million(price_per_hour: float, rate: float) -> float:
 def machines_needed(images: int, hours: float, rate: float) -> int:
     """Return how many machines of so many images per second score all in the time given."""
     return _whole(images / (3600 * hours * rate))
-
-
-def efficiency(rates: Mapping[int, float]) -> dict[int, float]:
-    """Return E(2w) = rate of 2w workers ÷ (2 · rate of w) by 2w.
-
-    Args:
-        rates: images per second by number of workers.
-    """
-    return {2 * count: rates[2 * count] / (2 * rate) for count, rate in rates.items() if 2 * count in rates}
 
 
 def worker_counts(most: int) -> list[int]:

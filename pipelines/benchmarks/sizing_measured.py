@@ -18,7 +18,7 @@ from pipelines.benchmarks.sizing_stages import MeasuredStages, Pass
 from pipelines.benchmarks.sizing_workers import Workers
 from unianom.data.maps import MapsKept
 
-READ = "read, decode, resize"
+READING = "read, decode, resize"
 """Side whose turns are the first stage."""
 
 
@@ -32,6 +32,8 @@ class Figures:
         gpu_rates: images per second that the GPU here computes, by maps kept; empty where CPUs compute.
         written: bytes of an image's row and map, by maps kept.
         rates: images per second by number of workers.
+        of_perfect: rate of so many workers ÷ (their number · rate of one), median of the rounds.
+        efficiency: E(2w), rate of 2w workers ÷ (2 · rate of w), by 2w; median of the rounds.
         slowdown: CPU time of an image with all workers at work ÷ with one, at least 1.
         one_worker: CPU milliseconds of an image in a worker that does everything by itself, maps none; None where
             workers only read.
@@ -45,6 +47,8 @@ class Figures:
     gpu_rates: Mapping[str, float]
     written: Mapping[str, float]
     rates: Mapping[int, float]
+    of_perfect: Mapping[int, float]
+    efficiency: Mapping[int, float]
     slowdown: float
     one_worker: float | None
     disk: DiskRates
@@ -61,24 +65,24 @@ def measure_figures(options: SizingBenchmark, setup: Setup, folder: str, load: f
     stages = MeasuredStages(setup.arguments, setup.models, images.whole, images.ranges, options.flagged)
     worked = {**setup.arguments, "maps": "none"}
     with Workers(worked, setup.models, images.ranges, folder, counts[-1]) as workers:
-        sides: dict[str, Side] = {READ: stages.read}
-        sides |= {_maps(kind): partial(stages.compute_and_write, kind, folder) for kind in kinds}
+        sides: dict[str, Side] = {READING: stages.read}
+        sides |= {side_of(kind): partial(stages.compute_and_write, kind, folder) for kind in kinds}
         sides |= {counted(count, "worker"): partial(workers.run, count) for count in counts}
         measured = interleave(sides, options.rounds, warm_up=True)
     disk = disk_rates(images.stored, folder, options.rounds)
-    return measured, _figures(measured, kinds, counts, disk, load, len(stages.unread))
+    return measured, figures_of(measured, kinds, counts, disk, load, len(stages.unread))
 
 
-def _figures(
+def figures_of(
     measured: Measured, kinds: Sequence[str], counts: Sequence[int], disk: DiskRates, load: float, unread: int
 ) -> Figures:
     """Return medians of what the sides' turns gave."""
     passes = {side: [turn.result for turn in turns] for side, turns in measured.turns.items()}
     images = {side: turns[0].amount for side, turns in measured.turns.items()}
-    reading = _medians(passes[READ], images[READ])
+    reading = _medians(passes[READING], images[READING])
     milliseconds, gpu_seconds, written = {}, {}, {}
     for kind in kinds:
-        side = _maps(kind)
+        side = side_of(kind)
         parts = reading | _medians(passes[side], images[side])
         milliseconds[kind] = {part: parts[part] for part in PARTS if part in parts}
         written[kind] = passes[side][-1].written / images[side]
@@ -87,9 +91,11 @@ def _figures(
     alone, together = (passes[counted(count, "worker")] for count in (counts[0], counts[-1]))
     return Figures(
         milliseconds=milliseconds,
-        gpu_rates={kind: images[_maps(kind)] / seconds for kind, seconds in gpu_seconds.items()},
+        gpu_rates={kind: images[side_of(kind)] / seconds for kind, seconds in gpu_seconds.items()},
         written=written,
         rates={count: measured.summary()[counted(count, "worker")]["rate_median"] for count in counts},
+        of_perfect={count: _ratio(measured, count, 1) for count in counts},
+        efficiency={2 * count: _ratio(measured, 2 * count, count) for count in counts if 2 * count in counts},
         slowdown=max(1.0, statistics.median(many / one for many, one in zip(together, alone, strict=True))),
         one_worker=None if gpu_seconds else 1000 * statistics.median(alone),
         disk=disk,
@@ -99,9 +105,15 @@ def _figures(
     )
 
 
-def _maps(kind: str) -> str:
+def side_of(kind: str) -> str:
     """Return the name of the side whose turns are the other stages."""
     return f"compute and write, maps {kind}"
+
+
+def _ratio(measured: Measured, count: int, fewer: int) -> float:
+    """Return the rate of workers ÷ that of fewer, each of whom does the same."""
+    ratio = measured.ratio(counted(count, "worker"), counted(fewer, "worker"), count / fewer)
+    return float(ratio["median"])
 
 
 def _medians(passes: Sequence[Pass], images: float) -> dict[str, float]:

@@ -23,7 +23,6 @@ from pipelines.benchmarks.sizing_figures import (
     capacity,
     counted,
     disk_limit,
-    efficiency,
     seconds_of,
 )
 from pipelines.benchmarks.sizing_measured import Figures
@@ -66,7 +65,6 @@ def sizing_report(
     images, policy = setup.images, setup.policy
     nodes = capacities(options, node, figures, images.bytes)
     execution: Execution = setup.arguments["execution"]
-    most = max(figures.rates)
     findings = Findings(
         node=node,
         capacities=nodes,
@@ -76,26 +74,25 @@ def sizing_report(
         short_side=images.short_side / policy.size,
         scaled=policy.decode == "scaled",
         other_engine=execution == CPU and openvino_is_installed(),
-        scaling={most: figures.rates[most] / (most * figures.rates[1])},
+        scaling=figures.of_perfect,
         load=figures.load,
         cores=os.cpu_count() or 1,
     )
-    pairs = [(count, 2 * count) for count in figures.rates if 2 * count in figures.rates]
     return write_report(
         options,
         "images",
         measured,
         {
-            f"E({twice}) = {twice} workers ÷ (2 × {counted(count, 'worker')})": measured.ratio(
-                counted(twice, "worker"), counted(count, "worker"), 2
+            f"E({count}) = {counted(count, 'worker')} ÷ (2 × {counted(count // 2, 'worker')})": measured.ratio(
+                counted(count, "worker"), counted(count // 2, "worker"), 2
             )
-            for count, twice in pairs
+            for count in figures.efficiency
         },
-        tables=_tables(options, node, figures, nodes),
+        tables=sizing_tables(options, node, figures, nodes),
         stages=figures.milliseconds,
         scaling={
-            "images_per_second": figures.rates,
-            "efficiency": efficiency(figures.rates),
+            "images_per_second": {str(count): rate for count, rate in figures.rates.items()},
+            "efficiency": {str(count): value for count, value in figures.efficiency.items()},
             "slowdown": figures.slowdown,
         },
         disk={**asdict(figures.disk), "image_bytes": images.bytes, "written_bytes": figures.written},
@@ -105,7 +102,7 @@ def sizing_report(
     )
 
 
-def _tables(options: SizingBenchmark, node: Node, figures: Figures, nodes: Sequence[Capacity]) -> dict[str, Any]:
+def sizing_tables(options: SizingBenchmark, node: Node, figures: Figures, nodes: Sequence[Capacity]) -> dict[str, Any]:
     """Return the tables of what was measured and of what follows, by their titles."""
     kinds = {
         kind: f"maps {kind}" + (f" ({options.flagged:.0%})" * (kind == "flagged")) for kind in figures.milliseconds
@@ -134,7 +131,7 @@ def _tables(options: SizingBenchmark, node: Node, figures: Figures, nodes: Seque
     scaling = {
         counted(count, "worker"): {
             "images/s": _short(rate),
-            "÷ (workers × one)": _short(rate / (count * figures.rates[1])),
+            "÷ (workers × one)": _short(figures.of_perfect[count]),
         }
         for count, rate in figures.rates.items()
     }
