@@ -29,11 +29,13 @@ from pipelines.benchmarks.options import (
     PixelsBenchmark,
     ScoresBenchmark,
     SearchBenchmark,
+    ServingBenchmark,
     SimilarityBenchmark,
     TrainingBenchmark,
 )
 from pipelines.benchmarks.pixels import measure_pixels
 from pipelines.benchmarks.scoring import measure_pipe
+from pipelines.benchmarks.serving import measure_serving
 from pipelines.benchmarks.similarity import measure_similarity
 from pipelines.benchmarks.training import measure_training
 from unianom import files
@@ -52,6 +54,7 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     InferenceBenchmark: measure_inference,
     EncoderBenchmark: measure_encoder,
     SimilarityBenchmark: measure_similarity,
+    ServingBenchmark: measure_serving,
 }
 """The function that measures each benchmark."""
 
