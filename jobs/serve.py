@@ -1,4 +1,4 @@
-"""Serve a model over HTTP: images in, scores, decisions and heat maps out.
+"""Serve a model over HTTP: images in, scores, decisions, heat maps out.
 
 python jobs/serve.py --model runs/uniformaly
 python jobs/serve.py --model models:/line-3@champion --shadow models:/line-3@challenger --host 0.0.0.0

@@ -29,11 +29,13 @@ from pipelines.benchmarks.options import (
     PixelsBenchmark,
     ScoresBenchmark,
     SearchBenchmark,
+    ServingBenchmark,
     SimilarityBenchmark,
     TrainingBenchmark,
 )
 from pipelines.benchmarks.pixels import measure_pixels
 from pipelines.benchmarks.scoring import measure_pipe
+from pipelines.benchmarks.serving import measure_serving
 from pipelines.benchmarks.similarity import measure_similarity
 from pipelines.benchmarks.sizing import measure_sizing
 from pipelines.benchmarks.sizing_options import SizingBenchmark
@@ -55,6 +57,7 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     EncoderBenchmark: measure_encoder,
     SimilarityBenchmark: measure_similarity,
     SizingBenchmark: measure_sizing,
+    ServingBenchmark: measure_serving,
 }
 """The function that measures each benchmark."""
 
