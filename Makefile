@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format reference clean
+.PHONY: demo test lint format reference notebooks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 7 GB, most of it PyTorch and CUDA, which takes some minutes. pip tells what it does."
@@ -36,6 +36,10 @@ format: $(VENV)/.installed
 # The pages of jobs/reference, from the options.
 reference: $(VENV)/.installed
 	for job in jobs/[a-z]*.py; do name=$$(basename $$job .py); $(BIN)/python $$job --reference > jobs/reference/$${name%_}.md || exit 1; done
+
+# Runs the notebooks anew and keeps what they print and draw: some ten minutes on two cores.
+notebooks: $(VENV)/.installed
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
