@@ -40,7 +40,7 @@ def train(options: TrainJobOptions) -> list[FitResult]:
         tasks = plan_banks(name, options.method, options)
     params = {"method_name": name, **to_plain(options)}
     with open_models(tasks, options), track(options.tracking, "train", output, params) as run:
-        if options.register_as is not None and run.id is None:
+        if options.register_as is not None and run.uri is None:
             raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
         if isinstance(options, TrainingOptions):
             results = train_planned(name, tasks, options, run)
