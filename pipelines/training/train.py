@@ -60,7 +60,7 @@ def _train(options: TrainJobOptions, images: NormalImages | None) -> list[FitRes
         tasks = plan_banks(name, options.method, options, shards)
     params = {"method_name": name, **to_plain(options)}
     with open_models(tasks, options), track(options.tracking, "train", output, params) as run:
-        if options.register_as is not None and run.id is None:
+        if options.register_as is not None and run.uri is None:
             raise OptionError("register_as needs an MLflow server; give one with --tracking.mlflow_uri")
         if isinstance(options, TrainingOptions):
             results = train_planned(name, tasks, options, run)
