@@ -1,4 +1,4 @@
-"""Fit a method to the normal images of a shard set, or a memory bank to images from where they lie.
+"""Fit a method to normal images, in shards or where they lie.
 
 python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
 python jobs/train.py patchcore --images s3://line-3/good --output runs/line-3

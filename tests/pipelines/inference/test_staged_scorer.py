@@ -9,7 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from pipelines.data.list_images import write_listing
+from pipelines.data.options import ListingOptions
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score import score
@@ -18,10 +21,12 @@ from pipelines.runtime.cli import parse
 from pipelines.runtime.model_set import ModelSet, write_index
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_steps import InOneProcess
+from tests.pipelines.sharded import picture
 from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
+from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
@@ -30,7 +35,7 @@ from unianom.model import Model
 from unianom.options import to_plain
 
 
-def arguments(model: str, shards: ShardSet, output: Path, **changes: Any) -> dict[str, Any]:
+def arguments(model: str, shards: ShardSet | ImageListing, output: Path, **changes: Any) -> dict[str, Any]:
     models = ModelSet.open(model)
     given: dict[str, Any] = {
         "shards": shards,
@@ -49,7 +54,7 @@ def arguments(model: str, shards: ShardSet, output: Path, **changes: Any) -> dic
     return {**given, **changes}
 
 
-def assert_equal_bytes(model: str, shards: ShardSet, tmp_path: Path, **changes: Any) -> None:
+def assert_equal_bytes(model: str, shards: ShardSet | ImageListing, tmp_path: Path, **changes: Any) -> None:
     """Every range as one worker and as three stages write it."""
     one = RangeScorer(**arguments(model, shards, tmp_path / "one", **changes))
     given = arguments(model, shards, tmp_path / "three", **changes)
@@ -74,6 +79,24 @@ def test_images_that_cannot_be_read_stay_in_their_place(model: str, shards: Shar
     sizes = sorted(len(image) for part in shards.parts for b in shards.read(part) for image in b["image"].to_pylist())
     assert_equal_bytes(model, shards, tmp_path / "some", limits=ImageLimits(max_bytes=sizes[len(sizes) // 2]))
     assert_equal_bytes(model, shards, tmp_path / "none", limits=ImageLimits(max_bytes=10))
+
+
+def test_listed_images_are_told_height_and_width_as_they_are_shown(model: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    (tmp_path / "camera").mkdir()
+    for name, size, more in (("a.png", (70, 50), {}), ("b.jpg", (90, 40), {"exif": exif}), ("d.jpg", (640, 480), {})):
+        Image.fromarray(picture([1], size[1], size[0])).save(tmp_path / "camera" / name, **more)
+    (tmp_path / "camera" / "c.png").write_bytes(b"no picture")
+    listing = write_listing(
+        str(tmp_path / "listing"), [str(tmp_path / "camera")], ListingOptions(), lambda _: "disc", "test", None
+    )
+    assert_equal_bytes(model, listing, tmp_path)
+    (name,) = (name for name in files.list_names(str(tmp_path / "one")) if name.endswith(".parquet"))
+    rows = pq.read_table(tmp_path / "one" / name, columns=["status", "height", "width"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("ok", 50, 70), ("ok", 90, 40), ("corrupt", None, None), ("ok", 480, 640)
+    ]  # fmt: skip
 
 
 def test_each_category_has_its_own_model(method: Any, shards: ShardSet, tmp_path: Path) -> None:
