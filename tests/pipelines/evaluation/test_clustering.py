@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 import unianom
-from pipelines.data.feature_cache import CacheWriter
+from pipelines.data.cache_writer import CacheWriter
 from pipelines.evaluation import clustering
 from pipelines.evaluation.cluster_anomalies import cluster_anomalies
 from pipelines.evaluation.cluster_summary import summarise_clusters
