@@ -25,10 +25,11 @@ from pipelines.training.train import train
 from tests.pipelines.conftest import HERE, UNTRACKED, tiny_method
 from tests.pipelines.sharded import picture
 from unianom import files
-from unianom.data.image import encode_png
+from unianom.data.image import ImageLimits, encode_png
 from unianom.data.schema import SCORE_SCHEMA
 from unianom.data.shards import Selection
 from unianom.errors import DataError, OptionError
+from unianom.temporary_database import temporary_database
 
 COUNT = 24
 BROKEN = ("day 1/04.png", "day 2/08.png")
@@ -146,7 +147,7 @@ def test_a_job_that_was_ended_goes_on(images: Path, tmp_path: Path, monkeypatch:
     scored = [
         score(
             ScoreOptions(
-                folder, output=f"{folder} scores", images=(str(images),), maps="all", runtime=HERE,
+                folder, output=f"{folder} scores", images=(str(images),), runtime=HERE,
                 max_reject_fraction=0.1,
             )
         ).scores.table(columns=columns)
@@ -208,13 +209,15 @@ def test_tables_may_name_categories(images: Path, tmp_path: Path) -> None:
     table = tmp_path / "good.csv"
     table.write_text("file,kind\n" + "".join(f"{path},{kind}\n" for path, kind in good))
     listing = ListingOptions(column="file", category_column="kind")
-    given = options(tmp_path / "models", table, listing=listing, per_category=True)
+    given = options(tmp_path / "models", table, listing=listing, per_category=True, few_shot=3, batch_size=8)
     results = train(given)
-    assert [(result.categories, result.metrics["images"]) for result in results] == [(["even"], 10), (["odd"], 12)]
-    assert files.exists(str(tmp_path / "models" / "_listing" / "_manifest.json"))
+    assert [(result.categories, result.metrics["images"]) for result in results] == [(["even"], 3), (["odd"], 3)]
+    counted = ListedShards.open(tmp_path / "models" / "_listing").manifest["counts"]
+    assert [(entry["category"], entry["count"]) for entry in counted] == [("even", 10), ("odd", 12)]
     assert not any(result.fresh for result in train(given))
-    (one,) = train(options(tmp_path / "model", images, listing=ListingOptions(category="disc"), few_shot=5))
-    assert (one.categories, one.metrics["images"]) == (["disc"], 5)
+    with temporary_database() as database:
+        named = NormalImages(database, [str(images)], ListingOptions(category="disc"), ImageLimits()).planned()
+    assert named.categories == ["disc"]
 
 
 def test_what_cannot_be_done_is_told_before_an_image_is_read(
