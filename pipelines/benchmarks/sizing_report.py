@@ -182,8 +182,8 @@ def _notes(options: SizingBenchmark, setup: Setup, figures: Figures) -> list[str
         notes.append(f"a worker that does everything at once takes {figures.one_worker:.3g} CPU ms an image, maps none")
     if not figures.disk.enough:
         notes.append(
-            f"only {counted(figures.disk.read_files, 'file')} of {figures.disk.read_bytes / 1e6:.2g} MB were read, too "
-            f"little to tell what the disk allows; give a folder of {FEW_FILES} images or more"
+            f"disk: {figures.disk.read_bytes / 1e6:.2g} MB of {counted(figures.disk.read_files, 'file')} are too "
+            f"little to tell what it allows; give {FEW_FILES} images that are listed, or a larger --sample of shards"
         )
     elif figures.disk.cached:
         notes.append("what the system keeps in memory could not be dropped: the disk may be slower than it seems")
