@@ -38,7 +38,6 @@ def serve(options: ServeOptions) -> None:
         model_source(uri, options.mlflow_uri).version()  # what is wrong with it shows before anything is started
     connect(RuntimeOptions(local_cpus=options.local_cpus))
     _check_resources(options)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         start(options)
         _tell(options)
@@ -55,6 +54,7 @@ def start(options: ServeOptions) -> None:
     Raises:
         MachineError: the port is taken, or no replica could be started.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; replicas have their own
     http = {"host": options.host, "port": options.port, "request_timeout_s": None}
     try:
         with own_signals():
