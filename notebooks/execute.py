@@ -88,7 +88,10 @@ def execute(
         reader.execute_interactive(f"%reset -f\nimport os\nos.chdir({str(work)!r})\ndel os", output_hook=lambda _: None)
     finally:
         reader.stop_channels()
-    client.execute(cleanup_kc=True)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
     return notebook
 
 
@@ -101,7 +104,7 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             number += 1
             cell.execution_count = number
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = shown(cell)
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = number
@@ -113,6 +116,15 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         }
     )
     return notebook
+
+
+def shown(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the outputs of a cell that are kept: no progress lines, and no empty table of Ray Tune."""
+    return [
+        output
+        for output in cell.outputs
+        if output.get("name") != "stderr" and output.get("data", {}).get("text/html") != ""
+    ]
 
 
 def main() -> None:
