@@ -24,6 +24,7 @@ from unianom import files
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.patchcore import PatchCoreConfig
 from unianom.data.image import ImageLimits, spread_bits
+from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError, ModelError, OptionError
 from unianom.methods import METHODS, Method, Prediction
 from unianom.methods.patchcore import PatchCore
@@ -442,6 +443,19 @@ def test_an_unknown_device_is_an_error(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------- predict
+def test_prepared_images_are_what_the_network_gets(model, tmp_path):
+    images = pictures(3)
+    (tmp_path / "second.png").write_bytes(png(images[1]))
+    prepared = model.prepare([images[0], tmp_path / "second.png", png(images[2])])
+    assert all(image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8 for image in prepared)
+    prediction = model.method.predict(normalise(prepared, model.method.input))
+    assert prediction.score.tolist() == [result.score for result in model.predict(images)]
+    with pytest.raises(OptionError, match="put a single image into a list"):
+        model.prepare(images[0])
+    with pytest.raises(ImageError, match=r"images\[1\]"):
+        model.prepare([images[0], tmp_path / "none.png"])
+
+
 def test_every_form_of_image_gives_the_same_prediction(model, tmp_path):
     pixels = pictures(1)[0]
     path = tmp_path / "image.png"

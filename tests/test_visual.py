@@ -22,6 +22,7 @@ from unianom.visual import (
     draw_outline,
     heat_colours,
     heat_scale,
+    jpeg,
     new_figure,
     outline,
     overlay,
@@ -135,6 +136,14 @@ EMPTY = Curve(np.empty(0), np.empty(0))
 def _line(axes, label: str) -> tuple[list[float], list[float]]:
     (line,) = [line for line in axes.lines if line.get_label() == label]
     return line.get_xdata().tolist(), line.get_ydata().tolist()
+
+
+def test_jpeg_keeps_size_and_nearly_the_colours():
+    ramp = np.linspace(0, 255, 64)
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 128), axis=2).astype(np.uint8)
+    got = np.asarray(Image.open(io.BytesIO(jpeg(image)))).astype(int)
+    assert got.shape == image.shape
+    assert np.abs(got - image).mean() < 4
 
 
 def test_curves_are_drawn_as_given():

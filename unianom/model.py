@@ -174,6 +174,22 @@ class Model:
             ]
         return results
 
+    def prepare(
+        self, images: Sequence[AnyImage], limits: ImageLimits | None = None, bits: int | None = None
+    ) -> list[np.ndarray]:
+        """Return images as the network sees them, before their values are normalised: scaled, cut and padded, S×S×3
+        uint8. Anomaly maps lie over these; `unianom.data.tensors.normalise` makes the network's input of them.
+
+        Args:
+            images, limits, bits: as of `predict`.
+
+        Raises:
+            ImageError, OptionError: as `predict`.
+        """
+        images = _as_list(images)
+        check_bits(bits)
+        return [image for batch in self._prepared(images, 1, limits or ImageLimits(), bits) for image in batch]
+
     def decide(self, score: float, calibrated_score: float | None, category: str | None) -> str | None:
         """Decide what becomes of one image; see `ImageResult.decision`.
 

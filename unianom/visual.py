@@ -159,6 +159,13 @@ def webp(image: Pixels, quality: int = 82) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg(image: Pixels, quality: int = 82) -> bytes:
+    """Encode H×W×3 uint8 RGB as JPEG, which every notebook and mail program shows."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
+
+
 def new_figure(panels: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
     """Return a figure of panels side by side, each 3.1 × 2.6 inches, with a title above them if one is given."""
     from matplotlib.figure import Figure

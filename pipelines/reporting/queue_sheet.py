@@ -12,17 +12,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipelines.reporting.contact_sheet import font, sheet_png
-from pipelines.reporting.samples import STORED, as_model_input, read_samples
+from pipelines.reporting.samples import STORED, as_model_input, read_maps, read_samples
 from unianom import visual
-from unianom.data.image import InputPolicy, decode_map
+from unianom.data.image import InputPolicy
 from unianom.data.shards import ScoreSet, ShardSet
 from unianom.options import from_plain
 from unianom.thresholds import ScoreKind
 
 SIDE, GAP, LINE, TEXT, COLUMNS = 160, 12, 15, 11, 4
 """Pixels of a picture's side, between cards, of a line of text and of its letters, and cards in a row."""
-
-MAP_COLUMNS = ("anomaly_map", "map_offset", "map_scale", "calibration_offset", "calibration_scale")
 
 
 def draw_queue(
@@ -45,7 +43,7 @@ def draw_queue(
         stands alone. The outline of a mask is drawn where there is one.
     """
     rows = {row["sample_id"]: row for queue in queues.values() for row in queue}
-    maps = _read_maps(scores, {*rows, *ordinary}, kind)
+    maps = read_maps(scores, {*rows, *ordinary}, kind)
     policies = {m["digest"]: from_plain(InputPolicy, m["config"]["input"]) for m in scores.manifest["models"]}
     stored = {row["sample_id"]: row for row in read_samples(shards, set(rows), STORED)}
     sheets = {}
@@ -67,19 +65,6 @@ def _scale(
         return None
     background = [m[::4, ::4].ravel() for name, m in maps.items() if name not in queued]
     return visual.heat_scale(np.concatenate([*background, []]), np.concatenate([m[::4, ::4].ravel() for m in shown]))
-
-
-def _read_maps(scores: ScoreSet, sample_ids: set[str], kind: ScoreKind) -> dict[str, np.ndarray]:
-    """Return the anomaly maps, S×S float32, of those samples that have one."""
-    maps = {}
-    for row in read_samples(scores, sample_ids, MAP_COLUMNS):
-        if row["anomaly_map"] is None:
-            continue
-        anomaly_map = decode_map(row["anomaly_map"], row["map_offset"], row["map_scale"])
-        if kind == "calibrated":
-            anomaly_map = (anomaly_map - row["calibration_offset"]) / row["calibration_scale"]
-        maps[row["sample_id"]] = anomaly_map
-    return maps
 
 
 def _draw(

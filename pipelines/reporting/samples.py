@@ -14,14 +14,19 @@ from unianom.data.image import (
     ImageLimits,
     InputPolicy,
     decode_image,
+    decode_map,
     decode_mask,
     prepare_image,
     prepare_mask,
 )
-from unianom.data.shards import PartSet
+from unianom.data.shards import PartSet, ScoreSet
+from unianom.thresholds import ScoreKind
 
 STORED = ("image", "mask", "height", "width")
 """Columns of the shards that a picture of a sample is made of."""
+
+MAP_COLUMNS = ("anomaly_map", "map_offset", "map_scale", "calibration_offset", "calibration_scale")
+"""Columns of scores that a map is made of."""
 
 
 def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -33,6 +38,25 @@ def read_samples(parts: PartSet, sample_ids: set[str], columns: Sequence[str]) -
             continue
         for batch in parts.read(part, None, ["sample_id", *columns], rows=16):
             yield from batch.filter(pc.is_in(batch["sample_id"], wanted)).to_pylist()
+
+
+def read_maps(scores: ScoreSet, sample_ids: set[str], kind: ScoreKind = "raw") -> dict[str, np.ndarray]:
+    """Return the anomaly maps, S×S float32, of those of some samples that have one, by sample_id.
+
+    Args:
+        scores: with maps.
+        sample_ids: the samples.
+        kind: whether maps are as the method gave them, or calibrated.
+    """
+    maps = {}
+    for row in read_samples(scores, sample_ids, MAP_COLUMNS):
+        if row["anomaly_map"] is None:
+            continue
+        anomaly_map = decode_map(row["anomaly_map"], row["map_offset"], row["map_scale"])
+        if kind == "calibrated":
+            anomaly_map = (anomaly_map - row["calibration_offset"]) / row["calibration_scale"]
+        maps[row["sample_id"]] = anomaly_map
+    return maps
 
 
 def as_model_input(stored: Mapping[str, Any], policy: InputPolicy) -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -64,9 +64,9 @@ class GivenOptions:
                 else:
                     raise OptionError(f"--{name}: expected a value")
             if name == "config":
-                self._read_file(text)
+                self.read_file(text)
             elif name in self._groups:
-                self._take(_mapping(text, f"--{name}"), name + ".")
+                self.take(_mapping(text, f"--{name}"), name + ".")
             else:
                 self._set(name, Argument(text))
         if unknown:
@@ -96,7 +96,7 @@ class GivenOptions:
                 return option
         return ""
 
-    def _read_file(self, uri: str) -> None:
+    def read_file(self, uri: str) -> None:
         """Take a YAML file; where there is none of that name, the recipe of it."""
         try:
             recipe = None if "://" in uri or files.is_file(uri) else find_recipe(uri)
@@ -107,9 +107,10 @@ class GivenOptions:
             raise OptionError(f"--config: there is no file {uri}, and no recipe of that name{meant}") from error
         except (OSError, UnicodeDecodeError, UnianomError) as error:
             raise OptionError(f"--config: cannot read {uri}: {' '.join(str(error).split())}") from error
-        self._take(_mapping(text, f"--config {uri}"), "")
+        self.take(_mapping(text, f"--config {uri}"))
 
-    def _take(self, values: dict[str, Any], prefix: str) -> None:
+    def take(self, values: dict[str, Any], prefix: str = "") -> None:
+        """Take values by option; of a group a dict of those in it. `prefix`: of their names, ending in a dot."""
         for key, value in values.items():
             name = f"{prefix}{key}"
             if name in self._groups:
@@ -117,7 +118,7 @@ class GivenOptions:
                     inside = [option for option in self._fields if option.startswith(name + ".")]
                     names = dict.fromkeys(option[len(name) + 1 :].partition(".")[0] for option in inside)
                     raise OptionError(f"--{name}: expected options ({', '.join(names)}), got {natural(value)!r}")
-                self._take(value, name + ".")
+                self.take(value, name + ".")
             elif name in self._fields or self._dict_of(name):
                 self._set(name, value)
             else:
@@ -178,6 +179,27 @@ class GivenOptions:
             own = (name for name, (_, metadata) in self._fields.items() if metadata.get("as_written"))
             plain |= {name: made[name] for name in own if name in made}
         return plain
+
+
+T = TypeVar("T")
+
+
+def with_recipe(options: type[T], recipe: str, **values: Any) -> T:
+    """Return options as `--config RECIPE` makes them on a command line, with others that override the recipe.
+
+    Args:
+        options: their dataclass, such as `train_options()["patchcore"]`.
+        recipe: name of a recipe, such as "offline/patchcore", or a YAML file; path or URI.
+        values: by option; of a group a dict of those that are given, or an instance, which gives all of them.
+
+    Raises:
+        OptionError: no such recipe; unknown, missing or refused options.
+    """
+    given = GivenOptions(options)
+    given.read_file(recipe)
+    given.take(to_plain(values))
+    made: T = given.instance()
+    return made
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:
@@ -247,8 +269,12 @@ def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
 
 
 def _nearest(unknown: str, names: Sequence[str]) -> str | None:
-    """Return the known option that resembles an unknown one in its last part, in the same group if there is one."""
-    group = unknown.rpartition(".")[0]
+    """Return the known option that resembles an unknown one in its last part, in the same group if there is one; one of
+    the same last part comes first."""
+    group, _, leaf = unknown.rpartition(".")
+    same = next((name for name in names if name.rpartition(".")[2] == leaf), None)
+    if same is not None:
+        return same
     for known in ([name for name in names if name.rpartition(".")[0] == group], names):
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         near = difflib.get_close_matches(unknown.rpartition(".")[2], leaves, 1)

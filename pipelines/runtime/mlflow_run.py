@@ -210,8 +210,10 @@ class MlflowRun(Run):
             inputs=Schema([ColSpec("binary", "image"), ColSpec("string", "category", required=False)]),
             outputs=Schema(
                 [
-                    ColSpec("double", "score"),
+                    ColSpec("double", "score", required=False),
                     ColSpec("string", "decision", required=False),
+                    ColSpec("string", "status"),
+                    ColSpec("string", "error", required=False),
                     ColSpec("double", "calibrated_score", required=False),
                     ColSpec("binary", "anomaly_map", required=False),
                     ColSpec("double", "map_offset", required=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -21,11 +22,28 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("cluster", "jobs", "notebooks", "pipelines", "tests", "unianom")
 """Those of the repository; jobs may have written others beside them, with copies of its pages in logged models."""
 
-PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+KINDS = ("*.md", "*.ipynb")
+
+PAGES = sorted(
+    page
+    for page in (
+        *ROOT.glob("*.md"),
+        *(page for folder in FOLDERS for kind in KINDS for page in (ROOT / folder).rglob(kind)),
+    )
+    if ".ipynb_checkpoints" not in page.parts
+)
+
+
+def _text(page: Path) -> str:
+    """Return the text of a page; of a notebook that between its code."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def _blocks(page: Path) -> list[str]:
-    return re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```\w*\n(.*?)^```", _text(page), flags=re.MULTILINE | re.DOTALL)
 
 
 def _commands() -> list[tuple[str, str]]:
@@ -34,7 +52,7 @@ def _commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in _blocks(page):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                command = re.search(r"python jobs/(\w+)\.py(.*)|^unianom ([a-z][\w-]*)(.*)", line)
+                command = re.search(r"python jobs/(\w+)\.py(.*)|(?:^|-- )unianom ([a-z][\w-]*)(.*)", line)
                 if command and "…" not in command[0] and command[3] != "completion":
                     name, rest = (command[1] or command[3]).replace("-", "_"), command[2] or command[4] or ""
                     found.append((str(page.relative_to(ROOT)), f"jobs/{name}.py{rest}"))
@@ -81,7 +99,7 @@ def test_a_command_is_one_of_its_job(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", _text(page)):
         if "://" not in link:
             assert (page.parent / link).exists(), link
 

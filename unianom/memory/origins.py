@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unianom import files
-from unianom.errors import DataError, ModelError
+from unianom.errors import DataError, ModelError, OptionError
 from unianom.memory.bank_files import read_verified
 
 ORIGINS = "origins.parquet"
@@ -38,6 +38,19 @@ class Origins:
                 f"the vectors of a bank came from images {self.rows.min()} to {self.rows.max()} of {len(self.images)}; "
                 f"number the images from 0"
             )
+
+    def rows_of(self, sample_id: str) -> NDArray[np.int64]:
+        """Return the rows of the bank that came from an image, ascending; none where the coreset took none of it.
+
+        Raises:
+            OptionError: the bank was not chosen from this image.
+        """
+        if sample_id not in self.images:
+            raise OptionError(
+                f"the memory bank was not chosen from an image {sample_id}, but from {len(self.images)} others, such "
+                f"as {self.images[0]}; give one of these"
+            )
+        return np.flatnonzero(self.rows == self.images.index(sample_id))
 
     def save(self, uri: str) -> str:
         """Write the file into a bank's folder; return its SHA-256."""

@@ -1,13 +1,17 @@
 """Recipes by name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.runtime.cli import parse
+from pipelines.runtime.given_options import with_recipe
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.recipes import FOLDER, find_recipe, nearest_recipes, recipe_names
 from pipelines.training.options import train_options
 from unianom.errors import OptionError
+from unianom.options import to_plain
 
 GIVEN = ["patchcore", "--shards", "s", "--output", "o"]
 
@@ -53,3 +57,30 @@ def test_where_none_is_near_it_is_said_where_they_are():
         parse(train_options(), [*GIVEN, "--config", "zzz.yaml"])
     with pytest.raises(OptionError, match=r"cannot read memory://nowhere/x.yaml|no file memory://nowhere/x.yaml"):
         parse(train_options(), [*GIVEN, "--config", "memory://nowhere/x.yaml"])
+
+
+def test_options_in_python_are_those_of_the_command_line():
+    made = with_recipe(
+        train_options()["patchcore"],
+        "offline/patchcore",
+        shards="s",
+        output="o",
+        method={"bank": {"coreset_ratio": 0.02}, "taps": (16,)},
+        runtime=RuntimeOptions(local=True),
+    )
+    words = ["--config", "offline/patchcore", "--method.bank.coreset_ratio", "0.02", "--method.taps", "[16]"]
+    assert to_plain(made) == to_plain(parse(train_options(), [*GIVEN, *words, "--runtime.local", "true"]))
+    assert made.method.backbone.name == "tf_efficientnet_lite0"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"shards": "s"}, "--output is required"),
+        ({"shards": "s", "output": "o", "sheds": 1}, "no option 'sheds'; did you mean --shards"),
+        ({"shards": "s", "output": "o", "method": {"bank": {"coreset_ratio": 2.0}}}, "coreset_ratio"),
+    ],
+)
+def test_wrong_options_in_python_are_refused(values: dict[str, Any], words: str):
+    with pytest.raises(OptionError, match=words):
+        with_recipe(train_options()["patchcore"], "offline/patchcore", **values)

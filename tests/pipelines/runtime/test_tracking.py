@@ -574,18 +574,17 @@ texts = pd.DataFrame({"image": [base64.b64encode(image).decode() for image in im
 out["base64"] = model.predict(texts)["score"].tolist()
 maps = model.predict(frame, params={"maps": True})
 out["maps"] = [[base64.b64encode(r.anomaly_map).decode(), r.map_offset, r.map_scale] for r in maps.itertuples()]
-out["errors"] = []
-for bad in (images[0][:40], "***", None):
-    try:
-        model.predict(pd.DataFrame({"image": [images[0], bad]}, index=["a", "b"]))
-    except Exception as error:
-        out["errors"].append(f"{type(error).__name__}: {error}")
+mixed = pd.DataFrame({"image": [images[0][:40], images[0], "***", images[1], b""]}, index=list("abcde"))
+mixed = model.predict(mixed, params={"maps": True})
+out["mixed"] = json.loads(mixed.drop(columns="anomaly_map").to_json(orient="index"))
+out["mixed maps"] = mixed["anomaly_map"].isna().tolist()
+out["missing"] = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [None]})).to_dict("records")
 server = TestClient(scoring_server.init(model))
 request = {"dataframe_split": {"columns": ["image"], "data": texts.values.tolist()}, "params": {"maps": True}}
 answer = server.post("/invocations", json=request)
 out["served"] = [answer.status_code, answer.json()]
-answer = server.post("/invocations", json={"dataframe_records": [{"image": "AAAA"}]})
-out["refused"] = [answer.status_code, answer.text]
+answer = server.post("/invocations", json={"dataframe_records": [{"image": "AAAA"}, {"image": texts["image"][0]}]})
+out["bad row"] = [answer.status_code, answer.json()]
 code = [Path(m.__file__) for n, m in sys.modules.items() if n.split(".")[0] == "unianom"]
 out["code"] = [str(path) for path in code]
 nodes = [node for path in code for node in ast.walk(ast.parse(path.read_text()))]
@@ -619,7 +618,7 @@ def fresh(registered, folder, tmp_path_factory):
 def test_a_fresh_process_scores_with_the_logged_code(fresh, folder):
     _, expected, out = fresh
     assert out["plain"]["index"] == [7, 8]
-    assert out["plain"]["columns"] == ["score", "decision"]
+    assert out["plain"]["columns"] == ["score", "decision", "status", "error"]
     assert [row[0] for row in out["plain"]["data"]] == pytest.approx([r.score for r in expected], rel=1e-5)
     assert [row[1] for row in out["plain"]["data"]] == [r.decision for r in expected]
     assert out["base64"] == pytest.approx([r.score for r in expected], rel=1e-5)
@@ -636,11 +635,22 @@ def test_anomaly_maps_come_on_request(fresh):
         assert unpacked.shape == (32, 32)
 
 
-def test_a_bad_image_is_named_by_its_row(fresh):
-    truncated, text, nothing = fresh[2]["errors"]
-    assert truncated.startswith("ImageError: row b: ")
-    assert text.startswith("ImageError: row b: the text in column 'image' is not base64")
-    assert nothing.startswith("ImageError: row b: column 'image' holds NoneType")
+def test_a_bad_image_is_a_row_with_its_status(fresh):
+    _, expected, out = fresh
+    mixed = out["mixed"]
+    assert {row: told["status"] for row, told in mixed.items()} == dict(
+        a="corrupt", b="ok", c="corrupt", d="ok", e="corrupt"
+    )
+    for row, result in (("b", expected[0]), ("d", expected[1])):
+        assert mixed[row]["score"] == pytest.approx(result.score, rel=1e-5)
+        assert mixed[row]["decision"] == result.decision
+        assert mixed[row]["error"] is None
+    for row in "ace":
+        assert (mixed[row]["score"], mixed[row]["decision"], mixed[row]["map_scale"]) == (None, None, None)
+    assert mixed["c"]["error"].startswith("the text in column 'image' is not base64")
+    assert out["mixed maps"] == [True, False, True, False, True]
+    (nothing,) = out["missing"]
+    assert (nothing["status"], nothing["error"].split(";")[0]) == ("missing", "column 'image' holds NoneType")
 
 
 def test_the_model_server_takes_base64_and_gives_maps(fresh):
@@ -652,9 +662,10 @@ def test_the_model_server_takes_base64_and_gives_maps(fresh):
         assert row["decision"] == result.decision
         unpacked = decode_map(base64.b64decode(row["anomaly_map"]), row["map_offset"], row["map_scale"])
         np.testing.assert_allclose(unpacked, result.anomaly_map, atol=row["map_scale"] + 1e-5)
-    status, answer = out["refused"]
-    assert status == 400
-    assert "row 0" in answer
+    status, answer = out["bad row"]
+    bad, good = answer["predictions"]
+    assert (status, bad["status"], bad["score"], good["status"]) == (200, "corrupt", None, "ok")
+    assert good["score"] == pytest.approx(expected[0].score, rel=1e-5)
 
 
 def test_the_pinned_packages_cover_what_the_logged_code_imports(fresh):
