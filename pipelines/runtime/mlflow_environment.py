@@ -49,6 +49,8 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.strerror):
             words = str(cause)
             break
+        if isinstance(why := getattr(cause, "reason", None), Exception):  # of what urllib3 gave up
+            words = str(why)
         cause = cause.__cause__ or cause.__context__
     return cut(mask_credentials(words), 300)
 
