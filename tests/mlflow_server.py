@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ class Server:
                 cwd=self._folder,
                 stdout=said,
                 stderr=said,
+                start_new_session=True,  # the process that answers is a child of it
             )
         self._process = process
         end = time.monotonic() + 120
@@ -54,9 +56,9 @@ class Server:
         raise RuntimeError(f"MLflow's server did not start: {log.read_text()}")
 
     def stop(self) -> None:
-        """Stop it, and wait until it is gone."""
+        """Kill it: asked to end, it takes five seconds."""
         if self._process is not None:
-            self._process.terminate()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 

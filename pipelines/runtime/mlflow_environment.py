@@ -49,8 +49,9 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.strerror):
             words = str(cause)
             break
-        if isinstance(why := getattr(cause, "reason", None), Exception):  # of what urllib3 gave up
-            words = str(why)
+        for name in ("reason", "orig"):  # where urllib3 and SQLAlchemy keep what they were told
+            if isinstance(told := getattr(cause, name, None), Exception):
+                words = " ".join(str(told).split())
         cause = cause.__cause__ or cause.__context__
     return cut(mask_credentials(words), 300)
 
@@ -89,12 +90,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def quiet_loggers() -> Iterator[None]:
-    """Let through only warnings and errors of MLflow and its database migrations, for the length of the block."""
+    """Let through only warnings and errors of MLflow and its database migrations, for the length of the block.
+
+    Those of its database are raised as well, and are not logged with their long tracebacks.
+    """
     level = os.environ["MLFLOW_LOGGING_LEVEL"].upper()
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    of_database = "CRITICAL" if level == QUIET["MLFLOW_LOGGING_LEVEL"] else level
+    levels = {"mlflow": level, "alembic": level, "mlflow.store.db.utils": of_database}
+    loggers = [logging.getLogger(name) for name in levels]
     before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(level)
+    for logger, new in zip(loggers, levels.values(), strict=True):
+        logger.setLevel(new)
     try:
         yield
     finally:

@@ -159,7 +159,7 @@ class MlflowRun(Run):
         cure = "the model itself is complete: run the same command again to register it"
         with explained(f"cannot register model '{name}' in {self._where}", cure):
             self._records.flush(mlflow_queue.PATIENCE)
-            if self.id is None:
+            if self._records.away:
                 raise ConnectionError(self._records.away)
             with environment(ONE_RETRY), global_tracking_uri(self._tracking_uri):
                 return until_answered(lambda: self._register(model_uri, digest, name, alias), mlflow_queue.PATIENCE)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+ERROR = "unianom.error"
+"""Tag of what ended a run that failed."""
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     """By what the run of a job is found again.
@@ -59,6 +63,8 @@ def open_run(uri: str, identity: RunIdentity, parent_id: str | None) -> tuple[Ml
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
+        if ERROR in found[0].data.tags:
+            client.delete_tag(run_id, ERROR)
     else:
         tags = {
             "unianom.key": key,

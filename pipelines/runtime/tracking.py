@@ -52,9 +52,9 @@ def track(
     if not options.enabled:
         yield Run()
         return
-    from pipelines.runtime.mlflow_environment import QUIET, environment, quiet_loggers
+    from pipelines.runtime.mlflow_environment import QUIET, TrackingError, environment, quiet_loggers
     from pipelines.runtime.mlflow_run import MlflowRun
-    from pipelines.runtime.mlflow_store import RunIdentity, default_uri
+    from pipelines.runtime.mlflow_store import ERROR, RunIdentity, default_uri
 
     output = files.full_uri(output)
     with environment(QUIET), quiet_loggers():
@@ -73,9 +73,9 @@ def track(
         try:
             yield run
         except BaseException as error:
-            run.tags({"unianom.error": f"{type(error).__name__}: {error}"})
-            killed = isinstance(error, KeyboardInterrupt)
-            run.end("KILLED" if killed else "FAILED", patience=0.0 if killed else None)
+            run.tags({ERROR: f"{type(error).__name__}: {error}"})
+            at_once = isinstance(error, KeyboardInterrupt | TrackingError)  # the latter has waited
+            run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", 0.0 if at_once else None)
             raise
         run.end("FINISHED")
 

@@ -212,7 +212,9 @@ def test_an_error_ends_the_run_and_goes_on(folder, client, error, status):
     with track(OPTIONS, "train", output, {}) as again:
         assert client.get_run(again.id).info.status == "RUNNING"
     assert again.id == run.id
-    assert client.get_run(run.id).info.status == "FINISHED"
+    ended = client.get_run(run.id)
+    assert ended.info.status == "FINISHED"
+    assert "unianom.error" not in ended.data.tags
 
 
 class Away:
