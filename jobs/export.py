@@ -1,4 +1,4 @@
-"""Write a model as an ONNX file that runs without PyTorch and without unianom.
+"""Write a model as an ONNX file that runs without PyTorch and unianom.
 
 python jobs/export.py --model runs/uniformaly --shards shards/mvtec --output exported/uniformaly
 """
