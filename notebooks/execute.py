@@ -7,7 +7,9 @@ python notebooks/execute.py quick_start.ipynb        # some of them
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,7 @@ from typing import Any
 import nbformat
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
+from PIL import Image
 
 FOLDER = Path(__file__).parent
 
@@ -119,12 +122,24 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def shown(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """Return the outputs of a cell that are kept: no progress lines, and no empty table of Ray Tune."""
-    return [
+    """Return the outputs of a cell that are kept: no progress lines, and no empty table of Ray Tune; figures small."""
+    kept = [
         output
         for output in cell.outputs
         if output.get("name") != "stderr" and output.get("data", {}).get("text/html") != ""
     ]
+    for output in kept:
+        if "image/png" in output.get("data", {}):
+            output.data["image/png"] = in_few_colours(output.data["image/png"])
+    return kept
+
+
+def in_few_colours(picture: str) -> str:
+    """Return a PNG of at most 128 colours, which is enough for curves and points; both in base64."""
+    found = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(found, "PNG", optimize=True)
+    return base64.b64encode(found.getvalue()).decode()
 
 
 def main() -> None:
