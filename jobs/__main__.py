@@ -8,6 +8,7 @@ GROUPS = {
     "First steps": ("inspect", "demo", "weights"),
     "From images to a report": ("ingest", "train", "score", "evaluate", "decide", "report"),
     "Better models": ("tune", "calibrate", "compare"),
+    "In production": ("serve", "export"),
     "Studies": ("low_shot", "semantic", "cluster_anomalies", "benchmark"),
 }
 """Headings of the list, and the order below each. Jobs are found by their files: one not named here comes last."""

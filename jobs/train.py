@@ -1,6 +1,7 @@
-"""Fit a method to the normal images of a shard set.
+"""Fit a method to normal images, in shards or where they lie.
 
 python jobs/train.py uniformaly --shards shards/mvtec --output runs/uniformaly
+python jobs/train.py patchcore --images s3://line-3/good --output runs/line-3
 """
 
 from pipelines.runtime.cli import run

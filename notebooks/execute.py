@@ -1,7 +1,7 @@
 """Run the notebooks and keep what they print and draw.
 
 python notebooks/execute.py                          # all of them, as `make notebooks` does
-python notebooks/execute.py quick_start.ipynb        # some of them
+python notebooks/execute.py 1_quick_start.ipynb      # some of them
 """
 
 from __future__ import annotations
@@ -109,9 +109,6 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.execution_count = number
             cell.outputs = shown(cell)
             for output in cell.outputs:
-                if "image/png" in output.get("data", {}):
-                    output.data["image/png"] = in_few_colours(output.data["image/png"])
-            for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = number
     notebook.metadata = nbformat.from_dict(
@@ -125,22 +122,24 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def shown(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """Return the outputs of a cell that are kept: no progress lines, and no empty table of Ray Tune."""
-    return [
+    """Return the outputs of a cell that are kept: no progress lines, and no empty table of Ray Tune; figures small."""
+    kept = [
         output
         for output in cell.outputs
         if output.get("name") != "stderr" and output.get("data", {}).get("text/html") != ""
     ]
+    for output in kept:
+        if "image/png" in output.get("data", {}):
+            output.data["image/png"] = in_few_colours(output.data["image/png"])
+    return kept
 
 
-def in_few_colours(png: str) -> str:
-    """Return a figure, PNG in Base64, with a palette of 128 colours: a quarter of the bytes."""
-    figure = Image.open(io.BytesIO(base64.b64decode(png)))
-    if figure.mode == "P":
-        return png
-    buffer = io.BytesIO()
-    figure.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+def in_few_colours(picture: str) -> str:
+    """Return a PNG of at most 128 colours, which is enough for curves and points; both in base64."""
+    found = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(found, "PNG", optimize=True)
+    return base64.b64encode(found.getvalue()).decode()
 
 
 def main() -> None:

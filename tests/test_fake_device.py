@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.data.patch_matrix import KeptPatches
 from pipelines.inference.range_scorer import predict_batch
+from pipelines.training.calibration_images import NormalEmbeddings
+from pipelines.training.prepared import FrozenFeatures
+from pipelines.training.threshold import ImageScores
+from pipelines.tuning.calibration_trials import MapsAndEmbeddings
+from pipelines.tuning.encodings import EncodedPatches
 from tests.fake_device import DEVICE, HostWaits, fake_device, without_waits
 from tests.methods.conftest import TINY, fit, random_images, tiny_method
 from unianom.calibration import Calibrator
@@ -60,6 +66,32 @@ def test_methods_never_wait(name, changes, monkeypatch):
             batch = batch.map(move)
             losses = without_waits(lambda: method.training_loss(batch))
             assert all(loss.device == DEVICE for loss in losses.values())
+
+
+CACHED = [
+    ("patchcore", KeptPatches("m", for_bank=True)),
+    ("uniformaly", KeptPatches("m", for_bank=True)),
+    ("uniformaly", KeptPatches("m", for_bank=False)),
+    ("uniformaly", EncodedPatches("m")),
+    ("uniad", FrozenFeatures("m", half=True)),
+    ("uniad", NormalEmbeddings("m", ("a",), half=True)),
+    ("patchcore", ImageScores("m")),
+    ("uniad", MapsAndEmbeddings("m")),
+]
+
+
+@pytest.mark.parametrize(("name", "extractor"), CACHED, ids=str)
+def test_the_networks_of_caches_never_wait(name, extractor, monkeypatch):
+    method = ready(name, {})
+    with fake_device(monkeypatch) as move:
+        move(method)
+        if isinstance(method, MemoryMethod):
+            method.bank_on_device()
+        function = extractor.open(lambda folder: method)
+        assert function.device == DEVICE
+        images = move(random_images(BATCH))
+        found = without_waits(lambda: function.network(images))
+        assert all(values.device == DEVICE and len(values) == BATCH for values in found.values())
 
 
 VARIANTS = (None, "none", "labels", "classifier", "cada")

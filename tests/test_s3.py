@@ -106,6 +106,37 @@ def test_what_is_written_is_read(proxy: Proxy, store: Server) -> None:
     assert store.objects() == {}
 
 
+def test_a_folder_is_listed_page_by_page(proxy: Proxy, store: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is listed is what fsspec lists, and no page is asked for before the one before it is used up."""
+    monkeypatch.setattr(s3, "PAGE", 4)
+    client = store.client()
+    for key in ("a/", *(f"a/{number}.png" for number in range(9)), "a/b/1.png", "a/b/2.png", "a/c/1.png", "d.png"):
+        client.put_object(Bucket="bucket", Key=key, Body=b"1" * len(key))
+    fs, folder = files.resolve("s3://bucket/a")
+    expected = {(one["name"], one["type"], one["size"]) for one in fs.ls(folder, detail=True)}
+    proxy.forgive()
+    proxy.plan = first("503")  # a page is asked for again
+    found = files.iter_infos(fs, folder)
+    listed = [next(found)]
+    assert len(proxy.requests) == 2
+    listed += found
+    assert len(proxy.requests) == 4
+    assert {(one["name"], one["type"], one["size"]) for one in listed} == expected
+    assert len(listed) == len(expected) == 12
+    proxy.forgive()
+    assert files.is_folder("s3://bucket/a")
+    (request,) = proxy.requests
+    assert "max-keys=1" in request.target.split("&")
+    assert [one["name"] for one in files.iter_infos(fs, "bucket")] == ["bucket/a", "bucket/d.png"]
+    assert [one["type"] for one in files.iter_infos(fs, "bucket/d.png")] == ["file"]
+    with pytest.raises(FileNotFoundError):
+        list(files.iter_infos(fs, "bucket/e"))
+    with pytest.raises(DataError, match="no folder s3://bucket/e; check the path"):
+        list(Source.open("s3://bucket/e").walk())
+    with pytest.raises(DataError, match=r"s3://bucket/d.png is a file; a folder is expected"):
+        list(Source.open("s3://bucket/d.png").walk())
+
+
 def test_a_file_is_read_by_one_request_and_a_large_one_by_ranges(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(range(256)) * 40
     files.write_bytes("s3://bucket/x", content)

@@ -218,7 +218,7 @@ def test_the_plan_knows_the_file_of_the_package() -> None:
     assert weights_digest("tf_efficientnet_lite0.in1k", "package") == PACKAGES[0].sha256
     assert weights_digest(VIT.name, "package") == PACKAGES[1].sha256
     assert weights_digest(VIT.name, "pretrained") is None
-    assert inputs_of("shards", PatchCoreConfig(backbone=LITE0))["method.backbone.weights"] is None
+    assert inputs_of(PatchCoreConfig(backbone=LITE0))["method.backbone.weights"] is None
 
 
 def test_a_model_needs_the_package_only_to_be_made(

@@ -52,9 +52,13 @@ class MapStatistics(NamedTuple):
     @staticmethod
     def of(maps: Tensor) -> MapStatistics:
         """Compute the statistics of B×S×S maps."""
+        return MapStatistics(*MapStatistics.columns(maps).cpu().numpy().T)
+
+    @staticmethod
+    def columns(maps: Tensor) -> Tensor:
+        """Compute the statistics of B×S×S maps on their device; B×3 float64, in the order of the attributes."""
         pixels = maps.flatten(1).double()
-        found = (pixels.mean(1), pixels.square().mean(1), pixels.amax(1))
-        return MapStatistics(*(value.cpu().numpy() for value in found))
+        return torch.stack([pixels.mean(1), pixels.square().mean(1), pixels.amax(1)], dim=1)
 
     def targets(self, kind: str) -> np.ndarray:
         """Return what a regressor is to predict for each image (Sec. 3.2): u and γ, N×2 float64."""
@@ -248,7 +252,7 @@ class Calibrator(nn.Module):
             DataError: they are needed and not given, or one is not among the training categories.
         """
         if self.config.variant == "none":
-            return torch.arange(2.0, device=features.device).expand(len(features), 2)
+            return torch.arange(2.0, device=features.device).expand(features.shape[0], 2)
         if self.config.variant == "labels":
             return self.class_statistics[self._classes(categories, features)]
         if self.config.variant == "classifier":
@@ -278,9 +282,13 @@ class Calibrator(nn.Module):
         Raises:
             DataError: see `statistics_of`.
         """
-        level, top = self.statistics_of(prediction.embedding.float(), categories).unbind(1)
+        return self.calibrate_by(self.statistics_of(prediction.embedding.float(), categories), prediction.anomaly_map)
+
+    def calibrate_by(self, statistics: Tensor, anomaly_map: Tensor) -> Calibration:
+        """Calibrate B images, B×S×S maps, by their u and γ, B×2."""
+        level, top = statistics.unbind(1)
         scale = (top - level).clamp_min(self.smallest_scale) if self.config.variant != "none" else top - level
-        return Calibration(level, scale, (top_mean(prediction.anomaly_map, self.config.score_share) - level) / scale)
+        return Calibration(level, scale, (top_mean(anomaly_map, self.config.score_share) - level) / scale)
 
     def plain(self) -> dict[str, Any]:
         """Return what a model folder keeps of the calibrator beside its weights, as plain data."""

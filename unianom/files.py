@@ -130,6 +130,24 @@ def list_names(uri: str | os.PathLike[str]) -> list[str]:
     return sorted(posixpath.basename(name.rstrip("/")) for name in fs.ls(path, detail=False))
 
 
+def iter_infos(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[dict[str, Any]]:
+    """Yield what a file system says of all that lies directly in a folder; of this machine's disk and of S3, whose
+    folders may hold millions, without holding all of it.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+    """
+    if isinstance(fs, LocalFileSystem) and fs.isdir(path):
+        with os.scandir(path) as found:
+            for entry in found:
+                with suppress(FileNotFoundError):  # it was removed meanwhile
+                    yield fs.info(entry)
+    elif hasattr(fs, "iter_dir"):
+        yield from fs.iter_dir(path)
+    else:
+        yield from fs.ls(path, detail=True)
+
+
 def list_files(uri: str | os.PathLike[str]) -> list[str]:
     """Return sorted paths, relative to a folder, of all files below it; links are not followed, but listed
     themselves."""

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 from asyncio import sleep
+from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import IO, Any
@@ -45,6 +46,9 @@ workers do not come back at one moment."""
 
 TELL = 10.0
 """Seconds after which a request without an answer is worth a line."""
+
+PAGE = 1000
+"""Objects that a folder is listed by at a time; S3 tells no more."""
 
 UPLOADS = 3
 """How often a file is uploaded whose upload in parts the store no longer knows."""
@@ -139,6 +143,43 @@ class PatientS3(S3FileSystem):
         return True
 
     exists = sync_wrapper(_exists)
+
+    async def _isdir(self, path: str) -> bool:
+        bucket, key, _ = self.split_path(path)
+        if not bucket:
+            return True
+        below = f"{key.strip('/')}/" if key else ""
+        try:  # S3FileSystem lists, and keeps, all that lies there
+            found = await self._call_s3("list_objects_v2", Bucket=bucket, Prefix=below, MaxKeys=1, **self.req_kw)
+        except FileNotFoundError:
+            return False
+        return not key or bool(found.get("Contents"))
+
+    isdir = sync_wrapper(_isdir)
+
+    def iter_dir(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yield name, type and size of what lies directly in a folder, `PAGE` at a time, which are all that is held; of
+        a file its own.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+        """
+        bucket, key, _ = self.split_path(path)
+        below = f"{key.strip('/')}/" if key else ""
+        asked = {"Bucket": bucket, "Prefix": below, "Delimiter": "/", "MaxKeys": PAGE, **self.req_kw}
+        empty, more = True, True
+        while more:
+            page = self.call_s3("list_objects_v2", **asked)
+            for folder in page.get("CommonPrefixes", ()):
+                empty = False
+                yield {"name": f"{bucket}/{folder['Prefix'][:-1]}", "type": "directory", "size": 0}
+            for file in page.get("Contents", ()):
+                empty = False
+                yield {"name": f"{bucket}/{file['Key']}", "type": "file", "size": file["Size"]}
+            more = page.get("IsTruncated", False)
+            asked["ContinuationToken"] = page.get("NextContinuationToken")
+        if empty and key:
+            yield self.info(path)
 
     async def _isfile(self, path: str) -> bool:
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from annotated_types import Interval
+
+from pipelines.benchmarks.sizing_options import SizingBenchmark
 from unianom import files
 from unianom.data.image.options import Side
 from unianom.data.layouts import LAYOUTS
@@ -344,6 +347,39 @@ class HostBenchmark(Options):
     rounds: AtLeastOne = 5
 
 
+@dataclass(frozen=True)
+class ServingBenchmark(Options):
+    """A server under load: latencies, images per second ÷ those of the bare backbone, a full queue, a model replaced.
+
+    Args:
+        model: model folder of a memory method, on this machine.
+        shards: shard set, whose first images are sent; path or URI.
+        output: JSON file to write; path or URI.
+        clients: that send images at the same time.
+        overload_clients: the same, where there are too many.
+        seconds: of a turn.
+        rounds: turns of each side.
+        max_batch_size: images in one forward pass, on all sides.
+        engine: what computes the encoder of the server; the bare backbone stays with PyTorch.
+        port: that the server listens on.
+    """
+
+    model: str
+    shards: str
+    output: str
+    clients: AtLeastOne = 8
+    overload_clients: AtLeastOne = 64
+    seconds: Positive = 10.0
+    rounds: AtLeastOne = 3
+    max_batch_size: AtLeastOne = 8
+    engine: Literal["pytorch", "openvino", "openvino_bf16"] = "pytorch"
+    port: Annotated[int, Interval(ge=1, le=65535)] = 8009
+
+    def check(self) -> None:
+        if not files.is_local(self.model):
+            raise OptionError(f"model={self.model}: a copy of it is served; give a folder of this machine")
+
+
 BENCHMARKS: dict[str, type] = {
     "pipe": PipeBenchmark,
     "host": HostBenchmark,
@@ -357,5 +393,7 @@ BENCHMARKS: dict[str, type] = {
     "inference": InferenceBenchmark,
     "encoder": EncoderBenchmark,
     "similarity": SimilarityBenchmark,
+    "sizing": SizingBenchmark,
+    "serving": ServingBenchmark,
 }
 """The options of each benchmark by its name on the command line."""

@@ -16,7 +16,8 @@ def print_report(content: dict[str, Any]) -> None:
     ]
     print_table(f"{content['benchmark']}: turns", ["side", "min s", "median s", f"{unit}/s (median)"], rows)
     rows = [[name, *(f"{r[key]:.3f}" for key in ("median", "min", "max"))] for name, r in content["ratios"].items()]
-    print_table("ratios, round by round", ["ratio", "median", "min", "max"], rows)
+    if rows:
+        print_table("ratios, round by round", ["ratio", "median", "min", "max"], rows)
     for title, table in content.get("tables", {}).items():
         columns = list(dict.fromkeys(key for row in table.values() for key in row))
         rows = [[name, *(_cell(row.get(key)) for key in columns)] for name, row in table.items()]
@@ -29,6 +30,8 @@ def print_report(content: dict[str, Any]) -> None:
         f"{max(content['loads']):.2f}; Python {machine['python']}, "
         + ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     )
+    for sentence in content.get("advice", []):
+        console.print(f"→ {sentence}")
 
 
 def _cell(value: Any) -> str:

@@ -29,12 +29,16 @@ from pipelines.benchmarks.options import (
     PixelsBenchmark,
     ScoresBenchmark,
     SearchBenchmark,
+    ServingBenchmark,
     SimilarityBenchmark,
     TrainingBenchmark,
 )
 from pipelines.benchmarks.pixels import measure_pixels
 from pipelines.benchmarks.scoring import measure_pipe
+from pipelines.benchmarks.serving import measure_serving
 from pipelines.benchmarks.similarity import measure_similarity
+from pipelines.benchmarks.sizing import measure_sizing
+from pipelines.benchmarks.sizing_options import SizingBenchmark
 from pipelines.benchmarks.training import measure_training
 from unianom import files
 from unianom.errors import DataError
@@ -52,6 +56,8 @@ MEASURES: dict[type, Callable[[Any], dict[str, Any]]] = {
     InferenceBenchmark: measure_inference,
     EncoderBenchmark: measure_encoder,
     SimilarityBenchmark: measure_similarity,
+    SizingBenchmark: measure_sizing,
+    ServingBenchmark: measure_serving,
 }
 """The function that measures each benchmark."""
 

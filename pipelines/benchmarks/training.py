@@ -14,7 +14,9 @@ import torch
 from pipelines.benchmarks.harness import Side, Timing, fixed_threads, interleave
 from pipelines.benchmarks.options import TrainingBenchmark
 from pipelines.benchmarks.report import write_report
-from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, part_name
+from pipelines.data.cache_writer import CacheWriter, range_task
+from pipelines.data.extractors import Extractor
+from pipelines.data.feature_cache import CachedFeatures
 from pipelines.data.image_source import SampleSource
 from pipelines.runtime.models import load_model
 from pipelines.training.dataset import PreparedFeatures, PreparedImages, TrainingSet
@@ -77,7 +79,6 @@ def _sources(
     options: TrainingBenchmark, method: TrainedMethod, categories: list[str], shards: ShardSet, folder: Path
 ) -> tuple[dict[str, TrainingSet], dict[str, dict[str, Any]], TrainingImages]:
     """Return training sets that read kept features and images, what each keeps, and the images."""
-    parts = [part_name(part) for part in shards.parts]
     selection = learnable(categories, method.batch_spec.labels)
     masks = method.batch_spec.masks
     extractors: dict[str, Extractor] = {
@@ -87,15 +88,16 @@ def _sources(
     table: dict[str, dict[str, Any]] = {}
     cached: dict[str, CachedFeatures] = {}
     names: list[str] = []
-    made: set[int] = set()
+    rows = 0
     for name, extractor in extractors.items():
         samples = SampleSource(shards, selection, ImageLimits(), masks=masks and name == ENCODED)
-        cache = FeatureCache(str(folder / name.replace(" ", "_")), "features", {}, {"": samples})
-        writer = CacheWriter(cache, {"": extractor}, 8, Execution(options.device), options.threads)
-        start, rows, size, made = time.perf_counter(), 0, 0, set()
-        for number, part in enumerate(shards.parts):
-            record = writer.run({"group": "", "part": part})
-            made.add(number)
+        uri = str(folder / name.replace(" ", "_"))
+        writer = CacheWriter(uri, {"": samples}, {"": extractor}, 8, Execution(options.device), options.threads)
+        parts: list[str] = []
+        start, rows, size = time.perf_counter(), 0, 0
+        for within in samples.ranges():
+            record = writer.run(range_task(within, ""))
+            parts.append(record["part"])
             rows, size = rows + record["rows"], size + record["bytes"]
             if name == KEPT:
                 names = [array for array in record["arrays"] if array != DESCRIPTOR] or names
@@ -103,9 +105,9 @@ def _sources(
                 break
         seconds = time.perf_counter() - start
         table[name] = {"kB kept an image": size / rows / 1000, "prepared, images/s": rows / seconds}
-        cached[name] = CachedFeatures(cache.uri, folder, parts)
+        cached[name] = CachedFeatures(uri, folder, parts)
     everything = TrainingImages.choose(shards, categories, None, method.batch_spec.labels)
-    images = everything.of_parts(made)
+    images = everything.first(rows)
     prepared, kept = PreparedImages(cached[ENCODED], images), PreparedFeatures(cached[KEPT], names, images)
     needs = method.batch_spec
     references = ReferenceSampler(images, False, None) if needs.prompts or needs.synthetic else None

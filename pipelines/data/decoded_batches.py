@@ -27,7 +27,7 @@ class DecodedBatch:
 
     Attributes:
         model: folder of the model.
-        rows: the other columns of all B rows.
+        rows: the other columns of all B rows; height and width are those of the decoded images where they were listed.
         images: K×3×S×S float32, normalised, of those that can be read. Their memory is used again for a later batch,
             so they hold until the next one is asked for.
         places: K numbers of the rows of these images, ascending.
@@ -116,15 +116,19 @@ class BatchDecoder:
     def _begin(self, model: str, table: pa.Table, policy: InputPolicy) -> _Pending:
         """Have the images of a batch decoded, each thread a share of them."""
         images = self._memory(len(table), policy.side)
+        sizes = np.zeros((len(table), 2), np.int32)
         share = -(-len(table) // self._threads)
         shares = [(start, min(start + share, len(table))) for start in range(0, len(table), share)]
         unread = fetch_errors(table)
-        decode: Callable[[int], ImageError | None] = partial(self._decode, table["image"], images, policy, unread)
+        decode: Callable[[int], ImageError | None] = partial(
+            self._decode, table["image"], images, sizes, policy, unread
+        )
         futures = [self._pool.submit_each(decode, range(start, end)) for start, end in shares]
         return _Pending(
             model,
             table.drop_columns([name for name in table.column_names if name in ("image", STATUS, ERROR)]),
             images,
+            sizes if is_listed(table) else None,
             futures,
         )
 
@@ -145,6 +149,7 @@ class BatchDecoder:
         self,
         files: pa.ChunkedArray,
         images: np.ndarray,
+        sizes: np.ndarray,
         policy: InputPolicy,
         unread: Mapping[int, ImageError],
         row: int,
@@ -153,7 +158,7 @@ class BatchDecoder:
         if row in unread:
             return unread[row]
         try:
-            pixels = decode_fitted(files[row].as_py(), policy, self._limits, self._clock)
+            pixels, sizes[row] = decode_fitted(files[row].as_py(), policy, self._limits, self._clock)
         except ImageError as error:
             return error
         with self._clock.stage("normalise"):
@@ -161,8 +166,13 @@ class BatchDecoder:
         return None
 
 
-def decode_fitted(data: bytes, policy: InputPolicy, limits: ImageLimits, clock: StageClock) -> np.ndarray:
-    """Decode an image file and scale it to a network's input, S×S×3 uint8; both are counted.
+def decode_fitted(
+    data: bytes, policy: InputPolicy, limits: ImageLimits, clock: StageClock
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode an image file and scale it to a network's input; both are counted.
+
+    Returns:
+        S×S×3 uint8, and height and width of the file's image, upright.
 
     Raises:
         ImageError: it cannot be read.
@@ -170,7 +180,28 @@ def decode_fitted(data: bytes, policy: InputPolicy, limits: ImageLimits, clock: 
     with clock.stage("decode"):
         upright = decode_upright(data, policy, limits)
     with clock.stage("resize"):
-        return fit_image(upright, policy)
+        return fit_image(upright, policy), (upright.height, upright.width)
+
+
+def is_listed(table: pa.Table) -> bool:
+    """Return whether rows are of a listing, which knows nothing of its images before they are decoded."""
+    return STATUS in table.column_names
+
+
+def with_sizes(rows: pa.Table, sizes: np.ndarray, errors: Mapping[int, ImageError]) -> pa.Table:
+    """Return rows with height and width of their images.
+
+    Args:
+        rows: B rows with these columns.
+        sizes: B×2 int32, height and width.
+        errors: why images could not be read, by the number of their row; their height and width are null.
+    """
+    missing = np.zeros(len(rows), bool)
+    missing[list(errors)] = True
+    for column, name in enumerate(("height", "width")):
+        place = rows.column_names.index(name)
+        rows = rows.set_column(place, rows.schema.field(name), pa.array(sizes[:, column], mask=missing))
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +211,7 @@ class _Pending:
     model: str
     rows: pa.Table
     images: np.ndarray
+    sizes: np.ndarray | None
     futures: Sequence[Future[list[ImageError | None]]]
 
     @property
@@ -194,4 +226,5 @@ class _Pending:
         errors = {row: error for row, error in enumerate(found) if error is not None}
         places = np.array([row for row, error in enumerate(found) if error is None], np.int64)
         images = self.images[places] if errors else self.images
-        return DecodedBatch(self.model, self.rows, torch.from_numpy(images), places, errors)
+        rows = self.rows if self.sizes is None else with_sizes(self.rows, self.sizes, errors)
+        return DecodedBatch(self.model, rows, torch.from_numpy(images), places, errors)

@@ -12,6 +12,7 @@ import torch
 from pipelines.data.image_source import ImageSource
 from pipelines.runtime.console import console
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.stage_clock import StageClock
 from unianom.data.tensors import normalise
 from unianom.encoder_engine import compile_encoders, drawn_images, openvino_is_installed
 from unianom.errors import DataError, EngineError
@@ -80,10 +81,10 @@ def _repays(runtime: RuntimeOptions, images: int) -> bool:
 
 
 def _first_images(images: ImageSource, method: Method) -> torch.Tensor:
-    """Return B×3×S×S normalised images, as many as are compared on or as the first part that has any gives."""
+    """Return B×3×S×S normalised images, as many as are compared on or as the first range that has any gives."""
     read = images.open(COMPARED, 1)
     with suppress(DataError):  # the job itself tells of images that cannot be read
-        for part in images.parts():
-            for samples in read(part, method.input):
+        for within in images.ranges():
+            for samples in read(within, method.input, StageClock()):
                 return normalise([sample.pixels for sample in samples], method.input)
     return drawn_images(method.input)

@@ -1,10 +1,10 @@
 """The cache of what a frozen network computes of images, for training, memory banks, calibration, tuning and protocols.
 
-    shards or validation images ─▶ actors: decode, run the network ─▶ <part>-<array>.npy ─▶ memory-mapped by readers
+    shards or validation images ─▶ ranges: decode, run the network ─▶ <part>-<array>.npy ─▶ memory-mapped by readers
 
-A cache is a folder named by the digest of its plan, that is of all that its bytes depend on, so that runs share it. It
-is written part by part and continued where it was left. Any of these folders may be removed while no job runs; a later
-run computes it again.
+A cache is a folder named by the digest of its plan, that is of all that its bytes depend on, so that runs share it. A
+part of it is of one range of images; it is written part by part and continued where it was left. Any of these folders
+may be removed while no job runs; a later run computes it again.
 """
 
 from __future__ import annotations
@@ -12,103 +12,35 @@ from __future__ import annotations
 import hashlib
 import shutil
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
-from pipelines.data.image_source import ImageSource, ReadPart
-from pipelines.data.reader import DecodedSample
+from pipelines.data.cache_writer import CacheWriter, array_content, array_name, part_name, range_task
+from pipelines.data.extractors import Extractor
+from pipelines.data.image_source import ImageSource
+from pipelines.data.staged_cache_writer import caching_stages
 from pipelines.runtime import outputs
-from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.tasks import run_unfinished
 from unianom import __version__, files
-from unianom.data.image import InputPolicy
 from unianom.data.shards import MANIFEST
-from unianom.data.tensors import normalise
 from unianom.errors import DataError
-from unianom.execution import Execution
-from unianom.methods import Method
 from unianom.model import Model, is_model
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files of a cache; caches of another one have another key."""
 
-CHECKED_BYTES = 32 << 20
+CHECKED_BYTES = 8 << 20
 """Size of an array up to which its checksum is compared when it is opened. The shapes and types of all are."""
-
-Arrays = dict[str, np.ndarray]
-"""Arrays of a batch by name; the rows of each are added to those of the batches before."""
-
-
-# ------------------------------------------------------------------------------------------------- what is computed
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images that are computed on at once.
-
-    Attributes:
-        samples: the images.
-        part: the part they are of, for errors.
-    """
-
-    samples: list[DecodedSample]
-    part: str
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def column(self, name: str) -> list[Any]:
-        """Return a column of the source, a value for each image."""
-        return [sample.row[name] for sample in self.samples]
-
-    def tensor(self, method: Method) -> torch.Tensor:
-        """Return B×3×S×S normalised images on the method's device."""
-        return normalise([sample.pixels for sample in self.samples], method.input).to(method.device)
-
-
-class BatchFunction(NamedTuple):
-    """What computes the arrays of a batch.
-
-    Attributes:
-        policy: how images become its input.
-        compute: the function.
-    """
-
-    policy: InputPolicy
-    compute: Callable[[ImageBatch], Arrays]
-
-
-class Extractor(Protocol):
-    """What is computed of images: plain data that is pickled on the way to the workers, and gives the function there.
-    Extractors that are equal compute the same."""
-
-    def open(self, load: Callable[[str], Method]) -> BatchFunction:
-        """Return the function of a batch.
-
-        Args:
-            load: gives the method of a model folder, on the device of the worker.
-
-        Raises:
-            ModelError: the model cannot be loaded, or is of another kind.
-        """
-
-
-def finite(array: np.ndarray, error: str) -> np.ndarray:
-    """Return an array whose values are all finite.
-
-    Raises:
-        DataError: one is not; with the text given.
-    """
-    if not np.isfinite(array).all():
-        raise DataError(error)
-    return array
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -162,10 +94,6 @@ class FeatureCache:
         """Folder inside the cache for a model that is made for it."""
         return files.join(self.uri, "encoder")
 
-    def parts(self, group: str = "") -> list[str]:
-        """Return the names of the parts of a group, as of its files."""
-        return [part_name(part, group) for part in self.images[group].parts()]
-
     def fill(
         self,
         extractors: Mapping[str, Extractor],
@@ -197,142 +125,45 @@ class FeatureCache:
                 return 0.0
             if encoder is not None and not is_model(self.encoder):
                 encoder().save(self.encoder)
-            arguments = {
-                "cache": self,
+            shared: dict[str, Any] = {
+                "uri": self.uri,
+                "images": self.images,
                 "extractors": dict(extractors),
                 "batch_size": batch_size,
                 "execution": runtime.execution,
-                "threads": runtime.cpus_per_worker,
             }
+            ranges = {group: source.ranges() for group, source in self.images.items()}
             tasks = {
-                part_name(part, group): {"group": group, "part": part}
-                for group, source in self.images.items()
-                for part in source.parts()
+                part_name(within, group): range_task(within, group) for group, own in ranges.items() for within in own
             }
             count = sum(source.count() for source in self.images.values())
             progress = Progress(label, count)
-            records, rate = run_unfinished(CacheWriter, arguments, tasks, self.uri, runtime, progress, count, "rows")
+            records, rate = run_unfinished(
+                CacheWriter,
+                {**shared, "threads": runtime.cpus_per_worker},
+                tasks,
+                self.uri,
+                runtime,
+                progress,
+                count,
+                "rows",
+                partial(caching_stages, **shared),
+            )
             size = sum(record["bytes"] for record in records.values())
             names = dict.fromkeys(name for record in records.values() for name in record["arrays"])
             if not temporary:
                 progress.note(f"{size / 1e6:,.1f} MB kept in {self.uri}")
             rows = sum(record["rows"] for record in records.values())
-            outputs.finish(self.uri, {"parts": list(tasks), "names": list(names), "rows": rows, "bytes": size})
+            parts = {
+                group: {name: records[name]["rows"] for name in (part_name(within, group) for within in own)}
+                for group, own in ranges.items()
+            }
+            outputs.finish(self.uri, {"parts": parts, "names": list(names), "rows": rows, "bytes": size})
             return rate
 
     def open(self, copies: Path | None = None) -> CachedFeatures:
         """Return what reads the arrays; see `CachedFeatures`."""
         return CachedFeatures(self.uri, copies)
-
-
-def part_name(part: str, group: str = "") -> str:
-    """Return the name of a part of a group in the names of its files."""
-    stem = part.removesuffix(".parquet")
-    return f"{stem}-{group}" if group else stem
-
-
-def array_name(part: str, name: str) -> str:
-    """Return the name of the file of an array of a part, as `part_name` gives it."""
-    return f"{part}-{name}.npy"
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-class CacheWriter:
-    """Writes the arrays of one part of one group. A `PartTask`.
-
-    Memory holds a batch at a time, whatever the size of the part.
-
-    Args:
-        cache: where to.
-        extractors: what is computed of the images of each group.
-        batch_size: images at once.
-        execution: how models are run.
-        threads: images decoded at the same time, ahead of the network.
-    """
-
-    def __init__(
-        self,
-        cache: FeatureCache,
-        extractors: Mapping[str, Extractor],
-        batch_size: int,
-        execution: Execution,
-        threads: int,
-    ) -> None:
-        self._cache, self._extractors, self._execution = cache, extractors, execution
-        self._batch_size, self._threads = batch_size, threads
-        self._methods: dict[str, Method] = {}
-        self._readers: dict[str, ReadPart] = {}
-        self._functions: dict[str, BatchFunction] = {}
-
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Write the arrays of a part, then their record."""
-        group, part = task["group"], task["part"]
-        if group not in self._readers:
-            self._readers[group] = self._cache.images[group].open(self._batch_size, self._threads)
-            self._functions[group] = self._extractors[group].open(self._load)
-        record = self._write(part, part_name(part, group), self._readers[group], self._functions[group])
-        outputs.commit_part(self._cache.uri, record["part"], record)
-        return record
-
-    @torch.inference_mode()
-    def _write(self, part: str, name: str, read: ReadPart, function: BatchFunction) -> dict[str, Any]:
-        uri, rows = self._cache.uri, 0
-        written: dict[str, _ArrayFile] = {}
-        with ExitStack() as stack:
-            for samples in read(part, function.policy):
-                for key, array in function.compute(ImageBatch(samples, part)).items():
-                    if key not in written:
-                        handle = stack.enter_context(files.open_atomic(files.join(uri, array_name(name, key))))
-                        written[key] = _ArrayFile(handle, array)
-                    written[key].append(array)
-                rows += len(samples)
-            arrays = {key: file.finish() for key, file in written.items()}
-        return {"part": name, "rows": rows, "arrays": arrays, "bytes": sum(entry["bytes"] for entry in arrays.values())}
-
-    def _load(self, folder: str) -> Method:
-        """Return the method of a model folder, loaded once for all groups."""
-        if folder not in self._methods:
-            self._methods[folder] = load_model(folder, self._execution).method
-        return self._methods[folder]
-
-
-class _ArrayFile:
-    """A .npy file whose rows come one batch after another; their number is known at the end."""
-
-    def __init__(self, handle: IO[bytes], first: np.ndarray) -> None:
-        self._handle, self._dtype, self._shape = handle, first.dtype, first.shape[1:]
-        self._rows, self._digest = 0, hashlib.sha256()
-        self._write_header()
-
-    def append(self, array: np.ndarray) -> None:
-        if (array.dtype, array.shape[1:]) != (self._dtype, self._shape):
-            raise ValueError(f"rows of {array.dtype} {array.shape[1:]} after rows of {self._dtype} {self._shape}")
-        content = _content(array)
-        self._handle.write(content)
-        self._digest.update(content)
-        self._rows += len(array)
-
-    def finish(self) -> dict[str, Any]:
-        """Write the number of rows into the header; what the part's record says of the array."""
-        size = self._handle.tell()
-        self._handle.seek(0)
-        self._write_header()  # NumPy leaves room for a first axis of any length, so it is as long as before
-        self._handle.seek(size)
-        shape = [self._rows, *self._shape]
-        return {"shape": shape, "dtype": self._dtype.str, "sha256": self._digest.hexdigest(), "bytes": size}
-
-    def _write_header(self) -> None:
-        described = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self._rows, *self._shape),
-        }
-        np.lib.format.write_array_header_1_0(self._handle, described)
-
-
-def _content(array: np.ndarray) -> memoryview | bytes:
-    """Return the bytes of an array, without a copy of one that is contiguous."""
-    return memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -346,7 +177,7 @@ class CachedFeatures:
 
     Attributes:
         uri: the folder.
-        parts: names of the parts, in order.
+        parts: names of the parts, in order; each is of one range of images.
 
     Raises:
         DataError: the cache is not finished.
@@ -357,7 +188,9 @@ class CachedFeatures:
         self._own_copies = False
         self._records: dict[str, dict[str, Any]] = {}
         self._open: dict[tuple[str, str], np.ndarray] = {}
-        self.parts = list(self.manifest()["parts"] if parts is None else parts)
+        # rows of the parts by group, so that finding an image reads no record
+        self._groups: dict[str, dict[str, int]] = self.manifest()["parts"] if parts is None else {}
+        self.parts = [name for group in self._groups.values() for name in group] if parts is None else list(parts)
 
     def manifest(self) -> dict[str, Any]:
         """Return what is known of the whole cache: its parts, the names of its arrays, rows and bytes.
@@ -373,9 +206,14 @@ class CachedFeatures:
             raise self._damaged(MANIFEST) from error
         return manifest
 
+    def parts_of(self, group: str) -> list[str]:
+        """Return the names of the parts of a group of a finished cache, in order."""
+        return list(self._groups[group])
+
     def rows(self, part: str) -> int:
         """Return how many images a part has."""
-        return int(self._record(part)["rows"])
+        known = next((group[part] for group in self._groups.values() if part in group), None)
+        return int(self._record(part)["rows"]) if known is None else known
 
     def has(self, part: str, name: str) -> bool:
         """Return whether there is such an array of a part; none is there of a part without images."""
@@ -406,9 +244,15 @@ class CachedFeatures:
         """Return an array of every part that has it, in order; `parts` are all unless given."""
         return [self.array(part, name) for part in (self.parts if parts is None else parts) if self.has(part, name)]
 
-    def row(self, name: str, part: int, row: int) -> np.ndarray:
-        """Return one row of an array, by the number of its part."""
-        return self.array(self.parts[part], name)[row]
+    def row(self, name: str, number: int) -> np.ndarray:
+        """Return the row of an array that belongs to an image, by its number among those of all parts."""
+        part = bisect_right(self._starts, number) - 1
+        return self.array(self.parts[part], name)[number - self._starts[part]]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Number of the first image of each part, and of the one after all."""
+        return list(accumulate((self.rows(part) for part in self.parts), initial=0))
 
     def _record(self, part: str) -> dict[str, Any]:
         if part not in self._records:
@@ -432,7 +276,7 @@ class CachedFeatures:
             raise self._damaged(file) from error
         if (list(array.shape), array.dtype.str) != (entry["shape"], entry["dtype"]):
             raise self._damaged(file)
-        if array.nbytes <= CHECKED_BYTES and hashlib.sha256(_content(array)).hexdigest() != entry["sha256"]:
+        if array.nbytes <= CHECKED_BYTES and hashlib.sha256(array_content(array)).hexdigest() != entry["sha256"]:
             raise self._damaged(file)
         return array
 

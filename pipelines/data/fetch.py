@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,37 +51,48 @@ class ImageFetcher:
             The columns, `STATUS` and `ERROR`.
         """
         listed = [name for name in columns if name in self._listing.schema.names]
-        rows = (
-            row
-            for batch in self._listing.read_range(within, None, list(dict.fromkeys([*listed, "uri", "size"])))
-            for row in batch.to_pylist()
-        )
-        waiting: list[dict[str, object]] = []
-        for row in map_ahead(self._pool, self._fetch, rows, AHEAD, _failed):
-            waiting.append(row)
-            if len(waiting) == AT_ONCE:
-                yield _batch(waiting, columns)
-                waiting = []
-        if waiting:
-            yield _batch(waiting, columns)
+        fields = [*(SAMPLE_SCHEMA.field(name).with_nullable(True) for name in columns)]
+        schema = pa.schema([*fields, *(pa.field(name, pa.string()) for name in (STATUS, ERROR))])
+        batches = self._listing.read_range(within, None, list(dict.fromkeys([*listed, "uri", "size"])))
+        for rows in fetched_rows(self._pool, self._limits, batches):
+            yield pa.RecordBatch.from_pylist(rows, schema)
 
-    def _fetch(self, row: dict[str, object]) -> dict[str, object]:
+
+Row = dict[str, Any]
+
+
+def fetched_rows(pool: TimedPool, limits: ImageLimits, batches: Iterable[pa.RecordBatch]) -> Iterator[list[Row]]:
+    """Yield rows that name images by `uri` with these, in their order, `AT_ONCE` at a time.
+
+    Args:
+        pool: threads that fetch, `AT_ONCE`.
+        limits: what an image may cost.
+        batches: the rows; with `size` an image that is too large is not even fetched.
+
+    Returns:
+        The rows as plain data, with `image` and its `sha256`, or with `STATUS` and `ERROR`.
+    """
+
+    def fetch(row: Row) -> Row:
         try:
-            self._limits.check_bytes(int(row["size"] or 0))  # type: ignore[call-overload]
-            data = read_image_file(str(row["uri"]))
+            limits.check_bytes(row.get("size") or 0)
+            data = read_image_file(row["uri"])
         except ImageError as error:
             return _failed(row, error)
         return {**row, "image": data, "sha256": files.sha256_of(data)}
 
+    waiting: list[Row] = []
+    for row in map_ahead(pool, fetch, (row for batch in batches for row in batch.to_pylist()), AHEAD, _failed):
+        waiting.append(row)
+        if len(waiting) == AT_ONCE:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
 
-def _failed(row: dict[str, object], error: ImageError) -> dict[str, object]:
+
+def _failed(row: Row, error: ImageError) -> Row:
     return {**row, STATUS: error.status, ERROR: str(error)}
-
-
-def _batch(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> pa.RecordBatch:
-    fields = [*(SAMPLE_SCHEMA.field(name).with_nullable(True) for name in columns)]
-    fields += [pa.field(name, pa.string()) for name in (STATUS, ERROR)]
-    return pa.RecordBatch.from_pylist(list(rows), pa.schema(fields))
 
 
 def fetch_errors(table: pa.Table) -> dict[int, ImageError]:

@@ -80,7 +80,10 @@ def ingest(options: IngestOptions) -> IngestResult:
             rate = 0.0
             if fresh:
                 rate = _write_parts(listing, parts, output, digest, options)
-                commit(output, digest, plan, parts, left_out)
+                told = {key: plan[key] for key in ("layout", "source", "layout_options", "resize", "limits")}
+                told["contaminate"] = plan.get("contaminate")  # share and seed
+                told |= {key: plan[key] for key in ("reading",) if key in plan}
+                commit(output, digest, told, parts, left_out)
     shards = ShardSet.open(output)
     check_rejected(shards, options.max_reject_fraction)
     return IngestResult(shards, fresh, rate)

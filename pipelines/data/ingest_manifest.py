@@ -9,14 +9,23 @@ from pipelines.data.ingest_plan import part_name
 from pipelines.runtime import outputs
 from unianom import __version__, files
 from unianom.data.layouts import LeftOut
-from unianom.data.schema import SCHEMA_VERSION
 from unianom.data.shards import ShardSet, write_rejected
 from unianom.errors import DataError
 from unianom.temporary_database import temporary_database
 
 
-def commit(output: str, digest: str, plan: dict[str, Any], parts: int, left_out: LeftOut) -> None:
+def commit(
+    output: str, digest: str, told: dict[str, Any], parts: int, left_out: LeftOut, made: type[ShardSet] = ShardSet
+) -> None:
     """Write the rejected rows and the manifest of a folder whose parts are all there.
+
+    Args:
+        output: the folder.
+        digest: of the plan by which the parts were written.
+        told: what else the manifest tells of the plan.
+        parts: how many there are.
+        left_out: what was seen and is no sample.
+        made: which kind of shard set it is.
 
     Raises:
         DataError: a part is missing, or not one sample could be read.
@@ -31,7 +40,7 @@ def commit(output: str, digest: str, plan: dict[str, Any], parts: int, left_out:
             findings.add_record(record)
             entries.append({key: record[key] for key in ("name", "rows", "sha256")})
         write_rejected(output, findings.rejected())
-        draft = ShardSet(output, {"files": entries}, "")
+        draft = made(output, {"files": entries}, "")
         for part in draft.parts:
             for batch in draft.read(part, columns=findings.columns, rows=4096):
                 findings.add_rows(batch)
@@ -41,13 +50,11 @@ def commit(output: str, digest: str, plan: dict[str, Any], parts: int, left_out:
                 f"{output}/_rejected.parquet"
             )
         manifest = {
-            "kind": ShardSet.kind,
-            "schema_version": SCHEMA_VERSION,
+            "kind": made.kind,
+            "schema_version": made.version,
             "tool_version": __version__,
             "plan_digest": digest,
-            **{key: plan[key] for key in ("layout", "source", "layout_options", "resize", "limits")},
-            "contaminate": plan.get("contaminate"),  # share and seed
-            **({"reading": plan["reading"]} if "reading" in plan else {}),
+            **told,
             "counts": findings.counts(),
             "bytes": sum(_size(output, entry["name"]) for entry in entries),
             "rejected": findings.statuses(),
@@ -70,5 +77,5 @@ def check_rejected(shards: ShardSet, most: float) -> None:
         reasons = ", ".join(f"{count} {status}" for status, count in shards.manifest["rejected"].items())
         raise DataError(
             f"{rejected} of {total} samples were rejected ({reasons}), more than --max-reject-fraction {most:g} "
-            f"allows; the others are stored, the reasons are in {shards.uri}/_rejected.parquet"
+            f"allows; all others were taken, the reasons are in {shards.uri}/_rejected.parquet"
         )

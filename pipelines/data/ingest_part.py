@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.data.ahead import map_ahead
 from pipelines.data.ingest_plan import part_name, unpack_samples
@@ -54,7 +55,12 @@ class PartIngester:
         resize: shorter side to reduce to, or None.
         threads: files that are read and checked at the same time.
         mask_threshold, invert_masks, mask_orientation, bits: see `IngestOptions`.
+
+    Attributes:
+        schema: columns of a sample that are stored.
     """
+
+    schema: ClassVar[pa.Schema] = SAMPLE_SCHEMA
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class PartIngester:
         path = files.join(self._output, name)
         with (
             files.open_atomic(path) as handle,
-            PartWriter(handle, SAMPLE_SCHEMA, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS) as writer,
+            PartWriter(handle, self.schema, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS) as writer,
         ):
             refs = unpack_samples(task["refs"])
             for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads, _rejected):

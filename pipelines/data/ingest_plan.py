@@ -48,8 +48,15 @@ class SampleListing:
         """Yield the samples in the order in which they were listed."""
         return self._select("order by rowid")
 
-    def check_unique(self) -> None:
-        """Raise a DataError if two samples have the same sample_id."""
+    def counts(self) -> list[dict[str, Any]]:
+        """Return how many samples there are of each data set, category, split, label and defect."""
+        group = ("dataset", "category", "split", "label", "defect")
+        columns = ", ".join(group)
+        found = self._database.execute(f"select {columns}, count(*) from samples group by {columns} order by {columns}")
+        return [dict(zip((*group, "count"), row, strict=True)) for row in found]
+
+    def check_unique(self, advice: str = "names must be unique") -> None:
+        """Raise a DataError, which ends with an advice, if two samples have the same sample_id."""
         repeated = "select min(rowid) as first, sample_id from samples group by sample_id having count(*) > 1"
         if self._database.execute(f"{repeated} limit 1").fetchone() is None:
             return
@@ -59,7 +66,7 @@ class SampleListing:
             "join samples as later on later.sample_id = name.sample_id and later.rowid > name.first "
             "order by later.rowid limit 1"
         ).fetchone()
-        raise DataError(f"{one} and {other} are both named {sample_id}; names must be unique")
+        raise DataError(f"{one} and {other} are both named {sample_id}; {advice}")
 
     def contaminate(self, fraction: float, seed: int) -> None:
         """Put a share of each category's anomalous test images among the normal training images.
@@ -86,7 +93,7 @@ class SampleListing:
                 "contaminate moves anomalous test images into training, but no category has two of them; leave it out"
             )
 
-    def deal(self, part_bytes: int, min_parts: int) -> int:
+    def deal(self, part_bytes: int, min_parts: int, unknown_bytes: int = 0) -> int:
         """Deal samples out to parts so that every part holds the same mix of splits, categories and labels.
 
         Within a stratum the order is by hash of the sample_id, so a part is also a fair sample of its stratum. A part's
@@ -95,13 +102,14 @@ class SampleListing:
         Args:
             part_bytes: aimed size of a part.
             min_parts: parts at least, where there are so many samples.
+            unknown_bytes: what a sample counts for whose size the listing does not tell.
 
         Returns:
             How many parts there are.
         """
         database = self._database
-        sizes = "select sum(coalesce(nullif(size, 0), length(data), 0)) from samples"
-        total = database.execute(sizes).fetchone()[0] or 0
+        sizes = "select sum(coalesce(nullif(size, 0), length(data), ?)) from samples"
+        total = database.execute(sizes, [unknown_bytes]).fetchone()[0] or 0
         self._parts = min(max(-(-total // part_bytes), min_parts), self.count)
         database.execute("create table dealt (part, place, sample, primary key (part, place)) without rowid")
         database.execute(

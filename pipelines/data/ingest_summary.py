@@ -90,7 +90,12 @@ def doubts(manifest: dict[str, Any]) -> list[str]:
             f"note: images of 16 bits a sample without a value above {deep['largest']:,}: {deep['count']}, "
             f"e.g. {deep['example']}; if they hold {bits} bits, --bits {bits} scales them to the whole range"
         )
-    left_out = summary.get("left_out", {})
+    return lines + left_out_lines(summary.get("left_out", {}))
+
+
+def left_out_lines(left_out: dict[str, Any]) -> list[str]:
+    """Return what `LeftOut.summary` tells of files and folders that were seen and not taken, a line each."""
+    lines = []
     for ending, found in left_out.get("files", {}).items():
         name = f"files ending in {ending}" if ending else "files without an ending"
         lines.append(

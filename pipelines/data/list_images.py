@@ -38,6 +38,9 @@ GROUP_ROWS = MOST_ROWS
 PART_ROWS = 256 * GROUP_ROWS
 """Rows of a row group and of a part."""
 
+ONCE = "list each image once, and folders of one name by a folder that holds both"
+"""What to do where two images have one name."""
+
 TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
 """Endings of files that name images."""
 
@@ -240,10 +243,7 @@ def _check_new(database: sqlite3.Connection, image: ListedImage) -> None:
         database.execute("insert into names values (?, ?)", [image.sample_id, image.uri])
     except sqlite3.IntegrityError as error:
         (other,) = database.execute("select uri from names where name = ?", [image.sample_id]).fetchone()
-        raise DataError(
-            f"{other} and {image.uri} are both named {image.sample_id}; list each image once, and folders of one name "
-            f"by a folder that holds both"
-        ) from error
+        raise DataError(f"{other} and {image.uri} are both named {image.sample_id}; {ONCE}") from error
 
 
 def _write_part(folder: str, number: int, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:

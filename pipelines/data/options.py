@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -133,7 +133,7 @@ class ListingOptions(Options):
 
     Args:
         column: column of a table that holds paths, relative to the table's folder or absolute, or URIs.
-        category: category of all images; null is the only one that the model knows.
+        category: category of all images; null is the only one that the model knows, or in training "all".
         category_column: column of a table that holds the category of each image.
     """
 
@@ -144,6 +144,11 @@ class ListingOptions(Options):
     def check(self) -> None:
         if self.category is not None and self.category_column is not None:
             raise ValueRefused("category and category_column both name categories; give one of them")
+
+
+def named_images(uris: Sequence[str]) -> dict[str, str | None]:
+    """Return what `--images` name, by the names under which errors speak of it."""
+    return {f"images[{number}]" if number else "images": uri for number, uri in enumerate(uris)}
 
 
 ThresholdSource = Literal["auto", "held_out", "leave_one_out"]

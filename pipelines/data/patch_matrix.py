@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, ImageBatch, JoinedRows, finite
-from pipelines.runtime.models import memory_method
+from pipelines.data.extractors import Arrays, BatchFunction, ImageBatch, finite
+from pipelines.data.feature_cache import JoinedRows
+from pipelines.runtime.models import input_policy, memory_method
+from unianom.data.image import InputPolicy
 from unianom.errors import DataError
 from unianom.memory.coreset import random_projection
 from unianom.methods import Method
@@ -30,17 +33,23 @@ class KeptPatches:
     model: str
     for_bank: bool
 
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
         method = memory_method(load(self.model))
         embed = method.embed_for_bank if self.for_bank else method.embed
 
-        def compute(batch: ImageBatch) -> Arrays:
-            embedding = embed(batch.tensor(method))
-            patches = embedding.patches[embedding.keep].float().cpu().numpy()
-            error = f"patches of {batch.part} hold NaN or infinite values; use --method.backbone.precision fp32"
-            return {PATCHES: finite(patches, error), KEEP: embedding.keep.cpu().numpy()}
+        def network(images: Tensor) -> dict[str, Tensor]:
+            embedding = embed(images)
+            return {PATCHES: embedding.patches.float(), KEEP: embedding.keep}
 
-        return BatchFunction(method.input, compute)
+        def arrays(batch: ImageBatch, found: Arrays) -> Arrays:
+            error = f"patches of {batch.part} hold NaN or infinite values; use --method.backbone.precision fp32"
+            # chosen here, since a device would have to say how many there are before it goes on
+            return {PATCHES: finite(found[PATCHES][found[KEEP]], error), KEEP: found[KEEP]}
+
+        return BatchFunction(method.input, arrays, network, method.device)
 
 
 class PatchMatrix(JoinedRows):

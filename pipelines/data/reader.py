@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 
 from pipelines.data.ahead import map_ahead
 from pipelines.data.timed_pool import TimedPool
+from pipelines.runtime.stage_clock import StageClock
 from unianom.data.image import ImageLimits, InputPolicy, decode_mask, decode_prepared, prepare_mask
+from unianom.data.row_ranges import RowRange
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.data.tensors import normalise
 from unianom.errors import DataError, ImageError
-from unianom.methods import Method
 
 
 def decode_row(row: dict[str, Any], policy: InputPolicy, limits: ImageLimits) -> np.ndarray:
@@ -78,7 +77,7 @@ class DecodedSample(NamedTuple):
 
 
 class SampleReader:
-    """Reads chosen samples of a part as network input, decoded ahead. What all passes over images share.
+    """Reads chosen samples of a range as network input, decoded ahead. What all passes over images share.
 
     Args:
         shards: where they lie.
@@ -102,33 +101,37 @@ class SampleReader:
         self._batch_size, self._limits = batch_size, limits
         self._pool = TimedPool(threads, limits)
 
-    def batches(self, part: str, method: Method) -> Iterator[torch.Tensor]:
-        """Yield B×3×S×S batches of the chosen samples, in the order of the part."""
-        for samples in self.decoded(part, method.input):
-            yield normalise([sample.pixels for sample in samples], method.input).to(method.device)
-
     def decoded(
-        self, part: str, policy: InputPolicy, columns: Sequence[str] = (), masks: bool = False
+        self,
+        within: RowRange,
+        policy: InputPolicy,
+        columns: Sequence[str] = (),
+        masks: bool = False,
+        clock: StageClock | None = None,
     ) -> Iterator[list[DecodedSample]]:
-        """Return batches of the chosen samples, in the order of the part.
+        """Return batches of the chosen samples, in their order.
 
         Args:
-            part: of the shard set.
+            within: rows of the shard set.
             policy: how images become input.
             columns: what else is asked for of each sample.
             masks: whether masks are decoded, too.
+            clock: counts reading, and decoding with scaling.
 
         Raises:
             DataError: an image or mask cannot be read or takes too long, or an anomalous sample has no mask.
         """
 
+        clock = clock or StageClock()
+
         def decode(row: dict[str, Any]) -> DecodedSample:
-            pixels = decode_row(row, policy, self._limits)
-            mask = decode_row_mask(row, policy, self._limits) if masks else None
+            with clock.stage("decode"):
+                pixels = decode_row(row, policy, self._limits)
+                mask = decode_row_mask(row, policy, self._limits) if masks else None
             return DecodedSample(pixels, mask, {name: row[name] for name in columns})
 
         needed = ["sample_id", "image", *(["label", "mask"] if masks else []), *columns]
-        rows = self._rows(part, list(dict.fromkeys(needed)))
+        rows = clock.iterate("read", self._rows(within, list(dict.fromkeys(needed))))
         waiting: list[DecodedSample] = []
         for sample in map_ahead(self._pool, decode, rows, 2 * self._batch_size, refuse_row):
             waiting.append(sample)
@@ -138,8 +141,6 @@ class SampleReader:
         if waiting:
             yield waiting
 
-    def _rows(self, part: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-        for batch in self._shards.read(part, self._selection, columns):
-            for row in batch.to_pylist():
-                if self._chosen is None or row["sample_id"] in self._chosen:
-                    yield row
+    def _rows(self, within: RowRange, columns: list[str]) -> Iterator[dict[str, Any]]:
+        for batch in self._shards.read_range(within, self._selection, columns, chosen=self._chosen):
+            yield from batch.to_pylist()

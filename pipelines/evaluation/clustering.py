@@ -1,6 +1,6 @@
 """Anomaly clustering: test images grouped by what is anomalous in them (UniFormaly, arXiv 2307.12540, Sec. 5).
 
-    shards ─▶ actors: embed, search the bank ─▶ patches that matter, one file per part ─▶ K-means per category
+    shards ─▶ actors: embed, search the bank ─▶ patches that matter, one file per range ─▶ K-means per category
 
 An image is described by its most anomalous patches. These are kept, so another variant or number of clusters takes no
 network.
@@ -18,12 +18,14 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, part_name
+from pipelines.data.extractors import Arrays, BatchFunction, ImageBatch
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache
 from pipelines.data.image_source import SampleSource
 from pipelines.evaluation.options import ClusterOptions
 from pipelines.runtime.model_set import ModelSet
-from pipelines.runtime.models import memory_method
+from pipelines.runtime.models import input_policy, memory_method
 from unianom import files
+from unianom.data.image import InputPolicy
 from unianom.data.schema import ANOMALOUS, NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
@@ -79,11 +81,6 @@ def keep_features(
     return cache.uri
 
 
-def feature_part(part: str, model: int) -> str:
-    """Return the name under which the features of one part by one model are cached."""
-    return part_name(part, str(model))
-
-
 def categories_of(model_set: ModelSet, folder: str) -> tuple[str, ...]:
     """Return the categories that a model folder of a model_set scores; empty for all."""
     return tuple(sorted(name for name, own in model_set.by_category.items() if own == folder))
@@ -104,19 +101,24 @@ class AnomalousPatches:
     model: str
     keep_ratio: float
 
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
         method = memory_method(load(self.model))
 
-        def compute(batch: ImageBatch) -> Arrays:
-            embedding = method.embed(batch.tensor(method))
-            distances = method.patch_distances(embedding).cpu().numpy()  # B N
-            patches = embedding.patches.float().cpu().numpy()  # B N D
+        def network(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            embedding = method.embed(images)
+            return {"distances": method.patch_distances(embedding), "patches": embedding.patches.float()}
+
+        def arrays(_: ImageBatch, found: Arrays) -> Arrays:
+            distances, patches = found["distances"], found["patches"]  # B N, B N D
             top = max(1, round(self.keep_ratio * distances.shape[1]))
             order = np.argsort(-distances, axis=1, kind="stable")[:, :top]  # B T
             chosen = np.take_along_axis(patches, order[:, :, None], axis=1)
             return {"distances": distances, "top": chosen, "mean": patches.mean(1, dtype=np.float64).astype(np.float32)}
 
-        return BatchFunction(method.input, compute)
+        return BatchFunction(method.input, arrays, network, method.device)
 
 
 def describe_images(
@@ -208,9 +210,11 @@ def describe_category(
     selection = Selection(options.splits, categories_of(model_set, model_folder))
     rows: list[dict[str, Any]] = []
     features: dict[str, list[np.ndarray]] = {"distances": [], "top": [], "mean": []}
-    cached = CachedFeatures(folder)
-    for part in shards.parts:
-        stored = [row for batch in shards.read(part, selection, list(COLUMNS)) for row in batch.to_pylist()]
+    cached, start = CachedFeatures(folder), 0
+    known = shards.table(selection, list(COLUMNS)).to_pylist()  # in the order of the cache
+    for part in cached.parts_of(str(number)):
+        stored = known[start : start + cached.rows(part)]
+        start += len(stored)
         inside = [
             n
             for n, row in enumerate(stored)
@@ -220,7 +224,7 @@ def describe_category(
             continue
         rows += [{**stored[n], "type": type_of(stored[n])} for n in inside]
         for kind, arrays in features.items():
-            arrays.append(cached.array(feature_part(part, number), kind)[inside])
+            arrays.append(cached.array(part, kind)[inside])
     distances = np.concatenate(features["distances"])
     ratio = model_k_ratio(options, models[number])
     vectors = describe_images(

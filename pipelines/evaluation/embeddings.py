@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from pipelines.data.feature_cache import CachedFeatures, Extractor, FeatureCache, part_name
+from pipelines.data.extractors import Extractor
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache
 from pipelines.data.image_source import SampleSource
 from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
 from pipelines.evaluation.options import EmbeddingOptions
@@ -104,14 +106,13 @@ class EmbeddedImages:
 
     @cached_property
     def _samples(self) -> dict[Side, dict[str, list[dict[str, Any]]]]:
-        """`COLUMNS` of every image, by side and part."""
-        return {
-            side: {
-                part: [row for batch in self.shards.read(part, selection, COLUMNS) for row in batch.to_pylist()]
-                for part in self.shards.parts
-            }
-            for side, selection in self._selections.items()
-        }
+        """`COLUMNS` of every image, by side and part of the cache."""
+        found: dict[Side, dict[str, list[dict[str, Any]]]] = {}
+        for side, selection in self._selections.items():
+            rows = iter(self.shards.table(selection, COLUMNS).to_pylist())  # in the order of the cache
+            parts = self._features.parts_of(side)
+            found[side] = {part: list(islice(rows, self._features.rows(part))) for part in parts}
+        return found
 
     def samples(self, side: Side) -> list[dict[str, Any]]:
         """Return `COLUMNS` of every image of a side, in the order of the parts."""
@@ -128,7 +129,7 @@ class EmbeddedImages:
             inside = [number for number, row in enumerate(rows) if row["sample_id"] in chosen]
             if not inside:
                 continue
-            patches, ends = self._patches(part, "train")
+            patches, ends = self._patches(part)
             if inside[-1] - inside[0] + 1 == len(inside):  # in a row, so they need not be copied from the disk
                 arrays.append(patches[ends[inside[0]] : ends[inside[-1] + 1]])
             else:
@@ -151,8 +152,8 @@ class EmbeddedImages:
             inside = [n for n, row in enumerate(rows) if not categories or row["category"] in categories]
             if not inside:
                 continue
-            patches, ends = self._patches(part, "test")
-            keep = self._features.array(part_name(part, "test"), KEEP)
+            patches, ends = self._patches(part)
+            keep = self._features.array(part, KEEP)
             for start in range(0, len(inside), batch_size):
                 numbers = inside[start : start + batch_size]
                 own = keep[numbers]  # B N
@@ -160,8 +161,7 @@ class EmbeddedImages:
                 filled[own] = np.concatenate([patches[ends[number] : ends[number + 1]] for number in numbers])
                 yield [rows[n] for n in numbers], MaskedPatches(torch.from_numpy(filled), torch.from_numpy(own))
 
-    def _patches(self, part: str, side: Side) -> tuple[np.ndarray, np.ndarray]:
+    def _patches(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the patches of a part, and where those of each image begin, with the end of the last."""
-        name = part_name(part, side)
-        counts = self._features.array(name, KEEP).sum(1)
-        return self._features.array(name, PATCHES), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        counts = self._features.array(part, KEEP).sum(1)
+        return self._features.array(part, PATCHES), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

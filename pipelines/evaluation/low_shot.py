@@ -43,7 +43,7 @@ def low_shot(options: LowShotOptions) -> ProtocolResult:
         options, shards, protocol="low_shot", **{key: to_plain(getattr(options, key)) for key in PLANNED}
     )
     output = files.full_uri(options.output)
-    inputs = inputs_of(options.shards, options.method)
+    inputs = {"shards": options.shards, **inputs_of(options.method)}
     with (
         outputs.open_output(output, "low-shot protocol", plan, inputs=inputs, overwrite=options.overwrite) as digest,
         track(options.tracking, "low_shot", output, to_plain(options), plan=digest) as run,

@@ -35,7 +35,7 @@ def semantic(options: SemanticOptions) -> ProtocolResult:
     options = checked(options, shards, sides)
     plan = protocol_plan(options, shards, protocol="semantic", tasks=tasks)
     output = files.full_uri(options.output)
-    inputs = inputs_of(options.shards, options.method)
+    inputs = {"shards": options.shards, **inputs_of(options.method)}
     with (
         outputs.open_output(output, "semantic protocol", plan, inputs=inputs, overwrite=options.overwrite) as digest,
         track(options.tracking, "semantic", output, to_plain(options), plan=digest) as run,

@@ -32,8 +32,6 @@ class ScoreOptions(Options):
         maps: which anomaly maps (16-bit) are kept: of "all" images, as pixel metrics need, of those that come to review
             or fail ("flagged"), or of "none", which is the fastest; null is all where there are masks, else none.
         batch_size: images in one forward pass.
-        stages: "fused" reads, computes and writes in each worker; "separate" has CPUs anywhere in the cluster read and
-            write for the workers that compute, as GPUs need; "auto" is "separate" with GPUs on Ray, else "fused".
         search: how memory banks are searched: "exact" on the CPU, with the same bits whatever the batch or worker;
             "device" where the network runs, with scores that may differ, relatively, by 1e-5 (by more where the encoder
             works in half precision); "auto" is "device" on a GPU (but "exact" for a bank with inverted lists), else
@@ -70,7 +68,6 @@ class ScoreOptions(Options):
     categories: tuple[str, ...] = ()
     maps: MapsKept | None = None
     batch_size: AtLeastOne = 8
-    stages: Literal["auto", "fused", "separate"] = "auto"
     search: Search = "auto"
     fold_batch_norm: bool = False
     max_reject_fraction: Share = 0.01
@@ -88,8 +85,6 @@ class ScoreOptions(Options):
                 "--categories choose from shards; name the category of all listed images by --listing.category, or the "
                 "column of a table that holds it by --listing.category_column"
             )
-        if self.stages == "separate" and self.runtime.local:
-            raise OptionError("--stages separate needs Ray; leave out --runtime.local, or take fused")
         if not self.images and self.listing != ListingOptions():
             raise OptionError("--listing says how --images are listed; leave it out, or give images instead of shards")
 

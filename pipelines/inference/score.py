@@ -26,7 +26,7 @@ from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.stage_times import StageTimes, fused_sentence
 from pipelines.runtime.stages import run_staged
-from pipelines.runtime.tasks import run_tasks, runs_here
+from pipelines.runtime.tasks import has_separate_stages, run_tasks
 from unianom import files
 from unianom.data.row_ranges import RowRange
 from unianom.data.shards import ScoreSet
@@ -107,7 +107,7 @@ def score(options: ScoreOptions) -> ScoreResult:
                 "fold": options.fold_batch_norm,
             }
             ranges = shards.ranges(images.selection)
-            rate, taken = _write_parts(arguments, models, ranges, runtime, options.stages)
+            rate, taken = _write_parts(arguments, models, ranges, runtime)
             commit_scores(output, digest, shards, images.selection, ranges, models, plan)
     scores = ScoreSet.open(output)
     check_unscored(scores, options.max_reject_fraction)
@@ -137,7 +137,6 @@ def _write_parts(
     models: Sequence[Mapping[str, Any]],
     ranges: Sequence[RowRange],
     runtime: RuntimeOptions,
-    stages: str,
 ) -> tuple[float, str]:
     """Write the score parts that are not there yet; return the images per second, and what the stages took."""
     names = {score_part(within.part, arguments["plan"], within.first): within for within in ranges}
@@ -149,9 +148,9 @@ def _write_parts(
     images = arguments["shards"].count(arguments["selection"]) - done
     progress = Progress("score", images)
     taken = StageTimes()
-    separate = _separate_stages(stages, runtime, images)
+    separate = has_separate_stages(runtime, images)
     results = (
-        run_staged(scoring_stages(arguments, models), tasks, replace(runtime, local=False))
+        run_staged(scoring_stages(arguments, models), tasks, runtime)
         if separate
         else run_tasks(RangeScorer, arguments, tasks, runtime, images)
     )
@@ -166,10 +165,3 @@ def _write_parts(
     if separate and tasks:
         return rate, taken.sentence(images)
     return rate, fused_sentence({part: fused[part] for part in PASSED if part in fused}, images)
-
-
-def _separate_stages(asked: str, runtime: RuntimeOptions, images: int) -> bool:
-    """Return whether reading, computing and writing are on processes of their own."""
-    if asked == "auto":
-        return bool(runtime.gpus_per_worker) and not runs_here(runtime, images)
-    return asked == "separate"

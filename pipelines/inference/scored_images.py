@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
 from pipelines.data.engine import REPAYS
-from pipelines.data.image_source import ImageSource, ReadPart, SampleSource
-from pipelines.data.ingest_part import read_image_file
-from pipelines.data.list_images import LISTING, ListedImage, iter_images, write_listing
-from pipelines.data.reader import DecodedSample
+from pipelines.data.first_images import EXAMPLES, FirstImages
+from pipelines.data.image_source import ImageSource, SampleSource
+from pipelines.data.list_images import LISTING, iter_images, write_listing
+from pipelines.data.options import named_images
 from pipelines.inference.options import ScoreOptions
 from pipelines.runtime.model_set import ModelSet
 from unianom import files
-from unianom.data.image import ImageLimits, InputPolicy, decode_prepared
 from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
 from unianom.data.shards import Selection, ShardSet
-from unianom.errors import DataError, ImageError, OptionError
+from unianom.errors import DataError, OptionError
 from unianom.options import to_plain
 
 
@@ -112,9 +110,7 @@ class ListedImages:
             "listing": to_plain(listing),
             "splits": ["test"],
         }
-        self.inputs: Mapping[str, str | None] = {
-            f"images[{number}]" if number else "images": uri for number, uri in enumerate(options.images)
-        }
+        self.inputs: Mapping[str, str | None] = named_images(options.images)
         self.selection = Selection()
         category = listing.category or (None if listing.category_column else self._known[0])
         self.categories: Sequence[str] = self._known if category is None else [category]
@@ -122,7 +118,7 @@ class ListedImages:
             self._first = list(islice(images, REPAYS + 1))
 
     def examples(self) -> ImageSource:
-        return _FirstImages(self._first[:EXAMPLES], self._options.limits)
+        return FirstImages([image.uri for image in self._first[:EXAMPLES]], self._options.limits)
 
     def count(self) -> int:
         return len(self._first)
@@ -144,44 +140,6 @@ class ListedImages:
                 f"{', '.join(self._known)}"
             )
         return category
-
-
-EXAMPLES = 32
-"""Images of a listing that an encoder may be tried on, of which some may be unreadable."""
-
-
-@dataclass(frozen=True)
-class _FirstImages:
-    """The first images of a listing. An `ImageSource` of one part."""
-
-    images: Sequence[ListedImage]
-    limits: ImageLimits
-
-    def parts(self) -> Sequence[str]:
-        return ["first"]
-
-    def count(self) -> int:
-        return len(self.images)
-
-    def key(self) -> dict[str, Any]:
-        return {"images": [image.uri for image in self.images]}
-
-    def open(self, batch_size: int, threads: int) -> ReadPart:
-        def read(part: str, policy: InputPolicy) -> Iterator[list[DecodedSample]]:
-            waiting = []
-            for image in self.images:
-                try:
-                    pixels = decode_prepared(read_image_file(image.uri), policy, self.limits)
-                except ImageError:
-                    continue  # a row of the scores tells of it
-                waiting.append(DecodedSample(pixels, None, {}))
-                if len(waiting) == batch_size:
-                    yield waiting
-                    waiting = []
-            if waiting:
-                yield waiting
-
-        return read
 
 
 def scored_images(options: ScoreOptions, model_set: ModelSet, models: Sequence[Mapping[str, Any]]) -> ScoredImages:

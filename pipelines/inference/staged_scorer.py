@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.data.decoded_batches import decode_fitted, same_model_batches
+from pipelines.data.decoded_batches import decode_fitted, is_listed, same_model_batches, with_sizes
 from pipelines.data.fetch import ImageFetcher, fetch_errors
 from pipelines.data.timed_pool import TimedPool
 from pipelines.inference.range_scorer import predict_batch
@@ -99,11 +99,12 @@ class RangeReader:
         tables: list[pa.Table] = []
         runs: list[dict[str, Any]] = []
         for folder, table in same_model_batches(rows, self._model_set.folder_of, within.rows):
-            pixels, errors = self._decoded(table, self._policies[folder], clock)
+            pixels, sizes, errors = self._decoded(table, self._policies[folder], clock)
             arrays[str(len(runs))] = pixels
             told = [[row, error.status, str(error)] for row, error in errors.items()]
             runs.append({"model": folder, "rows": len(table), "errors": told})
-            tables.append(table.select(list(IDENTITY)))
+            known = table.select(list(IDENTITY))
+            tables.append(with_sizes(known, sizes, errors) if is_listed(table) else known)
         return Block(arrays, pa.concat_tables(tables) if tables else None, {"runs": runs})
 
     def _rows(self, within: RowRange, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -113,9 +114,11 @@ class RangeReader:
 
     def _decoded(
         self, table: pa.Table, policy: InputPolicy, clock: StageClock
-    ) -> tuple[np.ndarray, dict[int, ImageError]]:
-        """Return the images that can be read, and why the others cannot, by the number of their row."""
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, ImageError]]:
+        """Return the images that can be read, height and width of the files of all, and why the others cannot, by the
+        number of their row."""
         pixels = np.empty((len(table), policy.side, policy.side, 3), np.uint8)
+        sizes = np.zeros((len(table), 2), np.int32)
         unread = fetch_errors(table)
         images = table["image"]
 
@@ -123,14 +126,14 @@ class RangeReader:
             if row in unread:
                 return unread[row]
             try:
-                pixels[row] = decode_fitted(images[row].as_py(), policy, self._limits, clock)
+                pixels[row], sizes[row] = decode_fitted(images[row].as_py(), policy, self._limits, clock)
             except ImageError as error:
                 return error
             return None
 
         found = self._pool.submit_each(decode, range(len(table))).result()
         errors = {row: error for row, error in enumerate(found) if error is not None}
-        return (np.delete(pixels, list(errors), axis=0) if errors else pixels), errors
+        return (np.delete(pixels, list(errors), axis=0) if errors else pixels), sizes, errors
 
 
 @dataclass(frozen=True, eq=False)

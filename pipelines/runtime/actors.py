@@ -24,8 +24,13 @@ from pipelines.runtime.task_worker import TaskWorker
 from unianom.errors import MachineError, OptionError
 
 
-def pool_size(options: RuntimeOptions, tasks: int) -> int:
+def pool_size(options: RuntimeOptions, tasks: int, least: int = 1) -> int:
     """Return how many actors to start for so many tasks; needs a connected Ray.
+
+    Args:
+        options: of the job.
+        tasks: no more actors than these.
+        least: actors at least, where the cluster grows for them.
 
     Raises:
         OptionError: the cluster cannot hold a single one.
@@ -34,12 +39,26 @@ def pool_size(options: RuntimeOptions, tasks: int) -> int:
     fit = int(have.get("CPU", 0)) // options.cpus_per_worker
     if options.gpus_per_worker:
         fit = min(fit, math.floor(have.get("GPU", 0) / options.gpus_per_worker))
+    if grows():
+        fit = max(fit, options.workers or least)
     if fit < 1:
         raise OptionError(
             f"a worker needs {options.cpus_per_worker} CPUs and {options.gpus_per_worker} GPUs; this Ray has "
             f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
         )
     return max(1, min(options.workers or fit, fit, tasks))
+
+
+def grows() -> bool:
+    """Return whether an autoscaler adds nodes when more is asked for than is there; needs a connected Ray.
+
+    How far it may grow, only the autoscaler knows.
+    """
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    stats = get_cluster_status(ray.get_runtime_context().gcs_address).stats
+    # without a provider of nodes it looks on, and has no state of its own
+    return int(stats.autoscaler_version or 0) > 0
 
 
 def connect(options: RuntimeOptions, dashboard: bool = False) -> None:

@@ -6,6 +6,7 @@ import difflib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipelines.runtime.console import console, print_table
@@ -34,6 +35,10 @@ def run(main: Callable[[Any], None], options: type | dict[str, type], argv: Sequ
         from pipelines.runtime.completion import candidates
 
         show("\n".join(candidates(options, arguments[1:])))
+    if arguments == ["--reference"]:
+        from pipelines.runtime.reference import reference_page
+
+        show(reference_page(options, Path(sys.argv[0]).stem.rstrip("_"), main.__globals__["__doc__"]).rstrip("\n"))
     stops = StopSignals()
     try:
         parsed = parse(options, arguments)

@@ -269,8 +269,12 @@ def _built(options: type, given: Mapping[str, Any], base: Any = None) -> Any:
 
 
 def _nearest(unknown: str, names: Sequence[str]) -> str | None:
-    """Return the known option that resembles an unknown one in its last part, in the same group if there is one."""
-    group = unknown.rpartition(".")[0]
+    """Return the known option that resembles an unknown one in its last part, in the same group if there is one; one of
+    the same last part comes first."""
+    group, _, leaf = unknown.rpartition(".")
+    same = next((name for name in names if name.rpartition(".")[2] == leaf), None)
+    if same is not None:
+        return same
     for known in ([name for name in names if name.rpartition(".")[0] == group], names):
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         near = difflib.get_close_matches(unknown.rpartition(".")[2], leaves, 1)

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import docstring_parser
 
@@ -31,7 +31,7 @@ OF_ANY_JOB = {
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
     """One option as help shows it.
 
     Attributes:
@@ -72,6 +72,20 @@ class _Option:
         return text + (f" ({'; '.join(said)})" if said else "")
 
 
+class Group(NamedTuple):
+    """Options that are given by one name and a dot.
+
+    Attributes:
+        name: dotted; empty for those that have none.
+        text: what the group is.
+        options: its own, without those of groups within it.
+    """
+
+    name: str
+    text: str
+    options: list[Option]
+
+
 def help_text(options: type, program: str, everything: bool) -> str:
     """Return what a job does and what it takes.
 
@@ -80,7 +94,7 @@ def help_text(options: type, program: str, everything: bool) -> str:
         program: how it is called.
         everything: all options in full, group by group, in place of the usual ones (`Options.usual`) in short.
     """
-    groups = list(_groups(options))
+    groups = list(option_groups(options))
     whole = [option for _, _, inside in groups for option in inside]
     places = getattr(options, "positional", ())
     lines = [*_wrapped(_usage(program, whole, places), others="    "), ""]
@@ -125,16 +139,14 @@ def summary(options: type) -> str:
     return " ".join((options.__doc__ or "").split("\n\n")[0].split())
 
 
-def _groups(
-    cls: Any, prefix: str = "", base: Any = None, usual: bool = True
-) -> Iterator[tuple[str, str, list[_Option]]]:
-    """Yield a class's options, then those of its groups: the group's dotted name, its summary, its own options."""
+def option_groups(cls: Any, prefix: str = "", base: Any = None, usual: bool = True) -> Iterator[Group]:
+    """Yield a class's options, then those of the groups in it."""
     texts: dict[str, str] = {}
     for documented in reversed(cls.__mro__):  # a class says of inherited options what differs
         found = docstring_parser.parse(documented.__doc__ or "").params
         texts |= {name: p.description or "" for p in found for name in p.arg_name.split(", ")}
     named = getattr(cls, "usual", None)
-    own: list[_Option] = []
+    own: list[Option] = []
     groups: list[tuple[str, Any, Any, bool]] = []
     for field in dataclasses.fields(cls):
         hint, default = hints_of(cls)[field.name], default_of(field, base)
@@ -149,14 +161,14 @@ def _groups(
             said = dump_yaml(to_plain(default), default_flow_style=True).removesuffix("...\n").strip()
         text, names = " ".join(texts.get(field.name, "").split()), field.metadata.get("names", ())
         takes = f"one of {', '.join(names)}" if names else in_words(hint)
-        own.append(_Option(f"{prefix}{field.name}", text, takes, names or _choices(hint), said, shown))
+        own.append(Option(f"{prefix}{field.name}", text, takes, names or _choices(hint), said, shown))
     order = {name: number for number, name in enumerate(named or ())}
     own.sort(key=lambda option: order.get(option.name.rpartition(".")[2], len(order)))
-    yield prefix[:-1], summary(cls) if prefix else "", own
+    yield Group(prefix[:-1], summary(cls) if prefix else "", own)
     for name, hint, default, shown in sorted(
         groups, key=lambda group: order.get(group[0].rpartition(".")[2], len(order))
     ):
-        yield from _groups(hint, f"{name}.", default, shown)
+        yield from option_groups(hint, f"{name}.", default, shown)
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -169,7 +181,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return ()
 
 
-def _usage(program: str, options: list[_Option], places: tuple[str, ...]) -> str:
+def _usage(program: str, options: list[Option], places: tuple[str, ...]) -> str:
     by_place = "".join(f" {name.upper()}" for name in places)
     needed = "".join(f" --{o.name} VALUE" for o in options if o.default is None and o.name not in places)
     return f"usage: {program}{by_place}{needed} [options]"

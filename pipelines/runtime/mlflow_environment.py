@@ -19,9 +19,11 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
-# A wrong address should show within seconds of the start; later, when hours of work are at stake, MLflow's own
-# patience of minutes holds.
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+ONE_RETRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""How often MLflow tries again by itself, as after a connection was cut; `mlflow_queue` tries on."""
+
+IMPATIENT = {**ONE_RETRY, "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""The same for requests of which each holds a job up, with the seconds that an answer may take."""
 
 
 class TrackingError(UnianomError):
@@ -36,17 +38,42 @@ def explained(what: str, cure: str) -> Iterator[None]:
     except UnianomError:
         raise
     except Exception as error:  # MLflow passes on whatever its database, network or artifact store raises
-        raise TrackingError(f"{what}: {cut(mask_credentials(_reason(error)), 300)}; {cure}") from error
+        raise TrackingError(f"{what}: {reason(error)}; {cure}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """Return the system's own words where disk or network failed, else MLflow's, on one line."""
+def reason(error: BaseException) -> str:
+    """Return the system's own words where disk or network failed, else MLflow's, on one short line."""
+    words = " ".join(str(error).split()) or type(error).__name__
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.strerror):
-            return str(cause)
+            words = str(cause)
+            break
+        for name in ("reason", "orig"):  # where urllib3 and SQLAlchemy keep what they were told
+            if isinstance(told := getattr(cause, name, None), Exception):
+                words = " ".join(str(told).split())
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split()) or type(error).__name__
+    return cut(mask_credentials(words), 300)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether a request that failed would fail for ever, not for a server that is away or out of order.
+
+    Wrong credentials count as a server that is out of order: they may be mended while a job runs.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+    from sqlalchemy.exc import ArgumentError
+
+    if isinstance(error, UnianomError | ImportError | ArgumentError | UnsupportedModelRegistryStoreURIException):
+        return True
+    if isinstance(error, MlflowException):  # no endpoint there: what answers in place of a server that is away
+        return error.get_http_status_code() in _REFUSALS and error.error_code != "ENDPOINT_NOT_FOUND"
+    return getattr(getattr(error, "response", None), "status_code", None) in _REFUSALS  # an artifact's, of Requests
+
+
+_REFUSALS = (400, 404, 409, 413)
+"""HTTP status of a request that is wrong in itself."""
 
 
 @contextmanager
@@ -63,12 +90,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def quiet_loggers() -> Iterator[None]:
-    """Let through only warnings and errors of MLflow and its database migrations, for the length of the block."""
+    """Let through only warnings and errors of MLflow and its database migrations, for the length of the block.
+
+    Those of its database are raised as well, and are not logged with their long tracebacks.
+    """
     level = os.environ["MLFLOW_LOGGING_LEVEL"].upper()
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    of_database = "CRITICAL" if level == QUIET["MLFLOW_LOGGING_LEVEL"] else level
+    levels = {"mlflow": level, "alembic": level, "mlflow.store.db.utils": of_database}
+    loggers = [logging.getLogger(name) for name in levels]
     before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(level)
+    for logger, new in zip(loggers, levels.values(), strict=True):
+        logger.setLevel(new)
     try:
         yield
     finally:

@@ -13,8 +13,9 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 import unianom
-from unianom.data.image import decode_image, encode_map
+from unianom.data.image import decode_prepared, encode_map
 from unianom.errors import ImageError
+from unianom.model import ImageResult
 
 
 class UnianomPyfunc(PythonModel):
@@ -42,34 +43,68 @@ class UnianomPyfunc(PythonModel):
 
         Returns:
             For each row, under its index: `score`; `decision`, "pass", "review" or "fail", null if the model has
-            neither threshold nor rule; `calibrated_score`, if it has a calibrator; with maps also `anomaly_map`, a
-            16-bit grey PNG at the model's input resolution of which a pixel v stands for `map_offset + map_scale * v`.
-
-        Raises:
-            ImageError: an image cannot be used; names the row.
+            neither threshold nor rule; `status`, "ok" or why there is no score ("corrupt", "too_large", "missing"), and
+            then `error`, the same in a sentence; `calibrated_score`, if the model has a calibrator; with maps also
+            `anomaly_map`, a 16-bit grey PNG at the model's input resolution of which a pixel v stands for
+            `map_offset + map_scale * v`. An image without a score has nulls elsewhere.
         """
         rows = list(model_input.index)
-        images = [_to_bytes(image, row) for image, row in zip(model_input["image"], rows, strict=True)]
+        images = [_to_bytes(image) for image in model_input["image"]]
         categories = list(model_input["category"]) if "category" in model_input else None
-        try:
-            results = self.model.predict(images, categories=categories)
-        except ImageError as error:
-            raise _name_row(error, images, rows) from error
+        results = self._predict(images, categories)
+        scored = [None if isinstance(result, ImageError) else result for result in results]
+        errors = [result if isinstance(result, ImageError) else None for result in results]
         columns: dict[str, Any] = {
-            "score": pd.Series([result.score for result in results], rows, dtype=float),
-            "decision": pd.Series([result.decision for result in results], rows, dtype=object),
+            "score": _numbers([r and r.score for r in scored], rows),
+            "decision": pd.Series([r and r.decision for r in scored], rows, dtype=object),
+            "status": pd.Series(["ok" if error is None else error.status for error in errors], rows, dtype=object),
+            "error": pd.Series([None if error is None else str(error) for error in errors], rows, dtype=object),
         }
         if self.model.calibrator is not None:
-            columns["calibrated_score"] = pd.Series([r.calibrated_score for r in results], rows, dtype=float)
+            columns["calibrated_score"] = _numbers([r and r.calibrated_score for r in scored], rows)
         if params and params.get("maps"):
-            packed = [encode_map(result.anomaly_map) for result in results]
+            packed = [(None, None, None) if result is None else encode_map(result.anomaly_map) for result in scored]
             columns["anomaly_map"] = pd.Series([png for png, _, _ in packed], rows, dtype=object)
-            columns["map_offset"] = pd.Series([offset for _, offset, _ in packed], rows, dtype=float)
-            columns["map_scale"] = pd.Series([scale for _, _, scale in packed], rows, dtype=float)
+            columns["map_offset"] = _numbers([offset for _, offset, _ in packed], rows)
+            columns["map_scale"] = _numbers([scale for _, _, scale in packed], rows)
         return pd.DataFrame(columns)
 
+    def _predict(
+        self, images: list[bytes | ImageError], categories: list[str] | None
+    ) -> list[ImageResult | ImageError]:
+        """Return for each image what the model says of it, or why it cannot be read."""
+        results: dict[int, ImageResult | ImageError] = {}
+        good: dict[int, bytes] = {}
+        for row, image in enumerate(images):
+            if isinstance(image, ImageError):
+                results[row] = image
+            else:
+                good[row] = image
 
-def _to_bytes(image: Any, row: Any) -> bytes:
+        def predict() -> list[ImageResult]:
+            own = None if categories is None else [categories[row] for row in good]
+            return self.model.predict(list(good.values()), categories=own)
+
+        try:
+            found = predict()
+        except ImageError:  # rare, so only then each image is looked at by itself
+            for row, image in list(good.items()):
+                try:
+                    decode_prepared(image, self.model.method.input)
+                except ImageError as error:
+                    results[row] = error
+                    del good[row]
+            found = predict()
+        results.update(zip(good, found, strict=True))
+        return [results[row] for row in range(len(images))]
+
+
+def _numbers(values: list[Any], rows: list[Any]) -> pd.Series:
+    """Return a column of floats, in which a null stays one: as NaN, MLflow's server would write what is no JSON."""
+    return pd.Series(values, rows, dtype=object if None in values else float)
+
+
+def _to_bytes(image: Any) -> bytes | ImageError:
     """Return an encoded image, as it came or from base64: MLflow decodes base64 in JSON requests, but not in data
     frames."""
     if isinstance(image, bytes | bytearray | memoryview):
@@ -78,20 +113,8 @@ def _to_bytes(image: Any, row: Any) -> bytes:
         try:
             return base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise ImageError("corrupt", f"row {row}: the text in column 'image' is not base64 ({error})") from error
-    raise ImageError(
-        "missing", f"row {row}: column 'image' holds {type(image).__name__}; give encoded bytes or base64 text"
-    )
-
-
-def _name_row(error: ImageError, images: list[bytes], rows: list[Any]) -> ImageError:
-    """Return the same error with the row it is about, found by decoding the images one by one."""
-    for image, row in zip(images, rows, strict=True):
-        try:
-            decode_image(image)
-        except ImageError as found:
-            return ImageError(found.status, f"row {row}: {found}")
-    return error
+            return ImageError("corrupt", f"the text in column 'image' is not base64 ({error})")
+    return ImageError("missing", f"column 'image' holds {type(image).__name__}; give encoded bytes or base64 text")
 
 
 set_model(UnianomPyfunc())

@@ -1,19 +1,95 @@
-"""Where MLflow keeps runs: its store, experiment and artifacts."""
+"""Where MLflow keeps runs: its store, experiment and artifacts, and the run of a job in them."""
 
 from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import unianom
 from pipelines.runtime.mlflow_environment import TrackingError
+from pipelines.runtime.mlflow_text import MAX_TAG, cut, mask_credentials
 from unianom import files
 from unianom.errors import OptionError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+ERROR = "unianom.error"
+"""Tag of what ended a run that failed."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """By what the run of a job is found again.
+
+    Attributes:
+        experiment: MLflow experiment.
+        job: name of the job.
+        output: path or URI of what it makes.
+        plan: digest of what the output depends on; empty if there is none.
+    """
+
+    experiment: str
+    job: str
+    output: str
+    plan: str
+
+
+def open_run(uri: str, identity: RunIdentity, parent_id: str | None) -> tuple[MlflowClient, str, str]:
+    """Return a client, the experiment's id and that of the job's run, which is new or continued.
+
+    Args:
+        uri: tracking URI.
+        identity: of the run.
+        parent_id: of the run that a new one belongs to.
+
+    Raises:
+        OptionError: the experiment was deleted.
+        Exception: whatever MLflow raises.
+    """
+    from mlflow import MlflowClient
+
+    _check_database(uri)
+    client = MlflowClient(uri)
+    experiment_id = experiment_id_of(client, identity.experiment, artifact_folder(uri))
+    shown = mask_credentials(identity.output)
+    key = files.digest_of([identity.job, identity.output, identity.plan])
+    found = client.search_runs([experiment_id], f"tags.`unianom.key` = '{key}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        if ERROR in found[0].data.tags:
+            client.delete_tag(run_id, ERROR)
+    else:
+        tags = {
+            "unianom.key": key,
+            "unianom.job": identity.job,
+            "unianom.output": cut(shown, MAX_TAG),
+            "unianom.version": unianom.__version__,
+        }
+        if identity.plan:
+            tags["unianom.plan"] = identity.plan
+        if parent_id is not None:
+            tags["mlflow.parentRunId"] = parent_id
+        name = f"{identity.job} {shown.rstrip('/').rsplit('/', 1)[-1]}"
+        run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    return client, experiment_id, run_id
+
+
+def _check_database(uri: str) -> None:
+    """Connect to a database server once: MLflow would try for minutes."""
+    from mlflow.store.db.db_types import DATABASE_ENGINES, SQLITE
+    from sqlalchemy import create_engine
+
+    if uri.split("://")[0].split("+")[0] in set(DATABASE_ENGINES) - {SQLITE}:
+        engine = create_engine(uri)
+        engine.connect().close()
+        engine.dispose()
 
 
 def experiment_id_of(client: MlflowClient, name: str, artifacts: str | None) -> str:

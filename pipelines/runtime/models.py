@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from unianom import files
+from unianom.data.image import InputPolicy
 from unianom.errors import ModelError
 from unianom.execution import Execution
 from unianom.memory_limit import memory_limit
 from unianom.methods import METHODS, MemoryMethod, Method
 from unianom.methods.trained import TrainedMethod
 from unianom.model import Model, load
+from unianom.options import from_plain
 
 
 def load_model(folder: str, execution: Execution) -> Model:
@@ -19,6 +22,11 @@ def load_model(folder: str, execution: Execution) -> Model:
         ModelError, OptionError: as `unianom.load`.
     """
     return load(folder, execution.device, execution.engine, execution.search)
+
+
+def input_policy(folder: str) -> InputPolicy:
+    """Return how images become input of the model in a folder, which is not loaded."""
+    return from_plain(InputPolicy, files.read_json(files.join(folder, "model.json"))["config"]["input"])
 
 
 def load_memory_method(folder: str, execution: Execution) -> MemoryMethod:

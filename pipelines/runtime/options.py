@@ -16,9 +16,13 @@ class RuntimeOptions(Options):
     Args:
         local: true works on threads of this process, without Ray, false on Ray; null works in this process where no
             cluster is given and there are no more than 1,000 images. Results are the same.
-        workers: threads or worker processes; null takes as many as the CPUs, or GPUs, allow.
+        workers: threads or worker processes; null takes as many as the CPUs, or GPUs, allow. A cluster with an
+            autoscaler grows to the number given; null takes those that are there, or one.
         cpus_per_worker: CPUs, and so threads, of each. Results depend on it in their last bits, on `workers` never.
         gpus_per_worker: GPUs of each; 0 runs on CPUs. Fractions share a GPU.
+        stages: where a network runs over images, "fused" reads, computes and writes in each worker; "separate" has CPUs
+            anywhere in the cluster read and write for the workers that compute, as GPUs need; "auto" is "separate" with
+            GPUs on Ray, else "fused". Results are the same.
         local_cpus: CPUs to use of this machine where no cluster is given; null takes all.
         engine: what computes frozen encoders: "pytorch", or on CPUs "openvino" (in float32: features differ by 1e-5 of
             the largest at most) or "openvino_bf16" (in bfloat16, which changes scores); "auto" takes what the job
@@ -31,12 +35,15 @@ class RuntimeOptions(Options):
     workers: AtLeastOne | None = None
     cpus_per_worker: AtLeastOne = 1
     gpus_per_worker: NotNegative = 0
+    stages: Literal["auto", "fused", "separate"] = "auto"
     local_cpus: AtLeastOne | None = None
     engine: Literal["auto", "pytorch", "openvino", "openvino_bf16"] = "auto"
 
     def check(self) -> None:
         if self.gpus_per_worker and self.engine not in ("auto", "pytorch"):
             raise ValueRefused(f"engine={self.engine} runs on CPUs; leave out gpus_per_worker, or take pytorch")
+        if self.stages == "separate" and self.local:
+            raise ValueRefused("stages=separate needs Ray; leave out local, or take fused")
 
     @property
     def device(self) -> str:

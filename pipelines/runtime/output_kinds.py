@@ -19,6 +19,7 @@ _MODEL = (
     r"bank/shard-\d{5}-of-\d{5}\.faiss",
 )
 _SCORED = r"part-(\d{5}(-\d{9})?|rejected)-[0-9a-f]{12}\.parquet"
+_LISTED = r"_listing/(_manifest\.json|_rejected\.parquet|_part-\d{5}\.json|part-\d{5}\.parquet)"
 _PARTS = (r"_manifest\.json", r"_part-[\w.-]+\.json")
 
 
@@ -58,17 +59,17 @@ KINDS: dict[str, OutputKind] = {
     "score set": OutputKind(
         "scores",
         "score",
-        (*_PARTS, _SCORED, r"_listing/(_manifest\.json|part-\d{5}\.parquet)"),
+        (*_PARTS, _SCORED, _LISTED),
         keys=frozenset({"models", "maps", "fold_batch_norm"}),
     ),
     "model": OutputKind(
         "a model",
         "train",
-        (*_MODEL, r"_work/.*"),
+        (*_MODEL, _LISTED, r"_work/.*"),
         done="model.json",
         keys=frozenset({"method", "few_shot", "weights", "threshold"}),
     ),
-    "models": OutputKind("models of single categories", "train", (r"models\.json",), done=None),
+    "models": OutputKind("models of single categories", "train", (r"models\.json", _LISTED), done=None),
     "calibrated model": OutputKind(
         "a calibrated model", "calibrate", _MODEL, done="model.json", keys=frozenset({"found_by", "calibration"})
     ),
@@ -154,11 +155,19 @@ KINDS: dict[str, OutputKind] = {
         done=None,
         keys=frozenset({"space", "search", "objective"}),
     ),
+    "export": OutputKind(
+        "an exported model",
+        "export",
+        (r"model\.onnx(\.data)?", r"predict\.py", r"README\.md", r"export\.json"),
+        done="export.json",
+        keys=frozenset({"precision", "opset", "gate"}),
+    ),
     "demo": OutputKind("a demo", "demo", (), done=None),
     "inspection": OutputKind("an inspection", "inspect", (), done=None),
     # what jobs keep for each other, under a name that is the digest of its plan
     "features": OutputKind("frozen features", "train", (r".*",)),
     "patches": OutputKind("patches of a bank", "train", (r".*",)),
+    "held-out scores": OutputKind("scores of held-out images", "train", (r".*",)),
     "calibration images": OutputKind("embeddings for calibration", "calibrate", (r".*",)),
     "cluster features": OutputKind("features for clustering", "cluster_anomalies", (r".*",)),
     "embeddings": OutputKind("embedded images", "semantic", (r".*",)),

@@ -17,7 +17,7 @@ class Run:
     """What a job records of itself. This one, of a job that is not tracked, records nothing.
 
     Attributes:
-        id: MLflow's run id; None if the job is not tracked.
+        id: MLflow's run id; None if the job is not tracked, or the server has not answered yet.
         uri: the tracking URI, without credentials; None if the job is not tracked.
     """
 

@@ -47,7 +47,7 @@ class StopSignals:
             for number in STOPS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._stop)
-            if hasattr(signal, "pthread_kill"):  # not on Windows
+            if WAKE:
                 _signal_watch()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -78,9 +78,15 @@ _handled = threading.Event()
 """Set when a handler of `StopSignals` ran."""
 
 
+WAKE: int = getattr(signal, "SIGURG", 0)
+"""Signal that only wakes the main thread, and that nothing else sends; 0 on Windows, which has none."""
+
+WAKES = 10
+
+
 @functools.cache
 def _signal_watch() -> socket.socket:
-    """Start a thread that sends a signal to the main thread again if its handler has not run within a second.
+    """Start a thread that wakes the main thread, once a second, where the handler of a signal in `STOPS` does not run.
 
     Python runs handlers in the main thread, between two of its instructions. A signal that another thread received, or
     that came just before the main thread began to wait for a lock, does not end that wait.
@@ -90,6 +96,7 @@ def _signal_watch() -> socket.socket:
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    signal.signal(WAKE, lambda number, frame: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not this process's
 
@@ -98,8 +105,10 @@ def _signal_watch() -> socket.socket:
             number = reader.recv(1)[0]
             if not isinstance(getattr(signal.getsignal(number), "__self__", None), StopSignals):
                 continue
-            if not _handled.wait(1):
-                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            for _ in range(WAKES):
+                if _handled.wait(1):
+                    break
+                signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
             _handled.clear()
 
     threading.Thread(target=watch, daemon=True, name="unianom-signals").start()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from pipelines.runtime.actors import DEATHS, connect, iter_results
+from pipelines.runtime.actors import DEATHS, connect, grows, iter_results
 from pipelines.runtime.device_turn import Device
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_steps import StageMaker, compute_step, read_step, write_step
@@ -86,6 +86,8 @@ def pool_size(options: RuntimeOptions, tasks: int, compute_cpus: float) -> int:
         fit.append(math.floor((cpus - 1) / compute_cpus))
     if options.gpus_per_worker:
         fit.append(math.floor(gpus / options.gpus_per_worker))
+    if grows():
+        return min(options.workers or max([1, *fit]), tasks)
     if cpus < 1 or min(fit, default=1) < 1:
         raise OptionError(
             f"stages need a CPU that reads and writes and, for a worker that computes, {compute_cpus:g} more and "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.runtime import outputs
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.stage_times import StageTimes
+from pipelines.runtime.stages import Stages, run_staged
 from pipelines.runtime.task_worker import ERROR, error_from_plain
 
 SMALL = 1000
@@ -24,6 +26,13 @@ def runs_here(options: RuntimeOptions, images: int) -> bool:
     ray = sys.modules.get("ray")  # never imported to answer this
     joined = bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
     return not joined and images <= SMALL
+
+
+def has_separate_stages(options: RuntimeOptions, images: int) -> bool:
+    """Return whether a network that runs over so many images has others read and write for it; see `run_staged`."""
+    if options.stages == "auto":
+        return bool(options.gpus_per_worker) and not runs_here(options, images)
+    return options.stages == "separate"
 
 
 def run_tasks(
@@ -72,6 +81,7 @@ def run_unfinished(
     progress: Progress,
     images: int,
     count: str | None = None,
+    stages: Callable[[], Stages] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """Run those tasks whose record is not in an output folder yet.
 
@@ -81,6 +91,7 @@ def run_unfinished(
         output: that folder.
         progress: shown; closed at the end.
         count: entry of a record that it advances by; null counts tasks.
+        stages: makes what does the tasks in place of `worker` where stages are separate; what they took is told then.
 
     Returns:
         The records of all tasks by name, in the order of `tasks`, and the rate of this run.
@@ -88,11 +99,24 @@ def run_unfinished(
     Raises:
         UnianomError: see `run_tasks`.
     """
-    records = {name: outputs.part_record(output, name) for name in tasks}
-    done = [record for record in records.values() if record is not None]
-    progress.advance(sum(record[count] for record in done) if count else len(done))
-    left = [tasks[name] for name, record in records.items() if record is None]
-    for result in run_tasks(worker, arguments, left, options, images):
-        progress.advance(result[count] if count else 1)
+    records = outputs.part_records(output, tasks)
+    progress.advance(sum(record[count] for record in records.values()) if count else len(records))
+    left = {name: task for name, task in tasks.items() if name not in records}
+    separate = stages is not None and has_separate_stages(options, images)
+    results = (
+        run_staged(stages(), list(left.values()), options)
+        if stages is not None and separate
+        else run_tasks(worker, arguments, list(left.values()), options, images)
+    )
+    taken, computed = StageTimes(), 0
+    for result in results:
+        size = result[count] if count else 1
+        progress.advance(size)
+        if separate:
+            taken.add(result)
+            computed += size
     rate = progress.close()
-    return {name: record or outputs.part_record(output, name) or {} for name, record in records.items()}, rate
+    if computed:
+        progress.note(taken.sentence(computed))
+    records |= outputs.part_records(output, left)
+    return {name: records.get(name, {}) for name in tasks}, rate

@@ -26,12 +26,15 @@ def track(
     *,
     plan: str = "",
     default_folder: str | None = None,
-    parent: str | None = None,
+    parent: Run | None = None,
 ) -> Iterator[Run]:
     """Record a job as one MLflow run, for the length of a `with` block.
 
     The run of the same job, output and plan is continued if there is one. It ends FINISHED, or FAILED if the block
     raises (KILLED if it is interrupted), and the exception goes on.
+
+    A server that is away costs a line on stderr, never the job: what is recorded meanwhile waits in memory and is sent
+    when the server answers, at the latest at the end, which waits a minute for it; what is missing then is told.
 
     Args:
         options: where to record.
@@ -40,17 +43,18 @@ def track(
         params: the job's options as plain data.
         plan: digest of what the output depends on, where the job has one.
         default_folder: where `mlflow.db` lies if no tracking URI is given; None takes the folder around `output`.
-        parent: id of the run that this one belongs to, e.g. the tuning of a trial.
+        parent: run that this one belongs to, e.g. the tuning of a trial. It outlives this one.
 
     Raises:
-        TrackingError: the tracking server cannot be reached (within a minute), or refuses.
+        TrackingError: MLflow cannot use this URI, or refuses.
+        OptionError: the experiment was deleted.
     """
     if not options.enabled:
         yield Run()
         return
-    from pipelines.runtime.mlflow_environment import IMPATIENT, QUIET, TrackingError, environment, quiet_loggers
-    from pipelines.runtime.mlflow_run import open_run
-    from pipelines.runtime.mlflow_store import default_uri
+    from pipelines.runtime.mlflow_environment import QUIET, TrackingError, environment, quiet_loggers
+    from pipelines.runtime.mlflow_run import MlflowRun
+    from pipelines.runtime.mlflow_store import ERROR, RunIdentity, default_uri
 
     output = files.full_uri(output)
     with environment(QUIET), quiet_loggers():
@@ -62,17 +66,16 @@ def track(
             )
             yield Run()
             return
-        with environment(IMPATIENT):
-            run = open_run(uri, options.experiment, job, output, plan, parent)
-            run.params(params)
+        above = parent if isinstance(parent, MlflowRun) else None
+        run = MlflowRun(uri, RunIdentity(options.experiment, job, output, plan), above)
+        run.open()
+        run.params(params)
         try:
             yield run
         except BaseException as error:
-            try:
-                run.tags({"unianom.error": f"{type(error).__name__}: {error}"})
-                run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            except TrackingError as also:
-                error.add_note(str(also))  # the job's own error is the one to show
+            run.tags({ERROR: f"{type(error).__name__}: {error}"})
+            at_once = isinstance(error, KeyboardInterrupt | TrackingError)  # the latter has waited
+            run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", 0.0 if at_once else None)
             raise
         run.end("FINISHED")
 

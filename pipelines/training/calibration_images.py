@@ -8,13 +8,17 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
+from pipelines.data.extractors import Arrays, BatchFunction, ImageBatch, finite
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache
 from pipelines.data.image_source import SampleSource
 from pipelines.data.splits import held_out_normals, some
+from pipelines.runtime.models import input_policy
 from pipelines.training.options import CalibrateOptions
 from unianom import __version__, files
 from unianom.calibration import MapStatistics
+from unianom.data.image import InputPolicy
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import DataError
@@ -43,23 +47,29 @@ class NormalEmbeddings:
     categories: tuple[str, ...]
     half: bool
 
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
         method = load(self.model)
         kind = "half precision; give --precision full" if self.half else "float32; check the model's weights"
 
-        def compute(batch: ImageBatch) -> Arrays:
-            prediction = method.predict(batch.tensor(method))
-            features = (prediction.embedding.half() if self.half else prediction.embedding.float()).cpu().numpy()
-            values = finite(features, f"embeddings of {batch.part} are not finite in {kind}").astype(np.float64)
-            sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
+        def network(images: Tensor) -> dict[str, Tensor]:
+            prediction = method.predict(images)
+            embedding = prediction.embedding
             return {
-                FEATURES: features,
-                STATISTICS: np.stack(MapStatistics.of(prediction.raw_map), axis=1).astype(np.float64),
-                CATEGORY: np.array([self.categories.index(name) for name in batch.column("category")], np.int32),
-                MOMENTS: sums[None],
+                FEATURES: embedding.half() if self.half else embedding.float(),
+                STATISTICS: MapStatistics.columns(prediction.raw_map),
             }
 
-        return BatchFunction(method.input, compute)
+        def arrays(batch: ImageBatch, found: Arrays) -> Arrays:
+            error = f"embeddings of {batch.part} are not finite in {kind}"
+            values = finite(found[FEATURES], error).astype(np.float64)
+            sums = np.stack([values.sum((0, 2, 3)), (values**2).sum((0, 2, 3))])
+            category = [self.categories.index(name) for name in batch.columns["category"]]
+            return {**found, CATEGORY: np.array(category, np.int32), MOMENTS: sums[None]}
+
+        return BatchFunction(method.input, arrays, network, method.device)
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,11 @@ class PreparedImages:
 
     def pixels(self, index: int) -> np.ndarray:
         """Return an image's pixels, S×S×3 uint8."""
-        return self._cached.row(PIXELS, int(self._images.part[index]), int(self._images.row[index]))
+        return self._cached.row(PIXELS, int(self._images.number[index]))
 
     def mask(self, index: int) -> np.ndarray:
         """Return an image's mask, S×S bool."""
-        return self._cached.row(MASKS, int(self._images.part[index]), int(self._images.row[index]))
+        return self._cached.row(MASKS, int(self._images.number[index]))
 
 
 class PreparedFeatures:
@@ -143,8 +143,8 @@ class PreparedFeatures:
 
     def features(self, index: int) -> dict[str, np.ndarray]:
         """Return the features of one image, by name."""
-        part, row = int(self._images.part[index]), int(self._images.row[index])
-        return {name: self._cached.row(name, part, row) for name in self._names}
+        number = int(self._images.number[index])
+        return {name: self._cached.row(name, number) for name in self._names}
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -241,8 +241,7 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
 
 def descriptors(cached: CachedFeatures, images: TrainingImages) -> np.ndarray:
     """Return N×D descriptors of images, from their cached frozen features."""
-    places = zip(images.part.tolist(), images.row.tolist(), strict=True)
-    return np.stack([cached.row(DESCRIPTOR, part, row) for part, row in places])
+    return np.stack([cached.row(DESCRIPTOR, number) for number in images.number.tolist()])
 
 
 def to_input(batch: TrainingBatch, device: torch.device, policy: InputPolicy) -> TrainingBatch:

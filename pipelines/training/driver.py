@@ -126,7 +126,7 @@ def _train(name: str, options: TrainingOptions, run: Run, task: FitTask, digest:
     model = load_model(trained, CPU)
     final = Model(model.method, categories)
     if chosen.held_out:
-        normals = score_held_out(trained, shards, chosen.held_out, categories, options)
+        normals = score_held_out(trained, shards, chosen.held_out, categories, options, files.join(work, "held_out"))
         set_thresholds(final, normals, options.threshold)
     provenance = {
         "plan_digest": digest,
@@ -221,7 +221,7 @@ def plan_job(
     size = rows * (4 if batch_spec.masks else 3) * method.input.side**2
     keep_pixels = options.data.images == "prepared" or (options.data.images is None and size <= ALL_PREPARED_BYTES)
     if keep_pixels and wants_pixels(batch_spec, features):
-        runtime = replace(options.runtime, gpus_per_worker=0)
+        runtime = replace(options.runtime, gpus_per_worker=0, stages="fused")
         made = prepare_pixels(shards, selection, method.input, folder, options.limits, runtime, batch_spec.masks)
         job = replace(job, pixels=made.uri)
     return job

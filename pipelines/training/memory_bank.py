@@ -3,7 +3,7 @@
     shards ─▶ actors: decode, embed, mask ─▶ cached patches ─▶ coreset ─▶ bank ─▶ scores of held-out normals, or of all
     images of the bank without their own vectors ─▶ threshold ─▶ model folder
 
-Patches are computed by part with fixed batches and threads, and read in the order of the parts, so the bank is the
+Patches are computed by range with fixed batches and threads, and read in the order of the shards, so the bank is the
 same, bit for bit, whatever the number of workers. They stay until the model is written, so a killed run continues.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from pipelines.data.feature_cache import FeatureCache
 from pipelines.data.image_source import SampleSource
+from pipelines.data.listed_shards import planned_source
 from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
 from pipelines.data.splits import LEFT_OUT, TrainValSplit, choose_samples, held_out_record
 from pipelines.runtime.models import load_memory_method, load_model, make_memory_method
@@ -60,8 +61,13 @@ def fit_banks(name: str, config: Any, options: FitOptions) -> list[FitResult]:
         return fit_planned_banks(name, tasks, options)
 
 
-def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
-    """Plan what `fit_banks` fits; arguments and errors are the same."""
+def plan_banks(name: str, config: Any, options: FitOptions, shards: ShardSet | None = None) -> list[FitTask]:
+    """Plan what `fit_banks` fits; arguments and errors are the same.
+
+    Args:
+        name, config, options: see there.
+        shards: the images; None opens those of the options.
+    """
     make_memory_method(name, config)
     weights = cache(weights_digest)
 
@@ -72,7 +78,7 @@ def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
         plan = {
             "method": name,
             "config": to_plain(own),
-            "shards": shards.digest,
+            **planned_source(shards),
             "categories": categories,
             "few_shot": options.few_shot,
             "seed": options.seed,
@@ -85,7 +91,7 @@ def plan_banks(name: str, config: Any, options: FitOptions) -> list[FitTask]:
         }
         return chosen, notice, plan
 
-    return plan_fits(config, options, describe)
+    return plan_fits(config, options, describe, shards=shards)
 
 
 def fit_planned_banks(name: str, tasks: Sequence[FitTask], options: FitOptions) -> list[FitResult]:
@@ -124,7 +130,8 @@ def _fit(name: str, options: FitOptions, task: FitTask, digest: str) -> FitResul
             found = score_left_out(fitted, scored, embedded, added, names, options.runtime)
             notice = TOO_FEW_VECTORS if found is None else notice
         else:
-            found = score_held_out(fitted, shards, chosen.held_out, categories, options)
+            folder = files.join(work, "held_out")
+            found = score_held_out(fitted, shards, chosen.held_out, categories, options, folder)
         if found is not None:
             set_thresholds(model, found, options.threshold)
     provenance = {

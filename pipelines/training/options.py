@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from pipelines.data.options import SplitOptions, ThresholdSource
+from pipelines.data.options import ListingOptions, SplitOptions, ThresholdSource, named_images
 from pipelines.runtime.options import RuntimeOptions, TrackingOptions
-from unianom.configs import all_configs, has_bank
+from unianom.configs import all_configs, has_bank, method_of
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
 from unianom.errors import OptionError
@@ -20,6 +20,7 @@ from unianom.options import (
     AtLeastZero,
     OpenShare,
     Options,
+    Share,
     ShareBelowOne,
     ValueRefused,
     documented_arguments,
@@ -79,7 +80,7 @@ class FitOptions(Options):
         runtime: actors and their CPUs and GPUs.
     """
 
-    shards: str
+    shards: str | None
     output: str
     categories: tuple[str, ...] = ()
     per_category: bool = False
@@ -91,6 +92,11 @@ class FitOptions(Options):
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
     limits: ImageLimits = field(default_factory=ImageLimits)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """Folders and files that hold the images, by the option that names them."""
+        return {"shards": self.shards}
 
     @property
     def split(self) -> SplitOptions:
@@ -255,6 +261,13 @@ class TrainJobOptions(FitOptions):
     """What jobs/train.py takes besides what fitting needs.
 
     Args:
+        shards: shard set; path or URI; null where `images` are given.
+        images: for memory banks: folders of normal images, tables of their paths or URIs, or image files. Folders are
+            walked; tables are CSV, JSON lines or Parquet; all may lie on any store. The images are listed and checked
+            once, in `_listing` below the output, and fetched when they are needed, without an ingest; one that cannot
+            be read is left out, and told.
+        listing: how these are listed.
+        max_reject_fraction: above this share of listed images that cannot be read the job fails, after checking all.
         calibrate: also calibrate its scores; by "cada", as jobs/calibrate.py does by default, "classifier" or "labels",
             null for not at all.
         register_as: name under which MLflow registers it; with the alias "candidate", null for not at all.
@@ -264,6 +277,7 @@ class TrainJobOptions(FitOptions):
 
     usual: ClassVar[tuple[str, ...] | None] = (
         "shards",
+        "images",
         "output",
         "categories",
         "per_category",
@@ -277,6 +291,11 @@ class TrainJobOptions(FitOptions):
         "tracking",
     )
 
+    shards: str | None = None
+    output: str = field(kw_only=True)
+    images: tuple[str, ...] = ()
+    listing: ListingOptions = field(default_factory=ListingOptions)
+    max_reject_fraction: Share = 0.01
     calibrate: CalibratorVariant | None = None
     register_as: str | None = None
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
@@ -292,6 +311,11 @@ class TrainJobOptions(FitOptions):
         return super().resolve(given)
 
     @property
+    def sources(self) -> dict[str, str | None]:
+        """Folders and files that hold the images, by the option that names them."""
+        return {"shards": self.shards, **named_images(self.images)}
+
+    @property
     def split(self) -> SplitOptions:
         """How normal training images are held out: for thresholds on calibrated scores, too, which no image has without
         its own vectors."""
@@ -301,11 +325,32 @@ class TrainJobOptions(FitOptions):
 
     def check(self) -> None:
         super().check()
+        self._check_images()
         name = self.register_as
         if name is not None and not self.tracking.enabled:
             raise OptionError("register_as needs tracking; leave out --tracking.enabled false")
         if name is not None and (set("/:") & set(name) or not name.strip(". ")):
             raise OptionError(f"register_as={name}: MLflow takes no '/' or ':' in a model's name, and more than dots")
+
+    def _check_images(self) -> None:
+        if (self.shards is None) == (not self.images):
+            raise OptionError("give either --shards, a shard set, or --images, folders, tables or files of images")
+        if not self.images:
+            if self.listing != ListingOptions():
+                raise OptionError("--listing says how --images are listed; leave it out, or give images, not shards")
+            return
+        name = method_of(self.method)
+        if not has_bank(name):
+            banks = ", ".join(filter(has_bank, all_configs()))
+            raise OptionError(
+                f"--images are for methods with a memory bank ({banks}); {name} goes over its images many times, so "
+                f"make shards of them with jobs/ingest.py and give these by --shards"
+            )
+        if self.calibrate is not None:
+            raise OptionError(
+                "--calibrate learns from shards; leave it out, or make shards of the images with jobs/ingest.py and "
+                "give these by --shards"
+            )
 
 
 def train_options() -> dict[str, type[TrainJobOptions]]:
@@ -314,7 +359,9 @@ def train_options() -> dict[str, type[TrainJobOptions]]:
     for name, config in all_configs().items():
         bases = (TrainJobOptions,) if has_bank(name) else (TrainJobOptions, TrainingOptions)
         method = ("method", config, field(default_factory=config))
-        cls = dataclasses.make_dataclass(f"Train_{name}", [method], bases=bases, frozen=True)
+        usual = tuple(each for each in TrainJobOptions.usual or () if has_bank(name) or each != "images")
+        namespace = {"usual": usual}
+        cls = dataclasses.make_dataclass(f"Train_{name}", [method], bases=bases, frozen=True, namespace=namespace)
         described = (config.__doc__ or "").split("\n\n")[0]
         summary = f"Fit {name}: {described}"
         arguments = documented_arguments(FitOptions, *bases[1:], TrainJobOptions)

@@ -81,6 +81,7 @@ def plan_fits(
     options: FitOptions,
     describe: Callable[[Any, ShardSet, list[str]], tuple[TrainValSplit, str, dict[str, Any]]],
     labels: bool = False,
+    shards: ShardSet | None = None,
 ) -> list[FitTask]:
     """Plan one model for all categories, or one each.
 
@@ -89,13 +90,14 @@ def plan_fits(
         options: data and output.
         describe: gives the images and the plan of one model, given its options, the shard set and its categories.
         labels: whether the method learns from anomalous training images, too.
+        shards: the images; None opens those of the options.
 
     Raises:
         DataError: there is no such category, not a single normal training image, or, where anomalous ones are learned
             from, none of these for one of the models.
         OptionError: see `own_config`.
     """
-    shards = ShardSet.open(options.shards)
+    shards = open_shards(options) if shards is None else shards
     shards.check(Selection(("train",), options.categories, (NORMAL, ANOMALOUS) if labels else (NORMAL,)))
     categories = list(options.categories) or shards.categories
     groups = [[category] for category in categories] if options.per_category else [categories]
@@ -115,6 +117,12 @@ def plan_fits(
             folder = files.join(output, files.safe_name(group[0], (INDEX, "model.json")))
         tasks.append(FitTask(own, shards, group, folder, chosen, notice, plan))
     return tasks
+
+
+def open_shards(options: FitOptions) -> ShardSet:
+    """Open the shard set that the options name."""
+    assert options.shards is not None, "images that are listed are handed in"
+    return ShardSet.open(options.shards)
 
 
 def own_config(config: Any, categories: list[str], options: FitOptions) -> Any:
@@ -149,7 +157,7 @@ def open_models(tasks: Sequence[FitTask], options: FitOptions) -> Iterator[None]
     with ExitStack() as stack:
         if options.per_category:
             plan = {"models": {task.categories[0]: files.digest_of(task.plan) for task in tasks}}
-            inputs = inputs_of(options.shards, tasks[0].config)
+            inputs = options.sources | inputs_of(tasks[0].config)
             output = files.full_uri(options.output)
             stack.enter_context(outputs.open_output(output, "models", plan, inputs=inputs, overwrite=options.overwrite))
             for task in tasks:
@@ -161,7 +169,7 @@ def open_models(tasks: Sequence[FitTask], options: FitOptions) -> Iterator[None]
 
 def open_model(task: FitTask, options: FitOptions) -> AbstractContextManager[str]:
     """Claim the folder of one model; gives the digest of its plan."""
-    inputs = inputs_of(options.shards, task.config)
+    inputs = options.sources | inputs_of(task.config)
     return outputs.open_output(task.output, "model", task.plan, inputs=inputs, overwrite=options.overwrite)
 
 
@@ -183,12 +191,11 @@ def fit_all(tasks: Sequence[FitTask], options: FitOptions, fit: Callable[[FitTas
     return results
 
 
-def inputs_of(shards: str, config: Any) -> dict[str, str | None]:
-    """Return what fitting a method reads, by the option that names it."""
+def inputs_of(config: Any) -> dict[str, str | None]:
+    """Return what fitting a method reads besides its images, by the option that names it."""
     weights = config.backbone.weights
     synthesis = getattr(config, "synthesis", None)
     return {
-        "shards": shards,
         "method.backbone.weights": None if weights in NAMED_WEIGHTS else weights,
         "method.synthesis.textures": getattr(synthesis, "textures", None),
     }

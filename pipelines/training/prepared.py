@@ -1,6 +1,6 @@
 """What trainings cache of the images they learn from: prepared pixels, masks, frozen features.
 
-Rows are the images of `learnable`, in the order of the part.
+Rows are the images of `learnable`, in the order of the shards.
 """
 
 from __future__ import annotations
@@ -9,20 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from pipelines.data.feature_cache import (
-    Arrays,
-    BatchFunction,
-    CachedFeatures,
-    Extractor,
-    FeatureCache,
-    ImageBatch,
-    finite,
-)
+from pipelines.data.extractors import Arrays, BatchFunction, Extractor, ImageBatch, finite
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache
 from pipelines.data.image_source import SampleSource
-from pipelines.runtime.models import trained_method
+from pipelines.runtime.models import input_policy, trained_method
 from pipelines.runtime.options import RuntimeOptions
 from unianom import files
 from unianom.data.image import ImageLimits, InputPolicy
@@ -63,21 +56,24 @@ class PreparedPixels:
     """Images as input of a method. An `Extractor`.
 
     Attributes:
-        policy: how images become input.
+        input: how images become input.
         masks: whether masks are kept beside the pixels.
     """
 
-    policy: InputPolicy
+    input: InputPolicy
     masks: bool = False
 
-    def open(self, load: Callable[[str], Method]) -> BatchFunction:
-        def compute(batch: ImageBatch) -> Arrays:
-            arrays = {PIXELS: np.stack([sample.pixels for sample in batch.samples])}
-            if self.masks:
-                arrays[MASKS] = np.stack([sample.mask for sample in batch.samples if sample.mask is not None])
-            return arrays
+    def policy(self) -> InputPolicy:
+        return self.input
 
-        return BatchFunction(self.policy, compute)
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        def arrays(batch: ImageBatch, _: Arrays) -> Arrays:
+            kept = {PIXELS: batch.pixels}
+            if self.masks and batch.masks is not None:
+                kept[MASKS] = batch.masks
+            return kept
+
+        return BatchFunction(self.input, arrays)
 
 
 @dataclass(frozen=True)
@@ -92,20 +88,26 @@ class FrozenFeatures:
     model: str
     half: bool
 
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
         method = trained_method(load(self.model))
         kind = "half precision; use --data.feature_precision full" if self.half else "float32; check weights"
 
-        def compute(batch: ImageBatch) -> Arrays:
-            features = method.frozen_features(batch.tensor(method))
+        def network(images: Tensor) -> dict[str, Tensor]:
+            features = method.frozen_features(images)
             means = [value.flatten(2).mean(2) for value in features.values()]  # each B C
-            arrays = {DESCRIPTOR: torch.cat(means, dim=1).float().cpu().numpy()}
-            for name, value in features.items():
-                kept = (value.half() if self.half else value.float()).cpu().numpy()
-                arrays[name] = finite(kept, f"frozen features of {batch.part} are not finite in {kind}")
-            return arrays
+            kept = {name: value.half() if self.half else value.float() for name, value in features.items()}
+            return {DESCRIPTOR: torch.cat(means, dim=1).float(), **kept}
 
-        return BatchFunction(method.input, compute)
+        def arrays(batch: ImageBatch, found: Arrays) -> Arrays:
+            for name, values in found.items():
+                if name != DESCRIPTOR:
+                    finite(values, f"frozen features of {batch.part} are not finite in {kind}")
+            return found
+
+        return BatchFunction(method.input, arrays, network, method.device)
 
 
 def prepare_pixels(

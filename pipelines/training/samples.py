@@ -13,6 +13,8 @@ from pipelines.training.prepared import learnable
 from unianom import files
 from unianom.data.shards import ShardSet
 
+_PLACES = ("part", "group", "row", "number")
+
 
 @dataclass(frozen=True)
 class TrainingImages:
@@ -22,6 +24,7 @@ class TrainingImages:
         category: N int64, index into the categories.
         label: N int64, 0 normal, 1 anomalous.
         part, group, row: N int64, where each lies: part number, row group, place among the `learnable` of its part.
+        number: N int64, place among all `learnable` ones, in whose order they are cached.
     """
 
     category: np.ndarray
@@ -29,6 +32,7 @@ class TrainingImages:
     part: np.ndarray
     group: np.ndarray
     row: np.ndarray
+    number: np.ndarray
 
     def __len__(self) -> int:
         return len(self.category)
@@ -42,16 +46,17 @@ class TrainingImages:
         They come in the order of parts and rows.
         """
         table = shards.locate(learnable(categories, labels), ["sample_id", "category", "label"])
+        table = table.append_column("number", pa.array(range(len(table)), pa.int64()))
         if learn is not None:
             table = table.filter(pa.array([sample in learn for sample in table["sample_id"].to_pylist()]))
         numbers = {category: number for number, category in enumerate(categories)}
         category = np.array([numbers[name] for name in table["category"].to_pylist()], np.int64)
         label = table["label"].to_numpy().astype(np.int64)
-        return TrainingImages(category, label, *(table[name].to_numpy() for name in ("part", "group", "row")))
+        return TrainingImages(category, label, *(table[name].to_numpy() for name in _PLACES))
 
-    def of_parts(self, numbers: set[int]) -> TrainingImages:
-        """Return the images that lie in some parts."""
-        inside = np.isin(self.part, sorted(numbers))
+    def first(self, count: int) -> TrainingImages:
+        """Return those that are among the first so many `learnable` images."""
+        inside = self.number < count
         return TrainingImages(*(getattr(self, field.name)[inside] for field in fields(self)))
 
     def save(self, uri: str) -> None:

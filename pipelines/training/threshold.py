@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from pipelines.data.reader import SampleReader
-from pipelines.runtime.models import load_model
-from pipelines.runtime.progress import Progress
-from pipelines.runtime.tasks import run_tasks
+import numpy as np
+from torch import Tensor
+
+from pipelines.data.extractors import BatchFunction
+from pipelines.data.feature_cache import FeatureCache
+from pipelines.data.image_source import SampleSource
+from pipelines.runtime.models import input_policy
+from pipelines.training.calibration_images import network_key
 from pipelines.training.options import FitOptions, ThresholdOptions
-from unianom.data.image import ImageLimits
+from unianom import files
+from unianom.data.image import InputPolicy
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
-from unianom.data.tensors import normalise
-from unianom.execution import Execution
+from unianom.methods import Method
 from unianom.model import Model
 from unianom.thresholds import Source, fit_by_category, fit_supported
 
@@ -39,55 +44,59 @@ class NormalScores(NamedTuple):
         return cls(source, found)
 
 
-class HeldOutScorer:
-    """Scores the held-out normals of one part. A `PartTask`."""
+SCORE = "score"
+"""Name of the array of image scores, N float32."""
 
-    def __init__(
-        self,
-        model: str,
-        shards: ShardSet,
-        selection: Selection,
-        chosen: frozenset[str],
-        batch_size: int,
-        limits: ImageLimits,
-        execution: Execution,
-        threads: int,
-    ) -> None:
-        self._model = load_model(model, execution)
-        self._reader = SampleReader(shards, selection, chosen, batch_size, limits, threads)
 
-    def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Return categories and scores of one part's held-out images."""
-        method, scores, categories = self._model.method, [], []
-        for batch in self._reader.decoded(task["part"], method.input, ["category"]):
-            images = normalise([sample.pixels for sample in batch], method.input).to(method.device)
-            scores += method.score_images(images).score.float().cpu().tolist()
-            categories += [sample.row["category"] for sample in batch]
-        return {"categories": categories, "scores": scores}
+@dataclass(frozen=True)
+class ImageScores:
+    """Image scores. An `Extractor`.
+
+    Attributes:
+        model: folder of the model.
+    """
+
+    model: str
+
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
+    def open(self, load: Callable[[str], Method]) -> BatchFunction:
+        method = load(self.model)
+
+        def network(images: Tensor) -> dict[str, Tensor]:
+            return {SCORE: method.score_images(images).score.float()}
+
+        return BatchFunction(method.input, lambda _, found: found, network, method.device)
 
 
 def score_held_out(
-    model: str, shards: ShardSet, held_out: frozenset[str], categories: list[str], options: FitOptions
+    model: str, shards: ShardSet, held_out: frozenset[str], categories: list[str], options: FitOptions, folder: str
 ) -> NormalScores:
-    """Return the image scores of held-out normals by a model folder."""
-    arguments = {
-        "model": model,
-        "shards": shards,
-        "selection": Selection(("train", "val"), tuple(categories), (NORMAL,)),
-        "chosen": held_out,
-        "batch_size": options.batch_size,
-        "limits": options.limits,
-        "execution": options.runtime.execution,
-        "threads": options.runtime.cpus_per_worker,
-    }
-    progress = Progress("score held-out normals", len(held_out))
-    tasks = [{"part": part} for part in shards.parts]
-    scored: list[tuple[str, float]] = []
-    for result in run_tasks(HeldOutScorer, arguments, tasks, options.runtime, len(held_out)):
-        scored += zip(result["categories"], result["scores"], strict=True)
-        progress.advance(len(result["scores"]))
-    progress.close()
-    return NormalScores.of("held_out", scored)
+    """Return the image scores of held-out normals by a model.
+
+    Args:
+        model: its folder.
+        shards, held_out: the images.
+        categories: of the model.
+        options: batches, limits and workers.
+        folder: of unfinished work, below which scores are kept.
+    """
+    selection = Selection(("train", "val"), tuple(categories), (NORMAL,))
+    cache = FeatureCache.below(
+        folder,
+        "held-out scores",
+        {"": SampleSource(shards, selection, options.limits, held_out)},
+        network_key(files.read_json(files.join(model, "model.json"))),
+        options.runtime,
+        options.batch_size,
+    )
+    label = "score held-out normals"
+    cache.fill({"": ImageScores(model)}, options.batch_size, options.runtime, label, temporary=True)
+    rows = shards.table(selection, ["sample_id", "category"]).to_pylist()  # in the order of the cache
+    known = [row["category"] for row in rows if row["sample_id"] in held_out]
+    scores = np.concatenate(cache.open().arrays(SCORE)).tolist()
+    return NormalScores.of("held_out", zip(known, scores, strict=True))
 
 
 def set_thresholds(model: Model, normals: NormalScores, options: ThresholdOptions) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
+from pipelines.data.extractors import Arrays, BatchFunction, ImageBatch, finite
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache
 from pipelines.data.image_source import ValidationSource
-from pipelines.runtime.models import load_model
+from pipelines.runtime.models import input_policy, load_model
 from pipelines.training.calibration_head import HeadActor
 from pipelines.training.calibration_images import EmbeddingCache, network_key
 from pipelines.training.options import CalibrateOptions
@@ -24,6 +25,7 @@ from pipelines.tuning.trial import Campaign, FittedTrial, TrialContext
 from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
+from unianom.data.image import InputPolicy
 from unianom.errors import ModelError
 from unianom.execution import CPU, Execution
 from unianom.methods import Method, Prediction
@@ -121,18 +123,22 @@ class MapsAndEmbeddings:
 
     model: str
 
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
         method = load(self.model)
 
-        def compute(batch: ImageBatch) -> Arrays:
-            prediction = method.predict(batch.tensor(method))
-            error = "maps or embeddings of validation images hold NaN or infinite values; check the model"
-            return {
-                MAPS: finite(prediction.anomaly_map.float().cpu().numpy(), error),
-                EMBEDDINGS: finite(prediction.embedding.float().cpu().numpy(), error),
-            }
+        def network(images: Tensor) -> dict[str, Tensor]:
+            prediction = method.predict(images)
+            return {MAPS: prediction.anomaly_map.float(), EMBEDDINGS: prediction.embedding.float()}
 
-        return BatchFunction(method.input, compute)
+        def arrays(_: ImageBatch, found: Arrays) -> Arrays:
+            for values in found.values():
+                finite(values, "maps or embeddings of validation images hold NaN or infinite values; check the model")
+            return found
+
+        return BatchFunction(method.input, arrays, network, method.device)
 
 
 def cache_outputs(campaign: CadaCampaign, validation_set: str, folder: str) -> str:

@@ -244,8 +244,9 @@ class Driver(Generic[AnyCampaign]):
     def _concurrency(self, trials: int) -> int:
         runtime = self.options.runtime
         gpus = runtime.gpus_per_worker if self.trains else self.trial_gpus()
-        fit = pool_size(dataclasses.replace(runtime, workers=None, gpus_per_worker=gpus), 1 << 30)
         workers = runtime.workers or 1 if self.trains else 1
+        least = workers * (self.options.concurrency or 1)
+        fit = pool_size(dataclasses.replace(runtime, workers=None, gpus_per_worker=gpus), 1 << 30, least)
         if fit < workers:
             raise OptionError(
                 f"a trial of {workers} workers of {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs "

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.data.feature_cache import Arrays, BatchFunction, CachedFeatures, FeatureCache, ImageBatch, finite
+from pipelines.data.extractors import Arrays, BatchFunction, ImageBatch, finite
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache
 from pipelines.data.image_source import SampleSource, ValidationSource
 from pipelines.data.patch_matrix import PATCHES, PatchMatrix
-from pipelines.runtime.models import make_memory_method, memory_method, memory_method_class
+from pipelines.runtime.models import input_policy, make_memory_method, memory_method, memory_method_class
 from pipelines.training.options import FitOptions
 from pipelines.training.per_category import weights_digest
+from unianom.data.image import InputPolicy
 from unianom.data.schema import NORMAL
 from unianom.data.shards import Selection, ShardSet
 from unianom.methods import MaskedPatches, MemoryMethod, Method, PatchFeatures
@@ -46,18 +48,23 @@ class EncodedPatches:
 
     model: str
 
+    def policy(self) -> InputPolicy:
+        return input_policy(self.model)
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
         method = memory_method(load(self.model))
 
-        def compute(batch: ImageBatch) -> Arrays:
-            encoded = method.encode(batch.tensor(method))
-            error = f"patches of {batch.part} hold NaN or infinite values; use --method.backbone.precision fp32"
-            arrays = {PATCHES: finite(encoded.patches.float().cpu().numpy(), error)}
-            if encoded.attention is not None:
-                arrays[ATTENTION] = encoded.attention.float().cpu().numpy()
-            return arrays
+        def network(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            encoded = method.encode(images)
+            attention = {} if encoded.attention is None else {ATTENTION: encoded.attention.float()}
+            return {PATCHES: encoded.patches.float(), **attention}
 
-        return BatchFunction(method.input, compute)
+        def arrays(batch: ImageBatch, found: Arrays) -> Arrays:
+            error = f"patches of {batch.part} hold NaN or infinite values; use --method.backbone.precision fp32"
+            finite(found[PATCHES], error)
+            return found
+
+        return BatchFunction(method.input, arrays, network, method.device)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class EncodedImages:
             DataError: not a single patch is kept.
         """
         arrays, features = [], self.cache.open()
-        for part in self.cache.parts(LEARNED):
+        for part in features.parts_of(LEARNED):
             kept = [one.patches[one.keep].numpy() for one in _masked(features, part, method.mask_bank_patches, config)]
             if kept:
                 # one array a part, for products of other shapes differ in their last bits, and so may the coreset
@@ -98,7 +105,7 @@ class EncodedImages:
     def compared_patches(self, method: MemoryMethod, config: Any) -> Iterator[MaskedPatches]:
         """Return the patches of the images that settings are compared on, in order; arguments as `bank_patches`."""
         features = self.cache.open()
-        for part in self.cache.parts(COMPARED):
+        for part in features.parts_of(COMPARED):
             yield from _masked(features, part, method.mask_patches, config)
 
 

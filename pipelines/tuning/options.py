@@ -144,6 +144,7 @@ class TuneMethod(SearchOptions, FitOptions):
 
     searched_group = "method"
 
+    shards: str  # not null: nothing else holds images to a campaign
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     method: Options = field(kw_only=True)
 

@@ -79,12 +79,12 @@ class Recorder(tune.Callback):
             self._campaign.trial_folder(values),
             to_plain(dict(values)),
             default_folder=self._store,
-            parent=self._run.id,
+            parent=self._run,
         )
 
     def record_again(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Record trials in MLflow that ended before, for their driver may have died in between."""
-        for record in records if self._run.id is not None else ():
+        for record in records if self._run.uri is not None else ():
             with self._track(record["values"]) as own:
                 _record_end(own, record)
 

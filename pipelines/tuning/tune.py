@@ -71,7 +71,7 @@ def tune(options: TuneOptions) -> TuneResult:
     if isinstance(options, TuneCada):
         inputs: dict[str, str | None] = {"model": options.model}
     else:
-        inputs = inputs_of(options.shards, options.method)
+        inputs = inputs_of(options.method)
     with (
         outputs.open_output(
             output, "campaign", plan, inputs={**inputs, "shards": options.shards}, overwrite=options.overwrite

@@ -30,6 +30,7 @@ from unianom.data.image import (
     decode_map,
     decode_mask,
     decode_prepared,
+    decode_upright,
     encode_map,
     encode_png,
     find_crop,
@@ -227,6 +228,8 @@ def test_every_exif_orientation_is_turned_upright(value, file_format):
     assert decoded.shape == upright.shape
     np.testing.assert_allclose(decoded, upright, atol=3 if file_format == "JPEG" else 0)
     assert check_image(data) == ImageFacts(file_format, *upright.shape[:2])
+    prepared = decode_upright(data, InputPolicy(decode="scaled"))
+    assert (prepared.height, prepared.width) == upright.shape[:2]
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])

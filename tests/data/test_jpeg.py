@@ -124,6 +124,7 @@ def test_files_are_scaled_by_the_largest_step_that_stays_above_the_target(resize
     assert shape == (-(-757 // scale), -(-1003 // scale))
     assert shape[0] >= upright.size[1]
     assert shape[1] >= upright.size[0]
+    assert (upright.height, upright.width) == (757, 1003)
 
 
 @pytest.mark.parametrize("name", ["subsampling 2, quality 75", "progressive", "grey", "RGB kept"])

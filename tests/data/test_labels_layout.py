@@ -50,6 +50,18 @@ def test_splits_of_a_table(tmp_path):
     fails(DataError, "split '5' in column s must be train, val or test", "labels", tmp_path, options)
 
 
+@pytest.mark.parametrize("first", [("mask.png",) * 6, tuple("012345")])
+def test_a_column_without_a_name_is_none_of_those_that_are_not_asked_for(tmp_path, first):
+    """As the one that pandas writes for its index: taken for masks, or for a category each, it changes the samples."""
+    draw(tmp_path, *(f"{n}.png" for n in range(6)), "mask.png")
+    rows = ["file,state", *(f"{n}.png,{'ng' if n == 5 else 'ok'}" for n in range(6))]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    expected = list(iter_samples("labels", tmp_path, OPTIONS))
+    assert {sample.split for sample in expected if sample.label == 0} == {"train", "test"}
+    (tmp_path / "t.csv").write_text("\n".join(f"{cell},{row}" for cell, row in zip(("", *first), rows, strict=True)))
+    assert list(iter_samples("labels", tmp_path, OPTIONS)) == expected
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.json"])
 def test_kinds_of_tables(tmp_path, name):
     content = {

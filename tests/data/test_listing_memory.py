@@ -6,6 +6,7 @@ import os
 import tracemalloc
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from unianom import files
 from unianom.data.layouts import LAYOUTS, iter_samples, make_options
@@ -80,6 +81,48 @@ def test_a_walk_does_not_leave_its_listings_with_the_file_system(monkeypatch):
         assert [path for path in source.fs.dircache if "test-listing" in path] == []
     finally:
         files.remove(uri)
+
+
+class Info(dict):
+    """What a store says of an object; counted as long as it is held."""
+
+    held = most = 0
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        Info.held += 1
+        Info.most = max(Info.most, Info.held)
+
+    def __del__(self):
+        Info.held -= 1
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_page_of_a_store_is_held_at_a_time(monkeypatch, paged):
+    """Of stores that can give pages; others give all at once."""
+    pages, size = 300, 10
+
+    def iter_dir(self, path):
+        for page in range(pages):
+            found = [
+                Info(name=f"{path}/{page * 7919 % pages:03d}-{number}.png", type="file", size=number)
+                for number in range(size)
+            ]
+            yield from found
+
+    if paged:
+        monkeypatch.setattr(MemoryFileSystem, "iter_dir", iter_dir, raising=False)
+        monkeypatch.setattr(MemoryFileSystem, "ls", None)
+    else:
+        monkeypatch.setattr(MemoryFileSystem, "ls", lambda self, path, detail: list(iter_dir(self, path)))
+    monkeypatch.setattr(module, "MOST_IN_MEMORY", 100)
+    monkeypatch.setattr(Info, "most", 0)
+    images = list(Source.open("memory://many").walk())
+    assert [image.path for image in images] == [
+        f"{page:03d}-{number}.png" for page in range(pages) for number in range(size)
+    ]
+    assert Info.held == 0
+    assert (Info.most <= 2 * size) == paged
 
 
 def table(folder, count, name, line):

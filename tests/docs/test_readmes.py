@@ -52,7 +52,7 @@ def _commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in _blocks(page):
             for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-                command = re.search(r"python jobs/(\w+)\.py(.*)|^unianom ([a-z][\w-]*)(.*)", line)
+                command = re.search(r"python jobs/(\w+)\.py(.*)|(?:^|-- )unianom ([a-z][\w-]*)(.*)", line)
                 if command and "…" not in command[0] and command[3] != "completion":
                     name, rest = (command[1] or command[3]).replace("-", "_"), command[2] or command[4] or ""
                     found.append((str(page.relative_to(ROOT)), f"jobs/{name}.py{rest}"))

@@ -108,7 +108,7 @@ def test_it_says_its_version(unianom: Run) -> None:
 
 
 def test_help_names_the_command_as_it_was_called(unianom: Run) -> None:
-    assert unianom("train", "patchcore", "--help").stdout.startswith("usage: unianom train patchcore --shards VALUE ")
+    assert unianom("train", "patchcore", "--help").stdout.startswith("usage: unianom train patchcore --output VALUE ")
     assert json.dumps(unianom("train", "--help").stdout).count("unianom train NAME") == 2
 
 

@@ -123,11 +123,14 @@ def write_shards(folder: Path, parts: Sequence[list[Row]] = PARTS, images_per_gr
 
 def forbid_test_rows(monkeypatch: Any) -> None:
     """Let every reading of a shard set fail that could see a row of the test split."""
-    read = ShardSet.read
+    for name in ("read", "read_range"):
+        monkeypatch.setattr(ShardSet, name, _watched(getattr(ShardSet, name)))
 
-    def watched(self: ShardSet, part: str, selection: Selection | None = None, *rest: Any, **more: Any) -> Any:
+
+def _watched(read: Any) -> Any:
+    def watched(self: ShardSet, within: Any, selection: Selection | None = None, *rest: Any, **more: Any) -> Any:
         if selection is None or not selection.splits or "test" in selection.splits:
-            raise DataError(f"read test rows of {part}")
-        return read(self, part, selection, *rest, **more)
+            raise DataError(f"read test rows of {within}")
+        return read(self, within, selection, *rest, **more)
 
-    monkeypatch.setattr(ShardSet, "read", watched)
+    return watched

@@ -36,6 +36,8 @@ from pipelines.reporting.options import ReportOptions
 from pipelines.runtime import outputs
 from pipelines.runtime.options import DemoOptions
 from pipelines.runtime.outputs import KINDS, PLAN
+from pipelines.serving.export import export
+from pipelines.serving.options import ExportOptions, GateOptions
 from pipelines.training.calibrate import calibrate
 from pipelines.training.options import CalibrateOptions, ThresholdOptions, train_options
 from pipelines.training.train import train
@@ -142,6 +144,11 @@ JOBS: dict[str, tuple[str, tuple[str, ...], Callable[..., Any]]] = {
         ("shards",),
         lambda g, o, **m: _protocol(LowShotOptions, low_shot, g.shards, o, shots=(1,), draws=1, **m),
     ),
+    "export": (
+        "export",
+        ("shards", "model"),
+        lambda g, o, **m: export(ExportOptions(g.model, g.shards, o, gate=GateOptions(images=2), **m)),
+    ),
     "tune": ("campaign", ("shards",), lambda g, o, **m: _tune(g, o, **m)),
 }
 """Kind of output, inputs, and the job itself, given these and its output."""
@@ -158,6 +165,7 @@ TYPICAL = {
     "clustering": ("clusters.parquet", "categories.csv", "clusters_bottle.png"),
     "semantic protocol": ("scores-00000.parquet", "_scores-00000.json", "tasks.csv"),
     "low-shot protocol": ("scores-00000.parquet", "draws.csv"),
+    "export": ("model.onnx", "predict.py", "README.md"),
     "campaign": ("trials/0123456789/record.json", "best.yaml"),
 }
 

@@ -23,6 +23,9 @@ LISTING_SCHEMA = pa.schema(
 )
 """One listed image; `size` is that of its file in bytes, null where the listing did not tell."""
 
+CHECKED_SCHEMA = pa.schema([field for field in SAMPLE_SCHEMA if not pa.types.is_binary(field.type)])
+"""One listed image that was read and decoded once: a sample without its image and mask."""
+
 
 @dataclass(frozen=True)
 class ImageListing(PartSet):

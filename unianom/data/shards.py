@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -197,8 +197,16 @@ class PartSet:
         selection: Selection | None = None,
         columns: Sequence[str] | None = None,
         rows: int = 64,
+        chosen: Collection[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
         """Yield rows of one part in their order, at most `rows` in a batch; row groups that cannot match are skipped.
+
+        Args:
+            part: its name.
+            selection: which rows; None for all.
+            columns: of these; None for all.
+            rows: of a batch, at most.
+            chosen: sample_ids of the selected rows that are taken; None for all.
 
         Raises:
             DataError: the part is missing, damaged, not the one in the manifest, or cannot be read.
@@ -206,9 +214,9 @@ class PartSet:
         wanted = list(columns or self.schema.names)
         with self._parquet(part, wanted) as parquet:
             groups = [g for g in range(parquet.num_row_groups) if self._may_match(parquet, g, selection)]
-            needed = list(dict.fromkeys([*wanted, "split", "category", "label"]))
+            needed = _needed(wanted, chosen)
             for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
-                kept = batch if selection is None else batch.filter(selection.mask(batch))
+                kept = _kept(batch, selection, chosen)
                 if kept.num_rows:
                     yield kept.select(wanted)
 
@@ -237,14 +245,19 @@ class PartSet:
             return [one for ranges in pool.map(cut, self.parts) for one in ranges]
 
     def read_range(
-        self, within: RowRange, selection: Selection | None, columns: Sequence[str], rows: int = 64
+        self,
+        within: RowRange,
+        selection: Selection | None,
+        columns: Sequence[str],
+        rows: int = 64,
+        chosen: Collection[str] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Yield the selected rows of a range in their order, at most `rows` in a batch.
+        """Yield rows of a range as `read` those of a part.
 
         Raises:
-            DataError: as `read`.
+            DataError: as there.
         """
-        needed = list(dict.fromkeys([*columns, "split", "category", "label"]))
+        needed = _needed(columns, chosen)
         with self._parquet(within.part, needed, within.opens) as parquet:
             groups, first = _groups_of(parquet, within)
             for batch in parquet.iter_batches(batch_size=rows, row_groups=groups, columns=needed):
@@ -253,7 +266,7 @@ class PartSet:
                 if start >= end:
                     continue
                 kept = batch.slice(start, end - start)
-                kept = kept if selection is None else kept.filter(selection.mask(kept))
+                kept = _kept(kept, selection, chosen)
                 if kept.num_rows:
                     yield kept.select(list(columns))
 
@@ -590,6 +603,20 @@ class PartWriter:
             return
         with suppress(Exception):  # the file is thrown away; one left open would warn when it is collected
             self._writer.close()
+
+
+def _needed(columns: Sequence[str], chosen: Collection[str] | None) -> list[str]:
+    """Return the columns to read for those that are asked for, and to select and choose rows by."""
+    named = () if chosen is None else ("sample_id",)
+    return list(dict.fromkeys([*columns, *named, "split", "category", "label"]))
+
+
+def _kept(batch: pa.RecordBatch, selection: Selection | None, chosen: Collection[str] | None) -> pa.RecordBatch:
+    """Return the rows of a batch that are selected and, by sample_id, chosen; None takes all."""
+    kept = batch if selection is None else batch.filter(selection.mask(batch))
+    if chosen is None:
+        return kept
+    return kept.filter(pa.array([name in chosen for name in kept["sample_id"].to_pylist()], pa.bool_()))
 
 
 def _binary_bytes(table: pa.Table) -> np.ndarray:

@@ -15,6 +15,7 @@ from unianom.configs.bank import BankConfig
 from unianom.errors import ModelError, OptionError
 from unianom.memory.bounded_search import search_largest
 from unianom.memory.device_search import DeviceBank, Products
+from unianom.memory.graph_search import GraphBank
 from unianom.memory.index import BankWithoutImage, MemoryBank
 from unianom.memory.patch_distances import mean_distances
 from unianom.methods.base import Method, MethodConfig, Prediction, RawOutputs, ScoredImages, nan_where_not_finite
@@ -85,6 +86,7 @@ class MemoryMethod(Method[B]):
     Attributes:
         bank: once fitted.
         grid: h and w of the patch grid.
+        graph_bank: searched in place of the bank, where the method is exported as a graph; else it is not there.
         bank_options: dotted names of the options that act between network and bank: those of `mask_patches` and
             `mask_bank_patches`, and "bank", which stands for all of that group.
     """
@@ -93,6 +95,7 @@ class MemoryMethod(Method[B]):
     map_options: ClassVar[tuple[str, ...]] = ("neighbours", "blur_sigma")
     bank: MemoryBank | None = None
     grid: tuple[int, int]
+    graph_bank: GraphBank
     _on_device: tuple[MemoryBank, DeviceBank] | None = None
 
     def encode(self, images: Tensor) -> PatchFeatures:
@@ -175,9 +178,10 @@ class MemoryMethod(Method[B]):
             distances[keep], rows[keep] = torch.from_numpy(found), torch.from_numpy(ids)
         return distances.to(embedding.patches.device), rows.to(embedding.patches.device)
 
-    def bank_on_device(self) -> DeviceBank | None:
-        """Return the bank as it lies on the method's device, where it is searched there, see `Execution.search`; None
-        where it is searched exactly, on the CPU, as a bank without one of its images always is.
+    def bank_on_device(self) -> DeviceBank | GraphBank | None:
+        """Return the bank as it lies on the method's device, where it is searched there, see `Execution.search`, or as
+        it lies in a graph; None where it is searched exactly, on the CPU, as a bank without one of its images always
+        is.
 
         Matrix products are in bfloat16 where the encoder works in half precision, else in float32.
 
@@ -185,6 +189,8 @@ class MemoryMethod(Method[B]):
             OptionError: the search on the device was asked for, but the bank has inverted lists; or it does not fit.
             ModelError: there is no bank.
         """
+        if hasattr(self, "graph_bank"):
+            return self.graph_bank
         bank, device, search = self.require_bank(), self.device, self.execution.search
         if search == "exact" or (search == "auto" and device.type == "cpu") or isinstance(bank, BankWithoutImage):
             return None
@@ -345,7 +351,7 @@ class MemoryMethod(Method[B]):
         return self.bank
 
 
-def _nearest_on_device(bank: DeviceBank, embedding: MaskedPatches, count: int) -> tuple[Tensor, Tensor]:
+def _nearest_on_device(bank: DeviceBank | GraphBank, embedding: MaskedPatches, count: int) -> tuple[Tensor, Tensor]:
     """Return what `MemoryMethod.nearest_vectors` does. Patches that are not kept are searched, too: to pick out the
     others the host would have to wait for their number."""
     patches, keep = embedding.patches, embedding.keep[:, :, None]  # B N 1

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate
+from torch.nn.functional import conv2d, interpolate, pad
 
 from unianom.backbones import CnnBackbone
 from unianom.configs.patchcore import PatchCoreConfig
 from unianom.errors import OptionError
 from unianom.memory.device_search import DeviceBank
+from unianom.memory.graph_search import GraphBank
 from unianom.memory.index import MemoryBank
 from unianom.memory.patch_distances import mean_distances
 from unianom.methods.base import RawOutputs, register_method, with_statistics
@@ -58,15 +59,15 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         Published are three steps, all of them linear and so one: neighbourhoods are pooled to `dimension` values each,
         maps interpolated to the finest, and the values of all maps pooled to `dimension` again.
         """
-        first_map = feature_maps[0]
-        pooled = first_map.new_zeros(len(first_map), self.config.dimension, *self.grid)
-        with full_precision(first_map.device):
+        parts = []
+        with full_precision(feature_maps[0].device):
             for number, (first, feature_map) in enumerate(zip(self._first, feature_maps, strict=True)):
                 kernel = self.get_buffer(f"_kernel_{number}")
                 part = conv2d(feature_map, kernel, padding=self.config.patch_size // 2)  # B values h w
                 if part.shape[2:] != self.grid:
                     part = interpolate(part, size=self.grid, mode="bilinear", align_corners=False)
-                pooled[:, first : first + len(kernel)] += part
+                parts.append(pad(part, (0, 0, 0, 0, first, self.config.dimension - first - len(kernel))))
+        pooled = sum(parts[1:], start=parts[0])
         return pooled.flatten(2).transpose(1, 2).contiguous()
 
     def raw_outputs(self, embedding: MaskedPatches, distances: Tensor, rows: Tensor) -> RawOutputs:
@@ -142,7 +143,9 @@ class PatchCore(MemoryMethod[PatchCoreConfig]):
         return ((1 - share) * to_nearest).astype(np.float32)
 
 
-def _reweighted_on_device(bank: DeviceBank, queries: Tensor, nearest: Tensor, ids: Tensor, count: int) -> Tensor:
+def _reweighted_on_device(
+    bank: DeviceBank | GraphBank, queries: Tensor, nearest: Tensor, ids: Tensor, count: int
+) -> Tensor:
     """Return what `PatchCore._reweighted` does, on the device."""
     _, neighbours = bank.search(bank.rows_at(ids), min(count, bank.rows))  # B b
     to_neighbours = (queries[:, None] - bank.rows_at(neighbours)).square().sum(2).sqrt()  # B b

@@ -28,6 +28,7 @@ from unianom.methods.layers.distillation import (
     fuse_and_blur,
     initialise_residual,
     residual_plan,
+    split_halves,
 )
 from unianom.methods.layers.postprocess import in_order, numbered, top_mean
 from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, ScheduledOptimizer, TrainedMethod, TrainingBatch
@@ -108,7 +109,7 @@ class TwoHeadDecoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map 2B×2048×8×8, of the trained encoder and then of the frozen one, to three levels B×C×h×w of the former and
         three of the latter."""
-        of_target, of_source = zip(*(level.chunk(2) for level in self.decoder(x)))
+        of_target, of_source = zip(*(split_halves(level) for level in self.decoder(x)))
         return [head(level) for head, level in zip(self.heads, [*of_target, *of_source])]
 
 
@@ -226,7 +227,7 @@ class ReContrast(TrainedMethod[ReContrastConfig]):
         source, target = self.encoders.source(images), self.encoders.target(images)
         embedded = self._embed(target, source)
         pairs = zip([*source, *target], self.decoder(embedded))
-        return RawOutputs(numbered(distance_map(*pair) for pair in pairs), embedded[: len(images)])
+        return RawOutputs(numbered(distance_map(*pair) for pair in pairs), embedded[: images.shape[0]])
 
     def anomaly_maps(
         self, tensors: Mapping[str, Tensor], config: ReContrastConfig | None = None

@@ -233,7 +233,7 @@ class PlainQuery(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Return the query for each image of B×C×h×w."""
-        return self.query.expand(len(patches), -1, -1, -1)
+        return self.query.expand(patches.shape[0], -1, -1, -1)
 
 
 QUERIES = {"cbam_product": ProductQuery, "lincomb": CombinedQuery, "off": PlainQuery}
@@ -425,7 +425,7 @@ class UniAS(TrainedMethod[UniASConfig]):
         side, count = self.input.side, len(level_maps)
         _check_blur(self.sizes, config)
         size = side if config.fuse_at == "input" else self.sizes[0]
-        product = level_maps[0].new_ones(len(level_maps[0]), size, size)
+        product = level_maps[0].new_ones(level_maps[0].shape[0], size, size)
         for number in config.levels or range(1, count + 1):
             level = upsample(level_maps[number - 1], size, align_corners=False)
             if config.level_blur:

@@ -36,6 +36,7 @@ from unianom.methods.layers.distillation import (
     initialise_residual,
     norm_act,
     residual_plan,
+    split_halves,
 )
 from unianom.methods.layers.postprocess import gaussian_blur, in_order, numbered, top_mean, upsample, upsample_levels
 from unianom.methods.trained import LOSS, BatchSpec, FeatureMaps, ScheduledOptimizer, TrainedMethod, TrainingBatch
@@ -437,7 +438,7 @@ class UniNet(TrainedMethod[UniNetConfig]):
 
     def _supervised(self, head: nn.Module, students: list[Tensor], batch: TrainingBatch) -> Tensor:
         """Return the task's own loss, of the student's finest level; summed over the two teachers."""
-        halves = students[0].chunk(2)
+        halves = split_halves(students[0])
         if self.config.task == "classification":
             truth = batch.required("label")[:, None].float()
             means = [half.mean((2, 3)) for half in halves]
@@ -457,13 +458,13 @@ class UniNet(TrainedMethod[UniNetConfig]):
         for the target teacher's levels, 2048×8×8 as published."""
         source, target = self.teachers.source(images), self.teachers.target(images)
         students, embedded = self._students(source, target)
-        embedding, head, task = embedded[: len(images)], self.head, self.config.task
+        embedding, head, task = embedded[: images.shape[0]], self.head, self.config.task
         if head is not None and task == "segmentation":
-            logits = torch.stack(head(students[0]).chunk(2)).sum(0).float()  # B 1 h w
+            logits = torch.stack(split_halves(head(students[0]))).sum(0).float()  # B 1 h w
             return RawOutputs({"logits": logits[:, 0]}, embedding)
         tensors = numbered(distance_map(*pair) for pair in _pairs(source, target, students))
         if head is not None and task == "video":
-            errors = [(head(half).float() - images).square().mean((1, 2, 3)) for half in students[0].chunk(2)]
+            errors = [(head(half).float() - images).square().mean((1, 2, 3)) for half in split_halves(students[0])]
             tensors["frame_error"] = torch.stack(errors, dim=1)
         return RawOutputs(tensors, embedding)
 
@@ -503,5 +504,5 @@ class UniNet(TrainedMethod[UniNetConfig]):
 def _pairs(source: list[Tensor], target: list[Tensor], students: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pair teacher's and student's maps to compare: what was grown from the target teacher with the source teacher's,
     then the other way round, each fine to coarse."""
-    from_target, from_source = zip(*(level.chunk(2) for level in students))
+    from_target, from_source = zip(*(split_halves(level) for level in students))
     return [*zip(source, from_target), *zip(target, from_source)]

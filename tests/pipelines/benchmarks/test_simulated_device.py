@@ -1,24 +1,20 @@
-"""The simulated device: how long it takes, and that images go through the stages around it."""
+"""The simulated device: how long it takes, and that the real scoring runs its method."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from pipelines.benchmarks import simulated_device
-from pipelines.benchmarks.simulated_device import ReadFiles, SimulatedDevice, WriteScores, draw_files
-from pipelines.runtime.stage_blocks import Block
-from pipelines.runtime.stage_clock import StageClock
-from pipelines.runtime.stage_steps import InOneProcess
-from pipelines.runtime.stages import Stages
-from unianom.data.image import InputPolicy, decode_prepared
-
-POLICY = InputPolicy(resize="stretch", size=32, crop=None)
+from pipelines.benchmarks import waiting_method
+from pipelines.benchmarks.simulated_device import draw_files, link_files, save_model
+from pipelines.benchmarks.waiting_method import SimulatedDevice, register
+from pipelines.inference.options import ScoreOptions
+from pipelines.inference.score import score
+from pipelines.runtime.options import RuntimeOptions
+from unianom.configs import CONFIGS
+from unianom.methods import METHODS
 
 
 class Clock:
@@ -34,45 +30,49 @@ class Clock:
         self.now += seconds + 0.1 * (seconds > 0)
 
 
-class TurnAt:
-    """A turn that another task has until some time."""
-
-    def __init__(self, clock: Clock, time: float) -> None:
-        self.clock, self.time = clock, time
-
-    def __enter__(self) -> None:
-        self.clock.now = max(self.clock.now, self.time)
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
 def test_it_takes_as_long_as_its_rate_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second for each block, from the end of the last where there is one; what sleep adds does not add up."""
+    """Half a second for each batch, from the end of the last where it was asked for before; what sleep adds does not
+    add up."""
     clock = Clock()
-    monkeypatch.setattr(simulated_device, "time", clock)
-    device, ended = SimulatedDevice(rate=100, maps=0), []
+    monkeypatch.setattr(waiting_method, "time", clock)
+    device, ended = SimulatedDevice(100), []
     for asked in (0.0, 0.2, 0.4, 5.0):
-        turn: Any = TurnAt(clock, clock.now)
-        clock.now = asked
-        device.compute(Block({"pixels": np.zeros((50, 8, 8, 3), np.uint8)}), StageClock(), turn)
+        clock.now = max(clock.now, asked)
+        device.compute(50, asked)
         ended.append(clock.now)
     np.testing.assert_allclose(ended, [0.6, 1.1, 1.6, 5.6])
 
 
-def test_images_go_through_all_stages(tmp_path: Path) -> None:
-    sources, output = tmp_path / "sources", tmp_path / "output"
-    sources.mkdir()
-    output.mkdir()
-    draw_files(sources, 3, 48)
-    stages = Stages(
-        partial(ReadFiles, str(sources), POLICY), partial(SimulatedDevice, 1e9, 0.5), partial(WriteScores, str(output))
-    )
-    result = InOneProcess(stages).run({"start": 2, "end": 6})
-    assert result["images"] == 4
-    table = pq.read_table(output / "000000002.parquet")
-    assert table["sample_id"].to_pylist() == ["2", "3", "4", "5"]
-    files = sorted(sources.iterdir())
-    pixels = [decode_prepared(files[number % 3].read_bytes(), POLICY) for number in range(2, 6)]
-    assert table["score"].to_pylist() == [int(image[0, 0, 0]) for image in pixels]
-    assert table["map"].is_null().to_pylist() == [False, False, True, True]
+def test_the_real_scoring_flags_the_share_that_was_drawn(tmp_path: Path) -> None:
+    register()
+    try:
+        sources = tmp_path / "sources"
+        sources.mkdir()
+        draw_files(sources, 10, 224, flagged=0.2)
+        link_files(sources, tmp_path / "images", 25)
+        save_model(tmp_path / "model", 1e6, tmp_path / "log")
+        scores = score(
+            ScoreOptions(
+                str(tmp_path / "model"),
+                output=str(tmp_path / "scores"),
+                images=(str(tmp_path / "images"),),
+                maps="flagged",
+                batch_size=4,
+                runtime=RuntimeOptions(local=True, workers=1, engine="pytorch"),
+            )
+        ).scores
+    finally:
+        METHODS.pop("waiting", None)
+        CONFIGS.pop("waiting", None)
+    rows = [
+        row
+        for part in scores.parts
+        for batch in scores.read(part, None, ["sample_id", "decision", "anomaly_map"])
+        for row in batch.to_pylist()
+    ]
+    failed = {number for number in range(25) if number % 10 < 2}
+    assert {int(row["sample_id"][-13:-4]) for row in rows if row["decision"] == "fail"} == failed
+    assert {int(row["sample_id"][-13:-4]) for row in rows if row["anomaly_map"] is not None} == failed
+    batches = [line.split() for path in (tmp_path / "log").iterdir() for line in path.read_text().splitlines()]
+    assert len(batches) == 7
+    assert all(float(began) <= float(ended) for began, ended in batches)

@@ -19,6 +19,7 @@ from pipelines.inference.score import score
 from pipelines.runtime import outputs
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.stage_clock import StageClock
 from tests.pipelines.conftest import HERE, Small
 from unianom import encoder_engine, files
 from unianom.data.image import ImageLimits
@@ -60,8 +61,7 @@ def test_large_jobs_take_openvino_compared_on_images_of_their_own(source, tiny_m
 
     monkeypatch.setattr(encoder_engine, "_check", recorded)
     assert choose_engine(RuntimeOptions(), source, REPAYS + 1, lambda: method).engine == "openvino"
-    part = next(part for part in source.parts() if source.shards.read(part, source.selection, ["sample_id"]))
-    first = next(source.open(engines.COMPARED, 1)(part, method.input))
+    first = next(source.open(engines.COMPARED, 1)(source.ranges()[0], method.input, StageClock()))
     pixels = np.stack([sample.pixels for sample in first])
     assert seen[0].shape == (len(pixels), 3, *pixels.shape[1:3])
 

@@ -13,17 +13,9 @@ import numpy as np
 import pytest
 
 from pipelines.data import feature_cache, image_source
-from pipelines.data.feature_cache import (
-    Arrays,
-    BatchFunction,
-    CachedFeatures,
-    CacheWriter,
-    FeatureCache,
-    ImageBatch,
-    JoinedRows,
-    array_name,
-    part_name,
-)
+from pipelines.data.cache_writer import CacheWriter, array_name, range_task
+from pipelines.data.extractors import Arrays, BatchFunction, ImageBatch
+from pipelines.data.feature_cache import CachedFeatures, FeatureCache, JoinedRows
 from pipelines.data.image_source import SampleSource, ValidationSource
 from pipelines.data.options import ValidationOptions
 from pipelines.data.validation_set import ValidationSet, build_validation_set
@@ -46,6 +38,9 @@ PARTS = [
     samples("bolt", "train", 3, first=5),
 ]
 
+FIRST, SECOND, THIRD = (f"part-{number}-000000000" for number in (0, 2, 3))
+"""Parts of a cache of the normal training images."""
+
 ONE = RuntimeOptions(workers=1)
 
 
@@ -60,13 +55,16 @@ class Statistics:
 
     factor: float = 1.0
 
+    def policy(self) -> InputPolicy:
+        return POLICY
+
     def open(self, load: Callable[[str], Method]) -> BatchFunction:
-        def compute(batch: ImageBatch) -> Arrays:
-            pixels = np.stack([sample.pixels for sample in batch.samples])
+        def arrays(batch: ImageBatch, _: Arrays) -> Arrays:
+            pixels = batch.pixels
             ragged = np.concatenate([image[0, : 1 + int(image[0, 0, 0]) % 4] for image in pixels])
             return {"sums": self.factor * pixels.sum((1, 2), dtype=np.float64), "ragged": ragged.astype(np.float32)}
 
-        return BatchFunction(POLICY, compute)
+        return BatchFunction(POLICY, arrays)
 
 
 def make(shards: ShardSet, folder: Path | str, group: str = "", **changes: Any) -> FeatureCache:
@@ -109,17 +107,16 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arrays_are_those_of_a_plain_loop_in_plain_npy_files(inline: None, shards: ShardSet, tmp_path: Path) -> None:
     cache = make(shards, tmp_path)
     features = fill(cache)
-    assert features.parts == ["part-0", "part-1", "part-2", "part-3"]
-    assert [features.rows(part) for part in features.parts] == [5, 0, 4, 3]
-    for rows, part in zip(PARTS, features.parts, strict=True):
-        for name, array in expected(rows).items():
+    assert features.parts == [FIRST, SECOND, THIRD]  # of one part nothing is selected
+    assert [features.rows(part) for part in features.parts] == [5, 4, 3]
+    for number, part in zip((0, 2, 3), features.parts, strict=True):
+        for name, array in expected(PARTS[number]).items():
             path = Path(cache.uri, array_name(part, name))
-            assert features.has(part, name) == path.exists() == bool(len(array))
-            if len(array):
-                np.testing.assert_array_equal(features.array(part, name), array)
-                np.save(tmp_path / "plain.npy", array)
-                assert path.read_bytes() == (tmp_path / "plain.npy").read_bytes()
-    assert isinstance(features.array("part-0", "sums"), np.memmap)
+            assert features.has(part, name)
+            np.testing.assert_array_equal(features.array(part, name), array)
+            np.save(tmp_path / "plain.npy", array)
+            assert path.read_bytes() == (tmp_path / "plain.npy").read_bytes()
+    assert isinstance(features.array(FIRST, "sums"), np.memmap)
     manifest = features.manifest()
     assert (manifest["names"], manifest["rows"]) == (["sums", "ragged"], 12)
     assert manifest["bytes"] == sum(path.stat().st_size for path in Path(cache.uri).glob("*.npy"))
@@ -130,12 +127,12 @@ def test_groups_lie_beside_each_other(inline: None, shards: ShardSet, tmp_path: 
     images = {"normal": SampleSource(shards, NORMAL, LIMITS), "all": SampleSource(shards, Selection(), LIMITS)}
     cache = make(shards, tmp_path, images=images)
     features = fill(cache)
-    assert cache.parts("all") == [part_name(part, "all") for part in shards.parts]
-    assert features.parts == [*cache.parts("normal"), *cache.parts("all")]
-    rows = {name: sum(features.rows(part) for part in cache.parts(name)) for name in images}
+    assert features.parts_of("all") == [f"part-{number}-000000000-all" for number in range(4)]
+    assert features.parts == [*features.parts_of("normal"), *features.parts_of("all")]
+    rows = {name: sum(features.rows(part) for part in features.parts_of(name)) for name in images}
     assert rows == {"normal": 12, "all": 18}
     alone = fill(make(shards, tmp_path / "alone"))
-    for one, other in zip(alone.arrays("sums"), features.arrays("sums", cache.parts("normal")), strict=True):
+    for one, other in zip(alone.arrays("sums"), features.arrays("sums", features.parts_of("normal")), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -155,10 +152,10 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
     def mortal(self: CacheWriter, task: dict[str, Any]) -> dict[str, Any]:
         ran.append(task["part"])
-        if len(ran) == 3:
+        if len(ran) == 2:
             # as a process that dies while it writes leaves it
-            Path(killed.uri, "part-2-sums.npy.0123abcd.tmp").write_bytes(b"half")
-            Path(killed.uri, "part-2-ragged.npy").write_bytes(b"written, but not declared")
+            Path(killed.uri, f"{SECOND}-sums.npy.0123abcd.tmp").write_bytes(b"half")
+            Path(killed.uri, f"{SECOND}-ragged.npy").write_bytes(b"written, but not declared")
             raise KeyboardInterrupt
         return real(self, task)
 
@@ -168,7 +165,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     with pytest.raises(DataError, match=r"is not finished; run the same command again"):
         killed.open()
     fill(killed)
-    assert ran == ["part-0.parquet", "part-1.parquet", "part-2.parquet", "part-2.parquet", "part-3.parquet"]
+    assert ran == ["part-0.parquet", "part-2.parquet", "part-2.parquet", "part-3.parquet"]
     assert content(killed) == content(whole)
 
 
@@ -222,14 +219,15 @@ def test_another_format_has_another_key(shards: ShardSet, tmp_path: Path, monkey
 
 
 def test_rows_of_another_shape_are_a_fault_of_the_extractor(shards: ShardSet, tmp_path: Path) -> None:
-    class Growing:
+    class Growing(Statistics):
         def open(self, load: Callable[[str], Method]) -> BatchFunction:
             counts = iter(range(1, 9))
-            return BatchFunction(POLICY, lambda batch: {"x": np.zeros((len(batch), next(counts)))})
+            return BatchFunction(POLICY, lambda batch, _: {"x": np.zeros((len(batch), next(counts)))})
 
-    writer = CacheWriter(make(shards, tmp_path), {"": Growing()}, 2, CPU, 1)
+    source = SampleSource(shards, NORMAL, LIMITS)
+    writer = CacheWriter(str(tmp_path), {"": source}, {"": Growing()}, 2, CPU, 1)
     with pytest.raises(ValueError, match=r"rows of float64 \(2,\) after rows of float64 \(1,\)"):
-        writer.run({"group": "", "part": "part-0.parquet"})
+        writer.run(range_task(source.ranges()[0], ""))
     assert not list(tmp_path.rglob("*.npy"))
 
 
@@ -265,10 +263,11 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
 def test_a_damaged_file_is_refused_and_named(inline: None, shards: ShardSet, tmp_path: Path, fault: str) -> None:
     cache = make(shards, tmp_path)
     fill(cache)
-    FAULTS[fault](Path(cache.uri, "part-2-sums.npy"))
+    FAULTS[fault](Path(cache.uri, f"{SECOND}-sums.npy"))
     features = cache.open()
-    features.array("part-0", "sums")
-    message = rf"^{cache.uri}/part-2-sums.npy is missing, damaged or another one .*; remove the folder {cache.uri} and"
+    features.array(FIRST, "sums")
+    file = f"{cache.uri}/{SECOND}-sums.npy"
+    message = rf"^{file} is missing, damaged or another one .*; remove the folder {cache.uri} and"
     with pytest.raises(DataError, match=message):
         features.arrays("sums")
 
@@ -278,27 +277,25 @@ def test_the_file_of_another_part_is_refused(inline: None, shards: ShardSet, tmp
     cache, other = make(shards, tmp_path), make(shards, tmp_path, computed={"factor": 2.0})
     fill(cache)
     fill(other, factor=2.0)
-    path = Path(cache.uri, "part-0-sums.npy")
-    path.write_bytes(Path(other.uri, "part-0-sums.npy").read_bytes())
-    with pytest.raises(DataError, match=r"part-0-sums.npy is missing, damaged or another one"):
-        cache.open().array("part-0", "sums")
+    path = Path(cache.uri, f"{FIRST}-sums.npy")
+    path.write_bytes(Path(other.uri, f"{FIRST}-sums.npy").read_bytes())
+    with pytest.raises(DataError, match=rf"{FIRST}-sums.npy is missing, damaged or another one"):
+        cache.open().array(FIRST, "sums")
 
 
-@pytest.mark.parametrize("name", ["_manifest.json", "_part-0.json"])
+@pytest.mark.parametrize("name", ["_manifest.json", "_part-0-000000000.json"])
 def test_a_damaged_record_is_refused(inline: None, shards: ShardSet, tmp_path: Path, name: str) -> None:
     cache = make(shards, tmp_path)
     fill(cache)
     Path(cache.uri, name).write_bytes(b"{")
     with pytest.raises(DataError, match=rf"{name} is missing, damaged or another one"):
-        cache.open().array("part-0", "sums")
+        cache.open().array(FIRST, "sums")
 
 
 def test_what_the_cache_does_not_hold_is_refused(inline: None, shards: ShardSet, tmp_path: Path) -> None:
     features = fill(make(shards, tmp_path))
-    with pytest.raises(DataError, match="holds no products of part-0"):
-        features.array("part-0", "products")
-    with pytest.raises(DataError, match="holds no sums of part-1"):
-        features.array("part-1", "sums")  # no image of it is selected
+    with pytest.raises(DataError, match=f"holds no products of {FIRST}"):
+        features.array(FIRST, "products")
     with pytest.raises(DataError, match="has no part part-9"):
         features.rows("part-9")
     with pytest.raises(DataError, match="holds no products; remove"):
@@ -346,16 +343,16 @@ def test_copies_of_an_object_store_are_removed_with_their_reader(inline: None, s
     uri = "memory://test-feature-cache"
     try:
         features = fill(make(shards, uri))
-        array = features.array("part-0", "sums")
+        array = features.array(FIRST, "sums")
         np.testing.assert_array_equal(array, expected(PARTS[0])["sums"])
         copies = Path(array.filename).parent  # type: ignore[attr-defined]
         assert len(list(copies.iterdir())) == 1
         again = pickle.loads(pickle.dumps(features))
-        again.array("part-0", "sums")
+        again.array(FIRST, "sums")
         del features
         gc.collect()
         assert not copies.exists()
-        np.testing.assert_array_equal(again.array("part-0", "sums"), array)
+        np.testing.assert_array_equal(again.array(FIRST, "sums"), array)
     finally:
         files.remove(uri)
 
@@ -375,7 +372,7 @@ def test_joined_rows_are_those_of_one_array() -> None:
 
 
 def test_validation_images_are_cached_in_parts(inline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_source, "IMAGES_PER_TASK", 4)
+    monkeypatch.setattr(image_source, "RANGE_ROWS", 4)
     rows = samples("nut", "val", 3) + masked("nut", "val", 3)
     held_out = frozenset(row["sample_id"] for row in rows if row["label"] == 0)
     uri = build_validation_set(
@@ -384,19 +381,20 @@ def test_validation_images_are_cached_in_parts(inline: None, tmp_path: Path, mon
     cache = FeatureCache.below(str(tmp_path), "validation outputs", {"": ValidationSource(uri)}, {}, ONE, 3)
     seen: list[int] = []
 
-    class Sums:
+    class Sums(Statistics):
         def open(self, load: Callable[[str], Method]) -> BatchFunction:
-            def compute(batch: ImageBatch) -> Arrays:
+            def arrays(batch: ImageBatch, _: Arrays) -> Arrays:
                 seen.append(len(batch))
-                return {"sums": np.array([int(sample.pixels.sum()) for sample in batch.samples])}
+                return {"sums": np.array([int(pixels.sum()) for pixels in batch.pixels])}
 
-            return BatchFunction(InputPolicy("stretch", 8, None), compute)  # the images are input already
+            return BatchFunction(InputPolicy("stretch", 8, None), arrays)  # the images are input already
 
-    writer = CacheWriter(cache, {"": Sums()}, 3, CPU, 1)
-    records = [writer.run({"group": "", "part": part}) for part in cache.images[""].parts()]
-    assert [(record["part"], record["rows"]) for record in records] == [("images-000000", 4), ("images-000004", 2)]
+    writer = CacheWriter(cache.uri, cache.images, {"": Sums()}, 3, CPU, 1)
+    records = [writer.run(range_task(within, "")) for within in cache.images[""].ranges()]
+    parts = ["images-000000000", "images-000000004"]
+    assert [(record["part"], record["rows"]) for record in records] == [(parts[0], 4), (parts[1], 2)]
     assert seen == [3, 1, 2]
-    sums = np.concatenate(CachedFeatures(cache.uri, parts=cache.parts()).arrays("sums"))
+    sums = np.concatenate(CachedFeatures(cache.uri, parts=parts).arrays("sums"))
     np.testing.assert_array_equal(sums, ValidationSet(uri).pixels.astype(int).sum((1, 2, 3)))
     # another set of validation images is another cache
     assert FeatureCache.below(str(tmp_path), cache.kind, {"": ValidationSource(f"{uri}0")}, {}, ONE, 3).uri != cache.uri

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.data.feature_cache import ImageBatch
+from pipelines.data.extractors import ImageBatch
 from pipelines.data.patch_matrix import KEEP, PATCHES, KeptPatches, PatchMatrix
-from pipelines.data.reader import DecodedSample
 from tests.methods.conftest import TINY
 from tests.pipelines.conftest import tiny_method
 from tests.pipelines.sharded import SIDE, picture
@@ -36,7 +35,7 @@ def test_kept_patches_lie_image_after_image(monkeypatch: pytest.MonkeyPatch) -> 
     """Those of the bank are masked otherwise, where a method does so."""
     method = UniFormaly(tiny_method()).eval()
     pixels = [picture([number], SIDE, SIDE) for number in range(3)]
-    batch = ImageBatch([DecodedSample(image, None, {}) for image in pixels], "part-0.parquet")
+    batch = ImageBatch(np.stack(pixels), "part-0.parquet")
     with torch.inference_mode():
         patches = method.encode(normalise(pixels, method.input)).patches
     keep = torch.zeros(patches.shape[:2], dtype=torch.bool)

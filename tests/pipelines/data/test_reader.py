@@ -20,6 +20,7 @@ from unianom.errors import DataError
 
 LIMITS = ImageLimits(seconds=1)
 HUNG = NORMALS[0][3]
+NORMAL_IMAGES = Selection(("train", "val"), (), (NORMAL,))
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def decoder_hangs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_images_before_it_are_read_and_it_is_named(shards: ShardSet, threads: int) -> None:
-    reader = SampleReader(shards, Selection(("train", "val"), (), (NORMAL,)), None, 1, LIMITS, threads)
-    found = reader.decoded(shards.parts[0], POLICY, ["sample_id"])
+    reader = SampleReader(shards, NORMAL_IMAGES, None, 1, LIMITS, threads)
+    found = reader.decoded(shards.ranges(NORMAL_IMAGES, 128)[0], POLICY, ["sample_id"])
     for row in NORMALS[0][:3]:
         (sample,) = next(found)
         assert sample.row["sample_id"] == row["sample_id"]

@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 import unianom
-from pipelines.data.feature_cache import CacheWriter
+from pipelines.data.cache_writer import CacheWriter
 from pipelines.evaluation import clustering
 from pipelines.evaluation.cluster_anomalies import cluster_anomalies
 from pipelines.evaluation.cluster_summary import summarise_clusters
@@ -111,8 +111,8 @@ def test_what_describes_an_image_is_its_most_anomalous_patches(model: str, shard
         embedding = method.embed(images)
     distances = method.patch_distances(embedding)
     patches = embedding.patches.numpy()
-    top, mean = (np.load(folder / f"part-1-0-{kind}.npy") for kind in ("top", "mean"))
-    kept = np.load(folder / "part-1-0-distances.npy")
+    top, mean = (np.load(folder / f"part-1-000000000-0-{kind}.npy") for kind in ("top", "mean"))
+    kept = np.load(folder / "part-1-000000000-0-distances.npy")
     np.testing.assert_allclose(kept, distances, rtol=1e-3, atol=1e-4)
     count = patches.shape[1]
     for number in range(len(rows)):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.data.feature_cache import CacheWriter
+from pipelines.data.cache_writer import CacheWriter
 from pipelines.evaluation.bank_protocol import spread
 from pipelines.evaluation.low_shot import low_shot
 from pipelines.evaluation.low_shot_draws import plan_draws, summarise

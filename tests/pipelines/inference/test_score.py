@@ -1,4 +1,4 @@
-"""Scoring: which maps are kept, images that cannot be read, and what a slow writer does."""
+"""Scoring: which maps are kept, images that cannot be read, and what a slow writer and a slow network do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.data import decoded_batches
 from pipelines.inference import range_scorer
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
@@ -276,6 +277,53 @@ def test_a_slow_writer_holds_the_network_back(
     thread.join(60)
     assert rows == expected
     assert len(predicted) == len(expected) == 8
+
+
+def test_a_slow_network_holds_the_reader_and_the_decoder_back(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight images, read one by one, three are decoded while the network is at the first, and one more is read."""
+    part = shards.parts[0]
+    expected = read_part(scorer(model, shards, tmp_path / "fast", batch_size=1), shards, tmp_path / "fast", part)
+    go, ahead = threading.Event(), threading.Semaphore(0)
+    read: list[int] = []
+    decoded: list[int] = []
+    read_range, decode = ShardSet.read_range, decoded_batches.decode_fitted
+
+    def one_by_one(self: ShardSet, *given: Any) -> Iterator[Any]:
+        for batch in read_range(self, *given):
+            for row in range(batch.num_rows):
+                read.append(row)
+                ahead.release()
+                yield batch.slice(row, 1)
+
+    def counted(*given: Any) -> np.ndarray:
+        decoded.append(1)
+        ahead.release()
+        return decode(*given)
+
+    class Waiting(RangeScorer):
+        def _score(self, batch: Any) -> Any:
+            assert go.wait(60)
+            return super()._score(batch)
+
+    monkeypatch.setattr(ShardSet, "read_range", one_by_one)
+    monkeypatch.setattr(decoded_batches, "decode_fitted", counted)
+    monkeypatch.setattr("tests.pipelines.inference.test_score.RangeScorer", Waiting)
+    rows: list[dict[str, Any]] = []
+    thread = threading.Thread(
+        target=lambda: rows.extend(
+            read_part(scorer(model, shards, tmp_path / "slow", batch_size=1), shards, tmp_path / "slow", part)
+        )
+    )
+    thread.start()
+    assert all(ahead.acquire(timeout=60) for _ in range(4 + 3))
+    thread.join(0.3)
+    assert (len(read), len(decoded)) == (4, 3)
+    go.set()
+    thread.join(60)
+    assert rows == expected
+    assert len(read) == len(decoded) == len(expected) == 8
 
 
 def test_a_writer_that_fails_ends_the_part(

@@ -79,7 +79,7 @@ def test_a_folder_is_scored_as_if_it_was_ingested(model: str, images: Path, tmp_
     expected = rows(score(of_shards).scores)
     assert found.keys() == expected.keys()
     for name, row in found.items():
-        same = ("score", "status", "uri", "sha256")
+        same = ("score", "status", "uri", "sha256", "height", "width")
         assert {key: row[key] for key in same if row["status"] == "ok"} == {
             key: expected[name][key] for key in same if row["status"] == "ok"
         }

@@ -9,18 +9,24 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from pipelines.data.list_images import write_listing
+from pipelines.data.options import ListingOptions
 from pipelines.inference.options import ScoreOptions
 from pipelines.inference.range_scorer import RangeScorer
 from pipelines.inference.score import score
 from pipelines.inference.staged_scorer import scoring_stages
+from pipelines.runtime.cli import parse
 from pipelines.runtime.model_set import ModelSet, write_index
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_steps import InOneProcess
+from tests.pipelines.sharded import picture
 from unianom import files
 from unianom.calibration import Calibrator
 from unianom.configs.calibration import CalibrationConfig
 from unianom.data.image import ImageLimits
+from unianom.data.image_listing import ImageListing
 from unianom.data.maps import MapsKept
 from unianom.data.shards import Selection, ShardSet
 from unianom.errors import OptionError
@@ -29,7 +35,7 @@ from unianom.model import Model
 from unianom.options import to_plain
 
 
-def arguments(model: str, shards: ShardSet, output: Path, **changes: Any) -> dict[str, Any]:
+def arguments(model: str, shards: ShardSet | ImageListing, output: Path, **changes: Any) -> dict[str, Any]:
     models = ModelSet.open(model)
     given: dict[str, Any] = {
         "shards": shards,
@@ -48,7 +54,7 @@ def arguments(model: str, shards: ShardSet, output: Path, **changes: Any) -> dic
     return {**given, **changes}
 
 
-def assert_equal_bytes(model: str, shards: ShardSet, tmp_path: Path, **changes: Any) -> None:
+def assert_equal_bytes(model: str, shards: ShardSet | ImageListing, tmp_path: Path, **changes: Any) -> None:
     """Every range as one worker and as three stages write it."""
     one = RangeScorer(**arguments(model, shards, tmp_path / "one", **changes))
     given = arguments(model, shards, tmp_path / "three", **changes)
@@ -75,6 +81,24 @@ def test_images_that_cannot_be_read_stay_in_their_place(model: str, shards: Shar
     assert_equal_bytes(model, shards, tmp_path / "none", limits=ImageLimits(max_bytes=10))
 
 
+def test_listed_images_are_told_height_and_width_as_they_are_shown(model: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    (tmp_path / "camera").mkdir()
+    for name, size, more in (("a.png", (70, 50), {}), ("b.jpg", (90, 40), {"exif": exif}), ("d.jpg", (640, 480), {})):
+        Image.fromarray(picture([1], size[1], size[0])).save(tmp_path / "camera" / name, **more)
+    (tmp_path / "camera" / "c.png").write_bytes(b"no picture")
+    listing = write_listing(
+        str(tmp_path / "listing"), [str(tmp_path / "camera")], ListingOptions(), lambda _: "disc", "test", None
+    )
+    assert_equal_bytes(model, listing, tmp_path)
+    (name,) = (name for name in files.list_names(str(tmp_path / "one")) if name.endswith(".parquet"))
+    rows = pq.read_table(tmp_path / "one" / name, columns=["status", "height", "width"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("ok", 50, 70), ("ok", 90, 40), ("corrupt", None, None), ("ok", 480, 640)
+    ]  # fmt: skip
+
+
 def test_each_category_has_its_own_model(method: Any, shards: ShardSet, tmp_path: Path) -> None:
     for category in ("disc", "stripe"):
         Model(method, [category]).save(tmp_path / "models" / category)
@@ -93,9 +117,12 @@ def test_calibrated_scores_are_handed_on(method: Any, shards: ShardSet, tmp_path
     assert pq.read_table(tmp_path / "three" / name)["calibrated_score"].null_count == 0
 
 
-def test_separate_stages_need_ray() -> None:
-    with pytest.raises(OptionError, match=r"--stages separate needs Ray; leave out --runtime.local"):
-        ScoreOptions("m", "s", output="o", stages="separate", runtime=RuntimeOptions(local=True))
+def test_stages_are_an_option_of_running() -> None:
+    """For all jobs; before, --stages was one of scoring alone."""
+    given = ["--model", "m", "--shards", "s", "--output", "o"]
+    assert parse(ScoreOptions, [*given, "--runtime.stages", "separate"]).runtime.stages == "separate"
+    with pytest.raises(OptionError, match=r"--stages separate; did you mean --runtime.stages\?"):
+        parse(ScoreOptions, [*given, "--stages", "separate"])
 
 
 @pytest.mark.ray
@@ -106,7 +133,7 @@ def test_stages_of_their_own_on_ray(ray_cluster: None, model: str, shards: Shard
     )
     score(options)
     separate = replace(
-        options, output=str(tmp_path / "three"), stages="separate", runtime=RuntimeOptions(local=False, workers=1)
+        options, output=str(tmp_path / "three"), runtime=RuntimeOptions(local=False, workers=1, stages="separate")
     )
     result = score(separate)
     names = [name for name in files.list_names(str(tmp_path / "one")) if name != "_lock.json"]

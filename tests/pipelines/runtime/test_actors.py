@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import ray
 
-from pipelines.runtime import actors
+from pipelines.runtime import actors, stage_pipeline
 from pipelines.runtime.actors import lost_error
 from pipelines.runtime.errors import WorkerError, reason, user_error
 from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.task_worker import ENDED, STARTED, error_from_plain, error_to_plain
 from pipelines.runtime.tasks import run_tasks
-from unianom.errors import DataError, MachineError, ModelError
+from unianom.errors import DataError, MachineError, ModelError, OptionError
 
 
 class Doubler:
@@ -203,3 +203,35 @@ def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("address", ["auto", "local", "here"])
 def test_an_address_without_a_port_is_left_to_ray(address: str) -> None:
     actors._knock(address)
+
+
+@pytest.fixture
+def four_cpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A cluster of four CPUs, without an autoscaler."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    for module in (actors, stage_pipeline):
+        monkeypatch.setattr(module, "grows", lambda: False)
+    return monkeypatch
+
+
+def test_workers_are_those_that_fit(four_cpus: pytest.MonkeyPatch) -> None:
+    assert actors.pool_size(RuntimeOptions(), 9) == 4
+    assert actors.pool_size(RuntimeOptions(workers=6), 9) == 4
+    assert actors.pool_size(RuntimeOptions(cpus_per_worker=2), 9, least=8) == 2
+    with pytest.raises(OptionError, match="a worker needs 5 CPUs and 0 GPUs; this Ray has 4 CPUs and 0 GPUs"):
+        actors.pool_size(RuntimeOptions(cpus_per_worker=5), 9)
+
+
+def test_a_cluster_that_grows_is_asked_for_the_workers_that_are_named(four_cpus: pytest.MonkeyPatch) -> None:
+    for module in (actors, stage_pipeline):
+        four_cpus.setattr(module, "grows", lambda: True)
+    gpus = RuntimeOptions(gpus_per_worker=1)
+    assert actors.pool_size(RuntimeOptions(workers=6), 9) == 6
+    assert actors.pool_size(RuntimeOptions(workers=6), 5) == 5
+    assert actors.pool_size(RuntimeOptions(), 9) == 4
+    assert actors.pool_size(gpus, 9) == 1  # there is none yet
+    assert actors.pool_size(gpus, 9, least=3) == 3
+    assert stage_pipeline.pool_size(gpus, 9, 0) == 1
+    assert stage_pipeline.pool_size(RuntimeOptions(workers=6, gpus_per_worker=1), 9, 0) == 6
+    assert stage_pipeline.pool_size(RuntimeOptions(), 9, 1) == 3
+    assert stage_pipeline.pool_size(RuntimeOptions(), 9, 8) == 1

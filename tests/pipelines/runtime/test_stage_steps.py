@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import threading
 import time
+import weakref
 from functools import partial
 from typing import Any
 
@@ -14,12 +16,14 @@ import pytest
 
 from pipelines.runtime import device_turn, stage_steps
 from pipelines.runtime.device_turn import Device, Turn
+from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.stage_blocks import Block, block_from_arrow, block_to_arrow
 from pipelines.runtime.stage_clock import StageClock
 from pipelines.runtime.stage_steps import InOneProcess, StageMaker, compute_step, read_step, write_step
 from pipelines.runtime.stage_times import STAGE_TIMES, StageTimes, fused_sentence
 from pipelines.runtime.stages import Stages
 from pipelines.runtime.task_worker import ENDED, ERROR, STARTED, error_from_plain
+from pipelines.runtime.threads import run_on_threads
 from unianom.errors import DataError
 
 
@@ -190,6 +194,71 @@ def test_an_error_of_any_step_is_the_result_of_its_task(broken: str, words: str)
     assert list(result) == [ERROR]
     error = error_from_plain(result[ERROR])
     assert f"{type(error).__name__}: {error.args[0]}".startswith(words)
+
+
+class Alive:
+    """Counts blocks that are in memory at the same time, of all threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.now = self.most = self.made = 0
+
+    def block(self, arrays: dict[str, np.ndarray]) -> Block:
+        """Return a block that is counted until nobody has it any more."""
+        block = Block(arrays)
+        with self.lock:
+            self.now, self.made = self.now + 1, self.made + 1
+            self.most = max(self.most, self.now)
+        weakref.finalize(block, self.gone)
+        return block
+
+    def gone(self) -> None:
+        with self.lock:
+            self.now -= 1
+
+
+ALIVE = Alive()
+
+
+class Slow:
+    """All three stages, of which one takes longer than the others."""
+
+    def __init__(self, slow: str) -> None:
+        self.slow = slow
+
+    def take_long(self, stage: str) -> None:
+        if stage == self.slow:
+            time.sleep(0.005)
+
+    def read(self, task: dict[str, Any], clock: StageClock) -> Block:
+        block = ALIVE.block({"pixels": np.zeros(10)})
+        self.take_long("read")
+        return block
+
+    def compute(self, block: Block, clock: StageClock, turn: Turn) -> Block:
+        with turn:
+            self.take_long("compute")
+            return ALIVE.block({"score": block.arrays["pixels"] + 1})
+
+    def write(self, task: dict[str, Any], block: Block, clock: StageClock) -> dict[str, Any]:
+        self.take_long("write")
+        return {"sum": float(block.arrays["score"].sum())}
+
+
+@pytest.mark.parametrize("slow", ["read", "compute", "write"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_memory_is_bounded_whichever_stage_is_slow(slow: str, workers: int) -> None:
+    """However many tasks there are, each worker holds what it reads, or what it computes on and what comes of it."""
+    ALIVE.most = ALIVE.made = 0
+    make = partial(Slow, slow)
+    options = RuntimeOptions(local=True, workers=workers)
+    tasks = [{"number": number} for number in range(40)]
+    results = list(run_on_threads(InOneProcess, {"stages": Stages(make, make, make)}, tasks, options, 40))
+    assert [result["sum"] for result in results] == [10.0] * 40
+    assert ALIVE.made == 80
+    assert 2 <= ALIVE.most <= 2 * workers
+    gc.collect()
+    assert ALIVE.now == 0
 
 
 def refuse() -> Any:

@@ -20,9 +20,10 @@ import pytest
 from mlflow import MlflowClient
 
 import unianom
+from pipelines.runtime import mlflow_queue, mlflow_run
 from pipelines.runtime.mlflow_environment import TrackingError
 from pipelines.runtime.mlflow_run import MlflowRun, pinned_requirements
-from pipelines.runtime.mlflow_store import artifact_folder, sqlite_uri
+from pipelines.runtime.mlflow_store import RunIdentity, artifact_folder, open_run, sqlite_uri
 from pipelines.runtime.mlflow_text import legal_name, mask_credentials
 from pipelines.runtime.options import TrackingOptions
 from pipelines.runtime.run_record import CANDIDATE, Run
@@ -211,25 +212,135 @@ def test_an_error_ends_the_run_and_goes_on(folder, client, error, status):
     with track(OPTIONS, "train", output, {}) as again:
         assert client.get_run(again.id).info.status == "RUNNING"
     assert again.id == run.id
+    ended = client.get_run(run.id)
+    assert ended.info.status == "FINISHED"
+    assert "unianom.error" not in ended.data.tags
+
+
+class Away:
+    """A client of a server that answers only when told to, in front of a real one."""
+
+    def __init__(self, client):
+        self.client, self.away, self.asked = client, True, 0
+
+    def __getattr__(self, name):
+        self.asked += 1
+        if self.away:
+            raise ConnectionRefusedError(111, "Connection refused")
+        return getattr(self.client, name)
+
+
+@pytest.fixture
+def away(client, monkeypatch):
+    """MLflow as every run finds it from now on: not there, and not waited for."""
+    stand_in = Away(client)
+
+    def opened(uri, identity, parent_id):
+        if stand_in.away:
+            raise ConnectionRefusedError(111, "Connection refused")
+        _, experiment_id, run_id = open_run(uri, identity, parent_id)
+        return stand_in, experiment_id, run_id
+
+    monkeypatch.setattr(mlflow_run, "open_run", opened)
+    monkeypatch.setattr(mlflow_queue, "PATIENCE", 0.0)
+    monkeypatch.setattr(mlflow_queue, "FIRST_PAUSE", 0.0)
+    return stand_in
+
+
+def test_what_is_recorded_while_the_server_is_away_is_sent_when_it_answers(folder, client, away, capfd):
+    with track(OPTIONS, "train", f"{folder}/away", {"seed": 3}) as run:
+        run.metrics({"loss": 0.5}, step=1)
+        run.artifact_bytes("a.txt", b"a")
+        with track(OPTIONS, "trial", f"{folder}/away/1", {}, default_folder=str(folder), parent=run) as trial:
+            trial.metrics({"x": 1.0})
+        assert (run.id, trial.id) == (None, None)
+        away.away = False
+        run.metrics({"loss": 0.25}, step=2)
+    assert [(m.step, m.value) for m in client.get_metric_history(run.id, "loss")] == [(1, 0.5), (2, 0.25)]
+    found, child = client.get_run(run.id), client.get_run(trial.id)
+    assert found.data.params == {"seed": "3"}
+    assert artifact(client, run, "a.txt").read_bytes() == b"a"
+    assert (found.info.status, child.info.status, child.data.metrics) == ("FINISHED", "FINISHED", {"x": 1.0})
+    assert child.data.tags["mlflow.parentRunId"] == run.id
+    assert "unianom.missing" not in found.data.tags
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith(f"MLflow at sqlite:///{folder}/mlflow.db cannot be used for now (")
+    assert "Connection refused" in first
+    assert last == f"MLflow at sqlite:///{folder}/mlflow.db answers again, and what waited was sent"
+
+
+def test_a_server_that_stays_away_costs_a_sentence(folder, client, away, capfd):
+    with track(OPTIONS, "train", f"{folder}/lost", {"seed": 3}) as run:
+        run.metrics({"loss": 0.5}, step=1)
+        run.metrics({"loss": 0.25}, step=2)
+        run.artifact_bytes("a.txt", b"a")
+    _, last = capfd.readouterr().err.splitlines()
+    assert last == (
+        f"not all of this job is recorded in MLflow at sqlite:///{folder}/mlflow.db ([Errno 111] Connection refused): "
+        f"there are missing runs (1), options (1), metrics (2), ends of runs (1), files (2); the same command, run "
+        f"again, records its results"
+    )
+    model = folder / "unregistered"
+    save_model(str(model))
+    cannot = "cannot register model 'demo' in MLflow.*refused; the model itself is complete: run the same command again"
+    with pytest.raises(TrackingError, match=cannot), track(OPTIONS, "train", str(model), {}) as run:
+        run.register_model(str(model), "demo")
+
+
+def test_a_server_that_goes_away_leaves_a_run_to_go_on_with(folder, client, away):
+    away.away = False
+    with track(OPTIONS, "train", f"{folder}/halfway", {}) as run:
+        run.metrics({"loss": 0.5}, step=1)
+        away.away = True
+        run.metrics({"loss": 0.25}, step=2)
+    assert client.get_run(run.id).info.status == "RUNNING"
+    away.away = False
+    with track(OPTIONS, "train", f"{folder}/halfway", {}) as again:
+        again.metrics({"loss": 0.125}, step=3)
+    assert again.id == run.id
+    assert [m.step for m in client.get_metric_history(run.id, "loss")] == [1, 3]
     assert client.get_run(run.id).info.status == "FINISHED"
 
 
-def test_a_job_s_own_error_is_not_hidden_by_a_lost_server(folder, monkeypatch):
-    def lost(self, status):
-        raise TrackingError("the server is gone")
+def test_a_server_that_is_away_is_asked_less_and_less_often(folder, away, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(mlflow_queue.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(mlflow_queue, "FIRST_PAUSE", 5.0)
+    away.away = False
+    asked = []
+    with track(OPTIONS, "train", f"{folder}/seldom", {}) as run:
+        away.away = True
+        for now[0] in range(1000):
+            before = away.asked
+            run.metrics({"loss": 0.5}, step=now[0])
+            asked += [now[0]] * (away.asked > before)
+    assert asked == [0, 5, 15, 35, 75, 155, 315, 615, 915]
 
-    monkeypatch.setattr(MlflowRun, "end", lost)
-    with pytest.raises(ValueError, match="no good") as caught, track(OPTIONS, "train", f"{folder}/lost", {}):
+
+def test_what_is_refused_is_said_and_holds_up_nothing(folder, client, monkeypatch, capfd):
+    with track(OPTIONS, "train", f"{folder}/refused", {}) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(mlflow_run, "legal_name", lambda name: name)
+            run.tags({"what?": 1})
+        run.metrics({"loss": 0.5})
+    found = client.get_run(run.id)
+    assert found.data.metrics == {"loss": 0.5}
+    assert found.data.tags["unianom.missing"] == "tags (1)"
+    assert found.info.status == "FINISHED"
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith(f"MLflow at sqlite:///{folder}/mlflow.db refuses tags (")
+    assert "there are missing tags (1); the same command" in last
+
+
+def test_a_job_s_own_error_is_not_hidden_by_a_lost_server(folder, away):
+    with pytest.raises(ValueError, match="no good"), track(OPTIONS, "train", f"{folder}/lost", {}):
         raise ValueError("no good")
-    assert caught.value.__notes__ == ["the server is gone"]
-    with pytest.raises(TrackingError, match="gone"), track(OPTIONS, "train", f"{folder}/lost", {}):
-        pass
 
 
 def test_trials_belong_to_their_parent(folder, client):
     with (
         track(OPTIONS, "tune", f"{folder}/tune", {}) as parent,
-        track(OPTIONS, "trial", f"{folder}/tune/1", {}, default_folder=str(folder), parent=parent.id) as child,
+        track(OPTIONS, "trial", f"{folder}/tune/1", {}, default_folder=str(folder), parent=parent) as child,
     ):
         pass
     assert client.get_run(child.id).data.tags["mlflow.parentRunId"] == parent.id
@@ -338,21 +449,23 @@ class Unavailable(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_out_of_order_is_told_soon(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+def test_a_server_out_of_order_is_told_soon(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(mlflow_queue, "PATIENCE", 0.0)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unavailable)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     options = TrackingOptions(mlflow_uri=f"http://me:hunter2@127.0.0.1:{server.server_port}")
-    with pytest.raises(TrackingError) as caught, track(options, "train", str(tmp_path / "model"), {}):
-        pass
+    with track(options, "train", str(tmp_path / "model"), {}) as run:
+        assert Unavailable.requests == 2  # MLflow's own default would be 8, over four minutes
+        assert run.uri == f"http://***@127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-    assert Unavailable.requests == 3  # MLflow's own default would be 8, over four minutes
-    assert str(caught.value).startswith(f"cannot record in MLflow at http://***@127.0.0.1:{server.server_port}: ")
-    assert "--tracking.enabled false" in str(caught.value)
-    with pytest.raises(TrackingError, match="Connection refused"), track(options, "train", str(tmp_path / "model"), {}):
+    said = capfd.readouterr().err
+    where = f"MLflow at http://***@127.0.0.1:{server.server_port}"
+    assert said.startswith(f"{where} cannot be used for now (too many 503 error responses); the job goes on")
+    assert "hunter2" not in said
+    with track(options, "train", str(tmp_path / "model"), {}):
         pass  # closed by now
+    assert "Connection refused); the job goes on" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +524,27 @@ def test_the_same_model_is_registered_once(registered, folder, client):
     assert str(client.get_model_version_by_alias("demo", CANDIDATE).version) == number
 
 
+def test_of_two_jobs_at_once_the_later_version_gets_the_alias(folder, client, monkeypatch):
+    """The other one registers between this one's look at the alias and its own move of it."""
+    models = [folder / "race a", folder / "race b"]
+    for seed, path in enumerate(models):
+        save_model(str(path), seed=seed)
+    move, numbers = MlflowClient.set_registered_model_alias, []
+
+    def overtaken(self, name, alias, version):
+        if not numbers:
+            numbers.append(version)
+            with track(OPTIONS, "train", str(models[1]), {}) as other:
+                numbers.append(other.register_model(str(models[1]), name))
+        move(self, name, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", overtaken)
+    with track(OPTIONS, "train", str(models[0]), {}) as run:
+        assert run.register_model(str(models[0]), "race") == "1"
+    assert numbers == ["1", "2"]
+    assert str(client.get_model_version_by_alias("race", CANDIDATE).version) == "2"
+
+
 def test_a_remote_model_is_registered(registered, folder, client):
     path, model, _, _ = registered
     for file in path.rglob("*"):
@@ -442,18 +576,17 @@ texts = pd.DataFrame({"image": [base64.b64encode(image).decode() for image in im
 out["base64"] = model.predict(texts)["score"].tolist()
 maps = model.predict(frame, params={"maps": True})
 out["maps"] = [[base64.b64encode(r.anomaly_map).decode(), r.map_offset, r.map_scale] for r in maps.itertuples()]
-out["errors"] = []
-for bad in (images[0][:40], "***", None):
-    try:
-        model.predict(pd.DataFrame({"image": [images[0], bad]}, index=["a", "b"]))
-    except Exception as error:
-        out["errors"].append(f"{type(error).__name__}: {error}")
+mixed = pd.DataFrame({"image": [images[0][:40], images[0], "***", images[1], b""]}, index=list("abcde"))
+mixed = model.predict(mixed, params={"maps": True})
+out["mixed"] = json.loads(mixed.drop(columns="anomaly_map").to_json(orient="index"))
+out["mixed maps"] = mixed["anomaly_map"].isna().tolist()
+out["missing"] = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [None]})).to_dict("records")
 server = TestClient(scoring_server.init(model))
 request = {"dataframe_split": {"columns": ["image"], "data": texts.values.tolist()}, "params": {"maps": True}}
 answer = server.post("/invocations", json=request)
 out["served"] = [answer.status_code, answer.json()]
-answer = server.post("/invocations", json={"dataframe_records": [{"image": "AAAA"}]})
-out["refused"] = [answer.status_code, answer.text]
+answer = server.post("/invocations", json={"dataframe_records": [{"image": "AAAA"}, {"image": texts["image"][0]}]})
+out["bad row"] = [answer.status_code, answer.json()]
 code = [Path(m.__file__) for n, m in sys.modules.items() if n.split(".")[0] == "unianom"]
 out["code"] = [str(path) for path in code]
 nodes = [node for path in code for node in ast.walk(ast.parse(path.read_text()))]
@@ -487,7 +620,7 @@ def fresh(registered, folder, tmp_path_factory):
 def test_a_fresh_process_scores_with_the_logged_code(fresh, folder):
     _, expected, out = fresh
     assert out["plain"]["index"] == [7, 8]
-    assert out["plain"]["columns"] == ["score", "decision"]
+    assert out["plain"]["columns"] == ["score", "decision", "status", "error"]
     assert [row[0] for row in out["plain"]["data"]] == pytest.approx([r.score for r in expected], rel=1e-5)
     assert [row[1] for row in out["plain"]["data"]] == [r.decision for r in expected]
     assert out["base64"] == pytest.approx([r.score for r in expected], rel=1e-5)
@@ -504,11 +637,22 @@ def test_anomaly_maps_come_on_request(fresh):
         assert unpacked.shape == (32, 32)
 
 
-def test_a_bad_image_is_named_by_its_row(fresh):
-    truncated, text, nothing = fresh[2]["errors"]
-    assert truncated.startswith("ImageError: row b: ")
-    assert text.startswith("ImageError: row b: the text in column 'image' is not base64")
-    assert nothing.startswith("ImageError: row b: column 'image' holds NoneType")
+def test_a_bad_image_is_a_row_with_its_status(fresh):
+    _, expected, out = fresh
+    mixed = out["mixed"]
+    assert {row: told["status"] for row, told in mixed.items()} == dict(
+        a="corrupt", b="ok", c="corrupt", d="ok", e="corrupt"
+    )
+    for row, result in (("b", expected[0]), ("d", expected[1])):
+        assert mixed[row]["score"] == pytest.approx(result.score, rel=1e-5)
+        assert mixed[row]["decision"] == result.decision
+        assert mixed[row]["error"] is None
+    for row in "ace":
+        assert (mixed[row]["score"], mixed[row]["decision"], mixed[row]["map_scale"]) == (None, None, None)
+    assert mixed["c"]["error"].startswith("the text in column 'image' is not base64")
+    assert out["mixed maps"] == [True, False, True, False, True]
+    (nothing,) = out["missing"]
+    assert (nothing["status"], nothing["error"].split(";")[0]) == ("missing", "column 'image' holds NoneType")
 
 
 def test_the_model_server_takes_base64_and_gives_maps(fresh):
@@ -520,9 +664,10 @@ def test_the_model_server_takes_base64_and_gives_maps(fresh):
         assert row["decision"] == result.decision
         unpacked = decode_map(base64.b64decode(row["anomaly_map"]), row["map_offset"], row["map_scale"])
         np.testing.assert_allclose(unpacked, result.anomaly_map, atol=row["map_scale"] + 1e-5)
-    status, answer = out["refused"]
-    assert status == 400
-    assert "row 0" in answer
+    status, answer = out["bad row"]
+    bad, good = answer["predictions"]
+    assert (status, bad["status"], bad["score"], good["status"]) == (200, "corrupt", None, "ok")
+    assert good["score"] == pytest.approx(expected[0].score, rel=1e-5)
 
 
 def test_the_pinned_packages_cover_what_the_logged_code_imports(fresh):
@@ -578,14 +723,16 @@ def test_a_category_is_not_taken_for_what_is_measured_over_all():
     assert len(set(scopes)) == len(names)
 
 
-def test_artifacts_stay_inside_their_run(tmp_path):
+def test_artifacts_stay_inside_their_run(tmp_path, monkeypatch):
     seen = {}
 
     class Client:
         def log_artifacts(self, _, folder):
             seen.update({str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file()})
 
-    run = MlflowRun(Client(), "sqlite:///x", "1", "2")
+    monkeypatch.setattr(mlflow_run, "open_run", lambda *_: (Client(), "1", "2"))
+    run = MlflowRun("sqlite:///x", RunIdentity("e", "train", "o", ""))
+    run.open()
     run.artifacts({"../up.txt": b"1", f"{tmp_path}/away.txt": b"2", "a/_b [c].txt": b"3", "y" * 300: b"4"})
     assert sorted(seen.values()) == ["1", "2", "3", "4"]
     assert seen["a/_b [c].txt"] == "3"

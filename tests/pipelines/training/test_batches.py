@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.data import reader
-from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, part_name
+from pipelines.data.cache_writer import CacheWriter, range_task
+from pipelines.data.extractors import Extractor
+from pipelines.data.feature_cache import CachedFeatures
 from pipelines.data.image_source import SampleSource
 from pipelines.training.augment import flip_and_turn
 from pipelines.training.dataset import (
@@ -227,13 +229,13 @@ def test_the_chosen_images_are_those_to_learn_from_in_the_order_of_the_parts(sha
         assert np.array_equal(now, was)
 
 
-def test_all_normals_or_those_of_some_parts_can_be_chosen(shards, images):
+def test_all_normals_or_the_first_of_them_can_be_chosen(shards, images):
     whole = TrainingImages.choose(shards, CATEGORIES, None)
     assert list(zip(whole.part, whole.row, strict=True)) == [
         (part, row) for part, rows in enumerate(NORMALS) for row in range(len(rows))
     ]
-    some = images.of_parts({3, 0})
-    kept = [index for index, (part, _) in enumerate(PLACES) if part != 2]
+    some = images.first(20)
+    kept = [index for index, (part, row) in enumerate(PLACES) if part == 0 or (part == 2 and row < 6)]
     assert 0 < len(some) == len(kept) < len(images)
     for field in dataclasses.fields(images):
         assert np.array_equal(getattr(some, field.name), getattr(images, field.name)[kept])
@@ -271,18 +273,19 @@ class Pooled(TrainedMethod):
 
 def write_cache(shards: ShardSet, folder: str, selection: Selection, extractor: Extractor, masks: bool = False) -> None:
     """Fill the parts of a cache in this process; the model of features is `Pooled`."""
-    cache = FeatureCache(folder, "features", {}, {"": SampleSource(shards, selection, LIMITS, masks=masks)})
-    writer = CacheWriter(cache, {"": extractor}, 4, CPU, 1)
-    writer._methods[POOLED] = Pooled()
-    for part in shards.parts:
-        writer.run({"group": "", "part": part})
+    source = SampleSource(shards, selection, LIMITS, masks=masks)
+    writer = CacheWriter(folder, {"": source}, {"": extractor}, 4, CPU, 1)
+    writer._functions._methods[POOLED] = Pooled()
+    for within in source.ranges():
+        writer.run(range_task(within, ""))
 
 
 POOLED = "folder of the model"
 
 
-def cached(shards: ShardSet, folder: str) -> CachedFeatures:
-    return CachedFeatures(folder, Path("nowhere"), [part_name(part) for part in shards.parts])
+def cached(folder: str) -> CachedFeatures:
+    parts = sorted(path.stem.removeprefix("_") for path in Path(folder).glob("_part-*.json"))
+    return CachedFeatures(folder, Path("nowhere"), parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +311,7 @@ def from_shards(shards: ShardSet, images: TrainingImages, keep: int = 2) -> Shar
 
 
 def from_prepared(shards: ShardSet, images: TrainingImages, kept: Kept) -> PreparedImages:
-    return PreparedImages(cached(shards, kept.pixels), images)
+    return PreparedImages(cached(kept.pixels), images)
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random"])
@@ -508,10 +511,10 @@ class Bench:
         return from_prepared(self.shards, self.images, self.kept)
 
     def arrays(self, uri: str) -> PreparedFeatures:
-        return PreparedFeatures(cached(self.shards, uri), ("coarse", "fine"), self.images)
+        return PreparedFeatures(cached(uri), ("coarse", "fine"), self.images)
 
     def descriptors(self) -> np.ndarray:
-        return descriptors(cached(self.shards, self.kept.features), self.images)
+        return descriptors(cached(self.kept.features), self.images)
 
 
 @pytest.fixture(scope="module")
@@ -660,7 +663,7 @@ def test_prompts_by_nearness_are_among_the_nearest_descriptors(bench):
 
 
 def test_a_corpus_smaller_than_the_number_of_nearest_prompts_is_taken_whole():
-    few = TrainingImages(*(np.zeros(3, np.int64) for _ in range(5)))
+    few = TrainingImages(*(np.zeros(3, np.int64) for _ in range(6)))
     references = ReferenceSampler(few, False, np.eye(3, dtype=np.float32))
     rng = np.random.default_rng(0)
     assert {references.prompt(1, rng) for _ in range(50)} == {0, 1, 2}
@@ -684,12 +687,12 @@ class Labelled:
     features: str
 
     def make(self, needs: BatchSpec = MARKED, stream: bool = False, features: str | None = None) -> TrainingSet:
-        source: Any = PreparedImages(cached(self.shards, self.pixels), self.images)
+        source: Any = PreparedImages(cached(self.pixels), self.images)
         if stream:
             source = ShardImages(self.shards, ["nut", "bolt"], self.images, POLICY, LIMITS, 2, True, needs.masks)
         kept = None
         if features is not None:
-            kept = PreparedFeatures(cached(self.shards, features), ("coarse", "fine"), self.images)
+            kept = PreparedFeatures(cached(features), ("coarse", "fine"), self.images)
         return TrainingSet(self.images, ["nut", "bolt"], needs, source, kept, None, None, 4)
 
 
@@ -746,7 +749,7 @@ def test_anomalous_training_images_are_learned_from_in_the_order_of_the_parts(la
     assert list(zip(images.part, images.row, strict=True)) == places
     images.save(str(tmp_path / "images.parquet"))
     assert np.array_equal(TrainingImages.load(str(tmp_path / "images.parquet")).label, images.label)
-    assert images.of_parts({2}).label.tolist() == images.label.tolist()[7:]
+    assert images.number.tolist() == [number for number in range(18) if number != 10]
     normal = TrainingImages.choose(labelled.shards, ["nut", "bolt"], None)
     assert (len(normal), normal.label.any()) == (11, False)  # nine to learn from and two for validation
 

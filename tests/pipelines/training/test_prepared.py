@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.data.feature_cache import CachedFeatures, CacheWriter, Extractor, FeatureCache, array_name, part_name
+from pipelines.data.cache_writer import CacheWriter, array_name, part_name, range_task
+from pipelines.data.extractors import Extractor
+from pipelines.data.feature_cache import CachedFeatures
 from pipelines.data.image_source import SampleSource
 from pipelines.runtime import outputs
 from pipelines.runtime.options import RuntimeOptions
@@ -92,19 +94,18 @@ class Preparer:
     ) -> None:
         images = SampleSource(shards, selection or normals(CATEGORIES), LIMITS, masks=masks)
         extractor: Extractor = PreparedPixels(policy, masks) if model is None else FrozenFeatures(model, half)
-        cache = FeatureCache(str(output), "features", {}, {"": images})
-        self.writer = CacheWriter(cache, {"": extractor}, batch_size, CPU, 2)
+        self.writer = CacheWriter(str(output), {"": images}, {"": extractor}, batch_size, CPU, 2)
+        self.ranges = {within.part: within for within in images.ranges()}
+        """One of each part that holds a row of the splits."""
 
     def run(self, part: str) -> dict[str, Any]:
-        return self.writer.run({"group": "", "part": part})
+        return self.writer.run(range_task(self.ranges[part], ""))
 
 
 def pooling(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> Pooled:
     """The method that preparers find in whatever model folder they are given."""
     method = Pooled(factor)
-    monkeypatch.setattr(
-        "pipelines.data.feature_cache.load_model", lambda folder, device: SimpleNamespace(method=method)
-    )
+    monkeypatch.setattr("pipelines.data.cache_writer.load_model", lambda folder, device: SimpleNamespace(method=method))
     return method
 
 
@@ -113,7 +114,8 @@ def prepared(part: int) -> list[np.ndarray]:
 
 
 def all_of(folder: Any, part: str, name: str) -> np.ndarray:
-    return np.load(Path(folder) / array_name(part_name(part), name), allow_pickle=False)
+    (path,) = Path(folder).glob(f"{part.removesuffix('.parquet')}-?????????-{name}.npy")
+    return np.load(path, allow_pickle=False)
 
 
 # ---- pixels -------------------------------------------------------------------------------------------------------
@@ -123,28 +125,26 @@ def all_of(folder: Any, part: str, name: str) -> np.ndarray:
 def test_pixels_are_those_of_the_normal_images_in_the_order_of_the_part(shards, tmp_path, batch_size, monkeypatch):
     forbid_test_rows(monkeypatch)
     worker = Preparer(shards, tmp_path, batch_size=batch_size)
-    for number, part in enumerate(shards.parts):
-        record = worker.run(part)
-        path = tmp_path / array_name(part_name(part), PIXELS)
-        if not NORMALS[number]:
-            assert record == {"part": part_name(part), "rows": 0, "arrays": {}, "bytes": 0}
-            assert not path.exists()
-        else:
-            size = path.stat().st_size
-            pixels = np.load(path, allow_pickle=False)
-            told = {"shape": list(pixels.shape), "dtype": "|u1", "sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
-            arrays = {PIXELS: {**told, "bytes": size}}
-            assert record == {"part": part_name(part), "rows": len(NORMALS[number]), "arrays": arrays, "bytes": size}
-            assert (pixels.dtype, pixels.shape) == (np.uint8, (len(NORMALS[number]), SIDE, SIDE, 3))
-            assert np.array_equal(pixels, np.stack(prepared(number)))
-        assert outputs.part_record(str(tmp_path), part_name(part)) == record
+    assert list(worker.ranges) == [part for part, rows in zip(shards.parts, NORMALS, strict=True) if rows]
+    for part, within in worker.ranges.items():
+        record, name, expected = worker.run(part), part_name(within), np.stack(prepared(shards.parts.index(part)))
+        path = tmp_path / array_name(name, PIXELS)
+        size = path.stat().st_size
+        pixels = np.load(path, allow_pickle=False)
+        told = {"shape": list(pixels.shape), "dtype": "|u1", "sha256": hashlib.sha256(pixels.tobytes()).hexdigest()}
+        arrays = {PIXELS: {**told, "bytes": size}}
+        assert record == {"part": name, "rows": len(expected), "arrays": arrays, "bytes": size}
+        assert (pixels.dtype, pixels.shape) == (np.uint8, (len(expected), SIDE, SIDE, 3))
+        assert np.array_equal(pixels, expected)
+        assert outputs.part_record(str(tmp_path), name) == record
     assert [len(rows) for rows in NORMALS] == [14, 0, 11, 8]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_only_the_selected_categories_are_prepared(shards, tmp_path):
     worker = Preparer(shards, tmp_path, selection=normals(["nut"]))
-    assert [worker.run(part)["rows"] for part in shards.parts] == [7, 0, 5, 0]
+    assert [worker.run(part)["rows"] for part in worker.ranges] == [7, 5, 0]
+    assert worker.run("part-3.parquet") == {"part": "part-3-000000000", "rows": 0, "arrays": {}, "bytes": 0}
     expected = [decode_prepared(row["image"], POLICY) for row in NORMALS[2] if row["category"] == "nut"]
     assert np.array_equal(all_of(tmp_path, "part-2.parquet", PIXELS), np.stack(expected))
 
@@ -158,11 +158,10 @@ def test_anomalous_training_images_and_masks_lie_in_the_order_of_the_part(tmp_pa
     forbid_test_rows(monkeypatch)
     selection = learnable(CATEGORIES, labels=True)
     worker = Preparer(shards, tmp_path / "set", selection=selection, masks=True, batch_size=batch_size)
-    for part, rows in zip(shards.parts, LABELLED, strict=True):
-        record = worker.run(part)
-        assert (record["rows"], list(record["arrays"])) == (len(rows), [PIXELS, MASKS] if rows else [])
-        if not rows:
-            continue
+    assert list(worker.ranges) == ["part-0.parquet", "part-2.parquet"]
+    for part in worker.ranges:
+        record, rows = worker.run(part), LABELLED[shards.parts.index(part)]
+        assert (record["rows"], list(record["arrays"])) == (len(rows), [PIXELS, MASKS])
         pixels, masks = (all_of(tmp_path / "set", part, name) for name in (PIXELS, MASKS))
         assert (masks.dtype, masks.shape) == (bool, (len(rows), SIDE, SIDE))
         for row, image, mask in zip(rows, pixels, masks, strict=True):
@@ -233,7 +232,7 @@ def test_features_are_the_encoders_in_the_precision_asked_for(shards, tmp_path, 
         array = all_of(tmp_path, "part-0.parquet", name)
         assert (array.dtype, array.shape) == (kept, shape)
         assert np.array_equal(array, expected[name].numpy().astype(kept))
-    assert not (tmp_path / array_name("part-0", PIXELS)).exists()
+    assert not list(tmp_path.glob(f"*-{PIXELS}.npy"))
     assert record["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
 
 
@@ -269,7 +268,6 @@ def test_features_that_half_precision_cannot_hold_are_refused(shards, tmp_path, 
     message = r"^frozen features of part-0.parquet are not finite in half precision; use --data.feature_precision full$"
     with pytest.raises(DataError, match=message):
         Preparer(shards, tmp_path / "half", model="somewhere", half=True).run("part-0.parquet")
-    assert outputs.part_record(str(tmp_path / "half"), "part-0") is None
     assert files.list_names(str(tmp_path / "half")) == []
     Preparer(shards, tmp_path / "full", model="somewhere", half=False).run("part-0.parquet")
     assert np.abs(all_of(tmp_path / "full", "part-0.parquet", "fine")).max() > 65504
@@ -284,17 +282,15 @@ def test_features_that_are_not_finite_at_all_point_to_the_weights(shards, tmp_pa
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_found_by_part_and_row(shards, tmp_path):
+def test_rows_are_found_by_their_number(shards, tmp_path):
     worker = Preparer(shards, tmp_path / "set")
-    for part in shards.parts:
-        worker.run(part)
-    parts = [part_name(part) for part in shards.parts]
+    parts = [worker.run(part)["part"] for part in worker.ranges]
     arrays = CachedFeatures(str(tmp_path / "set"), tmp_path / "copies", parts)
     for reader in (arrays, pickle.loads(pickle.dumps(arrays))):
-        for part, row in ((0, 0), (3, 7), (0, 13), (2, 5)):
-            assert np.array_equal(reader.row(PIXELS, part, row), prepared(part)[row])
+        for number, part, row in ((0, 0, 0), (32, 3, 7), (13, 0, 13), (14, 2, 0), (19, 2, 5)):
+            assert np.array_equal(reader.row(PIXELS, number), prepared(part)[row])
         with pytest.raises(IndexError):
-            reader.row(PIXELS, 3, 8)
+            reader.row(PIXELS, 33)
     assert len(pickle.dumps(arrays)) < 2000  # maps do not travel with it
     assert not (tmp_path / "copies").exists()
 
@@ -303,13 +299,11 @@ def test_sets_on_an_object_store_are_copied_to_disk_once(shards, tmp_path):
     uri = "memory://test-features/set"
     try:
         worker = Preparer(shards, uri)
-        for part in shards.parts:
-            worker.run(part)
-        arrays = CachedFeatures(uri, tmp_path, [part_name(part) for part in shards.parts])
-        assert np.array_equal(arrays.row(PIXELS, 2, 3), prepared(2)[3])
+        arrays = CachedFeatures(uri, tmp_path, [worker.run(part)["part"] for part in worker.ranges])
+        assert np.array_equal(arrays.row(PIXELS, 17), prepared(2)[3])
         assert len(list(tmp_path.iterdir())) == 1
         files.remove("memory://test-features")
         again = pickle.loads(pickle.dumps(arrays))
-        assert np.array_equal(again.row(PIXELS, 2, 4), prepared(2)[4])
+        assert np.array_equal(again.row(PIXELS, 18), prepared(2)[4])
     finally:
         files.remove("memory://test-features")

@@ -25,7 +25,7 @@ from pipelines.runtime.models import load_memory_method
 from pipelines.training.memory_bank import fit_banks
 from pipelines.training.options import FitOptions, ThresholdOptions, train_options
 from pipelines.training.ray_training import WorkersLostError
-from pipelines.tuning import trial
+from pipelines.tuning import encodings, trial
 from pipelines.tuning.campaign_run import CampaignRun, read_settings
 from pipelines.tuning.encodings import EncodedImages, encode_once
 from pipelines.tuning.memory_trials import MemoryCampaign, encoding_key, fit_bank, is_bank_option
@@ -68,7 +68,7 @@ VALUES: dict[str, Any] = {"bank.coreset_ratio": 0.1, "mask_threshold": 0.9}
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """54 weaves and 8 cogs in parts of 50 and 12, so that a part is not read in one go, and a part of test images."""
+    """54 weaves and 8 cogs in parts of 50 and 12, and a part of test images."""
     weaves = [sample("weave", "train", n, pixels=draw_sample("weave", n, size=SIDE)[0]) for n in range(54)]
     cogs = [sample("cog", "train", n, pixels=draw_sample("cog", n, size=SIDE)[0]) for n in range(8)]
     unread = [{**sample("cog", "test", n, n % 2), "image": b"no image"} for n in range(4)]
@@ -98,7 +98,7 @@ def in_this_process() -> Iterator[None]:
             for name, stand_in in (("run_tasks", run_inline), ("connect", lambda _: None)):
                 if hasattr(module, name):
                     patch.setattr(module, name, stand_in)
-        patch.setattr(image_source, "IMAGES_PER_TASK", 7)
+        patch.setattr(image_source, "RANGE_ROWS", 7)
         yield
 
 
@@ -254,11 +254,14 @@ def test_a_recipe_makes_the_bank_of_the_trial(
     np.testing.assert_allclose(kept, scores, rtol=1e-4, atol=1e-6)
 
 
-def test_patches_are_projected_part_by_part(campaign: MemoryCampaign) -> None:
+def test_patches_are_projected_part_by_part(campaign: MemoryCampaign, monkeypatch: pytest.MonkeyPatch) -> None:
     """As jobs/train.py does it: products of other shapes differ in their last bits, and so may the coreset."""
+    monkeypatch.setattr(encodings, "MASKED_AT_ONCE", 2)
     made, own = campaign.encoding_of({}), campaign.config_of({"mask": "off"})
-    arrays = [np.load(f"{made.cache.uri}/part-{part}-learned-patches.npy") for part in (0, 2)]
-    assert len(arrays[0]) > 32
+    features = made.cache.open()
+    arrays = features.arrays("patches", features.parts_of("learned"))
+    assert len(arrays) > 2
+    assert len(arrays[0]) > 2
     matrix = random_projection(48, 16, seed=0)
     expected = np.concatenate([array.reshape(-1, 48) @ matrix for array in arrays])
     method = load_memory_method(made.encoder, CPU)
@@ -342,7 +345,7 @@ def test_a_killed_encoding_goes_on(
     assert [name for name in files.list_names(again.cache.uri) if name.endswith(".npy")] == names
     for name in names:
         assert Path(again.cache.uri, name).read_bytes() == Path(whole.cache.uri, name).read_bytes()
-    tasks = [*whole.cache.parts("learned"), *whole.cache.parts("compared")]
+    tasks = whole.cache.open().parts
     assert 10**9 - left[0] == len(tasks) - 4, "what was encoded is not encoded again"
 
 

@@ -128,22 +128,28 @@ class UprightImage:
     Attributes:
         image: H×W or H×W×3 uint8, or a Pillow image of mode L or RGB.
         size: width and height that it is scaled to, before the crop is cut.
+        height, width: of the file's image, upright; `image` is smaller where the decoder has scaled it.
     """
 
     image: np.ndarray | Image.Image
     size: tuple[int, int]
+    height: int
+    width: int
 
 
 def decode_upright(data: bytes, policy: InputPolicy, limits: ImageLimits | None = None) -> UprightImage:
     """Decode a file as a policy wants it: the first half of `decode_prepared`, and the errors of it."""
     file = open_image(data, limits or ImageLimits())
-    size = scaled_size(*file.image.size, policy)
+    width, height = file.image.size
+    size = scaled_size(width, height, policy)
     if policy.decode == "scaled":
         file = _scaled_by_decoder(file, size)
     image, orientation = load_pixels(file)
     if not isinstance(image, np.ndarray) and image.mode != "L":
         image = to_rgb(image, file)
-    return UprightImage(image, size[::-1] if orientation in _LYING else size)
+    if orientation in _LYING:
+        return UprightImage(image, size[::-1], height=width, width=height)
+    return UprightImage(image, size, height, width)
 
 
 _LYING = (5, 6, 7, 8)

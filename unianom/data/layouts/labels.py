@@ -146,7 +146,12 @@ def _store(database: sqlite3.Connection, rows: Table, options: LabelsOptions) ->
     database.executemany(
         "insert into images values (?, null, ?, ?, ?, ?, ?, ?)",
         (
-            (_path(row.get(options.image, ""), options, where), where, *(row.get(column, "") for column in columns))
+            (
+                _path(row.get(options.image, ""), options, where),
+                where,
+                # a table may have a column without a name, as pandas writes for its index: it is none of these
+                *(row.get(column, "") if column else "" for column in columns),
+            )
             for where, row in rows
         ),
     )

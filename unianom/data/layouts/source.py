@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -18,7 +17,7 @@ from unianom.data.layouts.left_out import CountedFiles, LeftOut
 from unianom.data.layouts.names import listed
 from unianom.data.schema import Crop, SampleRef
 from unianom.errors import DataError, storage_error
-from unianom.files import check_regular, composed_otherwise, is_chained, resolve
+from unianom.files import check_regular, composed_otherwise, is_chained, iter_infos, resolve
 from unianom.temporary_database import temporary_database
 
 _LITTER = frozenset(
@@ -180,16 +179,9 @@ class Source:
             yield Entry(posixpath.join(folder, name), size, is_folder)
 
     def _infos(self, folder: str) -> Iterator[dict[str, Any]]:
-        """Yield what the file system says of what lies in a folder, of a local one without holding all of it."""
-        inside = self._inside(folder)
+        """Yield what the file system says of what lies in a folder."""
         try:
-            if isinstance(self.fs, LocalFileSystem) and self.fs.isdir(inside):
-                with os.scandir(inside) as found:
-                    for entry in found:
-                        with suppress(FileNotFoundError):  # it was removed meanwhile
-                            yield self.fs.info(entry)
-            else:
-                yield from self.fs.ls(inside, detail=True)
+            yield from iter_infos(self.fs, self._inside(folder))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"no folder {self.uri(folder)}; check the path of the source") from error
         except Exception as error:  # a remote file system raises whatever its client library does

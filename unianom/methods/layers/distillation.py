@@ -279,6 +279,12 @@ class ReverseDecoder(nn.Module):
         return coarse_to_fine[::-1]
 
 
+def split_halves(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first B and the last B of 2B×…; unlike `chunk`, also of a graph that takes any B."""
+    first, last = levels.unflatten(0, (2, -1)).unbind()
+    return first, last
+
+
 # ---------------------------------------------------------------------------------------------------- losses and maps
 def flattened_distance(teacher: Tensor, student: Tensor) -> Tensor:
     """Return 1 − cosine of whole maps B×C×h×w, each taken as one vector; mean over images (ReContrast, eq. 1). In
