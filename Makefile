@@ -37,7 +37,7 @@ format: $(VENV)/.installed
 reference: $(VENV)/.installed
 	for job in jobs/[a-z]*.py; do name=$$(basename $$job .py); $(BIN)/python $$job --reference > jobs/reference/$${name%_}.md || exit 1; done
 
-# Runs the notebooks anew and keeps what they print and draw: some ten minutes on two cores.
+# Runs the notebooks anew and keeps what they print and draw: six minutes on two shared cores.
 notebooks: $(VENV)/.installed
 	$(BIN)/python notebooks/execute.py
 
