@@ -349,7 +349,7 @@ class HostBenchmark(Options):
 
 @dataclass(frozen=True)
 class ServingBenchmark(Options):
-    """A server under load: latencies, images per second ÷ those of the bare backbone, a full queue, a model replaced.
+    """A server under load: latencies, images per second ÷ those without a server, a full queue, a model replaced.
 
     Args:
         model: model folder of a memory method, on this machine.
@@ -367,7 +367,7 @@ class ServingBenchmark(Options):
     model: str
     shards: str
     output: str
-    clients: AtLeastOne = 8
+    clients: AtLeastOne = 16
     overload_clients: AtLeastOne = 64
     seconds: Positive = 10.0
     rounds: AtLeastOne = 3

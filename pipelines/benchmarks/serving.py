@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from pipelines.benchmarks.bare_forward import BareForward
-from pipelines.benchmarks.harness import Side, Timing, interleave
+from pipelines.benchmarks.harness import Side, Timing, clocked, fixed_threads, interleave
 from pipelines.benchmarks.options import ServingBenchmark
 from pipelines.benchmarks.report import write_report
 from pipelines.benchmarks.scoring import FORWARD_IMAGES, input_batches
 from pipelines.runtime.actors import connect
 from pipelines.runtime.models import load_model
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.serving.predictor import PreparedImage, load_predictor
 from pipelines.serving.serve import start, stop
 from pipelines.serving.serve_options import ReplicaOptions, ServeOptions
 from unianom import files
@@ -57,9 +58,9 @@ class Answer:
 def measure_serving(options: ServingBenchmark) -> dict[str, Any]:
     """Serve a model by one replica with one thread, and send it images from this machine.
 
-    Sides in turn: clients that each send an image when the last one is answered, one alone and several together, and
-    the bare forward pass of the backbone on one thread. Then, once each: more clients than replica and queue hold, and
-    a model that is replaced meanwhile.
+    Sides in turn: clients that each send an image when the last one is answered, one alone and several together; the
+    same model on decoded images in full batches, without a server; and the bare forward pass of the backbone; both on
+    one thread. Then, once each: more clients than replica and queue hold, and a model that is replaced meanwhile.
     """
     shards = ShardSet.open(options.shards)
     pictures = shards.table(Selection(), ["image"])["image"].slice(0, PICTURES).to_pylist()
@@ -74,20 +75,36 @@ def measure_serving(options: ServingBenchmark) -> dict[str, Any]:
         with BareForward(options.model, cached, options.max_batch_size, 1) as bare, _served(options, model) as port:
             load = _Load(port, pictures, options.seconds)
             load.run(options.clients)  # what is slow at the first call does not count
-            several = f"{options.clients} clients"
+            several, alone, forward = f"{options.clients} clients", "model without a server", "bare forward"
+            predict = _predict(options, pictures)
             sides: dict[str, Side] = {
                 "1 client": lambda: load.timing(1),
                 several: lambda: load.timing(options.clients),
-                "bare forward, 1 process": lambda: Timing(*bare.run(1)),
+                alone: clocked(len(pictures), predict),
+                forward: lambda: Timing(*bare.run(1)),
             }
-            measured = interleave(sides, options.rounds)
+            with fixed_threads(1):
+                measured = interleave(sides, options.rounds)
             tables = {
                 "latency, milliseconds": {name: _latencies(measured.turns[name]) for name in ("1 client", several)},
                 "overload": {f"{options.overload_clients} clients": _overload(load, options.overload_clients)},
                 "replaced under load": {several: _replaced(load, options.clients, model)},
             }
-    ratios = {f"{several} ÷ bare forward": measured.ratio(several, "bare forward, 1 process")}
+    ratios = {f"{several} ÷ {other}": measured.ratio(several, other) for other in (alone, forward)}
     return write_report(options, "images", measured, ratios, tables=tables)
+
+
+def _predict(options: ServingBenchmark, pictures: Sequence[bytes]) -> Callable[[], None]:
+    """Return what scores decoded images in full batches, as a replica does, in this process."""
+    given = ServeOptions(options.model, engine=options.engine, max_batch_size=options.max_batch_size)
+    predictor = load_predictor(options.model, options.model, "", given, "cpu")
+    images = [PreparedImage(predictor.decode(picture)) for picture in pictures]
+
+    def predict() -> None:
+        for first in range(0, len(images), options.max_batch_size):
+            predictor.predict(images[first : first + options.max_batch_size])
+
+    return predict
 
 
 @contextmanager

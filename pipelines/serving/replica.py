@@ -1,7 +1,6 @@
 """The deployments of Ray Serve: replicas of the model that answers, and of the shadow model.
 
-A replica is made when its model is loaded, and Ray Serve sends it requests from then on. It joins the images of all its
-requests into batches; while one is on the device, the next one gathers.
+A replica is made when its model is loaded, and Ray Serve sends it requests from then on.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pipelines.serving.metrics import ServingMetrics
 from pipelines.serving.model_source import model_source
 from pipelines.serving.predictor import load_predictor
 from pipelines.serving.serve_options import ReplicaOptions, ServeOptions
-from pipelines.serving.service import Item, Scored, ScoringService
+from pipelines.serving.service import ScoringService
 from pipelines.serving.shadow import ShadowFeed, ShadowImage, compare
 
 
@@ -44,19 +43,7 @@ class _Replica:
             self.metrics,
         )
         self.service = ScoringService(self.live, options, own.cpus, self.metrics)
-        self.service.score = self._score
-        batching: Any = self._batched
-        batching.set_max_batch_size(options.max_batch_size)
-        batching.set_batch_wait_timeout_s(options.batch_wait_seconds)
         self.live.start(options.poll_seconds, needed)
-
-    @serve.batch
-    async def _batched(self, items: list[Item]) -> list[Scored]:
-        return await self.service.score_batch(items)
-
-    async def _score(self, item: Item) -> Scored:
-        scored: Scored = await self._batched(item)
-        return scored
 
     def check_health(self) -> None:
         """Raise where this replica should be replaced; called by Ray Serve."""

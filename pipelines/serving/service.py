@@ -8,29 +8,25 @@ Images of all requests share batches and threads; each waits for its own alone.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime.errors import reason
-from pipelines.runtime.task_worker import set_threads
+from pipelines.serving.batcher import Batcher, Item, Scored
 from pipelines.serving.events import log_event
 from pipelines.serving.heat_maps import MapKind, map_fields
 from pipelines.serving.live_model import LiveModel
 from pipelines.serving.metrics import ServingMetrics
-from pipelines.serving.predictor import Predictor, PreparedImage, ScoredImage, predict_each, threshold_fields
+from pipelines.serving.predictor import Predictor, PreparedImage, ScoredImage, threshold_fields
 from pipelines.serving.serve_options import ServeOptions
 from unianom.errors import ImageError, MachineError
 
 FAILED_BATCHES = 3
 """Forward passes in a row that fail before a replica calls itself unhealthy, and Ray Serve puts another in its
 place."""
-
-Item = tuple[Predictor, PreparedImage]
-Scored = ScoredImage | ImageError | Exception
 
 
 class NotReadyError(Exception):
@@ -62,16 +58,14 @@ class ScoringService:
         metrics: of the replica.
 
     Attributes:
-        score: scores one item, together with those of other requests; `score_alone` until it is set.
+        score: scores one item, in a batch with those of other requests.
     """
 
     def __init__(self, live: LiveModel, options: ServeOptions, cpus: int, metrics: ServingMetrics) -> None:
         self.live, self.options, self.metrics = live, options, metrics
-        self.score: Callable[[Item], Awaitable[Scored]] = self.score_alone
+        self._batcher = Batcher(options.max_batch_size, options.batch_wait_seconds, cpus, metrics)
+        self.score: Callable[[Item], Awaitable[Scored]] = self._batcher.score
         self._pool = TimedPool(cpus, options.limits)
-        self._device = ThreadPoolExecutor(1, "device", set_threads, (cpus,))
-        self._began: float | None = None
-        self._failed_batches = 0
         self._broken = ""
 
     async def answer(self, queries: Sequence[ImageQuery], kind: MapKind) -> list[dict[str, Any]]:
@@ -89,23 +83,15 @@ class ScoringService:
             raise NotReadyError("the model is not loaded yet; try again later")
         return list(await asyncio.gather(*(self._answer(predictor, query, kind) for query in queries)))
 
-    async def score_alone(self, item: Item) -> Scored:
-        """Score one item in a batch of its own."""
-        return (await self.score_batch([item]))[0]
-
-    async def score_batch(self, items: Sequence[Item]) -> list[Scored]:
-        """Score items in one batch, when it is its turn."""
-        return await asyncio.get_running_loop().run_in_executor(self._device, self._predict, items)
-
     @property
     def fault(self) -> str:
         """What is wrong with this replica, so that another should take its place; empty while it is healthy."""
         if self._broken:
             return self._broken
-        if self._failed_batches >= FAILED_BATCHES:
-            return f"{self._failed_batches} forward passes in a row have failed; see the log of this replica"
+        if self._batcher.failed >= FAILED_BATCHES:
+            return f"{self._batcher.failed} forward passes in a row have failed; see the log of this replica"
         longest = 2 * self.options.request_seconds
-        if self._began is not None and time.monotonic() - self._began > longest:
+        if self._batcher.busy_seconds > longest:
             return f"a forward pass has taken more than {longest:g} s, twice --request_seconds"
         return ""
 
@@ -158,18 +144,6 @@ class ScoringService:
             self._broken = str(error)
         log_event("image failed", error=reason(error))
         return "failed", f"the server could not score it ({reason(error)}); try again, or ask whoever runs the server"
-
-    def _predict(self, items: Sequence[Item]) -> list[Scored]:
-        """Score a batch; by the device's thread alone."""
-        self._began = time.monotonic()
-        try:
-            found = predict_each(items)
-        finally:
-            seconds, self._began = time.monotonic() - self._began, None
-        every = all(isinstance(one, Exception) and not isinstance(one, ImageError) for one in found)
-        self._failed_batches = self._failed_batches + 1 if every else 0
-        self.metrics.batch(len(items), seconds)
-        return found
 
 
 def _fields(query: ImageQuery, predictor: Predictor, known: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def server(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> Iterator[tupl
         mlflow_uri=registry.uri,
         engine="pytorch",
         max_batch_size=3,
-        batch_wait_seconds=0.2,
+        batch_wait_seconds=1.0,
         poll_seconds=0.5,
         replicas=ReplicaOptions(max_ongoing_requests=4, max_queued_requests=4, retry_after_seconds=2),
     )
