@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.runtime.errors import reason, user_error, wrapped
 from pipelines.runtime.options import RuntimeOptions
@@ -59,6 +60,16 @@ def grows() -> bool:
     stats = get_cluster_status(ray.get_runtime_context().gcs_address).stats
     # without a provider of nodes it looks on, and has no state of its own
     return int(stats.autoscaler_version or 0) > 0
+
+
+def beside_driver(actor: type) -> Any:
+    """Return a handle to an actor of this class that needs no CPU, on this process's own node.
+
+    It would else be on any node, and lost with a node that the job can do without.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(actor)
+    return remote.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def connect(options: RuntimeOptions, dashboard: bool = False) -> None:

@@ -11,7 +11,7 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.runtime.actors import pool_size
+from pipelines.runtime.actors import beside_driver, pool_size
 from pipelines.runtime.errors import reason
 from pipelines.runtime.run_record import Run
 from pipelines.runtime.signals import own_signals
@@ -42,7 +42,7 @@ def run_job(
         resources["GPU"] = options.runtime.gpus_per_worker
     check_resources(options)
     workers = options.workers
-    events: Any = ray.remote(num_cpus=0)(MetricsChannel).remote()
+    events = beside_driver(MetricsChannel)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "events": events},

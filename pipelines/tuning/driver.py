@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-import ray
 from ray import tune as ray_tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 
 from pipelines.data.validation_set import ValidationSet
-from pipelines.runtime.actors import connect, pool_size
+from pipelines.runtime.actors import beside_driver, connect, pool_size
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.run_record import Run
 from pipelines.runtime.signals import own_signals
@@ -41,6 +40,9 @@ from pipelines.tuning.trained_trials import TrainedCampaign
 from pipelines.tuning.trial import Campaign
 from unianom import files
 from unianom.errors import DataError, OptionError
+
+AGAIN = 2
+"""How often trials are run again that crashed."""
 
 AnyCampaign = TypeVar("AnyCampaign", bound=Campaign[Any])
 
@@ -86,7 +88,11 @@ class Driver(Generic[AnyCampaign]):
         if fresh:
             connect(self.options.runtime, dashboard=self.trains)
             self.prepare()
-            self.run_trials(planned, before, budget)
+            for _ in range(1 + AGAIN):
+                self.run_trials(planned, before, budget)
+                before = self.records()
+                if not self.crashed() or budget.stop_all():
+                    break
             self.sweep()
         elif self.options.diagnose:
             connect(self.options.runtime)
@@ -163,6 +169,10 @@ class Driver(Generic[AnyCampaign]):
         gpus = options.runtime.gpus_per_worker * (options.runtime.workers or 1 if self.trains else 1)
         return Budget(options.hours, options.gpu_hours, gpus, before["seconds"], before["trial_seconds"])
 
+    def crashed(self) -> bool:
+        """Return whether there are trials whose process died, or whose machine failed them."""
+        return len(self.records(crashed=True)) > len(self.records())
+
     def run_trials(
         self, planned: list[dict[str, Any]] | None, before: Sequence[Mapping[str, Any]], budget: Budget
     ) -> None:
@@ -202,7 +212,7 @@ class Driver(Generic[AnyCampaign]):
                 reduction_factor=stopping.reduction,
             )
         goal: dict[str, Any] = {} if options.pareto else {"metric": OBJECTIVE, "mode": "max"}
-        lock: Any = ray.remote(num_cpus=0)(PreparationLock).remote()
+        lock = beside_driver(PreparationLock)
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(partial(tune_trial, self.campaign, values, lock), resources),
             param_space=values.space(),

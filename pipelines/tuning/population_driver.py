@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.runtime.actors import connect
 from pipelines.training.options import WORK
 from pipelines.tuning.campaign_run import CampaignRun
-from pipelines.tuning.driver import Driver
+from pipelines.tuning.driver import AGAIN, Driver
 from pipelines.tuning.population import STATE, PopulationCampaign, first_segments, next_segments
 from pipelines.tuning.records import read_record
 from pipelines.tuning.space import draw, key_of
@@ -32,7 +32,10 @@ class PopulationDriver(Driver[PopulationCampaign]):
             if missing and not budget.stop_all():
                 connect(options.runtime, dashboard=True)
                 self.prepare()
-                self.run_trials(missing, before, budget)
+                for _ in range(1 + AGAIN):
+                    self.run_trials(missing, before, budget)
+                    if not self.crashed() or budget.stop_all():
+                        break
                 fresh = True
             records = [read_record(campaign.trial_folder(values)) for values in members]
             if not all(records):

@@ -56,6 +56,7 @@ def write_early_end(
     reported: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write and return the record of a trial that did not come to its end; `reported` are reports that reached Tune."""
+    begin_trial(folder, values)  # its process may have died before that
     kept = {report[PROGRESS]: dict(report) for report in [*reported, *read_reports(folder)]}
     reports = [kept[progress] for progress in sorted(kept)]
     record = {

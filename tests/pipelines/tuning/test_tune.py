@@ -35,7 +35,9 @@ from pipelines.tuning.dimensions import Choice, Dimension, Range
 from pipelines.tuning.options import EarlyStopping, searched, tune_options
 from pipelines.tuning.ray_tune import Halving, TrialValues, tree_parzen
 from pipelines.tuning.recorder import Recorder
+from pipelines.tuning.records import write_early_end
 from pipelines.tuning.space import key_of, space_of
+from pipelines.tuning.statuses import CRASHED
 from pipelines.tuning.trained_trials import trained_model
 from pipelines.tuning.trial import run_trial
 from pipelines.tuning.tune import tune
@@ -204,6 +206,36 @@ def test_a_space_of_postprocess_options_alone_is_one_trial(here: list[str], shar
     assert [row["rate"] for row in content["threshold_rates"]] == [0.01, 0.5, 0.9]
     assert "balanced_accuracy" not in content["threshold_rates"][0], "six images support no rate of 1 %"
     assert not tune(memory_options(shards, tmp_path / "c", space=space, threshold_rates=(0.5, 0.9, 0.01))).fresh
+
+
+@pytest.mark.parametrize(("lost", "runs", "crashed"), [(1, 2, 0), (9, 3, 1)])
+def test_a_trial_that_crashed_is_run_again(
+    here: list[str],
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: int,
+    runs: int,
+    crashed: int,
+) -> None:
+    """Its process died before it wrote anything, in the first runs of the campaign's trials."""
+    known: list[int] = []
+    run_all = driver.Driver.run_trials
+
+    def lose_one(self: Any, planned: list[dict[str, Any]], before: Any, budget: Any) -> None:
+        known.append(len(before))
+        alive = len(planned) - (len(known) <= lost)
+        run_all(self, planned[:alive], before, budget)
+        for values in planned[alive:]:
+            write_early_end(self.campaign.trial_folder(values), values, CRASHED, "its process died")
+
+    monkeypatch.setattr(driver.Driver, "run_trials", lose_one)
+    result = tune(memory_options(shards, tmp_path / "c", trials=3))
+    (content,) = result.contents.values()
+    assert known == [0, 2, 2][:runs]
+    assert content["counts"] | {"settings": 0} == {
+        **{"trials": 3, "done": 3 - crashed, "stopped": 0, "failed": 0, "crashed": crashed, "settings": 0}
+    }
 
 
 def test_a_shorter_budget_ends_a_campaign_that_a_longer_one_continues(
