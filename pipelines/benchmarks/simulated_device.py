@@ -26,6 +26,7 @@ from pipelines.benchmarks.waiting_method import WaitingConfig, WaitingMethod, re
 from pipelines.inference.options import ScoreOptions
 from pipelines.runtime.options import RuntimeOptions
 from unianom.data.maps import MapsKept
+from unianom.methods import OWN_METHODS
 from unianom.model import Model
 from unianom.thresholds import Threshold
 
@@ -81,7 +82,6 @@ def measure(rate: float, stages: str, maps: MapsKept, sources: Path, options: ar
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": f"{register.__module__}.{register.__name__}"},
         )
         result = score(
             ScoreOptions(
@@ -103,14 +103,16 @@ def measure(rate: float, stages: str, maps: MapsKept, sources: Path, options: ar
         ray.shutdown()
         batches = [line.split() for path in (folder / "log").iterdir() for line in path.read_text().splitlines()]
     assert result.scores.manifest["statuses"] == {"ok": count}
-    working = max(float(ended) for _, ended in batches) - min(float(began) for began, _ in batches)
+    first, last = min(float(began) for began, _ in batches), max(float(ended) for _, ended in batches)
     return {
         "stages": stages,
         "maps": maps,
         "rate": rate,
         "images": count,
-        "while the device works": count / working / rate,
+        "while the device works": count / (last - first) / rate,
         "whole job": count / (end - start) / rate,
+        "seconds before the first batch": first - start,
+        "seconds after the last batch": end - last,
         "CPU ms": 1000 * cpu / count,
         "load": os.getloadavg()[0],
         "said": result.stages,
@@ -155,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output.exists():
         raise SystemExit(f"{output} is there already; choose another output, or remove it first")
     register()
+    os.environ[OWN_METHODS] = f"{register.__module__}:{register.__name__}"  # for the processes that Ray starts
     rows = []
     with tempfile.TemporaryDirectory() as made:
         sources = Path(made) / "sources"

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from pipelines.benchmarks.harness import Timing
-from pipelines.inference.staged_scorer import RangePredictor, readable, scoring_stages
+from pipelines.inference.range_predictor import RangePredictor
+from pipelines.inference.range_writer import readable
+from pipelines.inference.staged_scorer import scoring_stages
 from pipelines.runtime.device_turn import Device, Turn
 from pipelines.runtime.stage_blocks import Block
 from pipelines.runtime.stage_clock import StageClock

@@ -1,6 +1,6 @@
 """A method whose network waits instead of computing, which stands for a device of a known rate in a real scoring.
 
-It is no method of the package: it is known only where this module was imported.
+It is no method of the package: it is known where `register` was called, as `OWN_METHODS` has it done.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class WaitingMethod(Method[WaitingConfig]):
     @torch.inference_mode()
     def score_images(self, images: Tensor) -> ScoredImages:
         """Score images; maps are made of those that are asked for."""
-        self.check_images(images)
+        # they are not checked: a device would do that itself, in the time it takes
         found = self.forward(images)
         cells = found.tensors["cells"]
 

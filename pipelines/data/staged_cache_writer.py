@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from pipelines.data.cache_writer import Functions, part_name, task_range, write_part
 from pipelines.data.extractors import Arrays, BatchFunction, Extractor, ImageBatch
 from pipelines.data.image_source import ImageSource, ReadRange
-from pipelines.runtime.device_turn import Turn
+from pipelines.runtime.device_turn import Turn, for_task_and_batch
 from pipelines.runtime.stage_blocks import Block
 from pipelines.runtime.stage_clock import StageClock
 from pipelines.runtime.stages import Stages
@@ -115,9 +116,10 @@ class BatchExtractor:
                 arrays[f"{number}/{name}"] = array
 
         with torch.inference_mode():
+            task_turn, batch_turn = for_task_and_batch(turn, function.device.type)
             # the first batches are on their way to the device while another task has its turn
-            coming = self._computed(group, function, block.arrays["pixels"], len(batches))
-            with turn, clock.stage("forward"):
+            coming = self._computed(group, function, block.arrays["pixels"], len(batches), batch_turn)
+            with task_turn, clock.stage("forward"):
                 last: Mapping[str, Fetched] | None = None
                 for number, fetched in enumerate(coming):
                     if last is not None:
@@ -128,7 +130,12 @@ class BatchExtractor:
         return Block(arrays, plain={"images": [len(batch) for batch in batches]})
 
     def _computed(
-        self, group: str, function: BatchFunction, pixels: np.ndarray, count: int
+        self,
+        group: str,
+        function: BatchFunction,
+        pixels: np.ndarray,
+        count: int,
+        batch_turn: AbstractContextManager[None],
     ) -> Iterator[Mapping[str, Fetched]]:
         """Begin to copy images to the device; return what gives, for each batch, what the network makes of it."""
         network = function.network
@@ -139,7 +146,12 @@ class BatchExtractor:
                 self._feeds[group] = DeviceFeed(function.device, function.policy, self._batch_size)
             feed = self._feeds[group]
         batches = feed.batches(pixels)
-        return ({name: feed.fetch(values) for name, values in network(images).items()} for images in batches)
+
+        def forward(images: torch.Tensor) -> Mapping[str, torch.Tensor]:
+            with batch_turn:
+                return network(images)
+
+        return ({name: feed.fetch(values) for name, values in forward(images).items()} for images in batches)
 
 
 def _batches(block: Block, part: str, size: int) -> Iterator[ImageBatch]:

@@ -17,7 +17,8 @@ import pyarrow as pa
 import torch
 
 from pipelines.data.ahead import Behind, read_ahead
-from pipelines.data.decoded_batches import BatchDecoder, DecodedBatch, same_model_batches
+from pipelines.data.decoded_batches import BatchDecoder, DecodedBatch
+from pipelines.data.decoded_rows import same_model_batches
 from pipelines.data.fetch import ImageFetcher
 from pipelines.data.timed_pool import TimedPool
 from pipelines.inference.score_columns import IDENTITY, PackedMap, ScoreColumns, ScoredBatch, check_finite, score_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 
@@ -42,3 +43,17 @@ class Turn:
         self._device.left = time.monotonic()
         self.busy += self._device.left - self._since
         self._device.lock.release()
+
+
+def for_task_and_batch(turn: Turn, device: str) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return what a task enters for all of its batches, and what it enters for the forward pass of each.
+
+    A GPU computes while its thread goes on: the task that has it hands it the next batch before it looks at the last
+    one. Elsewhere a forward pass is done when it returns. So that another begins at once, tasks take turns, and each
+    prepares its next batch and looks at the last one while another has the device.
+
+    Args:
+        turn: of the task.
+        device: type of the device, as PyTorch names it.
+    """
+    return (turn, nullcontext()) if device == "cuda" else (nullcontext(), turn)

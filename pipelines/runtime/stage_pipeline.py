@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ class _Compute:
     def __init__(self, pickled: bytes, threads: int) -> None:
         # the stage is not made here: what fails in an actor's constructor reaches the driver as the actor's death
         self._stage, self._device = StageMaker(pickled, threads), Device()
+        threading.Thread(target=self._stage.begin, daemon=True).start()  # while the first images are read
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return compute_step(self._stage, self._device, table)

@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -32,6 +33,11 @@ class StageMaker:
         self._pickled, self._threads = pickled, threads
         self._lock, self._own = threading.Lock(), threading.local()
         self._stage: Any = None
+
+    def begin(self) -> None:
+        """Make the stage before its first task comes; what fails then is left to that task, which tries again."""
+        with suppress(Exception):
+            self()
 
     def __call__(self) -> Any:
         with self._lock:  # two tasks may come at once, and a model is loaded once

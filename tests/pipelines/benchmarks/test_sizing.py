@@ -41,7 +41,8 @@ from pipelines.benchmarks.sizing_report import capacities, metrics_of, sizing_ta
 from pipelines.benchmarks.sizing_setup import prepare
 from pipelines.benchmarks.sizing_stages import MeasuredPredictor, MeasuredStages, PartClock, Pass, SharePredictor
 from pipelines.benchmarks.sizing_workers import Workers
-from pipelines.inference.staged_scorer import RangePredictor, scoring_stages
+from pipelines.inference.range_predictor import RangePredictor
+from pipelines.inference.staged_scorer import scoring_stages
 from pipelines.runtime.device_turn import Device, Turn
 from pipelines.runtime.model_set import ModelSet
 from pipelines.runtime.options import TrackingOptions

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.data.decoded_batches import BatchDecoder, same_model_batches
+from pipelines.data.decoded_batches import BatchDecoder
+from pipelines.data.decoded_rows import same_model_batches
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime.stage_clock import StageClock
 from tests.pipelines.sharded import LIMITS, POLICY, picture
@@ -121,7 +122,7 @@ def test_an_image_that_hangs_leaves_the_others_and_its_memory_to_nobody(monkeypa
         if release.is_set():
             come_back.set()
 
-    monkeypatch.setattr("pipelines.data.decoded_batches.decode_upright", decode)
+    monkeypatch.setattr("pipelines.data.decoded_rows.decode_upright", decode)
     monkeypatch.setattr("pipelines.data.decoded_batches.normalise_into", normalise)
     tables = [("model", pa.table({"number": [n, n + 1], "image": images[n : n + 2]})) for n in range(0, 24, 2)]
     limits = ImageLimits(seconds=1)

@@ -178,7 +178,7 @@ def hang_at(monkeypatch: pytest.MonkeyPatch, release: threading.Event, *hung: by
             release.wait()
         return decode_upright(data, *rest)
 
-    monkeypatch.setattr("pipelines.data.decoded_batches.decode_upright", decode)
+    monkeypatch.setattr("pipelines.data.decoded_rows.decode_upright", decode)
 
 
 def test_an_image_whose_decoder_hangs_is_a_row_with_its_status(

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,33 @@ def test_one_thread_computes_while_another_prepares() -> None:
     for thread in threads:
         thread.join(10)
     assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("cpu", False), ("mps", False), ("cuda", True)])
+def test_a_task_keeps_a_device_between_batches_if_that_computes_by_itself(kind: str, kept: bool) -> None:
+    device = Device()
+    task, batch = device_turn.for_task_and_batch(Turn(device), kind)
+    with task:
+        with batch:
+            assert device.lock.locked()
+        assert device.lock.locked() is kept
+    assert not device.lock.locked()
+
+
+def test_a_stage_is_made_before_its_first_task_and_its_error_is_that_of_the_task(tmp_path: Path) -> None:
+    marker = tmp_path / "there"
+    maker = StageMaker(pickle.dumps(partial(_read_text, marker)), 1)
+    maker.begin()  # fails, and says nothing
+    with pytest.raises(FileNotFoundError):
+        maker()
+    marker.write_text("made")
+    maker.begin()
+    marker.unlink()
+    assert maker() == "made"
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text()
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
