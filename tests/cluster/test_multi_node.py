@@ -24,10 +24,11 @@ from pipelines.runtime.options import RuntimeOptions
 from pipelines.runtime.task_worker import set_threads
 from pipelines.training.options import ThresholdOptions, train_options
 from pipelines.training.train import train
+from pipelines.tuning.tune import tune
 from tests.cluster.nodes import Cluster, Node, cluster
 from tests.methods.conftest import RECONSTRUCTION
-from tests.pipelines.conftest import UNTRACKED, tiny_training
-from tests.pipelines.tuning.test_tune import memory_options
+from tests.pipelines.conftest import UNTRACKED, tiny_training, without_ray
+from tests.pipelines.tuning.test_tune import memory_options, run_trials_here
 from unianom.configs.training import TrainingConfig
 from unianom.configs.uniad import UniADConfig
 from unianom.data.drawing import draw_corpus
@@ -173,15 +174,21 @@ def test_scores_are_the_same(running: Cluster, undisturbed: Undisturbed, tmp_pat
 
 def test_a_campaign_finds_the_same(running: Cluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
     running.have_workers(2)
-    found = []
-    for name in ("calm", "disturbed"):
-        output = tmp_path / name
-        options = memory_options(undisturbed.shards, output, trials=3, concurrency=2, runtime=ON_RAY)
-        job = running.submit(*command("jobs/tune.py uniformaly", options, tmp_path))
-        if name == "disturbed":
-            kill_a_node_during(running, job, output, "trials/*", "campaign.json")
-        running.finish(job)
-        records = [json.loads(path.read_text()) for path in sorted(output.glob("trials/*/record.json"))]
-        found.append([{key: record[key] for key in ("trial", "values", "status", "objective")} for record in records])
-    assert len(found[0]) == 3
-    assert found[0] == found[1]
+    output = tmp_path / "disturbed"
+    options = memory_options(undisturbed.shards, output, trials=3, concurrency=2, runtime=ON_RAY)
+    job = running.submit(*command("jobs/tune.py uniformaly", options, tmp_path))
+    kill_a_node_during(running, job, output, "trials/*", "campaign.json")
+    running.finish(job)
+    calm = tmp_path / "calm"
+    with without_ray(), pytest.MonkeyPatch.context() as patch:
+        run_trials_here(patch)
+        tune(memory_options(undisturbed.shards, calm, trials=3))
+    found = records(calm)
+    assert len(found) == 3
+    assert records(output) == found
+
+
+def records(campaign: Path) -> list[dict[str, Any]]:
+    """Return what a campaign found of each trial."""
+    read = [json.loads(path.read_text()) for path in sorted(campaign.glob("trials/*/record.json"))]
+    return [{key: record[key] for key in ("trial", "values", "status", "objective")} for record in read]

@@ -82,6 +82,11 @@ def memory_options(shards: Path | str, output: Path, **changes: Any) -> Any:
 @pytest.fixture
 def here(inline: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Trials run in this process, one after the other; the names of those that did."""
+    return run_trials_here(monkeypatch)
+
+
+def run_trials_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have trials run in this process; return the list that takes the names of those that did."""
     ran: list[str] = []
 
     def trials(self: Any, planned: list[dict[str, Any]] | None, before: Any, budget: Any) -> None:
@@ -419,7 +424,7 @@ def trained_options(small: Small, output: Path, **changes: Any) -> Any:
     defaults: dict[str, Any] = {
         "method": dataclasses.replace(TINY["uniad"].config, training=training),
         # with 1e30 nothing stays finite
-        "space": {"training.learning_rate": [1e-3, 1e30], "neighbours": [0, 3]},
+        "space": {"training.learning_rate": [1e-3, 2e-3, 1e30]},
         "search": "grid",
         "early_stopping": EarlyStopping(enabled=False),
         "settings": 4,
@@ -451,7 +456,7 @@ def test_a_killed_campaign_goes_on_and_its_recipe_trains_the_best_trial_again(sm
     assert result.fresh
     assert {path: path.read_bytes() for path in before} == before
     (content,) = result.contents.values()
-    assert content["counts"] == {"trials": 4, "done": 2, "stopped": 0, "failed": 2, "crashed": 0, "settings": 10}
+    assert content["counts"] == {"trials": 3, "done": 2, "stopped": 0, "failed": 1, "crashed": 0, "settings": 10}
     assert all("finite" in row["error"] for row in content["errors"])
     assert result.diagnosis is not None
     assert result.diagnosis["campaigns"]["cog+weave"]["settings"]["n"] == 10
@@ -461,7 +466,7 @@ def test_a_killed_campaign_goes_on_and_its_recipe_trains_the_best_trial_again(sm
     trials = [run for run in runs if run.data.tags["unianom.job"] == "trial"]
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
     statuses = sorted(run.data.tags["unianom.status"] for run in trials)
-    assert statuses == ["done", "done", "failed", "failed"]
+    assert statuses == ["done", "done", "failed"]
     assert parent.data.metrics["best/objective"] == content["best"]["objective"]
 
     arguments = ["uniad", "--config", result.recipe, "--shards", str(small.shards), "--output", str(tmp_path / "again")]
