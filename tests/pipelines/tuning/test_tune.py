@@ -424,7 +424,7 @@ def trained_options(small: Small, output: Path, **changes: Any) -> Any:
     defaults: dict[str, Any] = {
         "method": dataclasses.replace(TINY["uniad"].config, training=training),
         # with 1e30 nothing stays finite
-        "space": {"training.learning_rate": [1e-3, 2e-3, 1e30]},
+        "space": {"training.learning_rate": [1e-3, 2e-3, 1e30], "neighbours": None},
         "search": "grid",
         "early_stopping": EarlyStopping(enabled=False),
         "settings": 4,
