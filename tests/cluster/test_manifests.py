@@ -217,11 +217,16 @@ def test_rays_state_lies_in_a_redis_that_is_there(name: str) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == claimed
 
 
+SERVE_TOKEN = {"secretRef": {"name": "unianom-serve"}}
+
+
 @pytest.mark.parametrize("name", ["batch", "service"])
 def test_a_cluster_of_its_own_is_that_of_the_base(name: str) -> None:
     assert "RayCluster" not in {manifest["kind"] for manifest in built(name)}
     own, base = copy.deepcopy(cluster_of(built(name))), copy.deepcopy(cluster_of(built("base")))
     own.pop("gcsFaultToleranceOptions", None)
+    if name == "service":  # and every pod knows the token of who may ask
+        assert all(container_of(group)["envFrom"].pop() == SERVE_TOKEN for group in groups_of(own))
     for cluster in (own, base):
         for group in groups_of(cluster):
             del container_of(group)["image"]
