@@ -21,7 +21,7 @@ import fsspec.config
 import pytest
 import s3fs.core
 
-from pipelines.data.ingest_part import read_image_file
+from pipelines.data.image_files import read_image_file
 from pipelines.runtime import locks
 from pipelines.runtime.locks import BusyError, exclusive
 from tests import faulty_proxy

@@ -16,8 +16,8 @@ import torch
 
 from pipelines.benchmarks.simulated_device import draw_files
 from pipelines.benchmarks.sizing_options import SizingBenchmark
+from pipelines.data.image_files import read_image_file
 from pipelines.data.image_source import ImageSource
-from pipelines.data.ingest_part import read_image_file
 from pipelines.data.list_images import iter_images
 from pipelines.data.options import ListingOptions
 from pipelines.inference.options import ScoreOptions

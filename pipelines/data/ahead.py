@@ -23,6 +23,8 @@ def map_ahead(
     items: Iterator[T],
     ahead: int,
     timed_out: Callable[[T, ImageError], R] | None = None,
+    size: Callable[[T], int] = lambda _: 0,
+    most: int = 0,
 ) -> Iterator[R]:
     """Yield `function` of items in order, at most `ahead` of them being worked on or waiting, so memory is bounded.
 
@@ -32,6 +34,8 @@ def map_ahead(
         items: taken one by one.
         ahead: how many.
         timed_out: returns what is yielded for an item that took longer than the pool allows; None raises the error.
+        size: of an item.
+        most: beyond this sum of the sizes of such items no other is taken.
     """
 
     def result(item: T, future: Future[R]) -> R:
@@ -43,10 +47,14 @@ def map_ahead(
             return timed_out(item, error)
 
     waiting: deque[tuple[T, Future[R]]] = deque()
+    held = 0
     for item in items:
         waiting.append((item, pool.submit(function, item)))
-        if len(waiting) >= ahead:
-            yield result(*waiting.popleft())
+        held += size(item)
+        while len(waiting) >= ahead or held > most:
+            first, future = waiting.popleft()
+            held -= size(first)
+            yield result(first, future)
     while waiting:
         yield result(*waiting.popleft())
 

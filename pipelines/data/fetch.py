@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.ahead import map_ahead
-from pipelines.data.ingest_part import read_image_file
+from pipelines.data.image_files import AHEAD, AHEAD_BYTES, AT_ONCE, read_image_file
 from pipelines.data.timed_pool import TimedPool
 from unianom import files
 from unianom.data.image import ImageLimits
@@ -17,12 +17,6 @@ from unianom.data.image_listing import ImageListing
 from unianom.data.row_ranges import RowRange
 from unianom.data.schema import SAMPLE_SCHEMA
 from unianom.errors import ImageError
-
-AT_ONCE = 16
-"""Images that a worker fetches at the same time; on object stores that is waiting."""
-
-AHEAD = 2 * AT_ONCE
-"""Images that are being fetched or wait, at most."""
 
 STATUS, ERROR = "status", "error"
 """Columns of why an image could not be fetched, which then is null."""
@@ -62,7 +56,7 @@ Row = dict[str, Any]
 
 
 def fetched_rows(pool: TimedPool, limits: ImageLimits, batches: Iterable[pa.RecordBatch]) -> Iterator[list[Row]]:
-    """Yield rows that name images by `uri` with these, in their order, `AT_ONCE` at a time.
+    """Yield rows that name images by `uri` with these, in their order, `AT_ONCE` at a time, fewer where they are large.
 
     Args:
         pool: threads that fetch, `AT_ONCE`.
@@ -82,11 +76,18 @@ def fetched_rows(pool: TimedPool, limits: ImageLimits, batches: Iterable[pa.Reco
         return {**row, "image": data, "sha256": files.sha256_of(data)}
 
     waiting: list[Row] = []
-    for row in map_ahead(pool, fetch, (row for batch in batches for row in batch.to_pylist()), AHEAD, _failed):
+    held = 0
+    wanted = (row for batch in batches for row in batch.to_pylist())
+    for row in map_ahead(pool, fetch, wanted, AHEAD, _failed, lambda row: row.get("size") or 0, AHEAD_BYTES):
+        size = len(row.get("image") or b"")
+        if waiting and held + size > AHEAD_BYTES:  # far less than the 2 GiB that a column of a batch holds
+            yield waiting
+            waiting, held = [], 0
         waiting.append(row)
+        held += size
         if len(waiting) == AT_ONCE:
             yield waiting
-            waiting = []
+            waiting, held = [], 0
     if waiting:
         yield waiting
 

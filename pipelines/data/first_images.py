@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.data.image_files import read_image_file
 from pipelines.data.image_source import ReadRange
-from pipelines.data.ingest_part import read_image_file
 from pipelines.data.reader import DecodedSample
 from pipelines.runtime.stage_clock import StageClock
 from unianom.data.image import ImageLimits, InputPolicy, decode_prepared

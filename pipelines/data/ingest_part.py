@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data.ahead import map_ahead
+from pipelines.data.image_files import AT_ONCE
 from pipelines.data.ingest_plan import part_name, unpack_samples
 from pipelines.data.options import MaskOrientation
+from pipelines.data.sample_files import SampleFiles, content, fetched_samples
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime import outputs
 from unianom import files
@@ -35,7 +36,7 @@ from unianom.data.image import (
 )
 from unianom.data.schema import ANOMALOUS, SAMPLE_SCHEMA, Crop, SampleRef
 from unianom.data.shards import SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS, PartWriter
-from unianom.errors import DataError, ImageError, image_error, storage_error
+from unianom.errors import ImageError
 
 MASK_PROBLEMS = ("missing", "wrong_size", "unreadable", "empty")
 
@@ -53,7 +54,7 @@ class PartIngester:
         plan: digest of the ingest plan.
         limits: what an image may cost.
         resize: shorter side to reduce to, or None.
-        threads: files that are read and checked at the same time.
+        threads: images that are checked at the same time, while the files of the next ones are fetched.
         mask_threshold, invert_masks, mask_orientation, bits: see `IngestOptions`.
 
     Attributes:
@@ -78,7 +79,7 @@ class PartIngester:
         self._limits, self._resize = limits, resize
         self._mask_threshold, self._invert = mask_threshold, invert_masks
         self._mask_orientation, self._bits = mask_orientation, bits
-        self._pool = TimedPool(threads, limits)
+        self._fetching, self._checking = TimedPool(AT_ONCE, limits), TimedPool(threads, limits)
         self._threads = threads
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -94,8 +95,8 @@ class PartIngester:
             files.open_atomic(path) as handle,
             PartWriter(handle, self.schema, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS) as writer,
         ):
-            refs = unpack_samples(task["refs"])
-            for row, found in map_ahead(self._pool, self._read, refs, 4 * self._threads, _rejected):
+            fetched = fetched_samples(self._fetching, self._limits, unpack_samples(task["refs"]))
+            for row, found in map_ahead(self._checking, self._check, fetched, 4 * self._threads, timed_out=_timed_out):
                 if "status" in row:
                     rejected.append(row)
                     continue
@@ -124,11 +125,11 @@ class PartIngester:
         outputs.commit_part(self._output, name, record)
         return record
 
-    def _read(self, ref: SampleRef) -> tuple[dict[str, Any], FileFindings]:
+    def _check(self, fetched: SampleFiles) -> tuple[dict[str, Any], FileFindings]:
         """Return a row of SAMPLE_SCHEMA and what its files were like, or a row of REJECTED_SCHEMA."""
+        ref = fetched.ref
         try:
-            self._limits.check_bytes(ref.size or 0)  # a file of many gigabytes is not even read
-            whole = ref.data if ref.data is not None else read_image_file(ref.uri)
+            whole = content(fetched.image)
             full = whole if self._bits is None else spread_bits(whole, self._bits, self._limits)
             facts, original, window = self._crop(full, ref.crop)
             if full is not whole and self._bits is not None:  # what was scaled up was turned upright as well
@@ -137,7 +138,7 @@ class PartIngester:
             stored = facts if data is whole else check_image(data, self._limits)
         except ImageError as error:
             return _rejected(ref, error)
-        mask, found = self._read_mask(ref, facts, window, (stored.height, stored.width))
+        mask, found = self._check_mask(fetched, facts, window, (stored.height, stored.width))
         row = {
             **_known(ref),
             "image": data,
@@ -158,18 +159,19 @@ class PartIngester:
         window = find_crop(decoded.pixels, crop, self._limits)
         return decoded.facts, encode_png(crop_image(decoded.pixels, window)), window
 
-    def _read_mask(
-        self, ref: SampleRef, image: ImageFacts, window: CropWindow | None, stored: tuple[int, int]
+    def _check_mask(
+        self, fetched: SampleFiles, image: ImageFacts, window: CropWindow | None, stored: tuple[int, int]
     ) -> tuple[bytes | None, FileFindings]:
         """Return the PNG of the mask of an image and what is wrong with it; cropped and reduced as its image was."""
+        ref = fetched.ref
         if ref.mask_uri is None:
             return None, FileFindings("missing" if ref.label == ANOMALOUS else None)
         threshold = ref.mask_threshold if self._mask_threshold is None else self._mask_threshold
         doubts: list[str] = []
         pieces: list[np.ndarray] = []
-        for uri in (ref.mask_uri, *ref.more_masks):
+        for file in fetched.masks:
             try:
-                read = read_mask(read_image_file(uri), threshold, self._invert, self._limits)
+                read = read_mask(content(file), threshold, self._invert, self._limits)
             except ImageError as error:
                 return None, FileFindings("missing" if error.status == "missing" else "unreadable")
             piece, doubt = self._upright(read.pixels, read.orientation, image)
@@ -223,37 +225,10 @@ def _known(ref: SampleRef) -> dict[str, Any]:
     return {name: getattr(ref, name) for name in names}
 
 
+def _timed_out(fetched: SampleFiles, error: ImageError) -> tuple[dict[str, Any], FileFindings]:
+    return _rejected(fetched.ref, error)
+
+
 def _rejected(ref: SampleRef, error: ImageError) -> tuple[dict[str, Any], FileFindings]:
     """Return the row of REJECTED_SCHEMA of a sample that cannot be used."""
     return {**_known(ref), "status": error.status, "error": str(error)}, FileFindings()
-
-
-def read_image_file(uri: str, tries: int = 3) -> bytes:
-    """Return the bytes of an image file; what may pass (a lost connection) is tried again.
-
-    Raises:
-        ImageError: the file is not there, is no file but a folder or a named pipe, or may not be read.
-        DataError, MachineError: the store cannot be read.
-    """
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            return files.read_bytes(uri)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError | NotADirectoryError):
-                otherwise = files.composed_otherwise(uri)  # the name may come from a list made on another system
-                if otherwise is not None and otherwise != uri and attempt < tries:
-                    uri = otherwise
-                    continue
-            if not files.is_local(uri):
-                if (known := storage_error(error)) is not None:
-                    raise known from error  # S3 has been asked again and again by then
-                if isinstance(error, PermissionError):
-                    # a store answers so when credentials expire, which is no fault of the image
-                    raise DataError(f"no permission to read {uri}; renew the credentials and run again") from error
-            if (fault := image_error(uri, error)) is not None:
-                raise fault from error
-            if attempt == tries:
-                raise DataError(f"cannot read {uri}: {error}; run the same command again, it continues") from error
-            time.sleep(2.0**attempt)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.fetch import AT_ONCE, ERROR, STATUS, fetched_rows
+from pipelines.data.fetch import ERROR, STATUS, fetched_rows
+from pipelines.data.image_files import AT_ONCE
 from pipelines.data.timed_pool import TimedPool
 from unianom.data.image import ImageLimits
 from unianom.data.image_listing import CHECKED_SCHEMA

@@ -174,21 +174,19 @@ class _State:
         if call is not None and not self._finish(worker, call):
             return
         del call  # which would hold what it was about until the next one comes
-        while self._next(worker):
+        while self._finish(worker, self._queue.get()):
             pass
 
-    def _next(self, worker: _Worker) -> bool:
-        """Take a call from the queue; return whether this thread is to go on."""
-        call = self._queue.get()
+    def _finish(self, worker: _Worker, call: _Call | None) -> bool:
+        """Work on the items of a call that are not done yet; return whether this thread is to go on, as it is not
+        where None stands for the end."""
         if call is None:
             with self._lock:
                 self._workers.remove(worker)
             self._changed.set()
             return False
-        return not call.future.set_running_or_notify_cancel() or self._finish(worker, call)
-
-    def _finish(self, worker: _Worker, call: _Call) -> bool:
-        """Work on the items of a call that are not done yet; return whether this thread is to go on."""
+        if not call.future.running() and not call.future.set_running_or_notify_cancel():
+            return True
         error: BaseException | None = None
         with self._lock:
             self._begin_item(worker, call)
@@ -211,6 +209,8 @@ class _State:
             call.finish()
         else:
             call.future.set_exception(error)
+            # it knows this frame, which by both would know it: what was worked on would stay with them
+            del error, call
         return True
 
     def _begin_item(self, worker: _Worker, call: _Call | None) -> None:

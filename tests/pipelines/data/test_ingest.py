@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
+from pipelines.data import image_files, ingest_part, sample_files
 from pipelines.data import ingest as module
-from pipelines.data import ingest_part
 from pipelines.data.ahead import map_ahead
+from pipelines.data.image_files import AT_ONCE, read_image_file
 from pipelines.data.ingest import ingest
 from pipelines.data.ingest_findings import SetFindings
-from pipelines.data.ingest_part import PartIngester, read_image_file
+from pipelines.data.ingest_part import PartIngester
 from pipelines.data.ingest_plan import END, SampleListing, pack_samples, part_name, unpack_samples
 from pipelines.data.ingest_summary import print_summary
 from pipelines.data.options import IngestOptions
@@ -574,7 +575,7 @@ def naps(monkeypatch):
     """Seconds that would have been slept."""
     slept = []
     # in this file alone: a lock that another test left signs its life in a thread, and sleeps between
-    monkeypatch.setattr(ingest_part, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(image_files, "time", SimpleNamespace(sleep=slept.append))
     return slept
 
 
@@ -712,7 +713,7 @@ def test_a_store_that_hangs_rejects_the_sample_and_no_other(tmp_path, monkeypatc
             release.wait()
         return read_image_file(uri)
 
-    monkeypatch.setattr(ingest_part, "read_image_file", read)
+    monkeypatch.setattr(sample_files, "read_image_file", read)
     rows, rejected, record = run_part(tmp_path / "out", refs, threads, limits=ImageLimits(seconds=1))
     release.set()
     assert rows == [row for row in whole if row["sample_id"] != "set/2.png"]
@@ -724,6 +725,23 @@ def test_a_store_that_hangs_rejects_the_sample_and_no_other(tmp_path, monkeypatc
     assert not rejected
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_files_are_fetched_many_at_a_time(tmp_path, monkeypatch, threads):
+    """A store that takes its time costs threads that wait, however many check images: each file here is given only
+    when so many are asked for."""
+    refs = [ref(f"{n}.png", uri=write(tmp_path / f"{n}.png", encoded(picture(n)))) for n in range(2 * AT_ONCE)]
+    together = threading.Barrier(AT_ONCE)
+
+    def read(uri):
+        together.wait(timeout=30)
+        return read_image_file(uri)
+
+    monkeypatch.setattr(sample_files, "read_image_file", read)
+    rows, rejected, _ = run_part(tmp_path / "out", refs, threads)
+    assert not rejected
+    assert [row["sample_id"] for row in rows] == [ref.sample_id for ref in refs]
+
+
 def test_a_store_that_answers_with_errors_ends_the_job_before_an_image_is_late(monkeypatch):
     """So that a store that is away for a while costs no image."""
     waited = []
@@ -733,7 +751,7 @@ def test_a_store_that_answers_with_errors_ends_the_job_before_an_image_is_late(m
         raise OSError(errno.EIO, "SlowDown", uri)
 
     monkeypatch.setattr(files, "read_bytes", away)
-    monkeypatch.setattr(ingest_part, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(image_files, "time", SimpleNamespace(sleep=waited.append))
     with pytest.raises(MachineError, match=r"s3://bucket/a\.png: SlowDown"):
         read_image_file("s3://bucket/a.png")
     assert sum(waited) < ImageLimits().seconds
@@ -765,6 +783,24 @@ def test_map_ahead_keeps_the_order_and_a_bounded_number_in_hand():
         assert list(map_ahead(pool, str, iter([]), 5)) == []
         assert list(map_ahead(pool, str, iter([1]), 5)) == ["1"]
     assert given == [n * n for n in range(40)]
+
+
+def test_map_ahead_keeps_a_bounded_size_in_hand():
+    """Of items of 4, 4, 90, 4 … at most 10 and one more item."""
+    sizes = [90 if number == 2 else 4 for number in range(12)]
+    taken, given, most = [], [], []
+
+    def items():
+        for number in range(12):
+            taken.append(number)
+            most.append(sum(sizes[number] for number in taken) - sum(sizes[number] for number in given))
+            yield number
+
+    with ThreadPoolExecutor(3) as pool:
+        for value in map_ahead(pool, lambda n: n, items(), 5, None, sizes.__getitem__, 10):
+            given.append(value)
+    assert given == list(range(12))
+    assert most == [4, 8, 98, 4, 8, 12, 12, 12, 12, 12, 12, 12]
 
 
 def test_map_ahead_raises_what_the_function_does():

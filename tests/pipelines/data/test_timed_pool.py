@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -211,6 +212,31 @@ print(pool.submit(abs, -3).result(), "timeout" if {seconds} and future.exception
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.split() == ["3", "waits" if seconds == "None" else "timeout"]
+
+
+def test_what_failed_is_let_go_without_the_garbage_collector() -> None:
+    """A file of hundreds of megabytes that cannot be decoded."""
+
+    class File:
+        pass
+
+    def decode(file: File) -> None:
+        raise ImageError("corrupt", "no picture")
+
+    gc.disable()
+    try:
+        with TimedPool(1, NEVER) as pool:
+            file = File()
+            gone = threading.Event()
+            weakref.finalize(file, gone.set)
+            future = pool.submit(decode, file)
+            del file
+            assert str(future.exception()) == "no picture"
+            del future
+            assert pool.submit(abs, -1).result() == 1
+            assert gone.wait(60)
+    finally:
+        gc.enable()
 
 
 def test_map_ahead_yields_what_stands_for_late_items(release: threading.Event) -> None:

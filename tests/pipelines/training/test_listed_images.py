@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.data import ingest_part
+from pipelines.data import sample_files
 from pipelines.data.ingest import ingest
 from pipelines.data.listed_shards import ListedShards
 from pipelines.data.normal_images import ListingChecker, NormalImages
@@ -94,14 +94,14 @@ def test_a_folder_on_a_store_gives_the_model_of_its_shards(
     """Each image is fetched once to be checked, and once for the bank or for the threshold."""
     how = {"threshold": ThresholdOptions(source="held_out", validation_fraction=0.4), "seed": 3}
     expected = train_on_shards(images, tmp_path / "expected", **how)
-    uri, read = "memory:///test-listed-images/camera", ingest_part.read_image_file
+    uri, read = "memory:///test-listed-images/camera", sample_files.read_image_file
     fetched: list[str] = []
 
     def counted(uri: str) -> bytes:
         fetched.append(uri)
         return read(uri)
 
-    for module in ("pipelines.data.fetch", "pipelines.data.ingest_part"):
+    for module in ("pipelines.data.fetch", "pipelines.data.sample_files"):
         monkeypatch.setattr(f"{module}.read_image_file", counted)
     try:
         for name in files.list_files(str(images)):
