@@ -21,6 +21,7 @@ from PIL import Image
 import unianom
 from tests.methods.conftest import INPUT, SIDE, TINY, fit, tiny_method
 from unianom import files
+from unianom import model as model_module
 from unianom.configs.backbone import BackboneConfig
 from unianom.configs.patchcore import PatchCoreConfig
 from unianom.data.image import ImageLimits, spread_bits
@@ -127,6 +128,19 @@ def test_a_loaded_model_is_the_saved_one(model, folder):
     assert loaded.digest == model.digest == files.sha256_file(folder / "model.json")
     assert not loaded.method.training
     assert same(loaded.predict(pictures()), model.predict(pictures()))
+
+
+def test_the_digest_is_that_of_what_was_read(folder, monkeypatch):
+    """A rule may be written into model.json while it is loaded."""
+    read, before = model_module._read_state, files.sha256_file(folder / "model.json")
+    path = folder / "model.json"
+
+    def written_meanwhile(*arguments):
+        path.write_text(path.read_text() + "\n")
+        return read(*arguments)
+
+    monkeypatch.setattr(model_module, "_read_state", written_meanwhile)
+    assert load(folder).digest == before != files.sha256_file(path)
 
 
 def test_thresholds_of_categories_and_their_scores_are_kept(model, tmp_path):

@@ -269,10 +269,19 @@ def read_json(uri: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError, NotAFileError: as `read_bytes`.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(read_bytes(uri))
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the parsed content of a JSON file.
+
+    Raises:
         ValueError: it holds no JSON, or brackets so deep within each other that no job can have written it.
     """
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(content)
     except RecursionError as error:
         raise ValueError("its brackets lie too deep within each other") from error
 

@@ -505,7 +505,8 @@ def load(
         raise OptionError(f"device {device}: this machine has no usable CUDA GPU; use device=cpu")
     path = files.join(uri, "model.json")
     try:
-        description = files.read_json(path)
+        content = files.read_bytes(path)  # read once: a rule may be written into it meanwhile, with another digest
+        description = files.parse_json(content)
     except FileNotFoundError as error:
         found = ", ".join(files.list_names(uri)) or "nothing"
         raise ModelError(
@@ -579,7 +580,7 @@ def load(
         description["categories"],
         threshold,
         description["provenance"],
-        files.sha256_file(path),
+        files.sha256_of(content),
         None if description.get("calibrator") is None else _load_calibrator(uri, description["calibrator"], device),
         decision_rule,
         own,

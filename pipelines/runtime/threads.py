@@ -50,9 +50,9 @@ def run_on_threads(
 
 def thread_count(options: RuntimeOptions, tasks: int, images: int) -> int:
     """Return how many threads to run so many tasks about so many images on."""
+    if options.gpus_per_worker:
+        return 1  # keeps the GPU busy; and what is computed in full float32 is a setting of the process
     if options.workers is not None:
         return min(options.workers, tasks)
-    if options.gpus_per_worker:
-        return 1  # one process keeps one GPU busy
     cpus = (options.local_cpus or os.cpu_count() or 1) // options.cpus_per_worker
     return max(1, min(cpus, tasks, images // IMAGES_PER_THREAD))

@@ -82,13 +82,18 @@ class _Worker:
     def run(self, threads: int) -> None:
         """Score batches until there is a None in the queue."""
         set_threads(threads)
-        while batch := self._next():
-            running = [one for one in batch if one.future.set_running_or_notify_cancel()]
-            if running:
-                results = self._score([one.item for one in running])
-                for one, result in zip(running, results, strict=True):
-                    one.future.set_result(result)
-            del batch, running  # images and models, which would else be held until the next batch
+        while self._score_next():
+            pass
+
+    def _score_next(self) -> bool:
+        """Score the next batch; return whether there was one. No image and no model of it is held after that."""
+        batch = self._next()
+        running = [one for one in batch if one.future.set_running_or_notify_cancel()]
+        if running:
+            results = self._score([one.item for one in running])
+            for one, result in zip(running, results, strict=True):
+                one.future.set_result(result)
+        return bool(batch)
 
     def _next(self) -> list[_Waiting]:
         """Return the next batch: all that wait, or come while its first one may wait; none at the end."""
@@ -113,7 +118,7 @@ class _Worker:
         try:
             found: list[Scored] = predict_each(items)
         except Exception as error:  # of what is done around predicting
-            found = [error] * len(items)
+            found = [error.with_traceback(None)] * len(items)  # which would hold the batch
         finally:
             seconds, self.began = time.monotonic() - self.began, None
         every = all(isinstance(one, Exception) and not isinstance(one, ImageError) for one in found)

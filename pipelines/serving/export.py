@@ -142,5 +142,6 @@ def _check_installed() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise OptionError(
-            f"exporting needs {', '.join(missing)}, which is not installed; run: pip install 'unianom[export]'"
+            f"exporting needs {', '.join(missing)}, which is not installed; run in unianom's checkout: "
+            f"pip install '.[export]'"
         )

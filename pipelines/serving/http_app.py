@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.runtime.errors import reason
@@ -182,6 +183,8 @@ class _Guard:
             code, message = 503, str(error)
         except TimeoutError:
             code, message = 504, f"it took more than {options.request_seconds:g} s, the limit (--request_seconds)"
+        except ClientDisconnect:
+            code, message = 400, "the client ended the connection before all of its request had come"
         except Exception as error:
             code, message = 500, f"an unexpected error, which the server has logged ({type(error).__name__})"
             log_event("unexpected error", request_id=_request_id(request), error=reason(error))

@@ -21,7 +21,11 @@ from pipelines.serving.model_source import ModelSource, fetch_folder
 from pipelines.serving.predictor import Predictor
 
 LONGEST_PAUSE = 16
-"""After failures in a row the same version is tried again after 1, 2, 4 … polls, at most so many."""
+"""After failures in a row the same version is tried again at the 1st, 2nd, 4th … poll, at most so many later."""
+
+
+FIRST_POLL_SECONDS = 30.0
+"""How often is looked for a model that is not needed at once, where nothing is looked for later."""
 
 
 class LiveModel:
@@ -48,8 +52,9 @@ class LiveModel:
         """Load the model, and look for another one from then on.
 
         Args:
-            poll_seconds: how often; None never looks.
-            needed: whether the first model must be loaded when this returns; else it is loaded beside.
+            poll_seconds: how often; None never looks again.
+            needed: whether the first model must be loaded when this returns; else it is loaded beside, and looked for
+                until it is.
 
         Raises:
             UnianomError: the model is needed and cannot be loaded; also whatever else its loading raises.
@@ -57,8 +62,9 @@ class LiveModel:
         if needed:
             self._replace(self._source.version())
         if poll_seconds is not None or not needed:
-            arguments = (poll_seconds or 30.0, not needed)
-            threading.Thread(target=self._watch, args=arguments, name="model-watch", daemon=True).start()
+            threading.Thread(
+                target=self._watch, args=(poll_seconds, not needed), name="model-watch", daemon=True
+            ).start()
 
     def close(self) -> None:
         """Look for no other model any more."""
@@ -66,12 +72,12 @@ class LiveModel:
 
     def poll(self) -> bool:
         """Look whether another model lies there, and put it to use; return whether one was. Never raises."""
-        if self._pause > 0:
-            self._pause -= 1
-            return False
         version = ""
         try:
             version = self._source.version()
+            if self._pause > 0 and version == self._failed:
+                self._pause -= 1
+                return False
             if self._predictor is not None and version == self._predictor.version:
                 if self._failures:  # the alias was moved back
                     self._failures, self._failed = 0, ""
@@ -101,7 +107,7 @@ class LiveModel:
         predictor.files = folder
         before, self._predictor = self._predictor, predictor
         self._failures, self._failed = 0, ""
-        if before is not None and before.digest != predictor.digest:
+        if before is not None:
             self._metrics.model(before.version, before.digest, False)
         self._metrics.model(version, predictor.digest, True)
         self._metrics.load(True)
@@ -114,8 +120,10 @@ class LiveModel:
             seconds=round(time.monotonic() - start, 3),
         )
 
-    def _watch(self, poll_seconds: float, at_once: bool) -> None:
+    def _watch(self, poll_seconds: float | None, at_once: bool) -> None:
         if at_once:
             self.poll()
-        while not self._end.wait(poll_seconds):
+        while poll_seconds is not None or self._predictor is None:
+            if self._end.wait(FIRST_POLL_SECONDS if poll_seconds is None else poll_seconds):
+                return
             self.poll()

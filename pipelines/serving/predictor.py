@@ -7,7 +7,9 @@ batch get the same bits.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +93,11 @@ class ScoredImage:
         return brightness(judged, found.fail_above, found.spread)
 
 
+_gpu_turn = threading.Lock()
+"""Held by what predicts on a GPU. A model that is to take over does so once, from a thread of its own, and it is a
+setting of the process that parts of a method compute in full float32."""
+
+
 class Predictor:
     """A model, ready to score.
 
@@ -110,6 +117,7 @@ class Predictor:
         self._batch_size, self._limits = batch_size, limits
         self._feed = DeviceFeed(model.method.device, model.method.input, batch_size)
         self._thresholds: dict[str | None, AppliedThreshold | None] = {}
+        self._turn = _gpu_turn if model.method.device.type == "cuda" else nullcontext()
         self.files: tempfile.TemporaryDirectory[str] | None = None  # where it was loaded from, as long as it is in use
 
     def decode(self, data: bytes) -> np.ndarray:
@@ -130,13 +138,16 @@ class Predictor:
                 f"{named}, and this model calibrates by category; give one of {', '.join(calibrator.categories)}",
             )
 
-    @torch.inference_mode()
     def predict(self, images: Sequence[PreparedImage]) -> list[ScoredImage | ImageError]:
         """Score images, at most `batch_size`, in one forward pass; ImageError "unsupported" for one without a score.
 
         Raises:
             Exception: whatever the network or its device raises; of no single image.
         """
+        with self._turn, torch.inference_mode():
+            return self._predict(images)
+
+    def _predict(self, images: Sequence[PreparedImage]) -> list[ScoredImage | ImageError]:
         (batch,) = self._feed.batches(np.stack([image.pixels for image in images]))
         names = [image.category or "" for image in images]
         scored, calibration, _ = predict_batch(self.model, batch, names, "none")
@@ -291,16 +302,19 @@ def predict_each(
     results: dict[int, Any] = {}
     for predictor in dict.fromkeys(predictor for predictor, _ in items):
         rows = [row for row, (own, _) in enumerate(items) if own is predictor]
-        try:
-            found: Sequence[Any] = predictor.predict([items[row][1] for row in rows])
-        except Exception as error:
-            found = [error] if len(rows) == 1 else [_predict_one(predictor, items[row][1]) for row in rows]
+        images = [items[row][1] for row in rows]
+        found: Sequence[Any] | Exception = _predicted(predictor, images)
+        if isinstance(found, Exception):
+            one_by_one = [_predicted(predictor, [image]) for image in images] if len(rows) > 1 else [found]
+            found = [one if isinstance(one, Exception) else one[0] for one in one_by_one]
         results |= dict(zip(rows, found, strict=True))
     return [results[row] for row in range(len(items))]
 
 
-def _predict_one(predictor: Predictor, image: PreparedImage) -> ScoredImage | ImageError | Exception:
+def _predicted(predictor: Predictor, images: Sequence[PreparedImage]) -> list[ScoredImage | ImageError] | Exception:
+    """Return what is said of images, or what was raised; not where it was raised, which holds the memory of the device
+    that the batch took."""
     try:
-        return predictor.predict([image])[0]
+        return predictor.predict(images)
     except Exception as error:
-        return error
+        return error.with_traceback(None)

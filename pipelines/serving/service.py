@@ -100,12 +100,10 @@ class ScoringService:
             prepared = await self._prepare(predictor, query, kind)
             scored = await self.score((predictor, prepared))
             if isinstance(scored, Exception):
-                raise scored
+                return self._refused(predictor, query, scored)
             picture = await self._draw(prepared, scored, kind)
         except Exception as error:
-            status, message = self._status_of(error)
-            self.metrics.image(status, None)
-            return _fields(query, predictor, {"status": status, "error": message})
+            return self._refused(predictor, query, error)
         self.metrics.image("ok", scored.decision)
         return _fields(
             query,
@@ -119,6 +117,11 @@ class ScoringService:
                 "map": picture,
             },
         )
+
+    def _refused(self, predictor: Predictor, query: ImageQuery, error: Exception) -> dict[str, Any]:
+        status, message = self._status_of(error)
+        self.metrics.image(status, None)
+        return _fields(query, predictor, {"status": status, "error": message})
 
     async def _prepare(self, predictor: Predictor, query: ImageQuery, kind: MapKind) -> PreparedImage:
         if isinstance(query.data, ImageError):

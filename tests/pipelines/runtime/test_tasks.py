@@ -55,6 +55,7 @@ def test_where_tasks_run(
         (RuntimeOptions(local_cpus=8), 2, 1000, 2),
         (RuntimeOptions(local_cpus=8, workers=5), 16, 3, 5),
         (RuntimeOptions(local_cpus=8, gpus_per_worker=1), 16, 1000, 1),
+        (RuntimeOptions(local_cpus=8, gpus_per_worker=0.5, workers=2), 16, 1000, 1),
     ],
 )
 def test_the_number_of_threads(options: RuntimeOptions, tasks: int, images: int, threads: int) -> None:

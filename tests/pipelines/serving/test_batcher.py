@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -104,6 +105,18 @@ def test_it_tells_of_batches_that_fail_and_one_that_lasts() -> None:
         assert made.failed == 0
 
     asyncio.run(run())
+
+
+def test_a_batch_that_is_done_is_let_go() -> None:
+    """A replaced model would else stay until the next request."""
+    made, predictor, _ = batcher(1)
+    predictor.go.release()
+    asyncio.run(made.score((predictor, 0)))  # type: ignore[arg-type]
+    gone = threading.Event()
+    weakref.finalize(predictor, gone.set)
+    del predictor
+    assert gone.wait(60)
+    del made
 
 
 def test_its_thread_ends_with_it() -> None:

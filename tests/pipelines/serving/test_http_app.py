@@ -231,6 +231,35 @@ def test_a_request_that_takes_too_long_is_ended(model: Path, pictures: list[byte
     assert "more than 0.2 s" in error(answer, 504)
 
 
+def test_who_breaks_off_an_upload_is_no_fault_of_the_server(service: ScoringService) -> None:
+    app = client_of(service).app
+    messages = [{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if len(messages) > 1 else messages[0]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/score",
+        "raw_path": b"/v1/score",
+        "query_string": b"",
+        "headers": [(b"content-type", b"image/png")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
+    }
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    assert [message["status"] for message in sent if message["type"] == "http.response.start"] in ([400], [])
+    assert service.metrics.of("request")[-1][1] == 400  # type: ignore[attr-defined]
+
+
 def test_a_fault_of_the_server_is_told_and_makes_it_unhealthy(
     model: Path, pictures: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.serving import live_model
 from pipelines.serving.live_model import LiveModel
 from pipelines.serving.model_source import FolderSource, ModelSource, RegistrySource, model_source
 from pipelines.serving.predictor import load_predictor
@@ -102,11 +103,9 @@ def test_a_bad_version_is_tried_ever_more_seldom(live: Any) -> None:
         if len(load.asked) > before:
             tries.append(number)
     assert tries == [0, 1, 3, 7, 15, 31]
-    source.now = "1"
-    for _ in range(16):
-        model.poll()
-    source.now = "4"
+    source.now = "4"  # which is no reason to wait with another one
     assert model.poll()
+    assert model.predictor.version == "4"
 
 
 def test_moved_back_to_the_model_in_use_nothing_is_wrong_any_more(live: Any) -> None:
@@ -125,6 +124,46 @@ def test_a_registry_that_is_away_leaves_the_model(live: Any) -> None:
     assert not model.poll()
     assert model.predictor.version == "1"
     assert metrics.of("load")[-1] == [False]
+
+
+def test_the_same_model_under_another_version_is_told_once(live: Any) -> None:
+    model, source, _, metrics = live
+    model._load = lambda folder, version: Stub("1") if version == "1" else _renamed("3")
+    source.now = "3"
+    assert model.poll()
+    assert metrics.of("model") == [["1", "d1", True], ["1", "d1", False], ["3", "d1", True]]
+
+
+def _renamed(version: str) -> Any:
+    stub = Stub("1")
+    stub.version = version
+    return stub
+
+
+@pytest.mark.parametrize("poll_seconds", [None, 0.01])
+def test_a_model_that_is_not_needed_at_once_is_looked_for_until_it_is_there(
+    poll_seconds: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no longer, unless it is to be looked for others."""
+    monkeypatch.setattr(live_model, "FIRST_POLL_SECONDS", 0.01)
+    source, load = Registry(), Loader()
+    source.now = "2"
+    threads = set(threading.enumerate())
+    model = LiveModel(source, load, RecordedMetrics())  # type: ignore[arg-type]
+    model.start(poll_seconds, needed=False)
+    (watch,) = set(threading.enumerate()) - threads
+    load.bad.clear()
+    if poll_seconds is None:
+        watch.join(60)
+        assert not watch.is_alive()
+        assert model.predictor is not None
+    else:
+        while model.predictor is None:
+            watch.join(0.01)
+        source.now = "3"
+        while model.predictor.version == "2":
+            watch.join(0.01)
+        model.close()
 
 
 def test_the_watch_polls_until_it_is_closed() -> None:

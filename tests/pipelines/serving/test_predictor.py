@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,31 @@ def test_an_image_that_the_network_cannot_stand_takes_no_other_with_it(
     assert isinstance(broken, RuntimeError)
     assert isinstance(first, ScoredImage)
     assert isinstance(last, ScoredImage)
+
+
+def test_a_batch_that_failed_is_let_go_before_its_images_are_tried_alone() -> None:
+    """What it holds of the device's memory may be what they lack."""
+
+    class Memory:
+        pass
+
+    held: list[weakref.ref[Memory]] = []
+
+    class Full:
+        def predict(self, images: list[Any]) -> list[Any]:
+            assert all(memory() is None for memory in held)
+            taken = Memory()
+            held.append(weakref.ref(taken))
+            raise RuntimeError(f"out of memory for {len(images)}")
+
+    full: Any = Full()
+    gc.disable()
+    try:
+        found = predict_each([(full, image) for image in ("a", "b")])  # type: ignore[misc]
+    finally:
+        gc.enable()
+    assert [str(one) for one in found] == ["out of memory for 1"] * 2
+    assert len(held) == 3
 
 
 def test_while_a_model_is_replaced_each_image_is_scored_by_its_own(
