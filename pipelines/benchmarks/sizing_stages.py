@@ -112,9 +112,9 @@ class MeasuredFeed(DeviceFeed):
         super().__init__(*arguments)
         self._clock = clock
 
-    def batches(self, images: np.ndarray) -> Iterator[torch.Tensor]:
+    def batches(self, images: np.ndarray, sizes: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
         with self._clock.part("copy"):
-            batches = super().batches(images)
+            batches = super().batches(images, sizes)
         return self._clock.iterate("copy", batches)
 
     def fetch(self, values: torch.Tensor) -> Fetched:

@@ -74,7 +74,7 @@ class RangePredictor:
         with torch.inference_mode():
             # the first batches are on their way to the device while another task has its turn
             given = [(run, *self._of(run.model)) for run in runs]
-            coming = [feed.batches(block.arrays[run.name]) for run, _, feed in given]
+            coming = [feed.batches(block.arrays[run.name], run.batch_sizes(self._batch_size)) for run, _, feed in given]
             arrays: dict[str, np.ndarray] = {}
             with clock.stage("predict"):
                 for (run, model, feed), batches in zip(given, coming, strict=True):
@@ -169,3 +169,9 @@ class _Run:
         taken = rows.select(["sample_id", "category"]).take(pa.array(self.places))
         self.sample_ids: list[str] = taken["sample_id"].to_pylist()
         self.categories: list[str] = taken["category"].to_pylist()
+
+    def batch_sizes(self, rows: int) -> list[int]:
+        """Return how many images each batch of so many rows has, of which some cannot be read: other batches than those
+        of fused stages would give other last bits."""
+        sizes: list[int] = np.bincount(self.places // rows).tolist()
+        return sizes

@@ -42,6 +42,14 @@ def test_batches_equal_those_normalised_on_the_host(count: int, channels_last: b
         assert batch.is_contiguous(memory_format=layout)
 
 
+def test_batches_may_be_of_any_sizes() -> None:
+    images = pixels(7)
+    found = list(DeviceFeed(CPU, POLICY, 4).batches(images, [2, 0, 4, 1, 0]))
+    assert [len(batch) for batch in found] == [2, 4, 1]
+    assert torch.equal(torch.cat(found), normalise(list(images), POLICY))
+    assert list(DeviceFeed(CPU, POLICY, 4).batches(images[:0], [0, 0])) == []
+
+
 def test_a_policy_without_mean_is_refused() -> None:
     with pytest.raises(OptionError, match=r"input\.mean and input\.std are not set"):
         DeviceFeed(CPU, InputPolicy(resize="stretch", size=5, crop=None), 4)

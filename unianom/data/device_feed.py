@@ -7,7 +7,8 @@ uint8 on the host ─▶ pinned memory ─▶ uint8 on the device ─▶ normali
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class DeviceFeed:
     Args:
         device: where the network is.
         policy: the model's input policy, with mean and std.
-        batch_size: images of a batch; the last one of an array may have fewer.
+        batch_size: images of a batch, where nothing else is asked for; the last one of an array may have fewer.
         channels_last: memory format of batches; their shape is the same.
 
     Raises:
@@ -38,7 +39,7 @@ class DeviceFeed:
         self._normalise, self._batch_size = Normaliser(policy, device, channels_last), batch_size
         self._copies = _CudaCopies(device) if device.type == "cuda" else _PlainCopies(device)
 
-    def batches(self, images: np.ndarray) -> Iterator[Tensor]:
+    def batches(self, images: np.ndarray, sizes: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Begin to copy images, and return their batches.
 
         The next batches are copied while one is computed on. Asking for a batch, or finding that there are no more,
@@ -47,11 +48,16 @@ class DeviceFeed:
 
         Args:
             images: N×S×S×3 uint8, N may be 0.
+            sizes: images of each batch, together N; those of no image are left out.
 
         Returns:
             Batches B×3×S×S float32 on the device, equal to `tensors.normalise`.
         """
-        return _Batches(self._copies, self._normalise, images, self._batch_size)
+        if sizes is None:
+            starts = [*range(0, len(images), self._batch_size), len(images)]
+        else:
+            starts = list(accumulate(filter(None, sizes), initial=0))
+        return _Batches(self._copies, self._normalise, [images[first:end] for first, end in pairwise(starts)])
 
     def fetch(self, values: Tensor) -> Fetched:
         """Begin to copy what was computed to the host, and return what gives it as NumPy.
@@ -83,9 +89,9 @@ AHEAD = 2
 class _Batches(Iterator[Tensor]):
     """Batches of one array of images; the first are on their way to the device from the start."""
 
-    def __init__(self, copies: _PlainCopies, normalise: Normaliser, images: np.ndarray, batch_size: int) -> None:
+    def __init__(self, copies: _PlainCopies, normalise: Normaliser, batches: Sequence[np.ndarray]) -> None:
         self._copies, self._normalise = copies, normalise
-        self._left = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        self._left = iter(batches)
         self._coming: deque[Any] = deque()
         self._computed: deque[Any] = deque()  # marks in the stream that computes, after each batch that was handed out
         self._handed_out = False

@@ -11,15 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.data import fetch
+from pipelines.data.image_files import AHEAD, AT_ONCE
 from pipelines.data.list_images import write_listing
 from pipelines.data.options import ListingOptions
+from pipelines.inference import range_predictor, range_reader, range_scorer
 from pipelines.inference.options import ScoreOptions
-from pipelines.inference.range_scorer import RangeScorer
+from pipelines.inference.range_scorer import RangeScorer, predict_batch
 from pipelines.inference.score import score
 from pipelines.inference.staged_scorer import scoring_stages
 from pipelines.runtime.cli import parse
 from pipelines.runtime.model_set import ModelSet, write_index
 from pipelines.runtime.options import RuntimeOptions
+from pipelines.runtime.stage_clock import StageClock
 from pipelines.runtime.stage_steps import InOneProcess
 from tests.pipelines.sharded import picture
 from unianom import files
@@ -79,6 +83,71 @@ def test_images_that_cannot_be_read_stay_in_their_place(model: str, shards: Shar
     sizes = sorted(len(image) for part in shards.parts for b in shards.read(part) for image in b["image"].to_pylist())
     assert_equal_bytes(model, shards, tmp_path / "some", limits=ImageLimits(max_bytes=sizes[len(sizes) // 2]))
     assert_equal_bytes(model, shards, tmp_path / "none", limits=ImageLimits(max_bytes=10))
+
+
+def test_batches_are_those_of_fused_stages(
+    model: str, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where images cannot be read: what shares a batch decides about last bits."""
+    sizes = sorted(len(image) for part in shards.parts for b in shards.read(part) for image in b["image"].to_pylist())
+    seen: dict[str, list[int]] = {}
+    for module in (range_scorer, range_predictor):
+        batches = seen.setdefault(module.__name__, [])
+
+        def counted(model: Any, images: Any, *more: Any, batches: list[int] = batches) -> Any:
+            batches.append(len(images))
+            return predict_batch(model, images, *more)
+
+        monkeypatch.setattr(module, "predict_batch", counted)
+    assert_equal_bytes(model, shards, tmp_path, limits=ImageLimits(max_bytes=sizes[len(sizes) // 2]))
+    one, three = seen.values()
+    assert one == three
+    assert len(set(one)) > 1
+
+
+def test_files_of_a_range_are_decoded_as_they_come(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range of a listing has hundreds of files of any size, of which few are held at a time."""
+    (tmp_path / "camera").mkdir()
+    for number in range(6 * AT_ONCE):
+        Image.fromarray(picture([1], 40, 40)).save(tmp_path / "camera" / f"{number:03d}.png")
+    listing = write_listing(
+        str(tmp_path / "listing"), [str(tmp_path / "camera")], ListingOptions(), lambda _: "disc", "test", None
+    )
+    fetched, ahead = [], []
+    read, decode = fetch.read_image_file, range_reader.decode_fitted
+
+    def counted(uri: str) -> bytes:
+        fetched.append(uri)
+        return read(uri)
+
+    def decoded(*arguments: Any) -> Any:
+        ahead.append(len(fetched) - len(ahead))
+        return decode(*arguments)
+
+    monkeypatch.setattr(fetch, "read_image_file", counted)
+    monkeypatch.setattr(range_reader, "decode_fitted", decoded)
+    given = arguments(model, listing, tmp_path / "out")
+    reader = scoring_stages(given, ModelSet.open(model).descriptions()).read()
+    (within,) = listing.ranges(Selection(), 1000)
+    block = reader.read(to_plain(within), StageClock())
+    assert len(block.arrays["0"]) == len(ahead) == 6 * AT_ONCE
+    assert max(ahead) <= AHEAD + 2 * AT_ONCE
+
+
+def test_few_large_files_are_handed_on_at_a_time(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column of a batch holds 2 GiB at most."""
+    (tmp_path / "camera").mkdir()
+    contents = {f"{number}.png": bytes(size) for number, size in enumerate((4, 4, 30, 4, 4, 4, 1))}
+    for name, content in contents.items():
+        (tmp_path / "camera" / name).write_bytes(content)
+    monkeypatch.setattr(fetch, "AHEAD_BYTES", 10)
+    listing = write_listing(
+        str(tmp_path / "listing"), [str(tmp_path / "camera")], ListingOptions(), lambda _: "disc", "test", None
+    )
+    fetcher = fetch.ImageFetcher(listing, ImageLimits())
+    (within,) = listing.ranges(Selection(), 1000)
+    batches = [batch["image"].to_pylist() for batch in fetcher.read_range(within, ["sample_id", "image"])]
+    assert [[len(image) for image in batch] for batch in batches] == [[4, 4], [30], [4, 4], [4, 1]]
 
 
 def test_listed_images_are_told_height_and_width_as_they_are_shown(model: str, tmp_path: Path) -> None:
