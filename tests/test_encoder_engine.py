@@ -192,7 +192,9 @@ def test_half_precision_and_trained_encoders_are_refused():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(EngineError, match=r"OpenVINO is not installed; run: pip install 'unianom\[cpu\]'"):
+    with pytest.raises(
+        EngineError, match=r"OpenVINO is not installed; run in unianom's checkout: pip install '\.\[cpu\]'"
+    ):
         CompiledEncoder(cnn(), SIDE, "openvino", 1)
 
 

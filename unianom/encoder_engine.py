@@ -210,6 +210,7 @@ def _import_openvino() -> Any:
         import openvino
     except ImportError as error:
         raise EngineError(
-            "engine=openvino: OpenVINO is not installed; run: pip install 'unianom[cpu]', or take pytorch"
+            "engine=openvino: OpenVINO is not installed; run in unianom's checkout: pip install '.[cpu]', "
+            "or take pytorch"
         ) from error
     return openvino

@@ -129,9 +129,14 @@ def choices_text(choices: Mapping[str, type], program: str) -> str:
     width = max(map(len, choices)) + 4
     lines = [f"usage: {program} NAME [options]", "", "NAME is one of:"]
     for name, options in sorted(choices.items()):
-        method = hints_of(options).get("method", options)
-        lines += _wrapped(_first_clause(summary(method)), f"  {name:{width - 2}}", " " * width)
+        lines += _wrapped(_first_clause(summary(of_choice(options))), f"  {name:{width - 2}}", " " * width)
     return "\n".join([*lines, "", f"{program} NAME --help shows its usual options, --help-all all of them."])
+
+
+def of_choice(options: type) -> type:
+    """Return the class that says what a choice is: that of its method's options, or its own."""
+    method = hints_of(options).get("method")
+    return method if isinstance(method, type) and dataclasses.is_dataclass(method) else options
 
 
 def summary(options: type) -> str:

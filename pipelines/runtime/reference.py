@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from pipelines.runtime.help import Group, Option, option_groups, summary
-from unianom.options import hints_of
+from pipelines.runtime.help import Group, Option, of_choice, option_groups, summary
 
 METHOD_PAGE = "train"
 """Job whose page has the options of the methods, which are the same in all."""
@@ -42,7 +41,7 @@ def reference_page(options: type | Mapping[str, type], name: str, docstring: str
         for choice in choices:
             told[choice] |= shared
     for choice, own in groups.items():
-        lines += [f"## {choice}", "", summary(hints_of(options[choice]).get("method", options[choice])), ""]
+        lines += [f"## {choice}", "", summary(of_choice(options[choice])), ""]
         if choice in elsewhere:
             lines += [f"`--method.…`: as of [{METHOD_PAGE}]({METHOD_PAGE}.md#{choice}).", ""]
         own_options = {option for group in own for option in group.options}

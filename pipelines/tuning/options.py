@@ -123,6 +123,10 @@ class TuneMethod(SearchOptions, FitOptions):
     """What a campaign of a method takes; `tune_options` makes a class of it for each.
 
     Args:
+        output: folder of the campaign; path or URI.
+        overwrite: replace another campaign in the output. Files that no campaign wrote are never touched, nor is an
+            output that holds anything else; without it anything there is an error, but for the same campaign, which is
+            continued.
         tracking: where MLflow records the campaign and its trials.
         method: the method's own options, where nothing is searched.
     """
@@ -172,6 +176,8 @@ class TuneCada(SearchOptions, CalibrateOptions):
     """Search how CADA calibrates a model: α, dropout and learning rate of the head, top of a map, pixels of the score.
 
     Args:
+        output: folder of the campaign, to be given; path or URI. The model stays as it is.
+        overwrite: as of the other campaigns: replace another campaign in the output, and nothing else.
         seed: of the search.
     """
 

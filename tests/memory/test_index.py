@@ -387,5 +387,5 @@ def test_bank_can_be_sent_to_another_process():
 
 def test_without_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UnianomError, match=r"unianom\[cpu\]"):
+    with pytest.raises(UnianomError, match=r"'\.\[cpu\]'"):
         MemoryBank.build(_vectors())

@@ -27,7 +27,9 @@ def load_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise UnianomError("a memory bank needs FAISS; run: pip install 'unianom[cpu]' (or 'unianom[gpu]')") from error
+        raise UnianomError(
+            "a memory bank needs FAISS; run in unianom's checkout: pip install '.[cpu]' (or '.[gpu]')"
+        ) from error
     # Below this many numbers in a batch of queries FAISS 1.14 and 1.15 avoid matrix products; their default suits
     # some 160 threads and is 4 to 6 times slower than need be on a few (facebookresearch/faiss, pull request 5109).
     if faiss.cvar.distance_compute_blas_threshold == 128_000:

@@ -172,7 +172,7 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
     )
     method = load_model(str(tmp_path / "model"), CPU).method
     scores, maps = [], []
-    for images in validation_set.batches(8, method.input, method.device):
+    for images in validation_set.batches(options.batch_size, method.input, method.device):
         seen = method.predict(images)
         made = calibrator.calibrate(seen)
         scores.append(made.score.numpy())
@@ -180,7 +180,8 @@ def test_a_calibrator_of_a_campaign_is_that_of_its_recipe(here: list[str], shard
     image = validation_set.image_table(np.concatenate(scores))
     pixel = validation_set.pixel_table(np.concatenate(maps), union=True)
     measured = validation_set.measured(image, pixel, options.objective)
-    assert measured.objective == pytest.approx(content["best"]["objective"], abs=1e-9)
+    # scores that differ in their last bits may change places among the pixels
+    assert measured.objective == pytest.approx(content["best"]["objective"], abs=1e-5)
     assert result.diagnosis is not None
     assert result.diagnosis["campaigns"]["bolt+nut"]["settings"]["n"] == 24
 

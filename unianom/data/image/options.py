@@ -26,7 +26,7 @@ class ImageLimits(Options):
     """
 
     max_pixels: AtLeastOne = 100_000_000
-    max_bytes: AtLeastOne = 256 << 20
+    max_bytes: Annotated[int, Interval(ge=1, le=(1 << 31) - 1)] = 256 << 20  # what a column of a batch can hold
     # long enough for all tries at a store that is away for a while, which is no fault of an image
     seconds: Positive | None = field(default=200.0, metadata=ADDED_LATER)
 
