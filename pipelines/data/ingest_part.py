@@ -13,7 +13,7 @@ from pipelines.data.ahead import map_ahead
 from pipelines.data.image_files import AT_ONCE
 from pipelines.data.ingest_plan import part_name, unpack_samples
 from pipelines.data.options import MaskOrientation
-from pipelines.data.sample_files import SampleFiles, content, fetched_samples
+from pipelines.data.sample_files import SampleFiles, content, fetch_sample, fetched_ahead
 from pipelines.data.timed_pool import TimedPool
 from pipelines.runtime import outputs
 from unianom import files
@@ -54,7 +54,7 @@ class PartIngester:
         plan: digest of the ingest plan.
         limits: what an image may cost.
         resize: shorter side to reduce to, or None.
-        threads: images that are checked at the same time, while the files of the next ones are fetched.
+        threads: images that are checked at the same time, while the files of the next ones are fetched from a store.
         mask_threshold, invert_masks, mask_orientation, bits: see `IngestOptions`.
 
     Attributes:
@@ -95,8 +95,8 @@ class PartIngester:
             files.open_atomic(path) as handle,
             PartWriter(handle, self.schema, SAMPLE_GROUP_BYTES, SAMPLE_GROUP_ROWS) as writer,
         ):
-            fetched = fetched_samples(self._fetching, self._limits, unpack_samples(task["refs"]))
-            for row, found in map_ahead(self._checking, self._check, fetched, 4 * self._threads, timed_out=_timed_out):
+            samples = fetched_ahead(self._fetching, self._limits, unpack_samples(task["refs"]))
+            for row, found in map_ahead(self._checking, self._check, samples, 4 * self._threads, timed_out=_timed_out):
                 if "status" in row:
                     rejected.append(row)
                     continue
@@ -125,8 +125,9 @@ class PartIngester:
         outputs.commit_part(self._output, name, record)
         return record
 
-    def _check(self, fetched: SampleFiles) -> tuple[dict[str, Any], FileFindings]:
+    def _check(self, sample: SampleRef | SampleFiles) -> tuple[dict[str, Any], FileFindings]:
         """Return a row of SAMPLE_SCHEMA and what its files were like, or a row of REJECTED_SCHEMA."""
+        fetched = fetch_sample(sample, self._limits) if isinstance(sample, SampleRef) else sample
         ref = fetched.ref
         try:
             whole = content(fetched.image)
@@ -225,8 +226,8 @@ def _known(ref: SampleRef) -> dict[str, Any]:
     return {name: getattr(ref, name) for name in names}
 
 
-def _timed_out(fetched: SampleFiles, error: ImageError) -> tuple[dict[str, Any], FileFindings]:
-    return _rejected(fetched.ref, error)
+def _timed_out(sample: SampleRef | SampleFiles, error: ImageError) -> tuple[dict[str, Any], FileFindings]:
+    return _rejected(sample if isinstance(sample, SampleRef) else sample.ref, error)
 
 
 def _rejected(ref: SampleRef, error: ImageError) -> tuple[dict[str, Any], FileFindings]:

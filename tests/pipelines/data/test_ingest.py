@@ -729,7 +729,11 @@ def test_a_store_that_hangs_rejects_the_sample_and_no_other(tmp_path, monkeypatc
 def test_files_are_fetched_many_at_a_time(tmp_path, monkeypatch, threads):
     """A store that takes its time costs threads that wait, however many check images: each file here is given only
     when so many are asked for."""
-    refs = [ref(f"{n}.png", uri=write(tmp_path / f"{n}.png", encoded(picture(n)))) for n in range(2 * AT_ONCE)]
+    refs = []
+    for n in range(2 * AT_ONCE):
+        uri = f"memory:///test-ingest-fetched/{threads}/{n}.png"
+        files.write_bytes(uri, encoded(picture(n)))
+        refs.append(ref(f"{n}.png", uri=uri))
     together = threading.Barrier(AT_ONCE)
 
     def read(uri):
@@ -737,7 +741,10 @@ def test_files_are_fetched_many_at_a_time(tmp_path, monkeypatch, threads):
         return read_image_file(uri)
 
     monkeypatch.setattr(sample_files, "read_image_file", read)
-    rows, rejected, _ = run_part(tmp_path / "out", refs, threads)
+    try:
+        rows, rejected, _ = run_part(tmp_path / "out", refs, threads)
+    finally:
+        files.remove("memory:///test-ingest-fetched")
     assert not rejected
     assert [row["sample_id"] for row in rows] == [ref.sample_id for ref in refs]
 
